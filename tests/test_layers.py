@@ -1,0 +1,177 @@
+"""The architecture as a test: who imports whom, and what `import fastdistill` needs and costs."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Layer -> the layers that it may import besides itself. "api" is `import fastdistill` and the names it offers.
+MAY_IMPORT: dict[str, set[str]] = {
+    "kernels": set(),
+    "reference": set(),
+    "eager": set(),
+    "_compat": set(),
+    "testing": {"reference"},
+    "ops": {"kernels", "reference", "eager", "_compat"},
+    "jvp": {"ops", "_compat"},
+    "api": {"ops", "jvp"},
+    "nn": {"ops"},
+    "models": {"ops", "nn"},
+    "paths": set(),
+    "times": set(),
+    "samplers": {"paths", "times"},
+    "objectives": {"paths", "times", "samplers", "jvp"},
+    "eval.exact": {"paths"},
+    "train": {"api", "jvp", "nn", "models", "paths", "times", "samplers", "objectives", "eval.exact"},
+    "eval": {"api", "models", "paths", "times", "samplers", "train", "eval.exact"},
+    "demo": {"api", "models", "paths", "times", "samplers", "train", "eval", "eval.exact"},
+    "cli": {"api", "models", "samplers", "train", "eval", "demo"},
+}
+# These may use the packages of the extra `train`; all others use torch, the kernels Triton too, and nothing else.
+APPLICATIONS = {"train", "eval", "demo", "cli"}
+
+# What a fresh `import fastdistill` must not load: none of it is needed before somebody asks for it.
+HEAVY = ["triton", "matplotlib", "pydantic", "scipy", "sklearn", "tensorboard", "torch._inductor", "tyro"]
+
+
+def modules() -> dict[str, Path]:
+    """Module name -> file, for all of fastdistill and, through the symlink, the kernels."""
+    found = {}
+    for folder, _, files in os.walk(ROOT / "fastdistill", followlinks=True):
+        for path in (Path(folder, file) for file in files if file.endswith(".py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def layer_of(module: str) -> str:
+    """The layer that a module of fastdistill belongs to: the second part of its name, or the second and third."""
+    _, _, path = module.partition(".")
+    return path if path in MAY_IMPORT else path.split(".")[0] or "api"
+
+
+def imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[ast.stmt | ast.expr, str]]:
+    """Each import of a module, wherever it stands, with the full name of what it imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from ((node, str(arg.value)) for arg in node.args if isinstance(arg, ast.Constant))
+        elif isinstance(node, ast.Import):
+            yield from ((node, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = module.split(".")
+            here = parts[: len(parts) - node.level + is_package] if node.level else []
+            source = ".".join(here + ([node.module] if node.module else []))
+            for alias in node.names:
+                name = f"{source}.{alias.name}"
+                yield node, name if name in MODULES else source
+
+
+def violations(module: str, code: str, is_package: bool = False) -> list[str]:
+    """What a module imports against the rules, a line each."""
+    tree, layer, found = ast.parse(code), layer_of(module), []
+    if layer not in MAY_IMPORT:
+        return [f"{module}: {layer!r} is a new layer; say in MAY_IMPORT what it may import"]
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    lazy = {inner for function in functions for inner in ast.walk(function)}
+    for node, name in imports(tree, module, is_package):
+        where, top = f"{module}:{node.lineno} imports {name}", name.split(".")[0]
+        if top == "fastdistill":
+            if layer_of(name) not in MAY_IMPORT[layer] | {layer}:
+                found.append(f"{where}; {layer} may import {sorted(MAY_IMPORT[layer]) or 'no other layer'}")
+            elif layer != "kernels" and layer_of(name) == "kernels" and node not in lazy:
+                found.append(f"{where} at its top level; kernels are imported by the function that needs them")
+        elif top == "triton" and layer != "kernels":
+            found.append(f"{where}; only the kernels do")
+        elif top not in {"torch", "triton", *sys.stdlib_module_names} and layer not in APPLICATIONS:
+            found.append(f"{where}; {layer} uses torch alone")
+    return found
+
+
+def fresh_python(code: str) -> str:
+    """What a new Python prints that sees this checkout."""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_every_module_imports_only_what_its_layer_may() -> None:
+    """The diagram in CONTRIBUTING.md holds for every import statement, lazy ones included."""
+    found = [
+        line
+        for module, path in MODULES.items()
+        for line in violations(module, path.read_text(encoding="utf-8"), path.name == "__init__.py")
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("module", "code", "complaint"),
+    [
+        ("fastdistill.kernels.attention", "from fastdistill.reference import attention", "no other layer"),
+        ("fastdistill.kernels.attention", "from fastdistill import reference", "no other layer"),
+        ("fastdistill.kernels.attention", "import numpy", "uses torch alone"),
+        ("fastdistill.reference", "import triton", "only the kernels"),
+        ("fastdistill.eager.norm", "from ..reference import norm", "no other layer"),
+        ("fastdistill.ops.attention", "from fastdistill.kernels import attention", "at its top level"),
+        ("fastdistill.ops.attention", "k = importlib.import_module('fastdistill.kernels.norm')", "at its top level"),
+        ("fastdistill.paths", "def f():\n    import_module('fastdistill.kernels.norm')", "no other layer"),
+        ("fastdistill.ops.attention", "def f():\n    from fastdistill.nn import Attention", "ops may import"),
+        ("fastdistill.objectives.meanflow", "from fastdistill.ops import rms_norm", "objectives may import"),
+        ("fastdistill.objectives.meanflow", "import fastdistill as fd", "objectives may import"),
+        ("fastdistill.objectives.meanflow", "from ..models.dit import DiT", "objectives may import"),
+        ("fastdistill.samplers", "from fastdistill import train", "samplers may import"),
+        ("fastdistill.models.dit", "import yaml", "uses torch alone"),
+        ("fastdistill.unheard_of", "import torch", "a new layer"),
+    ],
+)
+def test_a_planted_import_is_found(module: str, code: str, complaint: str) -> None:
+    """Each kind of forbidden import is reported, in each way of writing it."""
+    found = violations(module, code)
+    assert len(found) == 1
+    assert complaint in found[0]
+
+
+def test_what_the_layers_allow_is_not_reported() -> None:
+    """Siblings, lower layers, torch, the standard library, and kernels imported where they are needed."""
+    assert not violations("fastdistill.kernels.norm", "import math, torch, triton\nfrom . import attention")
+    assert not violations("fastdistill.ops.norm", "def f():\n    from fastdistill.kernels import norm")
+    assert not violations("fastdistill.models", "from .dit import DiT\nfrom fastdistill.nn import RMSNorm", True)
+
+
+def test_import_works_without_triton() -> None:
+    """A Python in which Triton can't be imported imports every module but the kernels and runs an op."""
+    core = [module for module in MODULES if layer_of(module) not in APPLICATIONS | {"kernels"}]
+    code = f"""
+import importlib, sys
+sys.modules["triton"] = None
+import torch, fastdistill as fd
+for module in {core}:
+    importlib.import_module(module)
+q = torch.ones(1, 1, 3, 4)
+print(torch.func.jvp(lambda q: fd.scaled_dot_product_attention(q, q, q), (q,), (q,))[1].shape)
+"""
+    assert fresh_python(code) == "torch.Size([1, 1, 3, 4])"
+
+
+def test_import_loads_nothing_heavy() -> None:
+    """`import fastdistill` costs little more than `import torch`."""
+    loaded = fresh_python(f"import sys, fastdistill; print(*(name for name in {HEAVY} if name in sys.modules))")
+    assert loaded == ""
+
+
+def test_kernels_is_a_symlink_to_a_folder_without_init() -> None:
+    """As a namespace package, kernels/ never shadows another package of that name."""
+    assert os.readlink(ROOT / "fastdistill" / "kernels") == "../kernels"
+    assert not (ROOT / "kernels" / "__init__.py").exists()
