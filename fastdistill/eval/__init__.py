@@ -1,0 +1,1 @@
+"""Evaluation: exact solutions, and metrics that need no download."""
