@@ -1,0 +1,60 @@
+"""The private names of PyTorch that the dual protocol needs, in one place.
+
+All of them exist in torch 2.11 to 2.13. `ops/_dual.py` says what each is for; nothing else may import private names.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch._C import _AutoDispatchBelowAutograd as below_autograd
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+
+__all__ = [
+    "SingleLevelFunction",
+    "apply_function",
+    "below_autograd",
+    "functorch_active",
+    "make_dual",
+    "redispatching",
+    "unpack_dual",
+]
+
+
+def unpack_dual(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Primal and tangent (or None) of `x` at the current functorch level; PyTorch has one forward level, 0."""
+    return torch._VF._unpack_dual(x, 0)
+
+
+def make_dual(primal: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
+    """`primal` carrying `tangent` at the current functorch level."""
+    return torch._VF._make_dual(primal, tangent, 0)
+
+
+def functorch_active() -> bool:
+    """Whether a torch.func transform (jvp, grad, vmap, ...) is running."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def apply_function(function: Any, *args: Any) -> Any:
+    """`function.apply(*args)` of a `SingleLevelFunction`, allowed inside torch.func transforms too."""
+    if functorch_active():
+        with enable_single_level_autograd_function():
+            return function.apply(*args)
+    return function.apply(*args)
+
+
+def redispatching() -> AbstractContextManager[Any]:
+    """Inside `Function.forward`: dispatch below Autograd, with both grad modes on.
+
+    `Function` switches both modes off; outer functorch levels would then silently record nothing.
+    """
+    stack = ExitStack()
+    stack.enter_context(torch.enable_grad())
+    stack.enter_context(_set_fwd_grad_enabled(True))
+    stack.enter_context(below_autograd())
+    return stack

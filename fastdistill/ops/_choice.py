@@ -1,0 +1,103 @@
+"""Which implementation runs, the checks that every op shares, and whether tangents keep a graph."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IMPLEMENTATIONS = ("auto", "torch", "triton", "cuda")
+
+
+class _State:
+    """Process-wide on purpose: torch.compile traces a plain attribute, not a context variable."""
+
+    tangent_grad = True
+
+
+STATE = _State()
+
+
+@contextmanager
+def tangents_without_grad() -> Iterator[None]:
+    """Inside, ops under forward AD save nothing for their tangents."""
+    previous = STATE.tangent_grad
+    STATE.tangent_grad = False
+    try:
+        yield
+    finally:
+        STATE.tangent_grad = previous
+
+
+def triton_problem(device: torch.device) -> str | None:
+    """Why the Triton kernels can't run on tensors of `device`, or None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"tensors are on {device.type!r}; Triton needs a CUDA device (or TRITON_INTERPRET=1 to interpret on the CPU)"
+
+
+def implementation(family: str, chosen: str) -> Any:
+    """The module that implements an op family: plain PyTorch, or the Triton kernels, imported when first needed."""
+    package = "fastdistill.kernels" if chosen == "triton" else "fastdistill.eager"
+    return importlib.import_module(f"{package}.{family}")
+
+
+def check_impl(impl: str, device: torch.device) -> None:
+    """Refuse an unknown implementation, or an explicit one that can't run here: explicit requests never fall back."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
+    if impl == "cuda":
+        raise ValueError("impl='cuda': this version has no CUDA extension; use 'triton', 'torch' or 'auto'")
+    if impl == "triton" and (problem := triton_problem(device)):
+        raise ValueError(f"impl='triton' cannot run: {problem}")
+
+
+def check_tensor(name: str, x: object) -> None:
+    """Refuse what is not a floating-point tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+
+
+def check_like(name: str, x: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:
+    """Refuse `x` on another device or (unless told otherwise) of another dtype than `other`."""
+    if x.device != other.device:
+        raise ValueError(f"{name}: expected device {other.device} as {other_name}, got {x.device}")
+    if dtype and x.dtype != other.dtype:
+        raise ValueError(f"{name}: expected {other.dtype} as {other_name}, got {x.dtype}")
+
+
+def checked_tangents(
+    named: Sequence[tuple[str, Tensor | None, Tensor | None]], tangent_grad: bool
+) -> list[Tensor | None]:
+    """Tangents of an explicit pair, checked against their primals and in their primals' dtype.
+
+    Each entry is (name of the primal, primal, tangent).
+    """
+    checked: list[Tensor | None] = []
+    for name, primal, tangent in named:
+        if tangent is None:
+            checked.append(None)
+            continue
+        check_tensor(f"t_{name}", tangent)
+        if primal is None:
+            raise ValueError(f"t_{name}: expected None as {name} is None, got a tensor of {tuple(tangent.shape)}")
+        if tangent.shape != primal.shape:
+            raise ValueError(f"t_{name}: expected shape {tuple(primal.shape)} as {name}, got {tuple(tangent.shape)}")
+        check_like(f"t_{name}", tangent, name, primal, dtype=False)
+        if tangent.requires_grad and not tangent_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"t_{name} requires grad, which tangent_grad=False would silently drop: "
+                f"pass tangent_grad=True, or t_{name}.detach()"
+            )
+        checked.append(tangent.to(primal.dtype))
+    return checked
