@@ -1,0 +1,219 @@
+"""One lean DiT for flow maps: adaLN-Zero blocks, class labels, and two times.
+
+Peebles and Xie, "Scalable Diffusion Models with Transformers" (arXiv:2212.09748), built on fused-tangent ops.
+The same network serves flow matching, where s = t, and flow maps: there is no second copy for the jvp.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdistill import ops
+from fastdistill.nn import (
+    Attention,
+    Mlp,
+    Modulation,
+    RMSNorm,
+    Rotation,
+    TimestepEmbedding,
+    full_precision,
+    rotary_2d,
+    sincos_2d,
+)
+
+POSITIONS = ("sincos", "rope")
+
+
+class DiTBlock(nn.Module):
+    """x + gate · attention(adaLN(x)), then x + gate · mlp(adaLN(x)); six modulation vectors from the condition."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool) -> None:
+        super().__init__()
+        self.modulation = Modulation(width, 6)
+        self.attn = Attention(width, heads, qk_norm=qk_norm)
+        self.mlp = Mlp(width, int(mlp_ratio * width))
+
+    def forward(self, x: Tensor, condition: Tensor, rotation: Rotation | None) -> Tensor:
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.modulation(condition)
+        x = x + gate_attn * self.attn(ops.ada_layer_norm(x, scale_attn, shift_attn), rotation)
+        return x + gate_mlp * self.mlp(ops.ada_layer_norm(x, scale_mlp, shift_mlp))
+
+
+class FinalLayer(nn.Module):
+    """The last modulated norm and the projection to pixels, in the dtype of the parameters."""
+
+    def __init__(self, width: int, out_features: int) -> None:
+        super().__init__()
+        self.modulation = Modulation(width, 2)
+        self.linear = nn.Linear(width, out_features)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.modulation(condition)
+        with full_precision(x.device):
+            return self.linear(ops.ada_layer_norm(x, scale, shift))
+
+
+class DiT(nn.Module):
+    """A diffusion transformer u(x, t, s, y): the average velocity from time t to time s.
+
+    The condition is emb_t(t) + emb_d(t - s) + emb_y(y), MeanFlow's best choice (arXiv:2505.13447, table 1c). The
+    difference is taken here, inside the function that is differentiated, so that callers name t and s and the tangent
+    follows by the chain rule. On the diagonal emb_d adds a constant: there the network is an ordinary DiT.
+
+    Precision. Only the matmuls of attention and mlp follow autocast. Embeddings, condition, modulation and the final
+    layer run in the dtype of the parameters; gates have that dtype too, so that ``x + gate * h`` promotes a bf16 branch
+    and the residual stream (and its tangent) stays float32. That halves the tangent's error in a bf16 network.
+
+    Args:
+        channels: of the image, in and out.
+        patch_size: side of a patch; a token is one patch.
+        width: C, a multiple of `heads` and of 4.
+        depth: number of blocks.
+        heads: H.
+        num_classes: labels 0 .. num_classes - 1; `num_classes` itself is "no label".
+        mlp_ratio: hidden width of the mlp over C.
+        qk_norm: RMS-normalise queries and keys per head.
+        pos: "sincos" adds a fixed embedding to the tokens, "rope" rotates queries and keys (needs C / H % 4 == 0).
+
+    Attributes:
+        config: the arguments above, JSON-serialisable: ``DiT(**net.config)`` has the same architecture.
+
+    Raises:
+        ValueError: an argument outside these rules, by name.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        patch_size: int,
+        width: int,
+        depth: int,
+        heads: int,
+        num_classes: int,
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = False,
+        pos: str = "sincos",
+    ) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "channels": channels,
+            "patch_size": patch_size,
+            "width": width,
+            "depth": depth,
+            "heads": heads,
+            "num_classes": num_classes,
+            "mlp_ratio": mlp_ratio,
+            "qk_norm": qk_norm,
+            "pos": pos,
+        }
+        _check_config(self.config)
+        self.channels, self.patch_size = channels, patch_size
+        self.width, self.heads = width, heads
+        self.num_classes, self.pos = num_classes, pos
+        patch_features = channels * patch_size**2
+        self.x_embedder = nn.Linear(patch_features, width)
+        self.t_embedder = TimestepEmbedding(width)
+        self.d_embedder = TimestepEmbedding(width)
+        self.y_embedder = nn.Embedding(num_classes + 1, width)
+        self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio, qk_norm) for _ in range(depth))
+        self.final_layer = FinalLayer(width, patch_features)
+        self.initialize()
+
+    def initialize(self) -> None:
+        """Draw DiT's weights: Xavier for linear layers, N(0, 0.02²) for embeddings, zero for adaLN and the output.
+
+        With the zeros every block starts as the identity and u starts at 0. Every parameter is written, so that this
+        also fills a network made on the meta device, after ``to_empty``.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, RMSNorm):
+                module.reset_parameters()
+        for embedder in (self.t_embedder, self.d_embedder):
+            nn.init.normal_(embedder.fc1.weight, std=0.02)
+            nn.init.normal_(embedder.fc2.weight, std=0.02)
+        nn.init.normal_(self.y_embedder.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, Modulation):
+                nn.init.zeros_(module.linear.weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
+        """The average velocity from t to s at x.
+
+        Args:
+            x: (B, channels, height, width) of any size that the patch size divides.
+            t: (B,) in [0, 1], from; t = 0 is data, t = 1 noise.
+            s: (B,) in [0, t], to. s = t asks for the instantaneous velocity.
+            y: (B,) int64 in [0, num_classes], or None for "no label" everywhere.
+
+        Returns:
+            u, of x's shape and dtype.
+
+        Raises:
+            ValueError: a shape outside these rules, naming the argument.
+        """
+        self._check_inputs(x, t, s, y)
+        p, (rows, columns) = self.patch_size, (x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
+        with full_precision(x.device):
+            tokens = self.x_embedder(_patchify(x, p).to(self.x_embedder.weight.dtype))
+            condition = self._condition(t, s, y)
+        rotation = None
+        if self.pos == "rope":
+            rotation = rotary_2d((rows, columns), self.width // self.heads, like=tokens)
+        else:
+            tokens = tokens + sincos_2d((rows, columns), self.width, like=tokens)
+        for block in self.blocks:
+            tokens = block(tokens, condition, rotation)
+        return _unpatchify(self.final_layer(tokens, condition), p, (rows, columns)).to(x.dtype)
+
+    def _condition(self, t: Tensor, s: Tensor, y: Tensor | None) -> Tensor:  # (B, C)
+        if y is None:
+            y = torch.full(t.shape, self.num_classes, device=t.device)
+        return self.t_embedder(t) + self.d_embedder(t - s) + self.y_embedder(y)
+
+    def _check_inputs(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None) -> None:
+        p = self.patch_size
+        if x.dim() != 4 or x.shape[1] != self.channels or x.shape[2] % p or x.shape[3] % p:
+            raise ValueError(
+                f"x: expected (B, {self.channels}, height, width) with sides divisible by the patch size {p}, "
+                f"got {tuple(x.shape)}"
+            )
+        for name, value in (("t", t), ("s", s), ("y", y)):
+            if value is not None and value.shape != x.shape[:1]:
+                raise ValueError(f"{name}: expected ({x.shape[0]},), one for each image, got {tuple(value.shape)}")
+
+
+def _patchify(x: Tensor, patch_size: int) -> Tensor:
+    """(B, C, R·p, S·p) -> (B, R·S, C·p·p), patches row by row."""
+    p = patch_size
+    return x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def _unpatchify(tokens: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
+    """The inverse of `_patchify` for a grid of (R, S) patches."""
+    p = patch_size
+    return tokens.unflatten(2, (-1, p, p)).unflatten(1, grid).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    for name in ("channels", "patch_size", "width", "depth", "heads"):
+        if not isinstance(config[name], int) or config[name] < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {config[name]!r}")
+    width, heads = config["width"], config["heads"]
+    if not isinstance(config["num_classes"], int) or config["num_classes"] < 0:
+        raise ValueError(f"num_classes: expected an integer from 0 up, got {config['num_classes']!r}")
+    if int(config["mlp_ratio"] * width) < 1:
+        raise ValueError(f"mlp_ratio: expected a positive number, got {config['mlp_ratio']}")
+    if width % 4 or width % heads:
+        raise ValueError(f"width: expected a multiple of 4 and of heads={heads}, got {width}")
+    if config["pos"] not in POSITIONS:
+        raise ValueError(f"pos: expected one of {', '.join(POSITIONS)}, got {config['pos']!r}")
+    if config["pos"] == "rope" and (width // heads) % 4:
+        raise ValueError(f"heads: pos='rope' needs width / heads to be a multiple of 4, got {width} / {heads}")

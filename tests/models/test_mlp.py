@@ -1,0 +1,76 @@
+"""The MLP for points in the plane."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastdistill as fd
+from fastdistill.models import MLP
+
+
+def points(batch: int = 7) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, w = torch.randn(2, batch, 2, dtype=torch.float64).unbind(0)
+    t = torch.rand(batch, dtype=torch.float64)
+    return x, t, t * torch.rand(batch, dtype=torch.float64), w
+
+
+def test_tangent_equals_a_central_difference() -> None:
+    net = MLP(width=16).double()
+    x, t, s, w = points()
+    _, du_dt = fd.jvp(net, (x, t, s), (w, 1.0, 0.0))
+    h = 1e-5
+    difference = (net(x + h * w, t + h, s) - net(x - h * w, t - h, s)) / (2 * h)
+    torch.testing.assert_close(du_dt, difference, rtol=1e-7, atol=1e-8)
+
+
+def test_output_depends_on_every_argument_but_labels() -> None:
+    net = MLP(width=16).double()
+    x, t, s, w = points()
+    u = net(x, t=t, s=s)
+    assert u.shape == x.shape
+    for other in (net(x + w, t, s), net(x, t + 0.1, s), net(x, t, s - 0.1)):
+        assert (u - other).abs().max() > 1e-3
+    assert torch.equal(u, net(x, t, s, y=torch.zeros(7, dtype=torch.int64)))
+
+
+def test_times_in_float32_do_for_a_float64_network() -> None:
+    x, t, s, _ = points()
+    assert MLP(width=16).double()(x, t.float(), s.float()).dtype == torch.float64
+
+
+def test_autocast_does_not_touch_it() -> None:
+    net = MLP(width=16)
+    x, t, s, _ = (part.float() for part in points())
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = net(x, t, s)
+    assert torch.equal(under_autocast, net(x, t, s))
+
+
+def test_config_rebuilds_the_network_by_way_of_json() -> None:
+    net = MLP(dim=2, width=16, depth=4)
+    rebuilt = MLP(**json.loads(json.dumps(net.config)))
+    rebuilt.load_state_dict(net.state_dict())
+
+
+@pytest.mark.parametrize("name", ["dim", "width", "depth"])
+def test_sizes_below_one_are_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected a positive integer, got 0"):
+        MLP(**{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("x", (7, 3), r"x: expected \(B, 2\), got \(7, 3\)"),
+        ("t", (7, 1), r"t: expected \(7,\), one for each point, got \(7, 1\)"),
+        ("s", (6,), r"s: expected \(7,\), one for each point, got \(6,\)"),
+    ],
+)
+def test_inputs_of_the_wrong_shape_are_refused_by_name(name: str, shape: tuple[int, ...], message: str) -> None:
+    arguments = {"x": torch.zeros(7, 2), "t": torch.zeros(7), "s": torch.zeros(7)} | {name: torch.zeros(shape)}
+    with pytest.raises(ValueError, match=message):
+        MLP()(**arguments)
