@@ -1,0 +1,227 @@
+"""The command line: train, sample, eval, demo, doctor.
+
+A mistake of the user's ends in one message and status 2, a diverged run in one message and status 1; anything else is
+a bug and shows its traceback. What is heavy is imported by the command that needs it, so that help is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import fastdistill
+
+EXAMPLES = {
+    "train": """\
+  fastdistill train ring                               eight Gaussians in the plane, in a minute on a CPU
+  fastdistill train digits-flow                        a teacher, into runs/digits-flow
+  fastdistill train digits-meanflow --steps 4000       its one-step student, with a field changed
+  fastdistill train my.yaml --optim.lr 3e-4 --out runs/a
+  fastdistill train ring --help                        every field of that configuration
+""",
+    "sample": """\
+  fastdistill sample runs/digits-meanflow              a grid of all classes, in one step
+  fastdistill sample runs/digits-flow --steps 32 --guidance 2 --label 3 --n 16 --out three.png
+  fastdistill sample runs/ring --n 10000 --out points.npy
+""",
+    "eval": """\
+  fastdistill eval runs/digits-meanflow                into its summary.json, and as a table
+  fastdistill eval runs/ring --steps 1 16 --n 10000
+""",
+    "demo": """\
+  fastdistill demo                                     teacher, student, runs/demo/report.html
+  fastdistill demo --out runs/mine
+""",
+    "doctor": """\
+  fastdistill doctor
+""",
+}
+RESUMING = "Killed at any moment and started again with the same command, a run goes on from its newest checkpoint."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    args = build_parser().parse_args(arguments)
+    try:
+        return args.command(args)
+    except KeyboardInterrupt:
+        return fail("stopped. Training goes on from its newest checkpoint when the command is given again", status=130)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("fastdistill"):
+            raise
+        return fail(f"{error.name} is not installed; this command needs it: pip install 'fastdistill[train]'")
+    except (ValueError, RuntimeError) as error:
+        status = _status_of(error)
+        if status is None:
+            raise
+        return fail(str(error), status)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command; each stores the function that runs it as `command`."""
+    parser = argparse.ArgumentParser(
+        prog="fastdistill",
+        description="Train one-step and few-step generators, sample from them and measure them.",
+        epilog="examples:\n" + "".join(EXAMPLES.values()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"fastdistill {fastdistill.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, summary: str, more: str = "") -> argparse.ArgumentParser:
+        description = f"{summary[0].upper()}{summary[1:]}. {more}"
+        return commands.add_parser(
+            name,
+            help=summary,
+            description=description,
+            epilog="examples:\n" + EXAMPLES[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    command = add("train", "train as a configuration says, into a run folder", RESUMING)
+    command.add_argument("config", metavar="CONFIG", help="a YAML file, or a shipped name: ring, digits-flow, ...")
+    command.add_argument("overrides", metavar="--field value", nargs=argparse.REMAINDER, help="fields to change")
+    command.set_defaults(command=run_train)
+
+    command = add("sample", "draw samples from a run")
+    command.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    command.add_argument("--n", type=_at_least(1), default=80, help="how many (default: %(default)s)")
+    command.add_argument("--steps", type=_at_least(1), help="of the sampler (default: the configuration's)")
+    command.add_argument("--label", type=int, help="one class for all (default: every class in turn)")
+    command.add_argument("--guidance", type=float, help="scale, for flow matching (default: the configuration's)")
+    command.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    command.add_argument("--out", type=Path, help=".png picture or .npy array (default: RUN/samples/sample.png)")
+    command.set_defaults(command=run_sample)
+
+    command = add("eval", "measure a run against its data, without any download")
+    command.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    command.add_argument("--steps", type=_at_least(1), nargs="+", help="of the sampler (default: 1 2 4 8, ...)")
+    command.add_argument("--n", type=_at_least(64), help="samples (default: as many as digits, or 4096 points)")
+    command.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    command.set_defaults(command=run_eval)
+
+    command = add("demo", "train a teacher on digits, distil it to one step, and report")
+    command.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder (default: %(default)s)")
+    command.set_defaults(command=run_demo)
+
+    command = add("doctor", "say what this machine has and which implementations run on it")
+    command.set_defaults(command=run_doctor)
+    return parser
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """Train; then measure and plot what has an exact solution."""
+    from fastdistill.train import load_config, train
+
+    config = load_config(args.config, args.overrides)
+    run = train(config)
+    print(f"{run}: {run / 'export' / 'ema.safetensors'} after {config.steps} steps")
+    if config.data.name == "ring":
+        print(_measure(run))
+        print(_plot_flow_map(run))
+    return 0
+
+
+def run_sample(args: argparse.Namespace) -> int:
+    """Draw samples into a picture or an array."""
+    from fastdistill.train import ConfigError, generate, load_run
+    from fastdistill.train.logging import save_samples
+
+    out: Path = args.out or args.run / "samples" / "sample.png"
+    if out.suffix not in (".png", ".npy"):
+        raise ConfigError(f"--out: expected a name in .png or .npy, got {out}")
+    net, config = load_run(args.run)
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out: {out.parent} is no folder")
+    samples = generate(net, config, args.n, label=args.label, steps=args.steps, guidance=args.guidance, seed=args.seed)
+    if out.suffix == ".npy":
+        import numpy as np
+
+        np.save(out, samples.cpu().numpy())
+    else:
+        save_samples(out, samples, columns=10)
+    print(out)
+    return 0
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    """Measure a run."""
+    print(_measure(args.run, args.steps, args.n, args.seed))
+    return 0
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """The whole promise in one command."""
+    from fastdistill import demo
+
+    demo.main(args.out)
+    return 0
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """Print what there is."""
+    from fastdistill.train.doctor import report
+
+    print(report())
+    return 0
+
+
+def _measure(run: Path, steps: Sequence[int] | None = None, n: int | None = None, seed: int = 0) -> str:
+    from fastdistill.eval.evaluate import describe, evaluate
+
+    return f"{describe(evaluate(run, steps, n=n, seed=seed))}\n\n{run / 'summary.json'}"
+
+
+def _plot_flow_map(run: Path) -> Path:
+    """Where the exact flow takes some noise, and where the run's network does, in a few steps."""
+    import torch
+
+    from fastdistill.eval.ring import exact_flow
+    from fastdistill.train import generate, load_run
+    from fastdistill.train.data import generator_at
+    from fastdistill.train.logging import save_panels
+
+    x1 = torch.randn(2000, 2, generator=generator_at(0, "samples"))
+    net, config = load_run(run)
+    panels = {"exact flow map": exact_flow(x1)}
+    for steps in (1, 2, 4, 8):
+        panels[f"{config.method.name}, {steps} step{'s' * (steps > 1)}"] = generate(
+            net, config, 2000, steps=steps
+        ).cpu()
+    path = run / "samples" / "flow_map.png"
+    save_panels(path, panels)
+    return path
+
+
+def fail(message: str, status: int = 2) -> int:
+    """Print one message on stderr and hand the status through."""
+    print(f"fastdistill: {message}", file=sys.stderr)
+    return status
+
+
+def _status_of(error: Exception) -> int | None:
+    """The exit status of an error that a message explains fully; None for a bug."""
+    from fastdistill.train import CheckpointError, ConfigError, NonFiniteError
+
+    if isinstance(error, ConfigError | CheckpointError):
+        return 2
+    return 1 if isinstance(error, NonFiniteError) else None
+
+
+def _at_least(minimum: int) -> Callable[[str], int]:
+    """The type of an argument: a whole number from `minimum` up."""
+
+    def parse(text: str) -> int:
+        if not text.lstrip("-").isdigit() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {minimum} up, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+if __name__ == "__main__":
+    sys.exit(main())

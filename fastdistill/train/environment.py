@@ -1,0 +1,46 @@
+"""What a run ran on: for env.json, and for `fastdistill doctor`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from typing import Any
+
+import torch
+
+PACKAGES = ("fastdistill", "torch", "triton", "numpy", "pydantic", "safetensors", "scikit-learn", "tensorboard", "tyro")
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, processor and GPU, ready for JSON. Reads only what is installed; touches no network."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cpu": {"cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
+        "cuda": torch.version.cuda,
+        "gpu": _gpu(),
+        "command": sys.argv,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpu() -> dict[str, Any] | None:
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "count": torch.cuda.device_count(),
+        "bf16": torch.cuda.is_bf16_supported(),
+    }

@@ -1,0 +1,67 @@
+"""The base of every settings class, and its errors in words: which field, what was expected, what came."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A configuration that can't be run. The message names the field, what was expected and what came."""
+
+
+class Settings(BaseModel):
+    """A frozen group of typed settings. A field that it doesn't know is an error that suggests the nearest one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_fields(cls, fields: Any) -> Any:
+        if isinstance(fields, Mapping):
+            for name in fields:
+                if name not in cls.model_fields:
+                    raise ValueError(f"unknown field {name!r}; {nearest(name, cls.model_fields)}")
+        return fields
+
+
+def nearest(name: object, known: Mapping[str, Any]) -> str:
+    """`did you mean 'steps'?`, or the whole list where nothing is near."""
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+
+
+def explain(error: ValidationError, given: Mapping[str, Any]) -> str:
+    """One line a problem, each led by the dotted name of the field as it stands in what was given."""
+    return "\n".join(_explain_one(problem, given) for problem in error.errors(include_url=False))
+
+
+def _explain_one(problem: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    kind, context = problem["type"], problem.get("ctx", {})
+    name = _place(problem["loc"], given, is_missing=kind == "missing")
+    if kind == "missing":
+        return f"{name}: this field is required"
+    if kind == "union_tag_not_found":
+        return f"{name}.{context['discriminator'].strip(chr(39))}: this field is required"
+    if kind == "union_tag_invalid":
+        expected, got = context["expected_tags"], context["tag"]
+        return f"{name}.{context['discriminator'].strip(chr(39))}: expected one of {expected}, got {got!r}"
+    if kind == "value_error":
+        return f"{name}: {context['error']}" if name else str(context["error"])
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{name}: {message.replace('input should be', 'expected')}, got {problem['input']!r}"
+
+
+def _place(loc: tuple[int | str, ...], given: Any, is_missing: bool) -> str:
+    """The dotted name of a place, without the tags that pydantic adds for the kinds of a union."""
+    parts = []
+    for depth, part in enumerate(loc):
+        absent = isinstance(given, Mapping) and part not in given
+        if absent and not (is_missing and depth == len(loc) - 1):
+            continue  # a tag: the user wrote no such level
+        parts.append(str(part))
+        given = given[part] if isinstance(given, Mapping) and not absent else None
+    return ".".join(parts)
