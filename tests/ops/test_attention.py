@@ -12,7 +12,7 @@ from torch import Tensor
 import fastdistill as fd
 from fastdistill import reference
 from fastdistill.ops.attention import ATTENTION
-from fastdistill.testing import MemoryRecorder, assert_accurate, cast, make_qkv, reference_jvp, reference_vjp
+from fastdistill.testing import DEVICES, MemoryRecorder, assert_accurate, cast, make_qkv, reference_jvp, reference_vjp
 
 NAMES = ("q", "k", "v")
 
@@ -30,9 +30,11 @@ def ids(case: dict[str, Any]) -> str:
     return "-".join(f"{key}{value}" for key, value in case.items())
 
 
-def points(case: dict[str, Any], dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    primals = dict(zip(NAMES, make_qkv(**case, dtype=dtype, seed=1), strict=True))
-    return primals, dict(zip(NAMES, make_qkv(**case, dtype=dtype, seed=2), strict=True))
+def points(
+    case: dict[str, Any], dtype: torch.dtype, device: str = "cpu"
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    primals = dict(zip(NAMES, make_qkv(**case, dtype=dtype, device=device, seed=1), strict=True))
+    return primals, dict(zip(NAMES, make_qkv(**case, dtype=dtype, device=device, seed=2), strict=True))
 
 
 def plain(**tensors: Tensor) -> Tensor:
@@ -41,8 +43,9 @@ def plain(**tensors: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("case", GRID, ids=ids)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_pair_is_accurate_with_its_gradients(case: dict[str, Any], dtype: torch.dtype) -> None:
-    primals, tangents = points(case, dtype)
+@pytest.mark.parametrize("device", DEVICES)
+def test_pair_is_accurate_with_its_gradients(case: dict[str, Any], dtype: torch.dtype, device: str) -> None:
+    primals, tangents = points(case, dtype, device)
     leaves = {name: x.clone().requires_grad_() for name, x in primals.items()}
     t_leaves = {f"t_{name}": x.clone().requires_grad_() for name, x in tangents.items()}
     gqa = "kv_heads" in case

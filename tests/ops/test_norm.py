@@ -13,7 +13,7 @@ from torch import Tensor
 import fastdistill as fd
 from fastdistill import reference
 from fastdistill.ops.norm import NORM
-from fastdistill.testing import assert_accurate, cast, reference_jvp, reference_vjp
+from fastdistill.testing import DEVICES, assert_accurate, cast, reference_jvp, reference_vjp
 
 WIDTH = 72
 
@@ -40,19 +40,22 @@ OPS: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]
 }
 
 
-def draw(names: tuple[str, ...], dtype: torch.dtype, *, mean: float = 0.0, std: float = 1.0) -> dict[str, Tensor]:
+def draw(
+    names: tuple[str, ...], dtype: torch.dtype, device: str, *, mean: float = 0.0, std: float = 1.0
+) -> dict[str, Tensor]:
     shapes = {"x": (2, 9, WIDTH), "weight": (WIDTH,), "bias": (WIDTH,), "scale": (2, 1, WIDTH), "shift": (2, 1, WIDTH)}
     values = {name: torch.randn(shapes[name], dtype=torch.float64) for name in names}
     values["x"] = mean + std * values["x"]
-    return {name: value.to(dtype) for name, value in values.items()}
+    return {name: value.to(device, dtype) for name, value in values.items()}
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (30.0, 0.1)], ids=["unit", "huge-mean-tiny-variance"])
-def test_pair_is_accurate_with_its_gradients(op: str, dtype: torch.dtype, mean: float, std: float) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_pair_is_accurate_with_its_gradients(op: str, dtype: torch.dtype, mean: float, std: float, device: str) -> None:
     pair, plain, names = OPS[op]
-    primals, tangents = draw(names, dtype, mean=mean, std=std), draw(names, dtype)
+    primals, tangents = draw(names, dtype, device, mean=mean, std=std), draw(names, dtype, device)
     inputs = {**primals, **{f"t_{name}": t for name, t in tangents.items()}}
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
     out, t_out = pair(**leaves, tangent_grad=True)

@@ -225,11 +225,12 @@ def test_tangents_are_linear_and_none_is_zero(case: Case) -> None:
     assert_same(single, parts[0])
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("through_tangent", [False, True], ids=["primal", "mixed"])
-def test_compiled_equals_eager(case: Case, through_tangent: bool) -> None:
+def test_compiled_equals_eager(case: Case, through_tangent: bool, backend: str) -> None:
     torch._dynamo.reset()
     x, t_x = points(case)
-    compiled = torch.compile(pushforward(case.ours), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(pushforward(case.ours), fullgraph=True, backend=backend)
     assert_same(compiled(*x, *t_x), jvp(case.plain, tuple(x), tuple(t_x)))
     ours = gradients(compiled, [*x, *t_x], through_tangent=through_tangent)
     assert_same(ours, gradients(pushforward(case.plain), [*x, *t_x], through_tangent=through_tangent))
