@@ -1,0 +1,67 @@
+"""How the kernels are launched: tile sizes, warps and pipeline stages, by GPU architecture, dtype and width.
+
+The attention table holds the largest tiles that compile without register spills within the shared memory there is, as
+benchmarks/results/aot.md shows. They are NOT yet measured on a GPU: which of those that fit is fastest is unknown.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Config(NamedTuple):
+    """One launch of the attention kernel: BLOCK_N queries by BLOCK_M keys."""
+
+    block_n: int
+    block_m: int
+    num_warps: int
+    num_stages: int
+
+
+class NormConfig(NamedTuple):
+    """One launch of the norm kernel: ROWS rows of BLOCK_C channels."""
+
+    rows: int
+    block_c: int
+    num_warps: int
+
+
+INTERPRETER = 0  # the architecture of a CPU
+INTERPRETED = Config(32, 32, 1, 1)  # small enough that short tests have several tiles
+
+# Kind of work: the logits move (t_q, t_k or a mask's tangent), they move under a mask, or they stand still.
+MOVING, MASKED, STILL = "moving", "masked", "still"
+
+# Head dims up to the key of the inner table. sm_90 serves 9.x and sm_100 10.x; sm_80 serves all others, so its tiles
+# keep to the 99 KiB of shared memory of 8.6, 8.9 and 12.x.
+ATTENTION: dict[tuple[int, str], dict[int, Config]] = {
+    (80, MOVING): {},
+}
+
+# float32 runs on the ordinary cores (exact products, no TF32), where large tiles have nothing to gain.
+ATTENTION_FLOAT32: dict[int, Config] = {}
+
+
+def arch_of(device: torch.device) -> int:
+    """The row of the table that serves a device."""
+    if device.type != "cuda":
+        return INTERPRETER
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: 90, 10: 100}.get(major, 80)
+
+
+def attention_config(arch: int, dtype: torch.dtype, d: int, kind: str) -> Config:
+    """The shipped config for a head dim of at most `d` in queries, keys and values."""
+    if arch == INTERPRETER:
+        return INTERPRETED
+    table = ATTENTION_FLOAT32 if dtype == torch.float32 else ATTENTION[arch, kind]
+    return table[min(width for width in table if width >= d)]
+
+
+def norm_config(length: int, width: int) -> NormConfig:
+    """Whole rows, about 2048 elements and 16 a thread; several short rows share a program, of one sample only."""
+    block_c = 1 << (width - 1).bit_length()
+    rows = min(max(1, 2048 // block_c), 16, 1 << (length - 1).bit_length())
+    return NormConfig(rows, block_c, num_warps=min(16, max(1, rows * block_c // 512)))

@@ -1,0 +1,157 @@
+"""Row tiles of any width: a tile that is 72 wide is a tuple of a 64-wide and a 16-wide part.
+
+Triton's tiles are powers of two. Padding a head dim of 72 to 128 would cost 1.78x the work; as 64 + 16, with the last 8
+columns masked, it costs 1.11x. The helpers here take and return such tuples, and the kernels never look inside.
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+
+class Strided(NamedTuple):
+    """A 4-D tensor as a kernel receives it: pointer, then strides, all but the last in units of UNIT elements."""
+
+    ptr: Any
+    stride_b: int
+    stride_h: int
+    stride_n: int
+    stride_d: int
+
+
+@triton.constexpr_function
+def column_parts(width: int) -> tuple[tuple[int, int], ...]:
+    """Cover `width` columns by at most three powers of two >= 16, widest first, as (first column, part width).
+
+    Only the last may reach beyond `width`: 72 -> ((0, 64), (64, 16)), 96 -> ((0, 64), (64, 32)), 128 -> ((0, 128),).
+    """
+    narrowest = 16  # the least summed dimension of a tensor-core matmul
+    while (-(-width // narrowest)).bit_count() > 3:
+        narrowest *= 2
+    rest = -(-width // narrowest) * narrowest
+    parts: list[tuple[int, int]] = []
+    first = 0
+    while rest:
+        part = 1 << (rest.bit_length() - 1)
+        parts.append((first, part))
+        first, rest = first + part, rest - part
+    return tuple(parts)
+
+
+def stride_unit(*tensors: torch.Tensor | None) -> int:
+    """The common factor, 8 or 1, that kernels take out of the batch, head and row strides of these tensors.
+
+    Triton knows a stride to be aligned only when 16 divides it. Rows of 72 elements of 16 bits lie 144 bytes apart, fit
+    for 16-byte loads, but 16 does not divide 72 and they would be loaded element by element. So kernels receive
+    stride / 8 and multiply by a constant 8.
+    """
+    strides = (s for x in tensors if x is not None for size, s in zip(x.shape[:-1], x.stride()[:-1]) if size > 1)
+    return 8 if all(s % 8 == 0 for s in strides) else 1
+
+
+def strided(x: torch.Tensor | None, unit: int = 1) -> Strided | None:
+    """A 4-D tensor for a kernel. A dimension of size 1 may have any stride; here it gets 0."""
+    if x is None:
+        return None
+    units = (unit, unit, unit, 1)
+    return Strided(x, *(0 if size == 1 else s // u for size, s, u in zip(x.shape, x.stride(), units)))
+
+
+@triton.jit
+def load_rows(x, b, h, rows, live, D: tl.constexpr, UNIT: tl.constexpr):
+    """The given rows of head h of sample b. Rows that are not `live` (None: all are) and columns from D on are zero."""
+    PARTS: tl.constexpr = column_parts(D)
+    head = (b.to(tl.int64) * x.stride_b + h.to(tl.int64) * x.stride_h) * UNIT
+    tile = ()
+    for i in tl.static_range(len(PARTS)):
+        tile = tile + (_load_part(x, head, rows, live, PARTS[i][0], PARTS[i][1], D, UNIT),)
+    return tile
+
+
+@triton.jit
+def _load_part(x, head, rows, live, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr):
+    cols = FIRST + tl.arange(0, WIDTH)
+    ptrs = x.ptr + head + rows.to(tl.int64)[:, None] * x.stride_n * UNIT + cols[None, :] * x.stride_d
+    if FIRST + WIDTH > D:
+        if live is None:
+            return tl.load(ptrs, mask=cols[None, :] < D, other=0.0)
+        else:
+            return tl.load(ptrs, mask=live[:, None] & (cols[None, :] < D), other=0.0)
+    elif live is None:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=live[:, None], other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, first_row, live, x, D: tl.constexpr):
+    """Write the live rows of x to rows first_row, first_row + 1, ... of a contiguous (..., D) tensor."""
+    PARTS: tl.constexpr = column_parts(D)
+    for i in tl.static_range(len(PARTS)):
+        _store_part(ptr + first_row * D, live, x[i], PARTS[i][0], PARTS[i][1], D)
+
+
+@triton.jit
+def _store_part(ptr, live, x, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    rows = tl.arange(0, live.shape[0])
+    cols = FIRST + tl.arange(0, WIDTH)
+    mask = live[:, None]
+    if FIRST + WIDTH > D:
+        mask = mask & (cols[None, :] < D)
+    tl.store(ptr + rows[:, None] * D + cols[None, :], x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, D: tl.constexpr):
+    """A float32 accumulator (ROWS, D)."""
+    PARTS: tl.constexpr = column_parts(D)
+    tile = ()
+    for i in tl.static_range(len(PARTS)):
+        tile = tile + (_zero_part(ROWS, PARTS[i][1]),)
+    return tile
+
+
+@triton.jit
+def _zero_part(ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    return tl.zeros((ROWS, WIDTH), tl.float32)
+
+
+@triton.jit
+def add_dot_transposed(acc, x, y):
+    """acc + x yᵀ: the parts are of the summed dimension, acc is one plain tile."""
+    for i in tl.static_range(len(x)):
+        acc = tl.dot(x[i], y[i].T, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def add_dot(acc, p, y):
+    """acc + p y: the parts are of the output's columns, p is one plain tile."""
+    tile = ()
+    for i in tl.static_range(len(acc)):
+        tile = tile + (tl.dot(p, y[i], acc[i], input_precision="ieee"),)
+    return tile
+
+
+@triton.jit
+def scale_rows(x, factor):
+    """factor ∘ x with one factor a row."""
+    tile = ()
+    for i in tl.static_range(len(x)):
+        tile = tile + (x[i] * factor[:, None],)
+    return tile
+
+
+@triton.jit
+def add_scaled_rows(x, factor, y):
+    """x + factor ∘ y with one factor a row."""
+    tile = ()
+    for i in tl.static_range(len(x)):
+        tile = tile + (x[i] + factor[:, None] * y[i],)
+    return tile
