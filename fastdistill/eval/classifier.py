@@ -1,0 +1,101 @@
+"""A small classifier of the digits: the judge of generated samples, trained on the spot from the real images.
+
+Its 64 features are what the Fréchet distance compares, its decisions are the accuracy of generated labels. It takes
+seconds to train and its weights are a function of the images and the seed, so numbers from different runs compare.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastdistill.train.files import replacing
+
+FEATURES = 64
+
+
+class DigitClassifier(nn.Module):
+    """Two convolutions and two linear layers over (N, 1, 8, 8) images in [-1, 1]."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(64 * 4 * 4, FEATURES),
+            nn.SiLU(),
+        )
+        self.head = nn.Linear(FEATURES, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """The last hidden layer, (N, 64)."""
+        return self.body(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, (N, classes)."""
+        return self.head(self.body(x))
+
+    @torch.no_grad()
+    def accuracy(self, x: Tensor, y: Tensor) -> float:
+        """Share of images (N, 1, 8, 8) whose most likely class is their label y (N,)."""
+        return float((self(x).argmax(1) == y).double().mean())
+
+
+def train_classifier(x: Tensor, y: Tensor, *, seed: int = 0, epochs: int = 20, batch: int = 64) -> DigitClassifier:
+    """Train on images x (N, 1, 8, 8) with labels y (N,), and return the classifier, frozen.
+
+    AdamW under one cosine: a few seconds on one core, more than 98 % right on the digits held out. The global random
+    state stays as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = DigitClassifier(int(y.max()) + 1)
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * math.ceil(len(x) / batch))
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x), generator=generator).split(batch):
+            F.cross_entropy(net(x[rows]), y[rows]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    return net.requires_grad_(False)
+
+
+def cached_classifier(path: Path, x: Tensor, y: Tensor, *, seed: int = 0) -> DigitClassifier:
+    """The classifier stored at `path`, or else a new one, trained on x and y and stored there in one atomic step.
+
+    A stored file that is damaged, or was trained otherwise, is replaced: it costs seconds.
+    """
+    key = hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes() + str(seed).encode()).hexdigest()
+    stored = _read(path, key)
+    if stored is not None:
+        return stored
+    net = train_classifier(x, y, seed=seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        save_file(net.state_dict(), temporary, {"trained_on": key})
+    return net
+
+
+def _read(path: Path, key: str) -> DigitClassifier | None:
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("trained_on") != key:
+                return None
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+    except (FileNotFoundError, SafetensorError):
+        return None
+    net = DigitClassifier(len(weights["head.bias"]))
+    net.load_state_dict(weights)
+    return net.requires_grad_(False)

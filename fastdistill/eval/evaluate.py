@@ -1,0 +1,113 @@
+"""Evaluate a finished run: `fastdistill eval RUN`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdistill.eval import digits, ring
+from fastdistill.train import load_run
+from fastdistill.train.files import write_text
+from fastdistill.train.methods import FlowMatching
+
+HEADINGS = {
+    "frechet": "Fréchet",
+    "accuracy": "accuracy",
+    "map_error": "map error",
+    "sliced_wasserstein": "sliced W2",
+    "seconds_per_sample": "ms/sample",
+}
+
+
+def evaluate(
+    run: str | Path,
+    steps: Sequence[int] | None = None,
+    *,
+    n: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    judge: digits.DigitJudge | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, Any]:
+    """Generate with each number of steps, measure, and write `summary.json` in the run folder.
+
+    The same noise serves every number of steps, and everything but the timings is a function of the arguments.
+
+    Args:
+        run: a run folder.
+        steps: of the run's own sampler: Euler for flow matching, jumps for MeanFlow. None: 1, 2, 4, 8, and 32 for flow
+            matching.
+        n: how many samples; None: for digits as many as there are real ones, with their labels; for the ring 4096.
+        guidance: classifier-free guidance scale, for flow matching on digits; None: the configuration's.
+        judge: for digits, to share one; None: its classifier is trained for, and kept in, this run folder.
+        device: None: the GPU if there is one. Metrics are computed on the CPU.
+
+    Returns:
+        What was written: `data`, `method`, `samples`, `steps` and `references`, both {name: {metric: value}}, and for
+        digits `checks`. See `fastdistill.eval.digits` and `fastdistill.eval.ring` for the metrics.
+
+    Raises:
+        ValueError: an argument outside these rules, by name.
+        ConfigError, CheckpointError: no run, or one that can't be read; see `load_run`.
+    """
+    if n is not None and n < 64:
+        raise ValueError(f"n: expected at least 64 samples, got {n}")
+    if steps is not None and (not steps or min(steps) < 1):
+        raise ValueError(f"steps: expected positive numbers, got {list(steps)}")
+    run = Path(run)
+    net, config = load_run(run, device=device)
+    flow = isinstance(config.method, FlowMatching)
+    if guidance is not None and not (flow and config.data.name == "digits"):
+        raise ValueError(f"guidance: only flow matching on digits takes a scale, got {guidance}")
+    steps = steps or ((1, 2, 4, 8, 32) if flow else (1, 2, 4, 8))
+    result: dict[str, Any] = {"data": config.data.name, "method": config.method.name}
+    if config.data.name == "ring":
+        count = n or 4096
+        result["samples"] = count
+        result["steps"] = ring.evaluate_network(net, config, steps, count=count, seed=seed)
+        result["references"] = ring.references(steps, count=count, seed=seed)
+    else:
+        judge = judge or digits.DigitJudge(run)
+        result["samples"] = len(judge.labels(n))
+        result["steps"], result["checks"] = digits.evaluate_network(
+            net, config, judge, steps, count=n, guidance=guidance, seed=seed
+        )
+        result["references"] = judge.references(n, seed=seed)
+    write_text(run / "summary.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """What `evaluate` found, as a text table with its references."""
+    return format_table({result["method"]: result["steps"], "references": result["references"]})
+
+
+def format_table(groups: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """A text table of {group: {row: {metric: value}}}, e.g. {"meanflow": {"1": {...}}, "references": {...}}."""
+    metrics = list(next(iter(next(iter(groups.values())).values())))
+    lines = [["", *(HEADINGS[metric] for metric in metrics)]]
+    for group, rows in groups.items():
+        for name, row in rows.items():
+            lines.append([row_name(group, name), *(format_value(metric, row[metric]) for metric in metrics)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
+    )
+
+
+def row_name(group: str, name: str) -> str:
+    """`meanflow, 1 step`, or a reference's name in words."""
+    if not name.isdigit():
+        return name.replace("_", " ")
+    return f"{group}, {name} step{'' if name == '1' else 's'}"
+
+
+def format_value(metric: str, value: float) -> str:
+    """A metric as the table shows it."""
+    if metric == "seconds_per_sample":
+        return f"{1000 * value:.3f}"
+    return f"{value:.1f}" if metric == "frechet" else f"{value:.3f}"

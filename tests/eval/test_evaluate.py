@@ -1,0 +1,89 @@
+"""`evaluate` on small trained runs: what it writes, that it repeats itself, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastdistill.eval import ring
+from fastdistill.eval.digits import DigitJudge
+from fastdistill.eval.evaluate import describe, evaluate
+from fastdistill.eval.exact import Ring
+from fastdistill.train import train
+from tests.eval.conftest import small_config
+
+METRICS = {"frechet", "accuracy", "sliced_wasserstein", "seconds_per_sample"}
+
+
+def without_timings(result: Any) -> Any:
+    """The same, less what a clock says."""
+    if not isinstance(result, dict):
+        return result
+    return {name: without_timings(value) for name, value in result.items() if name != "seconds_per_sample"}
+
+
+def test_a_digits_run_is_measured_beside_its_references(flow_run: Path, judge: DigitJudge) -> None:
+    result = evaluate(flow_run, n=100, judge=judge)
+    assert list(result["steps"]) == ["1", "2", "4", "8", "32"]
+    assert list(result["references"]) == ["bootstrap", "held_out", "class_gaussian", "noise"]
+    assert all(set(row) == METRICS for group in ("steps", "references") for row in result[group].values())
+    assert json.loads((flow_run / "summary.json").read_text()) == result
+
+
+def test_a_second_evaluation_finds_the_same(flow_run: Path, judge: DigitJudge) -> None:
+    first, second, other = (evaluate(flow_run, [2], n=100, seed=seed, judge=judge) for seed in (0, 0, 1))
+    assert without_timings(first) == without_timings(second)
+    assert without_timings(first) != without_timings(other)
+
+
+def test_guidance_changes_what_a_teacher_draws(tmp_path: Path, judge: DigitJudge) -> None:
+    data = {"name": "digits", "batch": 8, "label_dropout": 0.5}
+    run = train(small_config(tmp_path / "run", "digits", "flow_matching", data=data, optim={"lr": 0.1}))
+    plain, guided = (evaluate(run, [1], n=100, guidance=scale, judge=judge)["steps"]["1"] for scale in (1.0, 9.0))
+    assert plain["frechet"] != guided["frechet"]
+
+
+def test_a_ring_run_is_held_against_the_exact_flow(tmp_path: Path) -> None:
+    run = train(small_config(tmp_path / "run", "ring", "meanflow"))
+    result = evaluate(run, n=256)
+    assert list(result["steps"]) == ["1", "2", "4", "8"]
+    assert list(result["references"]) == ["euler 1", "euler 2", "euler 4", "euler 8", "data"]
+    assert result["steps"]["1"]["map_error"] > 0.3
+    assert "meanflow, 2 steps" in describe(result)
+
+
+def test_the_exact_average_velocity_has_no_map_error_in_one_step(tmp_path: Path) -> None:
+    """While Euler on the exact velocity needs many steps."""
+
+    class ExactNet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
+            return Ring().average_velocity(x.double(), t.double(), s.double()).float()
+
+    config = small_config(tmp_path / "run", "ring", "meanflow")
+    rows = ring.evaluate_network(ExactNet(), config, [1, 4], count=256)
+    floors = ring.references([1, 4, 32], count=256)
+    assert max(row["map_error"] for row in rows.values()) < 1e-4
+    assert max(row["sliced_wasserstein"] for row in rows.values()) < 1e-4
+    assert floors["euler 1"]["map_error"] > 0.9 > floors["euler 4"]["map_error"] > floors["euler 32"]["map_error"]
+    assert 0 < floors["data"]["sliced_wasserstein"] < 0.3
+
+
+def test_what_can_not_be_evaluated_is_refused(flow_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="steps: expected positive"):
+        evaluate(flow_run, [0])
+    with pytest.raises(ValueError, match="n: expected at least 64"):
+        evaluate(flow_run, n=1)
+    student = train(small_config(tmp_path / "run", "digits", "meanflow"))
+    with pytest.raises(ValueError, match="guidance: only flow matching"):
+        evaluate(student, guidance=2.0)
+    with pytest.raises(ValueError, match="no config"):
+        evaluate(tmp_path / "nothing")
