@@ -60,26 +60,30 @@ class Network(nn.Module):
         return x
 
 
-def ways(net: Network, x: Tensor, t: Tensor, v: Tensor) -> dict[str, Callable[[], tuple[Tensor, Tensor | None]]]:
+Result = tuple[Tensor, Tensor | None]
+
+
+def ways(net: Network, x: Tensor, t: Tensor, v: Tensor) -> dict[str, Callable[[], Result]]:
     """Each way to get (u, du/dt); `plain` is the forward alone."""
 
     def math_jvp() -> tuple[Tensor, Tensor]:
         with sdpa_kernel(SDPBackend.MATH):
-            u, du = torch.func.jvp(
-                lambda x, t: net(x, t, F.scaled_dot_product_attention, plain_norm), (x, t), (v, torch.ones_like(t))
-            )
+            return functorch(lambda x, t: net(x, t, F.scaled_dot_product_attention, plain_norm))
+
+    def functorch(fn: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        u, du = torch.func.jvp(fn, (x, t), (v, torch.ones_like(t)))[:2]
         return u, du
 
     ours = lambda x, t: net(x, t, fd.scaled_dot_product_attention, fd.ada_layer_norm)  # noqa: E731
     return {
         "plain": lambda: (net(x, t, F.scaled_dot_product_attention, plain_norm), None),
         "torch.func.jvp, math SDPA": math_jvp,
-        "torch.func.jvp, fastdistill ops": lambda: torch.func.jvp(ours, (x, t), (v, torch.ones_like(t))),
+        "torch.func.jvp, fastdistill ops": lambda: functorch(ours),
         "fastdistill.jvp": lambda: fd.jvp(ours, (x, t), (v, 1.0)),
     }
 
 
-def measure(run: Callable[[], tuple[Tensor, Tensor | None]]) -> dict[str, float]:
+def measure(run: Callable[[], Result]) -> dict[str, float]:
     with MemoryRecorder() as recorder:
         result = run()
     row = {"held_mib": recorder.alive / 2**20, "peak_mib": recorder.peak / 2**20}
@@ -100,7 +104,9 @@ def main() -> None:
         batch = 2 if length <= 256 else 1
         x, v, t = torch.randn(batch, length, WIDTH), torch.randn(batch, length, WIDTH), torch.rand(batch)
         with torch.no_grad():
-            _, truth = ways(net.double(), x.double(), t.double(), v.double())["torch.func.jvp, math SDPA"]()
+            exact = ways(net.double(), x.double(), t.double(), v.double())
+            truth = exact["torch.func.jvp, math SDPA"]()[1]
+            assert truth is not None
         candidates = ways(net.float(), x, t, v)
         plain = None
         for name, run in candidates.items():

@@ -1,0 +1,155 @@
+"""The specification against PyTorch's own ops, and against finite differences of itself."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastdistill import reference
+from fastdistill.testing import make_qkv, reference_jvp
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_and_its_tangent_equal_math_sdpa(mask: str, scale: float | None, kv_heads: int) -> None:
+    """Where PyTorch has a forward mode: its math implementation, in float64."""
+    sizes = {"heads": 4, "n": 9, "m": 13, "d": 8, "dv": 5, "kv_heads": kv_heads, "dtype": torch.float64}
+    primals, tangents = make_qkv(2, **sizes), make_qkv(2, seed=1, **sizes)  # type: ignore[arg-type]
+    masks = {"none": None, "bool": torch.rand(9, 13) < 0.6, "float": torch.randn(4, 9, 13, dtype=torch.float64)}
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return reference.attention(q, k, v, masks[mask], scale=scale)
+
+    def torchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, masks[mask], scale=scale, enable_gqa=True)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = torch.func.jvp(torchs, primals, tangents)
+    for actual, wanted in zip(torch.func.jvp(ours, primals, tangents), expected, strict=True):
+        close(actual, wanted)
+
+
+@pytest.mark.parametrize(("n", "m"), [(7, 7), (9, 5), (5, 9)])
+def test_causal_attention_equals_sdpas(n: int, m: int) -> None:
+    """Aligned to the top left where N != M."""
+    q, k, v = make_qkv(2, 2, n, 8, m=m, dtype=torch.float64)
+    close(reference.attention(q, k, v, is_causal=True), F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+
+def test_causal_combines_with_a_mask() -> None:
+    """SDPA refuses both; together they are the mask of both."""
+    q, k, v = make_qkv(2, 2, 7, 8, dtype=torch.float64)
+    mask = torch.rand(7, 7) < 0.7
+    close(reference.attention(q, k, v, mask, is_causal=True), reference.attention(q, k, v, mask.tril()))
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_row_that_sees_no_key_gives_zeros_with_finite_derivatives(kind: str) -> None:
+    """In value, tangent, and gradients of both."""
+    q, k, v = (x.requires_grad_() for x in make_qkv(1, 2, 6, 4, dtype=torch.float64))
+    visible = torch.ones(6, 6, dtype=torch.bool)
+    visible[2] = False
+    mask = visible if kind == "bool" else torch.zeros(6, 6, dtype=torch.float64).masked_fill(~visible, -math.inf)
+    tangents = dict(zip("qkv", make_qkv(1, 2, 6, 4, seed=1, dtype=torch.float64), strict=True))
+    o, t_o = reference_jvp(reference.attention, {"q": q, "k": k, "v": v, "attn_mask": mask}, tangents)
+    assert (o[:, :, 2] == 0).all()
+    assert (t_o[:, :, 2] == 0).all()
+    for gradient in torch.autograd.grad(o.sum() + (t_o * t_o).sum(), (q, k, v)):
+        assert gradient.isfinite().all()
+    assert (torch.autograd.grad(reference.attention(q, k, v, mask).square().sum(), q)[0][:, :, 2] == 0).all()
+
+
+def test_large_logits_do_not_overflow() -> None:
+    """Also where a whole row is far below zero."""
+    q, k, v = make_qkv(1, 1, 4, 4, dtype=torch.float64)
+    close(reference.attention(1e3 * q, k, v), F.scaled_dot_product_attention(1e3 * q, k, v))
+    close(reference.attention(q, k, v, torch.full((4, 4), -1e4)), reference.attention(q, k, v))
+
+
+def test_attention_is_twice_differentiable_in_both_modes() -> None:
+    """Gradients and tangents of the gradients, against finite differences."""
+    q, k, v = (x.requires_grad_() for x in make_qkv(1, 2, 4, 3, kv_heads=1, m=5, dtype=torch.float64))
+    mask = torch.rand(4, 5) < 0.8
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return reference.attention(q, k, v, mask)
+
+    assert torch.autograd.gradcheck(attend, (q, k, v), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(attend, (q, k, v), check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+def test_a_modulated_norm_is_twice_differentiable_in_both_modes(rms: bool) -> None:
+    """All five arguments at once."""
+    shapes = ((2, 3, 5), (5,), (5,), (2, 1, 5), (2, 1, 5))
+    arguments = tuple(torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return reference.norm(x, weight, bias, scale, shift, 1e-3, rms)
+
+    assert torch.autograd.gradcheck(norm, arguments, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(norm, arguments, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+def test_reverse_over_forward_equals_forward_over_reverse(rms: bool) -> None:
+    """The check that torch 2.13's own layer_norm fails: d<w, jvp>/dx two ways."""
+    x, t_x, w = (torch.randn(4, 6, dtype=torch.float64) for _ in range(3))
+
+    def norm(x: Tensor) -> Tensor:
+        return reference.norm(x, eps=1e-3, rms=rms)
+
+    def tangent(x: Tensor) -> Tensor:
+        return torch.func.jvp(norm, (x,), (t_x,))[1]
+
+    reverse = torch.func.vjp(tangent, x)[1](w)[0]
+    forward = torch.func.jvp(lambda x: torch.func.vjp(norm, x)[1](w)[0], (x,), (t_x,))[1]
+    close(reverse, forward)
+
+
+@pytest.mark.parametrize("shape", [(8,), (3, 8)])
+def test_norms_equal_pytorchs(shape: tuple[int, ...]) -> None:
+    """Over one or two trailing dimensions, with and without their parameters."""
+    x, weight, bias = torch.randn(2, 3, 8).double() * 3 + 1, torch.randn(shape).double(), torch.randn(shape).double()
+    for w, b in ((None, None), (weight, None), (weight, bias)):
+        close(reference.layer_norm(x, shape, w, b, 1e-3), F.layer_norm(x, shape, w, b, 1e-3))
+    for w in (None, weight):
+        for eps in (None, 1e-3):
+            close(reference.rms_norm(x, shape, w, eps), F.rms_norm(x, shape, w, eps))
+
+
+def test_ada_layer_norm_is_layer_norm_modulated() -> None:
+    """norm(x) * (1 + scale) + shift, with the tangents of all three."""
+    primals = (torch.randn(2, 3, 8).double(), torch.randn(2, 1, 8).double(), torch.randn(2, 1, 8).double())
+    tangents = tuple(torch.randn_like(x) for x in primals)
+    weight, bias = torch.randn(2, 8, dtype=torch.float64)
+
+    def modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return F.layer_norm(x, (8,), weight, bias, 1e-6) * (1 + scale) + shift
+
+    def ours(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return reference.ada_layer_norm(x, scale, shift, weight, bias)
+
+    found = torch.func.jvp(ours, primals, tangents)
+    for actual, expected in zip(found, torch.func.jvp(modulated, primals, tangents), strict=True):
+        close(actual, expected)
+
+
+def test_attention_works_under_a_dual_level() -> None:
+    """The other entrance to forward mode gives the same tangent."""
+    primals, tangents = (make_qkv(1, 2, 5, 4, dtype=torch.float64, seed=seed) for seed in (0, 1))
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, t) for x, t in zip(primals, tangents, strict=True)]
+        tangent = forward_ad.unpack_dual(reference.attention(*duals)).tangent
+    close(tangent, torch.func.jvp(reference.attention, primals, tangents)[1])

@@ -1,0 +1,125 @@
+"""The gate itself: the tolerance rule refuses what it should, and the recorder counts what there is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdistill import reference
+from fastdistill.testing import (
+    MemoryRecorder,
+    assert_accurate,
+    cast,
+    make_qkv,
+    reference_jvp,
+    reference_vjp,
+    relative_error,
+)
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def off_by(error: float) -> Tensor:
+    return torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64) + torch.tensor([0.0, 0.0, error], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("order", "factor"), [(1, 2), (2, 3)])
+def test_an_error_passes_up_to_the_factor_and_no_further(order: int, factor: int) -> None:
+    """2 * err(baseline) + 2 * eps * max|truth|, and 3 times for second order."""
+    truth, baseline = off_by(0), off_by(1 / 64).float()
+    limit = factor / 64 + 2 * EPS * 4
+    assert_accurate(off_by(limit * 0.999), truth, baseline, name="x", order=order)
+    with pytest.raises(AssertionError, match="x: error"):
+        assert_accurate(off_by(limit * 1.001), truth, baseline, name="x", order=order)
+
+
+def test_an_exact_baseline_leaves_room_for_one_rounding() -> None:
+    """2 eps of the tested dtype; in float64, where the truth itself is rounded, 1e-12."""
+    assert_accurate(off_by(6 * EPS), off_by(0), off_by(0).float(), name="x")
+    with pytest.raises(AssertionError, match="float32"):
+        assert_accurate(off_by(9 * EPS), off_by(0), off_by(0).float(), name="x")
+    assert_accurate(off_by(3.9e-12), off_by(0), off_by(0), name="x")
+    with pytest.raises(AssertionError, match="float64"):
+        assert_accurate(off_by(4.1e-12), off_by(0), off_by(0), name="x")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_anything_non_finite_fails(bad: float) -> None:
+    """Even where the baseline overflows alike."""
+    for role in ("actual", "baseline", "truth"):
+        actual, truth, baseline = (off_by(bad if name == role else 0) for name in ("actual", "truth", "baseline"))
+        with pytest.raises(AssertionError, match=f"x: {role} has 1 non-finite"):
+            assert_accurate(actual, truth, baseline, name="x")
+
+
+def test_a_wrong_shape_or_a_rounded_truth_is_refused() -> None:
+    """Broadcasting would hide the one, and a float32 truth proves nothing."""
+    with pytest.raises(AssertionError, match="shapes differ"):
+        assert_accurate(off_by(0)[None], off_by(0), off_by(0), name="x")
+    with pytest.raises(TypeError, match="truth of x: expected float64"):
+        assert_accurate(off_by(0), off_by(0).float(), off_by(0), name="x")
+
+
+def test_relative_error_is_of_the_norm() -> None:
+    """And absolute where the truth is zero."""
+    assert relative_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0])) == pytest.approx(0.2)
+    assert relative_error(torch.tensor([0.0, 0.5]), torch.zeros(2)) == 0.5
+
+
+@pytest.mark.parametrize("layout", ["bhnd", "bnhd", "packed"])
+def test_layouts_are_the_views_that_they_say(layout: str) -> None:
+    """All (B, H, N, D) in shape; in memory as named."""
+    q, k, v = make_qkv(2, 3, 5, 7, layout=layout)
+    assert q.shape == k.shape == v.shape == (2, 3, 5, 7)
+    assert q.is_contiguous() == (layout == "bhnd")
+    assert q.transpose(1, 2).is_contiguous() == (layout == "bnhd")
+    assert (q.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()) == (layout == "packed")
+    assert not torch.equal(q, k)
+    assert not torch.equal(q, make_qkv(2, 3, 5, 7, layout=layout, seed=1)[0])
+
+
+def test_an_impossible_layout_is_refused() -> None:
+    """By name, and where a packed tensor can't hold the shapes."""
+    with pytest.raises(ValueError, match=r"^layout: expected .* got 'bdhn'"):
+        make_qkv(layout="bdhn")
+    with pytest.raises(ValueError, match=r"^layout: 'packed'"):
+        make_qkv(layout="packed", m=5)
+
+
+def test_truths_by_autodiff_agree_with_hand_made_ones() -> None:
+    """y = x^2 w along (t_x, none): t_y = 2 x t_x w, and the gradients of <dy, y> + <dt_y, t_y>."""
+    x, w, t_x, dy, dt_y = torch.randn(5, 3, dtype=torch.float64)
+
+    def fn(x: Tensor, w: Tensor, mask: None) -> Tensor:
+        return x.square() * w
+
+    primals, tangents = {"x": x, "w": w, "mask": None}, {"x": t_x, "w": None}
+    y, t_y = reference_jvp(fn, primals, tangents)
+    torch.testing.assert_close((y, t_y), (x * x * w, 2 * x * t_x * w))
+    assert reference_jvp(fn, primals, {})[1].eq(0).all()
+    gradients = reference_vjp(fn, primals, tangents, dy, dt_y)
+    expected = {"x": 2 * w * (x * dy + t_x * dt_y), "w": x * x * dy + 2 * x * t_x * dt_y, "t_x": 2 * x * w * dt_y}
+    torch.testing.assert_close(gradients, expected)
+    torch.testing.assert_close(reference_vjp(fn, primals, tangents, dy), {"x": 2 * x * w * dy, "w": x * x * dy})
+
+
+def test_cast_leaves_masks_and_gaps_alone() -> None:
+    """Only floating-point entries change dtype."""
+    result = cast({"q": torch.zeros(2), "mask": torch.ones(2, dtype=torch.bool), "t": None}, torch.float64)
+    assert [None if x is None else x.dtype for x in result.values()] == [torch.float64, torch.bool, None]
+
+
+def test_the_recorder_counts_storages_once_and_while_they_live() -> None:
+    """Views and in-place results are free; what is dropped is free again."""
+    with MemoryRecorder() as memory:
+        x = torch.zeros(100, 10)
+        x.view(10, 100).add_(1)
+        del x
+        y = torch.ones(50, 10, dtype=torch.float64)
+        z = y + 1
+    assert memory.largest == 1000
+    assert memory.peak == y.nbytes + z.nbytes == 8000
+    with MemoryRecorder() as memory:
+        reference.attention(*make_qkv(1, 1, 64, 8))
+    assert memory.largest == 64 * 64
