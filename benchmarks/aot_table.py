@@ -30,6 +30,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_MEMORY = {80: 99, 90: 227, 100: 227}  # KiB a program may have; sm_80's row serves 8.6, 8.9 and 12.x, too
 TENSOR_MEMORY = 512  # columns, sm_100; a kernel that wants more compiles to a stub without any error
 SMALLEST_KERNEL = 400  # instructions
+CAUSAL = "causal"  # takes the configs of masked calls
 HEAD_DIMS = (32, 64, 72, 80, 96, 112, 128, 192, 256)
 NORM_WIDTHS, NORM_LENGTH = (384, 1152, 4096, 8192), 256
 
@@ -84,13 +85,15 @@ class _NoGPU:
 @contextmanager
 def compiling_for(arch: int) -> Iterator[None]:
     """Let Triton compile for this architecture, whatever the machine has."""
-    triton.runtime.driver.set_active(_NoGPU(arch))
+    driver = triton.runtime.driver
+    previous = driver._active  # None so far, on a machine without a GPU; the public property would raise there
+    driver.set_active(_NoGPU(arch))
     for kernel in (attention._attention_kernel, norm._norm_kernel):
         kernel.device_caches.clear()
     try:
         yield
     finally:
-        triton.runtime.driver.reset_active()
+        driver.set_active(previous)
 
 
 def compile_case(case: Case, config: configs.Config | None = None) -> Any:
@@ -102,19 +105,20 @@ def compile_case(case: Case, config: configs.Config | None = None) -> Any:
 
 
 def _compile_attention(case: Case, config: configs.Config | None) -> Any:
-    moves, masked = case.kind != configs.STILL, case.kind != configs.MOVING
+    moves, masked = case.kind != configs.STILL, case.kind in (configs.MASKED, configs.STILL)
     q, k, v = (torch.empty(2, 4, 1024, case.width, dtype=case.dtype, device="meta") for _ in range(3))
     mask = torch.empty(1, 1, 1024, 1024, device="meta").expand(2, 4, 1024, 1024) if masked else None
     launch = attention.plan(
         q, k, v, q if moves else None, k if moves else None, v, mask, mask if moves else None,
         attention.allocate(q, v, any_tangent=True, keep_acc=False),
-        is_causal=masked, scale=0.125, config=config or _attention_config(case),
+        is_causal=case.kind == CAUSAL, scale=0.125, config=config or _attention_config(case),
     )  # fmt: skip
     return attention._attention_kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
 
 
 def _attention_config(case: Case) -> configs.Config:
-    return configs.attention_config(case.arch, case.dtype, case.width, case.kind)
+    kind = configs.MASKED if case.kind == CAUSAL else case.kind
+    return configs.attention_config(case.arch, case.dtype, case.width, kind)
 
 
 def _compile_norm(case: Case) -> Any:
@@ -182,7 +186,7 @@ def problems(row: Row) -> list[str]:
 
 def shipped(archs: list[int]) -> list[Case]:
     """Everything that the config table can be asked for, a head dim of each split and a norm of each size."""
-    kinds = (configs.MOVING, configs.MASKED, configs.STILL)
+    kinds = (configs.MOVING, configs.MASKED, CAUSAL, configs.STILL)
     return [
         *(Case(arch, torch.bfloat16, d, kind) for arch in archs for kind in kinds for d in HEAD_DIMS),
         *(Case(arch, torch.float32, d, configs.MASKED) for arch in archs for d in HEAD_DIMS),
@@ -207,8 +211,8 @@ def markdown(rows: list[Row]) -> str:
     )
     legend = (
         f"Compiled ahead of time with Triton {triton.__version__}, never run. Kinds: *moving*, with t_q, t_k and t_v; "
-        "*masked*, the same under a float mask with a tangent, and causal; *still*, with t_v alone, masked too; "
-        "*norm*, LayerNorm, affine and modulated, with all its tangents. Width: head dim or channels."
+        "*masked*, the same under a float mask with a tangent; *causal*, the same; *still*, with t_v alone, under a float "
+        "mask; *norm*, LayerNorm, affine and modulated, with all its tangents. Width: head dim or channels."
     )
     lines = [
         legend,

@@ -33,7 +33,8 @@ from fastdistill.eager import attention
 from fastdistill.testing import assert_accurate, make_qkv
 
 eager: Any = attention  # its arguments are spread from tuples, which a type checker can't count
-Run = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]
+Tensors = tuple[Tensor, ...]
+Run = Callable[[Tensors, Tensors], Tensors]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Case:
     heads: int
     d: int = 64
 
-    def inputs(self, heads: int | None = None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def inputs(self, heads: int | None = None) -> tuple[Tensors, Tensors]:
         """Primals and tangents, of all heads or of some."""
         primals, tangents = (make_qkv(self.batch, self.heads, self.n, self.d, seed=seed) for seed in (0, 1))
         return tuple(x[:, :heads] for x in primals), tuple(x[:, :heads] for x in tangents)
@@ -54,48 +55,47 @@ class Case:
 CASES = {str(case.n): case for case in (Case(256, 4, 12), Case(1024, 1, 12), Case(4096, 1, 4))}
 
 
-def torch_forward(primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def torch_forward(primals: Tensors, tangents: Tensors) -> Tensors:
     """What one writes without us."""
     with sdpa_kernel(SDPBackend.MATH):
         o, t_o = torch.func.jvp(F.scaled_dot_product_attention, primals, tangents)[:2]
     return o, t_o
 
 
-def torch_training(primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def torch_training(primals: Tensors, tangents: Tensors) -> Tensors:
     """The same, and the gradients of the primal."""
     leaves = tuple(x.detach().requires_grad_() for x in primals)
     o, t_o = torch_forward(leaves, tangents)
     return o, t_o, *torch.autograd.grad(o, leaves, torch.ones_like(o))
 
 
-def eager_forward(primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def eager_forward(primals: Tensors, tangents: Tensors) -> Tensors:
     """The implementation itself."""
-    o, t_o, *_ = eager_call(primals, tangents)
+    (q, k, v), (t_q, t_k, t_v) = primals, tangents
+    scale = q.shape[-1] ** -0.5
+    o, t_o, *_ = eager.attention_forward(
+        q, k, v, t_q, t_k, t_v, None, None, is_causal=False, scale=scale, tangent_grad=False
+    )
+    assert t_o is not None
     return o, t_o
 
 
-def eager_training(primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def eager_training(primals: Tensors, tangents: Tensors) -> Tensors:
     """Its forward, and its primal backward."""
-    o, t_o, lse, mu, *_ = eager_call(primals, tangents)
-    dq, dk, dv, *_ = eager.attention_backward(
-        torch.ones_like(o), None, *primals, *tangents, None, None, o, t_o, lse, mu,
-        is_causal=False, scale=o.shape[-1] ** -0.5, needs=(True, True, True, *(False,) * 5),
-    )  # fmt: skip
-    return o, t_o, dq, dk, dv
+    (q, k, v), (o, t_o) = primals, eager_forward(primals, tangents)
+    needs, scale, nothing = (True, True, True, *(False,) * 5), q.shape[-1] ** -0.5, (None,) * 5
+    gradients = eager.attention_backward(
+        torch.ones_like(o), None, q, k, v, *nothing, o, None, None, None, is_causal=False, scale=scale, needs=needs
+    )
+    return o, t_o, *(x for x in gradients if x is not None)
 
 
-def eager_call(primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Any:
-    """attention_forward without a mask."""
-    scale = primals[0].shape[-1] ** -0.5
-    return eager.attention_forward(*primals, *tangents, None, None, is_causal=False, scale=scale, tangent_grad=False)
-
-
-def fd_forward(primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def fd_forward(primals: Tensors, tangents: Tensors) -> Tensors:
     """The public op under the public driver."""
     return fd.jvp(fd.scaled_dot_product_attention, primals, tangents)
 
 
-def fd_training(primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def fd_training(primals: Tensors, tangents: Tensors) -> Tensors:
     """The same, and the gradients of the primal."""
     leaves = tuple(x.detach().requires_grad_() for x in primals)
     o, t_o = fd_forward(leaves, tangents)

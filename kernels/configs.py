@@ -31,17 +31,76 @@ class NormConfig(NamedTuple):
 INTERPRETER = 0  # the architecture of a CPU
 INTERPRETED = Config(32, 32, 1, 1)  # small enough that short tests have several tiles
 
-# Kind of work: the logits move (t_q, t_k or a mask's tangent), they move under a mask, or they stand still.
+# Kind of call: the logits move (by t_q, t_k or a mask's tangent), they move under a mask or causally, or they stand still.
 MOVING, MASKED, STILL = "moving", "masked", "still"
 
-# Head dims up to the key of the inner table. sm_90 serves 9.x and sm_100 10.x; sm_80 serves all others, so its tiles
-# keep to the 99 KiB of shared memory of 8.6, 8.9 and 12.x.
+# Heads up to the key, by architecture and kind. sm_90 serves 9.x, sm_100 serves 10.x, sm_80 all others, so its tiles
+# keep to the 99 KiB of shared memory that 8.6, 8.9 and 12.x have. For heads wider than 128, 64 rows do not fit into the
+# registers; these go without the matmul instructions of 9.x and 10.x, which need 64 rows, and use those of 8.x.
 ATTENTION: dict[tuple[int, str], dict[int, Config]] = {
-    (80, MOVING): {},
+    (80, MOVING): {
+        96: Config(128, 32, 8, 2),
+        112: Config(64, 32, 4, 2),
+        128: Config(64, 32, 8, 2),
+        256: Config(32, 16, 8, 2),
+    },
+    (80, MASKED): {
+        80: Config(128, 32, 8, 2),
+        96: Config(64, 32, 4, 2),
+        112: Config(128, 16, 8, 2),
+        128: Config(64, 32, 8, 2),
+        256: Config(32, 16, 8, 2),
+    },
+    (80, STILL): {
+        80: Config(128, 32, 8, 2),
+        96: Config(64, 32, 4, 2),
+        128: Config(128, 32, 8, 2),
+        256: Config(64, 16, 16, 2),
+    },
+    (90, MOVING): {
+        64: Config(128, 64, 8, 3),
+        80: Config(128, 64, 8, 2),
+        128: Config(128, 32, 8, 4),
+        256: Config(32, 32, 8, 2),
+    },
+    (90, MASKED): {
+        32: Config(128, 64, 8, 3),
+        64: Config(128, 64, 8, 2),
+        80: Config(128, 32, 8, 4),
+        96: Config(128, 32, 8, 3),
+        112: Config(128, 16, 8, 3),
+        128: Config(128, 32, 8, 3),
+        256: Config(32, 32, 8, 2),
+    },
+    (90, STILL): {
+        96: Config(128, 64, 8, 3),
+        112: Config(64, 32, 8, 2),
+        128: Config(128, 64, 8, 2),
+        256: Config(32, 32, 8, 2),
+    },
+    (100, MOVING): {
+        80: Config(128, 64, 8, 3),
+        128: Config(128, 32, 8, 3),
+        256: Config(32, 32, 8, 2),
+    },
+    (100, MASKED): {
+        112: Config(128, 32, 8, 3),
+        128: Config(64, 32, 8, 2),
+        256: Config(32, 32, 8, 2),
+    },
+    (100, STILL): {
+        112: Config(128, 64, 8, 3),
+        128: Config(128, 32, 8, 3),
+        256: Config(64, 16, 16, 2),
+    },
 }
 
-# float32 runs on the ordinary cores (exact products, no TF32), where large tiles have nothing to gain.
-ATTENTION_FLOAT32: dict[int, Config] = {}
+# float32 runs on the ordinary cores, with exact products instead of TF32's, and each thread holds operands, too.
+ATTENTION_FLOAT32: dict[int, Config] = {
+    64: Config(32, 32, 8, 2),
+    128: Config(32, 16, 8, 2),
+    256: Config(16, 16, 8, 2),
+}
 
 
 def arch_of(device: torch.device) -> int:
@@ -53,7 +112,7 @@ def arch_of(device: torch.device) -> int:
 
 
 def attention_config(arch: int, dtype: torch.dtype, d: int, kind: str) -> Config:
-    """The shipped config for a head dim of at most `d` in queries, keys and values."""
+    """The shipped config for heads of width `d`, the larger of that of the keys and that of the values."""
     if arch == INTERPRETER:
         return INTERPRETED
     table = ATTENTION_FLOAT32 if dtype == torch.float32 else ATTENTION[arch, kind]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 # Logits in one block. On a CPU a block should stay in the cache; a GPU wants few and large launches.
-_BLOCK_SIZE = {"cpu": 1 << 20, "cuda": 1 << 25}
+_BLOCK_SIZE = {"cpu": 1 << 20, "cuda": 1 << 24}
 _LEAST_ROWS = 32  # with fewer, a matmul only waits for its keys
 _CAUSAL_BLOCKS = 8  # at least so many: a block computes its logits up to its last row's diagonal
 
@@ -314,7 +314,7 @@ class _Blocks:
             part.copy_(_times(block, scale).reshape(part.shape))
 
     def _buffer(self, name: str, shape: Sequence[int]) -> Tensor:
-        """Uninitialised memory that all blocks share: a fresh allocation's page faults can cost more than a matmul."""
+        """Uninitialised memory that all blocks share: half the peak of a fresh allocation each."""
         size = math.prod(shape)
         if name not in self._memory or self._memory[name].numel() < size:
             self._memory[name] = torch.empty(size, dtype=self.dtype, device=self._device)

@@ -51,6 +51,15 @@ def test_a_tangent_that_is_not_there_costs_nothing(tangents: str) -> None:
         assert matmuls(lambda: backward(o, t_o, primals, directions), 33, 32) - forward_work == MIXED_WORK[tangents]
 
 
+def test_causal_attention_skips_the_keys_beyond_each_block() -> None:
+    """Eight blocks compute 36 of their 64 squares, forward and backward."""
+    primals, tangents = problem(Case(n=256, m=256))
+    do = torch.randn(2, 4, 256, 32)
+    for run in (forward, partial(backward, do, None), partial(backward, do, do)):
+        whole, causal = (matmuls(partial(run, primals, tangents, is_causal), 256, 32) for is_causal in (False, True))
+        assert causal == whole * 36 / 64
+
+
 @pytest.mark.parametrize("is_causal", [False, True], ids=["", "causal"])
 def test_memory_grows_with_n_not_with_its_square(is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor is larger than a block or than a few inputs, and twice the tokens take at most twice the memory."""
