@@ -211,7 +211,7 @@ def markdown(rows: list[Row]) -> str:
     )
     legend = (
         f"Compiled ahead of time with Triton {triton.__version__}, never run. Kinds: *moving*, with t_q, t_k and t_v; "
-        "*masked*, the same under a float mask with a tangent; *causal*, the same; *still*, with t_v alone, under a float "
+        "*masked*, the same under a float mask with a tangent; *causal*, the same; *still*, with t_v alone under a float "
         "mask; *norm*, LayerNorm, affine and modulated, with all its tangents. Width: head dim or channels."
     )
     lines = [

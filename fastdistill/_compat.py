@@ -19,6 +19,8 @@ __all__ = [
     "apply_function",
     "below_autograd",
     "functorch_active",
+    "functorch_level",
+    "has_tangent",
     "make_dual",
     "redispatching",
     "unpack_dual",
@@ -30,6 +32,11 @@ def unpack_dual(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     return torch._VF._unpack_dual(x, 0)
 
 
+def has_tangent(x: torch.Tensor) -> bool:
+    """Whether `x` carries a tangent at the current level; under vmap its tangent belongs to another level, unseen."""
+    return not torch._C._functorch.is_batchedtensor(x) and unpack_dual(x)[1] is not None
+
+
 def make_dual(primal: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
     """`primal` carrying `tangent` at the current functorch level."""
     return torch._VF._make_dual(primal, tangent, 0)
@@ -38,6 +45,11 @@ def make_dual(primal: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
 def functorch_active() -> bool:
     """Whether a torch.func transform (jvp, grad, vmap, ...) is running."""
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def functorch_level() -> int:
+    """How many torch.func transforms are nested around the caller; 0 outside of all."""
+    return int(torch._C._functorch.maybe_current_level() or 0)
 
 
 def apply_function(function: Any, *args: Any) -> Any:

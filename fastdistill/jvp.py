@@ -36,11 +36,12 @@ def jvp(
         primals: positional arguments of `fn`; those without a tangent may be anything.
         tangents: one for each primal: a tensor of the primal's shape, a number that is broadcast to it, or None.
             None and the number 0 are structural zeros: nothing is computed for them.
-        tangent_grad: False (the default) treats the tangent as a constant: it carries no graph, and its graph is cut
+        tangent_grad: False (the default) treats the tangent as a constant: it has no derivative, and its graph is cut
             after every operation, so that the memory held is that of a plain forward. True makes the tangent
             differentiable, exactly as `torch.func.jvp`; losses that backpropagate through it need that (TVM, LSD).
         mode: "single" computes both in one pass; "separate" takes a plain forward for the output and a pass under
-            `no_grad` for the tangent: slower, for networks whose hooks don't bear forward AD under grad.
+            `no_grad` for the tangent, with the same random numbers: slower, for networks that don't bear forward AD
+            under grad, such as those with checkpointing inside.
 
     Returns:
         (out, t_out), each with the structure of `fn`'s result. `out` carries the graph.
@@ -54,8 +55,13 @@ def jvp(
     """
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {MODES}, got {mode!r}")
+    if mode == "separate" and tangent_grad:
+        raise ValueError("mode='separate' computes its tangent under no_grad: expected tangent_grad=False")
+    for name, value in (("primals", primals), ("tangents", tangents)):
+        if not isinstance(value, (tuple, list)):
+            raise TypeError(f"{name}: expected a tuple, one entry for each argument of fn, got {type(value).__name__}")
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-        raise RuntimeError("fastdistill.jvp: forward AD is silently zero in inference_mode; use torch.no_grad instead")
+        raise RuntimeError("fastdistill.jvp: torch 2.11 loses tangents in inference_mode; use torch.no_grad instead")
     if len(primals) != len(tangents):
         raise ValueError(f"tangents: expected one for each of the {len(primals)} primals, got {len(tangents)}")
     checked = [_tangent(i, p, t, tangent_grad) for i, (p, t) in enumerate(zip(primals, tangents))]
@@ -72,23 +78,23 @@ def jvp(
 
     point, direction = tuple(primals[i] for i in moving), tuple(checked[i] for i in moving)
     if tangent_grad:
-        if mode == "separate":
-            raise ValueError("mode='separate' computes its tangent under no_grad: expected tangent_grad=False")
         return _pushforward(restricted, point, direction)
-    with tangents_without_grad():
+    level = 0 if torch.compiler.is_compiling() else _compat.functorch_level() + 1
+    with tangents_without_grad(level):
         if mode == "separate":
-            with torch.no_grad():
+            devices = sorted({x.device.index for x in point if x.device.type == "cuda"})
+            with torch.no_grad(), torch.random.fork_rng(devices):
                 _, t_out = _pushforward(restricted, point, direction)
             return fn(*primals), t_out
         if torch.compiler.is_compiling():  # the compiler drops the unused graph of the tangent by itself
             out, t_out = _pushforward(restricted, point, direction)
         else:
-            with CutTangentGraph():
+            with CutTangentGraph(level):
                 out, t_out = _pushforward(restricted, point, direction)
     return out, tree_map(torch.detach, t_out)
 
 
-# Their tangents are views of tangents that were cut before.
+# Their tangents are views of tangents that were cut before. To cut again would be right too, only slower.
 _RESHAPE = {"expand", "flatten", "permute", "reshape", "squeeze", "transpose", "unflatten", "unsqueeze", "view"}
 VIEWS = frozenset(_RESHAPE | {"__getitem__", "chunk", "split", "unbind"})
 
@@ -98,14 +104,24 @@ class CutTangentGraph(TorchFunctionMode):
 
     The tangent of `F.linear(x, W)` is `F.linear(t_x, W)`, which would save t_x and W for a gradient that nobody asks
     for. Cut at once, what it saved is freed at once. (Under `forward_ad.dual_level` that would not help: there every
-    saved primal keeps its tangent alive. Under `torch.func.jvp` the primal's graph is one level below the tangents.)
+    saved primal keeps its tangent alive. Under `torch.func.jvp` the primals' graph is one level below the tangents.)
+
+    Args:
+        level: the functorch level of the driver. A transform inside the network has its own, and its tangents are
+            values for the driver: they are left alone.
     """
+
+    def __init__(self, level: int) -> None:
+        super().__init__()
+        self.level = level
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") in VIEWS:
+        if getattr(func, "__name__", "") in VIEWS or not torch.is_grad_enabled():
+            return result
+        if _compat.functorch_level() != self.level:
             return result
         if isinstance(result, Tensor):  # an in-place operation must return the very tensor it was given
             return result if args and result is args[0] else _cut(result)
@@ -142,4 +158,6 @@ def _tangent(index: int, primal: Any, tangent: Any, tangent_grad: bool) -> Tenso
         raise ValueError(f"{name}: expected device {primal.device}, got {tangent.device}")
     if tangent.requires_grad and not tangent_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires grad, which would be lost: detach it, or pass tangent_grad=True")
+    if not tangent_grad and not torch.compiler.is_compiling() and _compat.has_tangent(tangent):
+        raise ValueError(f"{name} has a tangent of its own, which would be lost: pass tangent_grad=True")
     return tangent.to(primal.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -131,12 +132,64 @@ def test_driver_inside_other_transforms(net: Block, batch: tuple[Tensor, ...]) -
     torch.testing.assert_close(pulled, torch.func.grad(lambda x: net(x, t, s).sum())(x))
 
 
+def test_derivative_inside_the_network_is_left_alone() -> None:
+    w, x, one = torch.randn(3, 3, requires_grad=True), torch.randn(2, 3), torch.ones(2, 3)
+    slope = lambda x: torch.func.jvp(lambda z: (z @ w).sin(), (x,), (one,))[1]  # noqa: E731
+    u, du = fd.jvp(slope, (x,), (one,))
+    truth, d_truth = torch.func.jvp(slope, (x,), (one,))
+    torch.testing.assert_close((u, du), (truth, d_truth.detach()))
+    torch.testing.assert_close(torch.autograd.grad(u.sum(), w), torch.autograd.grad(truth.sum(), w))
+
+
+def test_results_of_no_grad_may_be_changed_in_place() -> None:
+    w, x = torch.randn(3, 3, requires_grad=True), torch.randn(2, 3)
+
+    def fn(x: Tensor) -> Tensor:
+        h = x @ w
+        with torch.no_grad():
+            g = x * 2
+        return g.add_(h) @ w
+
+    torch.testing.assert_close(fd.jvp(fn, (x,), (x,)), torch.func.jvp(fn, (x,), (x,)))
+
+
+def test_separate_mode_replays_random_numbers() -> None:
+    x = torch.ones(100)
+    out, t_out = fd.jvp(lambda x: torch.nn.functional.dropout(x, 0.5, True), (x,), (x,), mode="separate")
+    torch.testing.assert_close(out, t_out)
+
+
+def test_another_thread_keeps_its_tangents_graph() -> None:
+    inside, done = threading.Event(), threading.Event()
+
+    def wait(x: Tensor) -> Tensor:
+        inside.set()
+        done.wait(10)
+        return x * 2
+
+    thread = threading.Thread(target=lambda: fd.jvp(wait, (torch.ones(2),), (1.0,)))
+    thread.start()
+    inside.wait(10)
+    q = torch.randn(1, 2, 5, 4, requires_grad=True)
+    tangent = torch.func.jvp(fd.scaled_dot_product_attention, (q, q, q), (q.detach(),) * 3)[1]
+    done.set()
+    thread.join()
+    assert tangent.requires_grad
+
+
+def test_tangent_with_an_outer_tangent_is_refused_rather_than_lost() -> None:
+    x = torch.ones(2)
+    with pytest.raises(ValueError, match=r"tangents\[0\] has a tangent of its own"):
+        torch.func.jvp(lambda v: fd.jvp(torch.sin, (x,), (v,))[1], (x,), (x,))
+
+
 @pytest.mark.parametrize(
     ("primals", "tangents", "message"),
     [
         ((torch.ones(2),), (torch.ones(3),), r"tangents\[0\]: expected shape \(2,\), got \(3,\)"),
         ((torch.ones(2), 5), (None, 1.0), r"tangents\[1\]: expected None, as primals\[1\]"),
         ((torch.ones(2, dtype=torch.long),), (1.0,), "torch.int64"),
+        (torch.ones(2), torch.ones(2), "primals: expected a tuple"),
         ((torch.ones(2),), ("x",), r"tangents\[0\]: expected a tensor, a number or None, got str"),
         ((torch.ones(2),), (None, None), "expected one for each of the 1 primals, got 2"),
         ((torch.ones(2),), (torch.ones(2, requires_grad=True),), r"tangents\[0\] requires grad"),

@@ -5,34 +5,53 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastdistill import _compat
+
 IMPLEMENTATIONS = ("auto", "torch", "triton", "cuda")
 
 
 class _State:
-    """Process-wide on purpose: torch.compile traces a plain attribute, not a context variable."""
+    """Whose tangents keep no graph: (thread, functorch level), or None for nobody's.
 
-    tangent_grad = True
+    A plain attribute, because torch.compile traces no context variable. Where two threads write it, the loser's ops
+    save more than they need, and nothing is lost.
+    """
+
+    constant: tuple[int, int] | None = None
 
 
 STATE = _State()
 
 
+def _here() -> tuple[int, int]:
+    compiling = torch.compiler.is_compiling()  # what is compiled has one driver, at one level
+    return (0, 0) if compiling else (threading.get_ident(), _compat.functorch_level())
+
+
 @contextmanager
-def tangents_without_grad() -> Iterator[None]:
-    """Inside, ops under forward AD save nothing for their tangents."""
-    previous = STATE.tangent_grad
-    STATE.tangent_grad = False
+def tangents_without_grad(level: int) -> Iterator[None]:
+    """Inside, ops under forward AD at that functorch level save nothing for their tangents."""
+    previous, (thread, _) = STATE.constant, _here()
+    STATE.constant = (thread, level)
     try:
         yield
     finally:
-        STATE.tangent_grad = previous
+        STATE.constant = previous
+
+
+def tangent_grad() -> bool:
+    """Whether tangents are differentiable here."""
+    if torch.compiler.is_compiling():
+        return STATE.constant is None
+    return STATE.constant is None or STATE.constant != _here()
 
 
 def triton_problem(device: torch.device) -> str | None:
@@ -76,6 +95,18 @@ def check_like(name: str, x: Tensor, other_name: str, other: Tensor, *, dtype: b
         raise ValueError(f"{name}: expected {other.dtype} as {other_name}, got {x.dtype}")
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast asks for on `device`, or None where it is off or unknown."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Ops choose their own precision: inside, autocast doesn't reach their matmuls."""
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
+
+
 def checked_tangents(
     named: Sequence[tuple[str, Tensor | None, Tensor | None]], tangent_grad: bool
 ) -> list[Tensor | None]:
@@ -91,6 +122,8 @@ def checked_tangents(
         check_tensor(f"t_{name}", tangent)
         if primal is None:
             raise ValueError(f"t_{name}: expected None as {name} is None, got a tensor of {tuple(tangent.shape)}")
+        if not primal.is_floating_point():
+            raise TypeError(f"t_{name}: expected None, as {name} is {primal.dtype}")
         if tangent.shape != primal.shape:
             raise ValueError(f"t_{name}: expected shape {tuple(primal.shape)} as {name}, got {tuple(tangent.shape)}")
         check_like(f"t_{name}", tangent, name, primal, dtype=False)

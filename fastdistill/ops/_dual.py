@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fastdistill import _compat
+from fastdistill.ops._choice import without_autocast
 
 Spec = tuple[tuple[int, ...], torch.dtype] | None
 Tensors = Sequence[Tensor | None]
@@ -62,6 +63,7 @@ class DualOp:
         math_backward: as `backward`, without out, t_out and residuals, differentiable plain PyTorch.
         native: (primals, attrs) -> out when nothing is differentiated forward, or None to use `forward`.
         specs: (primals, tangents, attrs, tangent_grad) -> shape and dtype of out and of each residual.
+        broadcastable: primals whose batch dimension may be 1 where that of the others isn't.
         unfoldable: primals without a leading batch dimension.
     """
 
@@ -75,6 +77,7 @@ class DualOp:
     math_backward: Callable[..., Tensors]
     native: Callable[..., Tensor | None]
     specs: Callable[..., tuple[Spec, Sequence[Spec]]]
+    broadcastable: frozenset[str] = frozenset()
     unfoldable: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -176,7 +179,8 @@ class DualOp:
 
     def _dual(self, *args: Any) -> tuple[Tensor, ...]:
         primals, tangents, attrs, tangent_grad = self._split_dual(args)
-        with _no_autocast(primals[0]):
+        assert primals[0] is not None
+        with without_autocast(primals[0].device):
             out, t_out, residuals = self.forward(primals, tangents, attrs, tangent_grad)
         return tuple(packed(x, out) for x in (out, t_out, *residuals))
 
@@ -210,7 +214,7 @@ class DualOp:
 
     def _backward(self, *args: Any) -> tuple[Tensor, ...]:
         dout, dt_out, primals, tangents, out, t_out, residuals, attrs, needs = self._split_backward(args)
-        with _no_autocast(primals[0]):
+        with without_autocast(primals[0].device):
             grads = self.backward(
                 torch.zeros_like(out) if dout is None else dout,
                 dt_out,
@@ -249,7 +253,9 @@ class DualOp:
         first, dim = args[0], in_dims[0]
         batch = first.shape[0] if dim is None else first.movedim(dim, 0).shape[1]
         folded = [
-            x if x is None or name in self.unfoldable else _fold(x, dim, info.batch_size, batch)
+            x
+            if x is None or name in self.unfoldable or (dim is None and name in self.broadcastable and x.shape[0] == 1)
+            else _fold(x, dim, info.batch_size, batch)
             for x, dim, name in zip(args[:tensors], in_dims[:tensors], names)
         ]
         result = op(*folded, *args[tensors:])
@@ -305,16 +311,8 @@ def _needs_grad(tensors: Tensors) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _no_autocast(like: Tensor | None) -> Any:
-    """Kernels choose their own precision: autocast must not reach the matmuls inside them."""
-    assert like is not None
-    return torch.autocast(like.device.type, enabled=False)
-
-
 def _fold(x: Tensor, dim: int | None, size: int, batch: int) -> Tensor:
-    """Merge the mapped dimension into the leading batch dimension; what broadcasts over both stays as it is."""
-    if dim is None and x.shape[0] == 1 and batch * size > 1:
-        return x
+    """Merge the mapped dimension into the leading batch dimension."""
     x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
     return x.expand(size, batch, *x.shape[2:]).reshape(size * batch, *x.shape[2:])
 

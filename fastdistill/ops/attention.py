@@ -37,18 +37,21 @@ def scaled_dot_product_attention(
     """`torch.nn.functional.scaled_dot_product_attention`, differentiable in forward mode with O(N·D) memory.
 
     Under `torch.func.jvp`, `torch.autograd.forward_ad` or `fastdistill.jvp`, primal and tangent come from one fused
-    pass and no (N, M) matrix is ever stored, forward or backward. Without tangents it is PyTorch's own op.
+    pass, and no (N, M) matrix is stored, forward or backward. (Two things do need one: the gradient of a float mask,
+    and second derivatives.) Without tangents it is PyTorch's own op.
 
     Args:
-        query: (..., H, N, D), float64, float32, bfloat16 or float16.
-        key: (..., H, M, D), or (..., Hkv, M, D) with `enable_gqa` and H a multiple of Hkv.
+        query: (..., H, N, D), at least three dimensions, float64, float32, bfloat16 or float16.
+        key: (..., H, M, D), its batch dimensions those of query, or (..., Hkv, M, D) with `enable_gqa` and H a multiple
+            of Hkv.
         value: (..., H, M, Dv), or (..., Hkv, M, Dv).
         attn_mask: broadcastable to (..., H, N, M): bool (True = attend), or float, added to the logits. A query that
             may attend to no key gets an output and a tangent of zero.
         dropout_p: must be 0.0 where a tangent flows.
         is_causal: query i attends to keys j <= i, aligned top-left, as in PyTorch; excludes `attn_mask`.
         scale: factor of the logits, 1/sqrt(D) by default.
-        impl: "auto" | "torch" | "triton". An explicit choice never falls back: it runs, or raises.
+        impl: "auto" | "torch" | "triton". An explicit choice never falls back: its forward runs, or it raises. (The
+            backward of "triton" is the torch implementation's, so far.)
 
     Returns:
         (..., H, N, Dv) in query's dtype.
@@ -56,11 +59,10 @@ def scaled_dot_product_attention(
     Equivalent to:
         F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     """
-    _choice.check_tensor("query", query)
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = (x.to(dtype) for x in (query, key, value))
-        attn_mask = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask.to(dtype)
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        _choice.check_tensor(name, x)
+    if (dtype := _choice.autocast_dtype(query.device)) is not None:
+        query, key, value, attn_mask = (_lowered(x, dtype) for x in (query, key, value, attn_mask))
     lead = query.shape[:-3]
     primals = _checked(query, key, value, attn_mask, is_causal, enable_gqa)
     _choice.check_impl(impl, query.device)
@@ -71,7 +73,7 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     attrs = (is_causal, _scale(query, scale), impl)
-    out = ATTENTION(primals, attrs, _choice.STATE.tangent_grad)
+    out = ATTENTION(primals, attrs, _choice.tangent_grad())
     return out.reshape(*lead, *out.shape[1:])
 
 
@@ -103,9 +105,9 @@ def attention_jvp(
     Equivalent to:
         torch.func.jvp(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, ...), (q, k, v), (t_q, t_k, t_v))
     """
+    primals = _checked(q, k, v, attn_mask, is_causal, enable_gqa)
     named = [("q", q, t_q), ("k", k, t_k), ("v", v, t_v), ("attn_mask", attn_mask, t_attn_mask)]
     tangents = _choice.checked_tangents(named, tangent_grad)
-    primals = _checked(q, k, v, attn_mask, is_causal, enable_gqa)
     _choice.check_impl(impl, q.device)
     lead = q.shape[:-3]
     tangents = [*map(_four_dims, tangents[:3]), _mask_four_dims(tangents[3], q)]
@@ -131,6 +133,8 @@ def _checked(
             f"value: expected heads and length {tuple(k.shape[-3:-1])} as key, got {tuple(v.shape[-3:-1])}"
         )
     heads, kv_heads = q.shape[-3], k.shape[-3]
+    if not heads or not kv_heads:
+        raise ValueError(f"query, key: expected at least one head, got {heads} and {kv_heads}")
     if heads != kv_heads and (not enable_gqa or heads % kv_heads):
         hint = f"a divisor of {heads}" if enable_gqa else f"{heads} as query (or enable_gqa=True)"
         raise ValueError(f"key: expected {hint} heads, got {kv_heads}")
@@ -169,6 +173,11 @@ def _mask_four_dims(mask: Tensor | None, q: Tensor) -> Tensor | None:
         return mask
     lead = mask.shape[:-3]
     return mask.flatten(0, -4) if lead.numel() == 1 else mask.expand(*q.shape[:-3], *mask.shape[-3:]).flatten(0, -4)
+
+
+def _lowered(x: Any, dtype: torch.dtype) -> Any:
+    """What autocast makes of an argument: float64 and masks of bool stay."""
+    return x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype)
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
@@ -310,4 +319,5 @@ ATTENTION = DualOp(
     math_backward=_math_backward,
     native=_native,
     specs=_specs,
+    broadcastable=frozenset({"attn_mask"}),
 )

@@ -1,4 +1,4 @@
-"""The kernels' machine code, compiled for GPUs that are not there: `pytest tests/kernels_aot`, with no TRITON_INTERPRET.
+"""The kernels' machine code, for GPUs that are not there: `pytest tests/kernels_aot`, without TRITON_INTERPRET.
 
 A few of the shipped configs, at some seconds each; `python benchmarks/aot_table.py` does them all.
 """

@@ -213,6 +213,24 @@ def test_dropout_is_refused_where_a_tangent_flows() -> None:
         torch.func.jvp(lambda q: fd.scaled_dot_product_attention(q, k, v, dropout_p=0.5), (q,), (q,))
 
 
+def test_tangent_of_a_bool_mask_is_refused() -> None:
+    q, k, v = make_qkv(n=5, d=8)
+    with pytest.raises(TypeError, match="t_attn_mask: expected None, as attn_mask is"):
+        fd.attention_jvp(q, k, v, attn_mask=torch.ones(5, 5, dtype=torch.bool), t_attn_mask=torch.ones(5, 5))
+
+
+def test_autocast_leaves_float64_alone_as_it_does_for_pytorch() -> None:
+    q, k, v = make_qkv(n=5, d=8, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fd.scaled_dot_product_attention(q, k, v).dtype == torch.float64
+
+
+def test_shapes_are_inferred_on_the_meta_device() -> None:
+    q, k, v = (x.to("meta") for x in make_qkv(n=5, d=8))
+    assert fd.scaled_dot_product_attention(q, k, v).shape == q.shape
+    assert fd.ada_layer_norm(q[0], k[0], v[0]).shape == q[0].shape
+
+
 @pytest.mark.parametrize(
     ("tangent", "message"),
     [

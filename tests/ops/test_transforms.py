@@ -128,6 +128,19 @@ def test_vmap_of_jvp_with_shared_primals(case: Case) -> None:
     assert_same(vmap(pushforward(case.ours), dims)(*x, *t_x), vmap(pushforward(case.plain), dims)(*x, *t_x))
 
 
+@pytest.mark.parametrize("mapped", [0, 1])
+def test_vmap_of_jvp_and_grad_with_batches_of_one(case: Case, mapped: int) -> None:
+    """One primal is mapped, the others are shared and have a batch of 1: a shared row must not pass for broadcast."""
+    one = case._replace(shapes=tuple((1, *s[1:]) if len(s) > 1 else s for s in case.shapes))
+    (x, t_x), (many, _) = points(one), points(one, batch=3)
+    dims = tuple(0 if i == mapped else None for i in range(len(x)))
+    x[mapped] = many[mapped]
+    push = lambda op: vmap(lambda *a: jvp(op, a, tuple(t_x)), dims)(*x)  # noqa: E731
+    pull = lambda op: vmap(grad(lambda *a: op(*a).sin().sum(), argnums=tuple(range(len(x)))), dims)(*x)  # noqa: E731
+    assert_same(push(case.ours), push(case.plain))
+    assert_same(pull(case.ours), pull(case.plain))
+
+
 def test_vmap_over_an_inner_dimension(case: Case) -> None:
     x, t_x = points(case, batch=3)
     moved = [a.movedim(0, -1) for a in (*x, *t_x)]
