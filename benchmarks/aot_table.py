@@ -124,7 +124,7 @@ def _attention_config(case: Case) -> configs.Config:
 def _compile_norm(case: Case) -> Any:
     x = torch.empty(2, NORM_LENGTH, case.width, dtype=case.dtype, device="meta")
     channels, sample = (torch.empty(shape, device="meta") for shape in ((case.width,), (2, 1, case.width)))
-    inputs = [x, x, *[channels] * 4, *[sample] * 4]
+    inputs: list[torch.Tensor | None] = [x, x, *[channels] * 4, *[sample] * 4]
     launch = norm.plan(x, inputs, norm.allocate(x, any_tangent=True, rms=False), eps=1e-6, rms=False)
     return norm._norm_kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
 
@@ -211,8 +211,8 @@ def markdown(rows: list[Row]) -> str:
     )
     legend = (
         f"Compiled ahead of time with Triton {triton.__version__}, never run. Kinds: *moving*, with t_q, t_k and t_v; "
-        "*masked*, the same under a float mask with a tangent; *causal*, the same; *still*, with t_v alone under a float "
-        "mask; *norm*, LayerNorm, affine and modulated, with all its tangents. Width: head dim or channels."
+        "*masked*, the same under a float mask with a tangent; *causal*, the same; *still*, with t_v alone under a "
+        "float mask; *norm*, LayerNorm, affine and modulated, with all its tangents. Width: head dim or channels."
     )
     lines = [
         legend,
@@ -221,8 +221,8 @@ def markdown(rows: list[Row]) -> str:
         "|" + "---|" * len(heads),
     ]
     for row in rows:
-        cells = (f"sm_{row.arch}", row.dtype, row.kind, row.width, row.config, row.registers, row.spills)
-        cells += (f"{row.shared_kib:g}", row.tensor_memory or "-", row.instructions, row.mma or "-")
+        cells = [f"sm_{row.arch}", row.dtype, row.kind, row.width, row.config, row.registers, row.spills]
+        cells += [f"{row.shared_kib:g}", row.tensor_memory or "-", row.instructions, row.mma or "-"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 

@@ -31,7 +31,7 @@ class NormConfig(NamedTuple):
 INTERPRETER = 0  # the architecture of a CPU
 INTERPRETED = Config(32, 32, 1, 1)  # small enough that short tests have several tiles
 
-# Kind of call: the logits move (by t_q, t_k, a mask's tangent), they move under a mask or causally, or they stand still.
+# Kind of call: the logits move (by t_q, t_k, a mask's tangent), move under a mask or causally, or stand still.
 MOVING, MASKED, STILL = "moving", "masked", "still"
 
 # Heads up to the key, by architecture and kind. sm_90 serves 9.x, sm_100 serves 10.x, sm_80 all others, so its tiles
