@@ -27,21 +27,21 @@ class Strided(NamedTuple):
 
 @triton.constexpr_function
 def column_parts(width: int) -> tuple[tuple[int, int], ...]:
-    """Cover `width` columns by at most three powers of two >= 16, widest first, as (first column, part width).
+    """Cover `width` <= 256 columns by at most three powers of two from 16 to 128, as (first column, part width).
 
     Only the last may reach beyond `width`: 72 -> ((0, 64), (64, 16)), 96 -> ((0, 64), (64, 32)), 128 -> ((0, 128),).
     """
     narrowest = 16  # the least summed dimension of a tensor-core matmul
-    while (-(-width // narrowest)).bit_count() > 3:
+    while True:
+        parts: list[tuple[int, int]] = []
+        first, rest = 0, -(-width // narrowest) * narrowest
+        while rest:
+            part = min(128, 1 << (rest.bit_length() - 1))
+            parts.append((first, part))
+            first, rest = first + part, rest - part
+        if len(parts) <= 3:
+            return tuple(parts)
         narrowest *= 2
-    rest = -(-width // narrowest) * narrowest
-    parts: list[tuple[int, int]] = []
-    first = 0
-    while rest:
-        part = 1 << (rest.bit_length() - 1)
-        parts.append((first, part))
-        first, rest = first + part, rest - part
-    return tuple(parts)
 
 
 def stride_unit(*tensors: torch.Tensor | None) -> int:
