@@ -20,7 +20,6 @@ from torch import Tensor
 from fastdistill.eval.digits import DigitJudge, Row
 from fastdistill.eval.evaluate import evaluate, format_table
 from fastdistill.eval.report import read_metrics, write_report
-from fastdistill.models import count_parameters
 from fastdistill.train import TrainConfig, generate, load_config, load_run, train
 from fastdistill.train.data import Digits
 from fastdistill.train.files import write_text
@@ -121,7 +120,8 @@ def training_seconds(config: TrainConfig) -> float:
 
 def describe_run(config: TrainConfig) -> str:
     """A run's settings in a line."""
-    net, _ = load_run(config.out, device="cpu")
+    net, _ = load_run(config.out, device="cpu")  # frozen, so nothing of it counts as trainable
+    parameters = sum(parameter.numel() for parameter in net.parameters())
     optim = config.optim
     method = config.method
     if method.name == "meanflow":
@@ -132,7 +132,7 @@ def describe_run(config: TrainConfig) -> str:
     else:
         scale, own = method.sample_guidance, ""
     return (
-        f"{config.model.preset}, {count_parameters(net):,} parameters, {config.steps} steps of {config.data.batch}, "
+        f"{config.model.preset}, {parameters:,} parameters, {config.steps} steps of {config.data.batch}, "
         f"learning rate {optim.lr:g}, EMA {optim.ema:g}, {own}guidance scale {scale:g}"
     )
 

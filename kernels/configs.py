@@ -1,7 +1,8 @@
 """How the kernels are launched: tile sizes, warps and pipeline stages, by GPU architecture, dtype and width.
 
-The attention table holds the largest tiles that compile without register spills within the shared memory there is, as
-benchmarks/results/aot.md shows. They are NOT yet measured on a GPU: which of those that fit is fastest is unknown.
+The attention table was searched for large tiles that compile without register spills within the shared memory there is;
+benchmarks/aot_table.py compiles every entry and says which keep to that. They are NOT yet measured on a GPU: which of
+those that fit is fastest is unknown.
 """
 
 from __future__ import annotations

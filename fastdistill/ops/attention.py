@@ -199,27 +199,27 @@ def explain(
     """
     _checked(q, k, v, attn_mask, False, enable_gqa)
     _choice.check_impl(impl, q.device)
-    chosen = choose(q, impl)
-    reason = "asked for by name" if impl != "auto" else _triton_problem(q) or "the fastest that can run"
+    chosen = choose(q, v, impl)
+    reason = "asked for by name" if impl != "auto" else _triton_problem(q, v) or "the fastest that can run"
     shape = f"B={q.shape[:-3].numel()} H={q.shape[-3]} N={q.shape[-2]} M={k.shape[-2]} D={q.shape[-1]}"
     plain = "" if impl != "auto" else "; without tangents, torch.nn.functional.scaled_dot_product_attention"
     return f"attention {shape} {q.dtype} on {q.device}: {chosen} ({reason}){plain}"
 
 
-def choose(q: Tensor, impl: str) -> str:
+def choose(q: Tensor, v: Tensor, impl: str) -> str:
     """The implementation that runs under forward AD: "torch" or "triton"."""
     if impl != "auto":
         return impl
-    return "triton" if _triton_problem(q) is None else "torch"
+    return "triton" if _triton_problem(q, v) is None else "torch"
 
 
-def _triton_problem(q: Tensor) -> str | None:
+def _triton_problem(q: Tensor, v: Tensor) -> str | None:
     if q.device.type != "cuda":
         return f"no triton: tensors are on {q.device.type!r}"
     if q.dtype == torch.float64:
         return "no triton: float64"
-    if q.shape[-1] > MAX_TRITON_HEAD_DIM:
-        return f"no triton: head dim {q.shape[-1]} > {MAX_TRITON_HEAD_DIM}"
+    if (widest := max(q.shape[-1], v.shape[-1])) > MAX_TRITON_HEAD_DIM:
+        return f"no triton: head dim {widest} > {MAX_TRITON_HEAD_DIM}"
     problem = _choice.triton_problem(q.device)
     return problem and f"no triton: {problem}"
 
@@ -235,7 +235,7 @@ def _forward(
     t_q, t_k, t_v, t_mask = tangents
     is_causal, scale, impl = attrs
     assert q is not None and k is not None and v is not None
-    o, t_o, *residuals = _choice.implementation("attention", choose(q, impl)).attention_forward(
+    o, t_o, *residuals = _choice.implementation("attention", choose(q, v, impl)).attention_forward(
         q, k, v, t_q, t_k, t_v, _expanded(mask, q, k), _expanded(t_mask, q, k),
         is_causal=is_causal, scale=scale, tangent_grad=tangent_grad and any(t is not None for t in tangents),
     )  # fmt: skip

@@ -63,10 +63,12 @@ def train(config: TrainConfig) -> Path:
     with open_run(config) as run, torch.random.fork_rng([device] if device.type == "cuda" else []):
         state = new_state(config, device)
         resume(state, config, run)
+        export = run / "export" / "ema.safetensors"
         if state["step"] < config.steps:
-            (run / "export" / "ema.safetensors").unlink(missing_ok=True)  # that of a shorter run, if any
+            export.unlink(missing_ok=True)  # that of a shorter run, if any
             run_steps(state, config, run)
-        export_network(run, state["ema"].module, config, state["step"])
+        if not export.exists():  # written once: students know their teacher by the file's checksum
+            export_network(run, state["ema"].module, config, state["step"])
     return config.out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,7 @@ def test_the_demo_trains_once_and_reports_each_time(
         "references": ["bootstrap", "held_out", "class_gaussian", "noise"],
     }
     assert all(set(row) == METRICS for name in ("teacher", "meanflow", "references") for row in summary[name].values())
+    assert re.search(r"dit-digits, [1-9][0-9,]+ parameters, 2 steps of 8", summary["settings"]["meanflow"])
     printed = capsys.readouterr().out
     assert report.resolve().as_uri() in printed
     assert "meanflow, 1 step" in printed

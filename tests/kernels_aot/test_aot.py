@@ -5,9 +5,7 @@ A few of the shipped configs, at some seconds each; `python benchmarks/aot_table
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +13,6 @@ import torch
 from benchmarks import aot_table
 from benchmarks.aot_table import Case
 from fastdistill.kernels import configs
-
-RESULTS = Path(aot_table.__file__).parent / "results" / "aot.json"
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
@@ -60,13 +56,3 @@ def test_a_config_that_spills_is_found() -> None:
     """128 rows on four warps leave each thread too many accumulators."""
     row = aot_table.measure(Case(90, torch.bfloat16, 64, configs.MOVING), configs.Config(128, 64, 4, 2))
     assert any("register spills" in line for line in aot_table.problems(row))
-
-
-def test_every_shipped_config_is_in_the_recorded_table() -> None:
-    """benchmarks/results/aot.json holds what configs.py says now, and nothing in it is wrong."""
-    rows = [aot_table.Row(**row) for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]]
-    recorded = {(row.arch, row.dtype, row.width, row.kind): row.config for row in rows}
-    for case in aot_table.shipped([80, 90, 100]):
-        key = (case.arch, str(case.dtype).removeprefix("torch."), case.width, case.kind)
-        assert recorded[key] == aot_table.config_words(case), f"{key}: run python benchmarks/aot_table.py"
-    assert not [line for row in rows for line in aot_table.problems(row)]

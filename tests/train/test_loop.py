@@ -238,3 +238,12 @@ def test_nothing_is_built_before_the_configuration_is_checked(
     with pytest.raises(ValueError, match="init_from_teacher"):
         train(config)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_run_keeps_its_export_byte_for_byte(tmp_path: Path) -> None:
+    """A student knows its teacher by that file; safetensors orders its metadata anew each time that it writes."""
+    config = load_config("ring", ["--steps", "2", "--data.batch", "8", "--device", "cpu"], out=tmp_path / "run")
+    export = train(config) / "export" / "ema.safetensors"
+    before = (export.read_bytes(), export.stat().st_mtime_ns)
+    train(config)
+    assert (export.read_bytes(), export.stat().st_mtime_ns) == before
