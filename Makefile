@@ -22,8 +22,9 @@ help: ## Show this list
 
 setup: $(STAMP) ## Create .venv and install the project there; the others do it by themselves
 
+# One thread: two were many times slower where the second core had other work (benchmarks/results/NOTES.md).
 demo: $(STAMP) ## Train a teacher on digits, distil it to one step, write runs/demo/report.html
-	$(BIN)/fastdistill demo
+	$(ONE_THREAD) $(BIN)/fastdistill demo
 
 test: $(STAMP) ## Run the tests: first the kernels, interpreted on the CPU, then all the others
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
