@@ -65,6 +65,15 @@ def verify(path: Path) -> None:
         )
 
 
+def intact(path: Path) -> bool:
+    """Whether a file is there, with the bytes that were written."""
+    try:
+        verify(path)
+    except DamagedFileError:
+        return False
+    return True
+
+
 def checksum_path(path: Path) -> Path:
     """Where the checksum of a file lies."""
     return path.with_name(f"{path.name}.sha256")

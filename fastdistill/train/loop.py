@@ -30,7 +30,7 @@ from fastdistill.train.checkpoint import (
 )
 from fastdistill.train.config import TrainConfig, check_config, check_teacher
 from fastdistill.train.data import DATASETS, Batch, Dataset, drop_labels, generator_at
-from fastdistill.train.files import sha256
+from fastdistill.train.files import intact, sha256
 from fastdistill.train.logging import RunLog, peak_memory, save_samples
 from fastdistill.train.run import build_network, export_network, load_run, open_run
 from fastdistill.train.sampling import sample_grid
@@ -67,7 +67,7 @@ def train(config: TrainConfig) -> Path:
         if state["step"] < config.steps:
             export.unlink(missing_ok=True)  # that of a shorter run, if any
             run_steps(state, config, run)
-        if not export.exists():  # written once: students know their teacher by the file's checksum
+        if not intact(export):  # otherwise written once: students know their teacher by the file's checksum
             export_network(run, state["ema"].module, config, state["step"])
     return config.out
 
