@@ -250,10 +250,9 @@ def _sweep(
             s = _add_mask(s * unit, IN.mask, b, h, offs_n, live_n, offs_m, live_m)
             unit = 1.0
         if start_m >= full:
+            seen = live_m[None, :]
             if IS_CAUSAL:
-                seen = offs_m[None, :] < tl.minimum(M, offs_n + 1)[:, None]
-            else:
-                seen = live_m[None, :]
+                seen = seen & (offs_m[None, :] <= offs_n[:, None])
             s = tl.where(seen, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1) * unit)
         e = tl.exp2(s * unit - m_new[:, None])  # (BLOCK_N, BLOCK_M) f32
