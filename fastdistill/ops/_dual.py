@@ -7,8 +7,9 @@ with a Python kernel on the `Autograd` key, which sees primal and tangent togeth
     name_dual(primals, tangents, attrs, tangent_grad)       ... this, once, and makes its results dual again
     name_backward(cotangents, saved, attrs, needs)          the reverse mode of name_dual
 
-A missing tangent is `None`, a structural zero. A result that a call doesn't produce (no tangent, a residual that nobody
-asked for) is an empty tensor inside the dispatcher, whose schemas are fixed, and `None` everywhere else.
+An op has one or more outputs, each with a tangent. A missing tangent is `None`, a structural zero. A result that a call
+doesn't produce (no tangent, an output or a residual that nobody asked for) is an empty tensor inside the dispatcher,
+whose schemas are fixed, and `None` everywhere else.
 
 Higher derivatives (a tangent of a tangent, the gradient of a gradient) take `math` and `math_backward`: the same
 formulas in plain, endlessly differentiable PyTorch.
@@ -32,9 +33,11 @@ Tensors = Sequence[Tensor | None]
 LIBRARY = torch.library.Library("fastdistill", "FRAGMENT")
 
 
-def packed(tensor: Tensor | None, like: Tensor) -> Tensor:
+def packed(tensor: Tensor | None, like: Tensor, *, contiguous: bool = True) -> Tensor:
     """`None` as the empty tensor that stands for it in a dispatcher schema."""
-    return like.new_empty(0) if tensor is None else tensor.contiguous()
+    if tensor is None:
+        return like.new_empty(0)
+    return tensor.contiguous() if contiguous else tensor
 
 
 def is_absent(tensor: Tensor) -> bool:
@@ -54,29 +57,33 @@ class DualOp:
     Args:
         name: the op's name in `torch.ops.fastdistill`.
         primals: names of the tensor arguments; a trailing "?" marks an optional one.
-        attrs: the schema of the other arguments, e.g. "bool is_causal, float scale, str impl".
+        outputs: names of the outputs.
+        attrs: the schema of the other arguments, e.g. "float scale, str impl".
         residuals: names of what `forward` saves for the backward besides its outputs.
-        forward: (primals, tangents, attrs, tangent_grad) -> (out, t_out | None, residuals); runs below autograd.
-        backward: (dout, dt_out | None, primals, tangents, out, t_out, residuals, attrs, needs) -> gradients of primals
-            and tangents; runs below autograd.
-        math: (primals, tangents, attrs) -> (out, t_out | None), differentiable plain PyTorch.
-        math_backward: as `backward`, without out, t_out and residuals, differentiable plain PyTorch.
-        native: (primals, attrs) -> out when nothing is differentiated forward, or None to use `forward`.
-        specs: (primals, tangents, attrs, tangent_grad) -> shape and dtype of out and of each residual.
+        forward: (primals, tangents, attrs, tangent_grad) -> (outputs, their tangents, residuals); runs below autograd.
+        backward: (cotangents of the outputs, cotangents of their tangents, primals, tangents, outputs, their tangents,
+            residuals, attrs, needs) -> gradients of primals and tangents; runs below autograd.
+        math: (primals, tangents, attrs) -> (outputs, their tangents), differentiable plain PyTorch.
+        math_backward: as `backward`, without outputs, tangents and residuals, differentiable plain PyTorch.
+        native: (primals, attrs) -> outputs when nothing is differentiated forward, or None to use `forward`.
+        specs: (primals, tangents, attrs, tangent_grad) -> shape and dtype of each output and of each residual.
+        wanted: attrs -> for each output, whether `name` returns it; all, unless told otherwise.
         broadcastable: primals whose batch dimension may be 1 where that of the others isn't.
         unfoldable: primals without a leading batch dimension.
     """
 
     name: str
     primals: tuple[str, ...]
+    outputs: tuple[str, ...]
     attrs: str
     residuals: tuple[str, ...]
-    forward: Callable[..., tuple[Tensor, Tensor | None, Tensors]]
+    forward: Callable[..., tuple[Tensors, Tensors, Tensors]]
     backward: Callable[..., Tensors]
-    math: Callable[..., tuple[Tensor, Tensor | None]]
+    math: Callable[..., tuple[Tensors, Tensors]]
     math_backward: Callable[..., Tensors]
-    native: Callable[..., Tensor | None]
-    specs: Callable[..., tuple[Spec, Sequence[Spec]]]
+    native: Callable[..., Tensors | None]
+    specs: Callable[..., tuple[Sequence[Spec], Sequence[Spec]]]
+    wanted: Callable[[Sequence[Any]], Sequence[bool]] | None = None
     broadcastable: frozenset[str] = frozenset()
     unfoldable: frozenset[str] = frozenset()
 
@@ -84,18 +91,18 @@ class DualOp:
         names = [name.rstrip("?") for name in self.primals]
         primals = [f"Tensor{'?' if name.endswith('?') else ''} {name.rstrip('?')}" for name in self.primals]
         tangents = [f"Tensor? t_{name}" for name in names]
-        saved = ["Tensor out", "Tensor t_out", *(f"Tensor {name}" for name in self.residuals)]
-        two = "(Tensor, Tensor" + ", Tensor" * len(self.residuals) + ")"
-        grads = "(" + ", ".join(["Tensor"] * 2 * len(names)) + ")"
+        cotangents = [f"Tensor? {d}{name}" for d in ("d_", "dt_") for name in self.outputs]
+        saved = [f"Tensor {t}{name}" for t in ("", "t_") for name in self.outputs]
+        saved += [f"Tensor {name}" for name in self.residuals]
         flag = "bool tangent_grad"
-        self._define(self.name, [*primals, self.attrs, flag], "Tensor", self._on_autograd, self._plain)
+        self._define(self.name, [*primals, self.attrs, flag], len(self.outputs), self._on_autograd, self._plain)
         self._define(
-            f"{self.name}_dual", [*primals, *tangents, self.attrs, flag], two, self._dual_on_autograd, self._dual
+            f"{self.name}_dual", [*primals, *tangents, self.attrs, flag], len(saved), self._dual_on_autograd, self._dual
         )
         self._define(
             f"{self.name}_backward",
-            ["Tensor? dout", "Tensor? dt_out", *primals, *tangents, *saved, self.attrs, "bool[] needs"],
-            grads,
+            [*cotangents, *primals, *tangents, *saved, self.attrs, "bool[] needs"],
+            2 * len(names),
             self._backward_on_autograd,
             self._backward,
         )
@@ -107,8 +114,8 @@ class DualOp:
         torch.library.register_vmap(f"fastdistill::{self.name}_backward", self._vmap_backward, lib=LIBRARY)
         object.__setattr__(self, "_function", _reverse_mode(self))
 
-    def _define(self, name: str, arguments: Sequence[str], returns: str, on_autograd: Any, below: Any) -> None:
-        LIBRARY.define(f"{name}({', '.join(arguments)}) -> {returns}")
+    def _define(self, name: str, arguments: Sequence[str], returns: int, on_autograd: Any, below: Any) -> None:
+        LIBRARY.define(f"{name}({', '.join(arguments)}) -> ({', '.join(['Tensor'] * returns)})")
         LIBRARY.impl(name, on_autograd, "Autograd")
         LIBRARY.impl(name, below, "CompositeExplicitAutograd")
 
@@ -117,47 +124,57 @@ class DualOp:
 
     # What the public functions call.
 
-    def __call__(self, primals: Tensors, attrs: Sequence[Any], tangent_grad: bool) -> Tensor:
-        """The op on (possibly dual) tensors."""
-        result: Tensor = self._op()(*primals, *attrs, tangent_grad)
-        return result
+    def __call__(self, primals: Tensors, attrs: Sequence[Any], tangent_grad: bool) -> list[Tensor | None]:
+        """The outputs of the op on (possibly dual) tensors."""
+        return [unpacked(x) for x in _tuple(self._op()(*primals, *attrs, tangent_grad))]
 
     def pair(
         self, primals: Tensors, tangents: Tensors, attrs: Sequence[Any], tangent_grad: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The op on explicit tangents: (out, t_out), `t_out` zero when every tangent is None."""
-        out, t_out, *_ = self._op("_dual")(*primals, *tangents, *attrs, tangent_grad)
-        return out, torch.zeros_like(out) if all(t is None for t in tangents) else t_out
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The outputs of the op on explicit tangents, and their tangents, zero when every tangent is None."""
+        outs, t_outs, _ = self._split_results(self._op("_dual")(*primals, *tangents, *attrs, tangent_grad))
+        return outs, [torch.zeros_like(x) for x in outs] if all(t is None for t in tangents) else t_outs
 
-    # name: unpack duals, call name_dual once, make its result dual.
+    # name: unpack duals, call name_dual once, make its results dual.
 
-    def _on_autograd(self, *args: Any) -> Tensor:
+    def _on_autograd(self, *args: Any) -> Any:
         n = len(self.primals)
         primals, attrs, tangent_grad = args[:n], args[n:-1], args[-1]
-        duals = _unpack(primals)
-        if all(t is None for _, t in duals) and not _compat.functorch_active():
-            out = self.native(primals, attrs)
-            if out is not None:
-                return out
-        out, *_ = self._op("_dual")(*primals, *[None] * n, *attrs, tangent_grad)
-        return out
+        if all(t is None for _, t in _unpack(primals)) and not _compat.functorch_active():
+            outs = self.native(primals, attrs)
+            if outs is not None:
+                return _single([packed(x, primals[0], contiguous=False) for x in outs])
+        outs, _, _ = self._split_results(self._op("_dual")(*primals, *[None] * n, *attrs, tangent_grad))
+        return self._kept(outs, attrs)
 
-    def _plain(self, *args: Any) -> Tensor:
+    def _plain(self, *args: Any) -> Any:
         n = len(self.primals)
         primals, attrs, tangent_grad = args[:n], args[n:-1], args[-1]
-        out = self.native(primals, attrs)
-        out = self._dual(*primals, *[None] * n, *attrs, tangent_grad)[0] if out is None else out
-        return out.contiguous()
+        outs = self.native(primals, attrs)
+        if outs is None:
+            outs = self._split_results(self._dual(*primals, *[None] * n, *attrs, tangent_grad))[0]
+        return self._kept([packed(x, args[0]) for x in outs], attrs)
 
-    def _fake(self, *args: Any) -> Tensor:
+    def _fake(self, *args: Any) -> Any:
         n = len(self.primals)
-        return self._fake_dual(*args[:n], *[None] * n, *args[n:])[0]
+        outs, _, _ = self._split_results(self._fake_dual(*args[:n], *[None] * n, *args[n:]))
+        return self._kept(outs, args[n:-1])
+
+    def _kept(self, outs: Sequence[Tensor], attrs: Sequence[Any]) -> Any:
+        """The outputs that `name` returns."""
+        wanted = [True] * len(outs) if self.wanted is None else self.wanted(attrs)
+        return _single([x if keep else outs[0].new_empty(0) for x, keep in zip(outs, wanted, strict=True)])
 
     # name_dual
 
     def _split_dual(self, args: Sequence[Any]) -> tuple[Tensors, Tensors, Sequence[Any], bool]:
         n = len(self.primals)
         return args[:n], args[n : 2 * n], args[2 * n : -1], args[-1]
+
+    def _split_results(self, results: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Outputs, their tangents, residuals."""
+        n, results = len(self.outputs), list(results)
+        return results[:n], results[n : 2 * n], results[2 * n :]
 
     def _dual_on_autograd(self, *args: Any) -> Any:
         primals, tangents, attrs, tangent_grad = self._split_dual(args)
@@ -167,69 +184,61 @@ class DualOp:
                 return _compat.apply_function(self._function, *args)  # type: ignore[attr-defined]
             with _compat.below_autograd():
                 return self._op("_dual")(*args)
-        residuals = [primals[0].new_empty(0) for _ in self.residuals]  # type: ignore[union-attr]
+        absent = [primals[0].new_empty(0) for _ in (*self.outputs, *self.residuals)]  # type: ignore[union-attr]
         if any(t is not None for t in tangents):  # a tangent of a tangent
-            out, t_out = self.math(primals, tangents, attrs)
-            return (out, packed(t_out, out), *residuals)
+            outs, t_outs = self.math(primals, tangents, attrs)
+            return (*outs, *(packed(t, args[0]) for t in t_outs), *absent[len(self.outputs) :])
         given = [None if t is None or p is None else t.to(p.dtype) for p, t in duals[: len(primals)]]
-        out, t_out, *residuals = self._op("_dual")(
-            *[None if x is None else p for x, (p, _) in zip(primals, duals)], *given, *attrs, tangent_grad
-        )
-        return (_compat.make_dual(out, t_out), out.new_empty(0), *residuals)
+        bare = [None if x is None else p for x, (p, _) in zip(primals, duals)]
+        outs, t_outs, _ = self._split_results(self._op("_dual")(*bare, *given, *attrs, tangent_grad))
+        return (*(_compat.make_dual(x, t) for x, t in zip(outs, t_outs)), *absent)
 
     def _dual(self, *args: Any) -> tuple[Tensor, ...]:
         primals, tangents, attrs, tangent_grad = self._split_dual(args)
         assert primals[0] is not None
         with without_autocast(primals[0].device):
-            out, t_out, residuals = self.forward(primals, tangents, attrs, tangent_grad)
-        return tuple(packed(x, out) for x in (out, t_out, *residuals))
+            outs, t_outs, residuals = self.forward(primals, tangents, attrs, tangent_grad)
+        return tuple(packed(x, primals[0]) for x in (*outs, *t_outs, *residuals))
 
     def _fake_dual(self, *args: Any) -> tuple[Tensor, ...]:
         primals, tangents, attrs, tangent_grad = self._split_dual(args)
         like = primals[0]
         assert like is not None
-        out, residuals = self.specs(primals, tangents, attrs, tangent_grad)
-        t_out = None if all(t is None for t in tangents) else out
+        outs, residuals = self.specs(primals, tangents, attrs, tangent_grad)
+        t_outs = [None if all(t is None for t in tangents) else spec for spec in outs]
         return tuple(
-            like.new_empty(0) if s is None else like.new_empty(s[0], dtype=s[1]) for s in (out, t_out, *residuals)
+            like.new_empty(0) if s is None else like.new_empty(s[0], dtype=s[1]) for s in (*outs, *t_outs, *residuals)
         )
 
     # name_backward
 
-    def _split_backward(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        n, r = len(self.primals), len(self.residuals)
-        primals, tangents = args[2 : 2 + n], args[2 + n : 2 + 2 * n]
-        out, t_out = args[2 + 2 * n : 4 + 2 * n]
-        residuals = args[4 + 2 * n : 4 + 2 * n + r]
-        return args[0], args[1], primals, tangents, out, t_out, residuals, args[4 + 2 * n + r : -1], args[-1]
+    def _split_backward(self, args: Sequence[Any]) -> tuple[list[Any], ...]:
+        """Cotangents of outputs and of their tangents, primals, tangents, outputs, their tangents, residuals; attrs."""
+        n, k, r = len(self.primals), len(self.outputs), len(self.residuals)
+        parts, rest = [], list(args)
+        for length in (k, k, n, n, k, k, r):
+            parts.append(rest[:length])
+            rest = rest[length:]
+        return (*parts, rest)
 
     def _backward_on_autograd(self, *args: Any) -> Any:
-        dout, dt_out, primals, tangents, *_, attrs, needs = self._split_backward(args)
-        tensors = (dout, dt_out, *primals, *tangents)
+        d_outs, dt_outs, primals, tangents, *_, (*attrs, needs) = self._split_backward(args)
+        tensors = (*d_outs, *dt_outs, *primals, *tangents)
         if _needs_grad(tensors) or any(t is not None for _, t in _unpack(tensors)):
-            grads = self.math_backward(dout, dt_out, primals, tangents, attrs, needs)
+            grads = self.math_backward(d_outs, dt_outs, primals, tangents, attrs, needs)
             return tuple(primals[0].new_empty(0) if g is None else g for g in grads)
         with _compat.below_autograd():
             return self._op("_backward")(*args)
 
     def _backward(self, *args: Any) -> tuple[Tensor, ...]:
-        dout, dt_out, primals, tangents, out, t_out, residuals, attrs, needs = self._split_backward(args)
+        d_outs, dt_outs, primals, tangents, *saved, (*attrs, needs) = self._split_backward(args)
+        outs, t_outs, residuals = ([unpacked(x) for x in part] for part in saved)
         with without_autocast(primals[0].device):
-            grads = self.backward(
-                torch.zeros_like(out) if dout is None else dout,
-                dt_out,
-                primals,
-                tangents,
-                out,
-                unpacked(t_out),
-                [unpacked(r) for r in residuals],
-                attrs,
-                needs,
-            )
-        return tuple(packed(g, out) for g in grads)
+            grads = self.backward(d_outs, dt_outs, primals, tangents, outs, t_outs, residuals, attrs, needs)
+        return tuple(packed(g, primals[0]) for g in grads)
 
     def _fake_backward(self, *args: Any) -> tuple[Tensor, ...]:
-        _, _, primals, tangents, *_, needs = self._split_backward(args)
+        _, _, primals, tangents, *_, (*_, needs) = self._split_backward(args)
         return tuple(
             x.new_empty(x.shape) if need else primals[0].new_empty(0)
             for x, need in zip((*primals, *tangents), needs, strict=True)
@@ -258,18 +267,16 @@ class DualOp:
             else _fold(x, dim, info.batch_size, batch)
             for x, dim, name in zip(args[:tensors], in_dims[:tensors], names)
         ]
-        result = op(*folded, *args[tensors:])
-        many = isinstance(result, tuple)
         parts = [
             (x, None) if is_absent(x) else (x.reshape(info.batch_size, batch, *x.shape[1:]), 0)
-            for x in (result if many else (result,))
+            for x in _tuple(op(*folded, *args[tensors:]))
         ]
-        return (tuple(x for x, _ in parts), tuple(d for _, d in parts)) if many else parts[0]
+        return _single([x for x, _ in parts]), _single([d for _, d in parts])
 
 
 def _reverse_mode(op: DualOp) -> type[_compat.SingleLevelFunction]:
     """The autograd function of `name_dual`; its forward redispatches below Autograd, to the next functorch level."""
-    n = len(op.primals)
+    n, k = len(op.primals), len(op.outputs)
 
     class Dual(_compat.SingleLevelFunction):
         @staticmethod
@@ -280,27 +287,39 @@ def _reverse_mode(op: DualOp) -> type[_compat.SingleLevelFunction]:
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
             primals, tangents, attrs, tangent_grad = op._split_dual(inputs)
-            out, t_out, *residuals = output
+            outs, t_outs, residuals = op._split_results(output)
             ctx.set_materialize_grads(False)
-            ctx.mark_non_differentiable(*residuals, *(() if tangent_grad else (t_out,)))
-            saved = t_out if tangent_grad else t_out.new_empty(0)
+            ctx.mark_non_differentiable(*residuals, *(() if tangent_grad else t_outs))
             kept = tangents if tangent_grad else [None] * n
-            ctx.save_for_backward(*primals, *kept, out, saved, *residuals)
+            saved = t_outs if tangent_grad else [x.new_empty(0) for x in t_outs]
+            ctx.save_for_backward(*primals, *kept, *outs, *saved, *residuals)
             ctx.attrs = attrs
 
         @staticmethod
-        def backward(ctx: Any, dout: Tensor | None, dt_out: Tensor | None, *_: None) -> Any:
-            if dout is None and dt_out is None:
+        def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+            d_outs, dt_outs = cotangents[:k], cotangents[k : 2 * k]
+            if all(d is None for d in (*d_outs, *dt_outs)):
                 return (None,) * len(ctx.needs_input_grad)
-            needs = [ctx.needs_input_grad[i] and not (i >= n and dt_out is None) for i in range(2 * n)]
+            mixed = any(d is not None for d in dt_outs)
+            needs = [ctx.needs_input_grad[i] and (i < n or mixed) for i in range(2 * n)]
             saved = list(ctx.saved_tensors)
-            if dt_out is None:
+            if not mixed:
                 saved[n : 2 * n] = [None] * n
-            grads = op._op("_backward")(dout, dt_out, *saved, *ctx.attrs, needs)
+            grads = op._op("_backward")(*d_outs, *dt_outs, *saved, *ctx.attrs, needs)
             return (*(g if need else None for g, need in zip(grads, needs)), *[None] * (len(ctx.attrs) + 1))
 
     Dual.__name__ = Dual.__qualname__ = f"{op.name.title().replace('_', '')}Dual"
     return Dual
+
+
+def _tuple(results: Any) -> tuple[Any, ...]:
+    """What an op with several results returns; PyTorch returns a single one bare."""
+    return (results,) if isinstance(results, Tensor) else tuple(results)
+
+
+def _single(results: Sequence[Any]) -> Any:
+    """Inverse of `_tuple`."""
+    return tuple(results) if len(results) != 1 else results[0]
 
 
 def _unpack(tensors: Tensors) -> list[tuple[Tensor | None, Tensor | None]]:

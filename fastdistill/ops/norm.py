@@ -205,7 +205,9 @@ class _Call:
 
     def run(self) -> Tensor:
         primals = [self._canonical(name, value) for name, value in self.named]
-        return NORM(primals, self.attrs, _choice.tangent_grad()).reshape(self.x.shape)
+        (y,) = NORM(primals, self.attrs, _choice.tangent_grad())
+        assert y is not None
+        return y.reshape(self.x.shape)
 
     def pair(
         self,
@@ -222,7 +224,7 @@ class _Call:
         )
         primals = [self._canonical(name, value) for name, value in self.named]
         tangents = [self._canonical(name, t) for (name, _), t in zip(self.named, checked)]
-        y, t_y = NORM.pair(primals, tangents, self.attrs, tangent_grad)
+        (y,), (t_y,) = NORM.pair(primals, tangents, self.attrs, tangent_grad)
         return y.reshape(self.x.shape), t_y.reshape(self.x.shape)
 
     def _canonical(self, name: str, value: Tensor | None) -> Tensor | None:
@@ -269,7 +271,7 @@ def choose(x: Tensor, impl: str) -> str:
 
 def _forward(
     primals: Tensors, tangents: Tensors, attrs: Sequence[Any], tangent_grad: bool
-) -> tuple[Tensor, Tensor | None, Tensors]:
+) -> tuple[Tensors, Tensors, Tensors]:
     x, weight, bias, scale, shift = primals
     t_x, t_weight, t_bias, t_scale, t_shift = tangents
     eps, rms, impl = attrs
@@ -277,29 +279,30 @@ def _forward(
     y, t_y, mean, rstd = _choice.implementation("norm", choose(x, impl)).norm_forward(
         x, t_x, weight, t_weight, bias, t_bias, scale, t_scale, shift, t_shift, eps=eps, rms=rms
     )
-    return y, t_y, (mean, rstd)
+    return (y,), (t_y,), (mean, rstd)
 
 
 def _backward(
-    dout: Tensor,
-    dt_out: Tensor | None,
+    d_outs: Tensors,
+    dt_outs: Tensors,
     primals: Tensors,
     tangents: Tensors,
-    out: Tensor,
-    t_out: Tensor | None,
+    outs: Tensors,
+    t_outs: Tensors,
     residuals: Tensors,
     attrs: Sequence[Any],
     needs: Sequence[bool],
 ) -> Tensors:
-    mean, rstd = residuals
+    (dy,), (dt_y,), (y,), (mean, rstd) = d_outs, dt_outs, outs, residuals
+    dy = torch.zeros_like(y) if dy is None and y is not None else dy
     pairs = [x for pair in zip(primals, tangents) for x in pair]
     grads: Tensors = _choice.implementation("norm", "torch").norm_backward(
-        dout, dt_out, *pairs, mean, rstd, rms=attrs[1], needs=tuple(needs)
+        dy, dt_y, *pairs, mean, rstd, rms=attrs[1], needs=tuple(needs)
     )
     return grads
 
 
-def _native(primals: Tensors, attrs: Sequence[Any]) -> Tensor | None:
+def _native(primals: Tensors, attrs: Sequence[Any]) -> Tensors | None:
     """PyTorch's own norm, where no implementation was asked for by name and one dtype runs through.
 
     A modulated 16-bit norm is not among them: composed, it would round three times where the fused one rounds once.
@@ -315,32 +318,34 @@ def _native(primals: Tensors, attrs: Sequence[Any]) -> Tensor | None:
     with _choice.without_autocast(x.device):
         y = F.rms_norm(x, width, weight, eps) if rms else F.layer_norm(x, width, weight, bias, eps)
         y = y if scale is None else y * (1 + scale)
-        return y if shift is None else y + shift
+        return (y if shift is None else y + shift,)
 
 
 def _specs(
     primals: Tensors, tangents: Tensors, attrs: Sequence[Any], tangent_grad: bool
-) -> tuple[Spec, Sequence[Spec]]:
+) -> tuple[Sequence[Spec], Sequence[Spec]]:
     x = primals[0]
     assert x is not None
     statistic = torch.float64 if x.dtype == torch.float64 else torch.float32
     row = (tuple(x.shape[:2]), statistic)
-    return (tuple(x.shape), x.dtype), [None if attrs[1] else row, row]
+    return [(tuple(x.shape), x.dtype)], [None if attrs[1] else row, row]
 
 
-def _math(primals: Any, tangents: Any, attrs: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
-    return _dense.norm_dual(primals, tangents, attrs[0], attrs[1])
+def _math(primals: Any, tangents: Any, attrs: Sequence[Any]) -> tuple[Tensors, Tensors]:
+    y, t_y = _dense.norm_dual(primals, tangents, attrs[0], attrs[1])
+    return (y,), (t_y,)
 
 
 def _math_backward(
-    dy: Tensor | None, dt_y: Tensor | None, primals: Any, tangents: Any, attrs: Sequence[Any], needs: list[bool]
+    d_outs: Tensors, dt_outs: Tensors, primals: Any, tangents: Any, attrs: Sequence[Any], needs: list[bool]
 ) -> Tensors:
-    return _dense.norm_dual_backward(dy, dt_y, primals, tangents, attrs[0], attrs[1], needs)
+    return _dense.norm_dual_backward(d_outs[0], dt_outs[0], primals, tangents, attrs[0], attrs[1], needs)
 
 
 NORM = DualOp(
     name="norm",
     primals=("x", "weight?", "bias?", "scale?", "shift?"),
+    outputs=("y",),
     attrs="float eps, bool rms, str impl",
     residuals=("mean", "rstd"),
     forward=_forward,
