@@ -69,13 +69,14 @@ def torch_training(primals: Tensors, tangents: Tensors) -> Tensors:
     return o, t_o, *torch.autograd.grad(o, leaves, torch.ones_like(o))
 
 
+FULL: dict[str, Any] = {"window": (-1, -1), "lower_right": False, "cu_seqlens": None}
+
+
 def eager_forward(primals: Tensors, tangents: Tensors) -> Tensors:
     """The implementation itself."""
     (q, k, v), (t_q, t_k, t_v) = primals, tangents
     scale = q.shape[-1] ** -0.5
-    o, t_o, *_ = eager.attention_forward(
-        q, k, v, t_q, t_k, t_v, None, None, is_causal=False, scale=scale, tangent_grad=False
-    )
+    o, t_o, *_ = eager.attention_forward(q, k, v, t_q, t_k, t_v, None, None, **FULL, scale=scale, tangent_grad=False)
     assert t_o is not None
     return o, t_o
 
@@ -85,7 +86,7 @@ def eager_training(primals: Tensors, tangents: Tensors) -> Tensors:
     (q, k, v), (o, t_o) = primals, eager_forward(primals, tangents)
     needs, scale, nothing = (True, True, True, *(False,) * 5), q.shape[-1] ** -0.5, (None,) * 5
     gradients = eager.attention_backward(
-        torch.ones_like(o), None, q, k, v, *nothing, o, None, None, None, is_causal=False, scale=scale, needs=needs
+        torch.ones_like(o), *(None,) * 3, q, k, v, *nothing, o, *(None,) * 3, **FULL, scale=scale, needs=needs
     )
     return o, t_o, *(x for x in gradients if x is not None)
 

@@ -93,6 +93,19 @@ def make_qkv(
     raise ValueError(f"layout: expected 'bhnd', 'bnhd' or 'packed', got {layout!r}")
 
 
+def make_packed(
+    queries: Sequence[int], keys: Sequence[int], heads: int = 4, d: int = 64, *, spare: int = 0, **sizes: Any
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, int, int]]:
+    """(q, k, v) of packed sequences with so many queries and keys each, and (cu_n, cu_m, max_n, max_m).
+
+    q (1, H, T, D) as `make_qkv` draws it. `spare` tokens lie before the first sequence, and as many after the last.
+    """
+    bounds = [torch.tensor([spare, *lengths]).cumsum(0, dtype=torch.int32) for lengths in (queries, keys)]
+    cu_n, cu_m = (x.to(sizes.get("device", "cpu")) for x in bounds)
+    n, m = (sum(lengths) + 2 * spare for lengths in (queries, keys))
+    return make_qkv(1, heads, n, d, m=m, **sizes), (cu_n, cu_m, max(queries), max(keys))
+
+
 def reference_jvp(
     fn: Callable[..., Tensor], primals: Mapping[str, Tensor | None], tangents: Mapping[str, Tensor | None]
 ) -> tuple[Tensor, Tensor]:

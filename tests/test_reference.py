@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from fastdistill import reference
-from fastdistill.testing import make_qkv, reference_jvp
+from fastdistill.testing import make_packed, make_qkv, reference_jvp
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
@@ -70,6 +72,94 @@ def test_a_row_that_sees_no_key_gives_zeros_with_finite_derivatives(kind: str) -
     assert (torch.autograd.grad(reference.attention(q, k, v, mask).square().sum(), q)[0][:, :, 2] == 0).all()
 
 
+WINDOWS = [((-1, 0), False), ((2, 1), False), ((2, 1), True), ((0, -1), True), ((-1, 0), True)]
+
+
+@pytest.mark.parametrize(("window", "lower_right"), WINDOWS)
+@pytest.mark.parametrize(("n", "m"), [(7, 7), (9, 5), (5, 9)])
+def test_a_window_is_the_mask_that_it_says(window: tuple[int, int], lower_right: bool, n: int, m: int) -> None:
+    """Query i sees key j from i + shift - left to i + shift + right; it combines with a mask and with is_causal."""
+    q, k, v = make_qkv(2, 2, n, 8, m=m, dtype=torch.float64)
+    (left, right), shift = window, m - n if lower_right else 0
+    i, j, mask = torch.arange(n)[:, None] + shift, torch.arange(m), torch.rand(n, m) < 0.7
+    allowed = (j >= i - (99 if left < 0 else left)) & (j <= i + (99 if right < 0 else right))
+    band: dict[str, Any] = {"window": window, "lower_right": lower_right}
+    close(reference.attention(q, k, v, **band), reference.attention(q, k, v, allowed))
+    close(reference.attention(q, k, v, mask, **band), reference.attention(q, k, v, allowed & mask))
+    close(reference.attention(q, k, v, is_causal=True, **band), reference.attention(q, k, v, allowed & (j <= i)))
+
+
+def test_a_lower_right_causal_mask_equals_pytorchs() -> None:
+    """Of `torch.nn.attention.bias`."""
+    q, k, v = make_qkv(2, 2, 5, 8, m=9, dtype=torch.float64)
+    expected = F.scaled_dot_product_attention(q, k, v, causal_lower_right(5, 9))
+    close(reference.attention(q, k, v, is_causal=True, lower_right=True), expected)
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+def test_the_log_sum_exp_equals_pytorchs_and_its_tangent_is_the_mean_of_the_logits_tangent(mask: str) -> None:
+    """mu = rowsum(P∘T), under grouped queries and a window."""
+    primals, tangents = (make_qkv(2, 4, 6, 8, kv_heads=2, m=5, dtype=torch.float64, seed=seed)[:2] for seed in (0, 1))
+    masks = {"none": None, "bool": torch.rand(6, 5) < 0.8, "float": torch.randn(4, 6, 5, dtype=torch.float64)}
+
+    def logits(q: Tensor, k: Tensor) -> Tensor:
+        s = q @ k.repeat_interleave(2, dim=1).mT * 0.3
+        s = s if mask == "none" else s + masks[mask] if mask == "float" else s.masked_fill(~masks[mask], -math.inf)
+        return s.masked_fill(~reference.band(6, 5, (4, 1), False), -math.inf)
+
+    lse, mu = torch.func.jvp(
+        lambda q, k: reference.attention_lse(q, k, masks[mask], scale=0.3, window=(4, 1)), primals, tangents
+    )
+    s, t_s = torch.func.jvp(logits, primals, tangents)
+    close(lse, torch.logsumexp(s, dim=-1))
+    close(mu, (torch.softmax(s, dim=-1) * t_s).nan_to_num().sum(-1))
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_the_log_sum_exp_of_no_key_is_minus_infinity_without_derivatives(kind: str) -> None:
+    """Zeros in tangent and gradients, and in the gradients of the tangent."""
+    visible = torch.ones(6, 6, dtype=torch.bool)
+    visible[2] = False
+    mask = visible if kind == "bool" else torch.zeros(6, 6, dtype=torch.float64).masked_fill(~visible, -math.inf)
+    q, k, _ = (x.requires_grad_() for x in make_qkv(1, 2, 6, 4, dtype=torch.float64))
+    t_q, t_k, _ = (x.requires_grad_() for x in make_qkv(1, 2, 6, 4, seed=1, dtype=torch.float64))
+    lse, mu = torch.func.jvp(lambda q, k: reference.attention_lse(q, k, mask), (q, k), (t_q, t_k))
+    assert (lse[:, :, 2] == -math.inf).all()
+    assert (mu[:, :, 2] == 0).all()
+    for x in (lse, mu):
+        for gradient in torch.autograd.grad(x.sum(), (q, k), retain_graph=True):
+            assert gradient.isfinite().all()
+        assert (torch.autograd.grad(x.sum(), q, retain_graph=True)[0][:, :, 2] == 0).all()
+
+
+def test_no_keys_at_all_is_a_row_that_sees_no_key() -> None:
+    """Zeros and -inf; what flows back is zeros."""
+    q, k, v = (x.requires_grad_() for x in make_qkv(1, 2, 3, 4, dtype=torch.float64))
+    o, lse = reference.attention(q, k[:, :, :0], v[:, :, :0]), reference.attention_lse(q, k[:, :, :0])
+    assert (o == 0).all()
+    assert (lse == -math.inf).all()
+    assert (torch.autograd.grad(o.sum() + lse.sum(), q)[0] == 0).all()
+
+
+@pytest.mark.parametrize(("window", "lower_right"), [((-1, -1), False), *WINDOWS])
+def test_packed_sequences_equal_sdpa_of_each(window: tuple[int, int], lower_right: bool) -> None:
+    """Some of them without queries, some without keys; tokens outside give zeros and get no gradients."""
+    queries, keys = (3, 0, 5, 2), (4, 2, 5, 0)
+    (q, k, v), (cu_q, cu_k, *_) = make_packed(queries, keys, 4, 8, kv_heads=2, spare=1, dtype=torch.float64)
+    q, k, v = (x[0].transpose(0, 1).contiguous().requires_grad_() for x in (q, k, v))
+    o = reference.varlen_attention(q, k, v, cu_q, cu_k, window=window, lower_right=lower_right)
+    parts = zip(q[1:-1].split(queries), k[1:-1].split(keys), v[1:-1].split(keys))
+    for part, (q_z, k_z, v_z) in zip(o[1:-1].split(queries), parts):
+        if len(q_z) and len(k_z):
+            mask = reference.band(len(q_z), len(k_z), window, lower_right)
+            heads_first = (x.transpose(0, 1)[None] for x in (q_z, k_z, v_z))
+            expected = F.scaled_dot_product_attention(*heads_first, mask, enable_gqa=True)[0].transpose(0, 1)
+            close(part, expected.nan_to_num())
+    for x in (o, *torch.autograd.grad(o.square().sum(), (q, k, v))):
+        assert (x[[0, -1]] == 0).all()
+    assert (o[-3:] == 0).all()
+
+
 def test_large_logits_do_not_overflow() -> None:
     """Also where a whole row is far below zero."""
     q, k, v = make_qkv(1, 1, 4, 4, dtype=torch.float64)
@@ -85,8 +175,12 @@ def test_attention_is_twice_differentiable_in_both_modes() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return reference.attention(q, k, v, mask)
 
-    assert torch.autograd.gradcheck(attend, (q, k, v), check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(attend, (q, k, v), check_fwd_over_rev=True)
+    def log_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return reference.attention_lse(q, k, mask)
+
+    for fn in (attend, log_sum):
+        assert torch.autograd.gradcheck(fn, (q, k, v), check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(fn, (q, k, v), check_fwd_over_rev=True)
 
 
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])

@@ -11,6 +11,7 @@ from fastdistill.testing import (
     MemoryRecorder,
     assert_accurate,
     cast,
+    make_packed,
     make_qkv,
     reference_jvp,
     reference_vjp,
@@ -85,6 +86,14 @@ def test_an_impossible_layout_is_refused() -> None:
         make_qkv(layout="bdhn")
     with pytest.raises(ValueError, match=r"^layout: 'packed'"):
         make_qkv(layout="packed", m=5)
+
+
+def test_packed_sequences_lie_between_their_bounds() -> None:
+    """With spare tokens at both ends, and of the lengths that were asked for."""
+    (q, k, v), (cu_n, cu_m, max_n, max_m) = make_packed((3, 0, 5), (2, 4, 1), 4, 8, kv_heads=2, dv=6, spare=2)
+    assert [x.shape for x in (q, k, v)] == [(1, 4, 12, 8), (1, 2, 11, 8), (1, 2, 11, 6)]
+    assert (cu_n.tolist(), cu_m.tolist(), max_n, max_m) == ([2, 5, 5, 10], [2, 4, 8, 9], 5, 4)
+    assert cu_n.dtype == cu_m.dtype == torch.int32
 
 
 def test_truths_by_autodiff_agree_with_hand_made_ones() -> None:

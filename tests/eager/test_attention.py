@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
-from fastdistill.eager import attention as eager
+from fastdistill import reference
 from fastdistill.testing import assert_accurate, cast, reference_jvp, reference_vjp, relative_error
 from tests.eager.attention_cases import (
+    CAUSAL,
+    COTANGENTS,
     DTYPES,
     MASKS,
     NAMES,
@@ -20,6 +21,9 @@ from tests.eager.attention_cases import (
     Case,
     Tensors,
     backward,
+    check_backward,
+    check_forward,
+    cotangents,
     forward,
     problem,
     specification,
@@ -29,25 +33,11 @@ from tests.eager.attention_cases import (
 def check(case: Case) -> None:
     """Forward, primal backward and mixed backward of a case, by the tolerance rule."""
     primals, tangents = problem(case)
-    fn, exact = specification(case.is_causal), (cast(primals, torch.float64), cast(tangents, torch.float64))
-    truth, baseline = reference_jvp(fn, *exact), reference_jvp(fn, primals, tangents)
-    o, t_o, *_ = forward(primals, tangents, case.is_causal)
-    assert_accurate(o, truth[0], baseline[0], name="o")
-    assert o.dtype == DTYPES[case.dtype]
+    check_forward(primals, tangents, **case.band())
+    do, dt_o, d_lse, d_mu = cotangents(primals)
+    check_backward(primals, tangents, do, **case.band())
     if any(t is not None for t in tangents.values()):
-        assert_accurate(t_o, truth[1], baseline[1], name="t_o")
-    else:
-        assert t_o is None
-    do, dt_o = (torch.randn(o.shape).to(o.dtype) for _ in range(2))
-    for other in [None] if t_o is None else [None, dt_o]:
-        truths = reference_vjp(fn, *exact, do.double(), None if other is None else other.double())
-        baselines = reference_vjp(fn, primals, tangents, do, other)
-        gradients = backward(do, other, primals, tangents, case.is_causal)
-        found = {name: x for name, x in gradients.items() if x is not None}
-        assert found.keys() == truths.keys()
-        for name, actual in found.items():
-            kind, order = ("primal", 1) if other is None else ("mixed", 2)
-            assert_accurate(actual, truths[name], baselines[name], name=f"{kind} d{name}", order=order)
+        check_backward(primals, tangents, do, dt_o, d_lse, d_mu, **case.band())
 
 
 SHAPES = [  # odd lengths, N != M both ways, head dims that are no power of two, Dv != D, and grouped queries
@@ -67,10 +57,10 @@ def test_every_shape_matches_autodiff(case: Case, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("is_causal", [False, True], ids=["", "causal"])
-def test_every_mask_matches_autodiff(mask: str, is_causal: bool) -> None:
-    """Masks that broadcast along every dimension, alone and together with is_causal, under grouped queries."""
-    check(Case(heads=4, kv_heads=2, n=41, m=37, mask=mask, is_causal=is_causal))
+@pytest.mark.parametrize("window", [(-1, -1), CAUSAL, (9, 4)], ids=["", "causal", "window"])
+def test_every_mask_matches_autodiff(mask: str, window: tuple[int, int]) -> None:
+    """Masks that broadcast along every dimension, alone and together with a window, under grouped queries."""
+    check(Case(heads=4, kv_heads=2, n=41, m=37, mask=mask, window=window))
 
 
 @pytest.mark.parametrize("mask", ["float_full", "float_hnm", "float_m"])
@@ -78,13 +68,6 @@ def test_every_mask_matches_autodiff(mask: str, is_causal: bool) -> None:
 def test_a_tangent_of_the_mask_matches_autodiff(mask: str, tangents: str) -> None:
     """A bias that depends on time, as a learned relative position may."""
     check(Case(kv_heads=2, mask=mask, tangents=tangents))
-
-
-@pytest.mark.parametrize(("n", "m"), [(40, 40), (60, 25), (25, 60)])
-@pytest.mark.parametrize("dtype", ["fp64", "bf16"])
-def test_causal_is_aligned_to_the_top_left(n: int, m: int, dtype: str) -> None:
-    """As in scaled_dot_product_attention, also where N != M."""
-    check(Case(heads=4, kv_heads=2, n=n, m=m, d=24, is_causal=True, dtype=dtype))
 
 
 @pytest.mark.parametrize("layout", ["bnhd", "packed"])
@@ -101,40 +84,47 @@ def test_every_subset_of_tangents_matches_autodiff(tangents: str, dtype: str) ->
     check(Case(tangents=tangents, dtype=dtype, n=21, m=35))
 
 
-@pytest.mark.parametrize("case", [Case(is_causal=True, mask="bool_bnm"), Case(kv_heads=2, mask="float_hnm")], ids=str)
-def test_results_do_not_depend_on_the_block_size(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few rows a block, one head at a time, and all heads at once agree to rounding in float64."""
-    primals, tangents = problem(replace(case, dtype="fp64", n=53, m=47))
-    do, dt_o = torch.randn(2, 2, 4, 53, 32, dtype=torch.float64)
-    whole = [
-        *forward(primals, tangents, case.is_causal)[:4],
-        *backward(do, dt_o, primals, tangents, case.is_causal).values(),
-    ]
-    monkeypatch.setattr(eager, "_LEAST_ROWS", 3)
-    for size in (1, 53 * 47, 3 * 53 * 47):
-        monkeypatch.setitem(eager._BLOCK_SIZE, "cpu", size)
-        parts = [
-            *forward(primals, tangents, case.is_causal)[:4],
-            *backward(do, dt_o, primals, tangents, case.is_causal).values(),
-        ]
-        for ours, expected in zip(parts, whole, strict=True):
-            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+@pytest.mark.parametrize("names", COTANGENTS, ids="-".join)
+@pytest.mark.parametrize("dtype", ["fp64", "bf16"])
+def test_every_subset_of_cotangents_matches_autodiff(names: tuple[str, ...], dtype: str) -> None:
+    """Of o, t_o, lse and mu; one that is not there is zero."""
+    primals, tangents = problem(Case(kv_heads=2, n=21, m=35, mask="float_dead", dtype=dtype))
+    given = dict(zip(("do", "dt_o", "d_lse", "d_mu"), cotangents(primals), strict=True))
+    check_backward(primals, tangents, **{name: given[name] for name in names})
 
 
-def test_lse_and_mu_are_the_logarithm_of_the_sum_and_its_tangent() -> None:
-    """In float32 for float32 and bfloat16, in float64 for float64."""
-    for dtype, statistic in (("fp64", torch.float64), ("fp32", torch.float32), ("bf16", torch.float32)):
-        primals, tangents = problem(Case(dtype=dtype))
+@pytest.mark.parametrize("tangents", SUBSETS[1:])
+def test_cotangents_of_the_statistics_meet_every_subset_of_tangents(tangents: str) -> None:
+    """Where no logit moves, mu is zero and its cotangent moves nothing but gradients of absent tangents."""
+    primals, directions = problem(Case(tangents=tangents, dtype="fp64", n=21, m=35))
+    _, _, d_lse, d_mu = cotangents(primals)
+    check_backward(primals, directions, d_lse=d_lse, d_mu=d_mu)
 
-        def log_sum(q: Tensor, k: Tensor, v: Tensor, attn_mask: None) -> Tensor:
-            return torch.logsumexp(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)
 
-        truth = reference_jvp(log_sum, cast(primals, torch.float64), cast(tangents, torch.float64))
-        baseline = reference_jvp(log_sum, cast(primals, statistic), cast(tangents, statistic))
-        _, _, lse, mu, *_ = forward(primals, tangents)
-        assert lse.dtype == mu.dtype == statistic
-        assert_accurate(lse, truth[0], baseline[0], name="lse")
-        assert_accurate(mu, truth[1], baseline[1], name="mu")
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_row_that_sees_no_key_ignores_its_cotangents_of_lse_and_mu(value: float) -> None:
+    """Its lse is -inf, so what comes back through it may be anything."""
+    primals, tangents = problem(Case(mask="bool_bnm"))
+    do, dt_o, d_lse, d_mu = cotangents(primals)
+    expected = backward(primals, tangents, do, dt_o, d_lse, d_mu)
+    for d in (d_lse, d_mu):
+        d[:, :, ::5] = value
+    for name, x in backward(primals, tangents, do, dt_o, d_lse, d_mu).items():
+        assert x is expected[name] or torch.equal(x, expected[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_statistics_are_never_in_16_bits(dtype: str) -> None:
+    """In float32, or in float64 for float64: by the rule for that dtype."""
+    primals, tangents = problem(Case(dtype=dtype))
+    statistic = torch.float64 if dtype == "fp64" else torch.float32
+    exact, baseline = (
+        reference_jvp(specification(), cast(primals, x), cast(tangents, x)) for x in (torch.float64, statistic)
+    )
+    _, _, lse, mu, *_ = forward(primals, tangents)
+    assert lse.dtype == mu.dtype == statistic
+    for i, (name, x) in enumerate((("lse", lse), ("mu", mu))):
+        assert_accurate(x, exact[i][..., -1], baseline[i][..., -1], name=name)
 
 
 @pytest.mark.parametrize("mask", ["bool_bnm", "float_dead"])
@@ -146,7 +136,7 @@ def test_a_row_that_sees_no_key_gives_zeros(mask: str) -> None:
         assert (x[:, :, ::5] == 0).all()
         assert (x[:, :, 1:5] != 0).any()
     assert (lse[:, :, ::5] == -math.inf).all()
-    gradients = backward(torch.randn(o.shape), torch.randn(o.shape), primals, tangents)
+    gradients = backward(primals, tangents, torch.randn(o.shape), torch.randn(o.shape))
     for name in ("q", "t_q"):
         gradient = gradients[name]
         assert gradient is not None
@@ -163,7 +153,7 @@ def test_no_keys_at_all_is_a_row_that_sees_no_key() -> None:
     assert (t_o == 0).all()
     assert (mu == 0).all()
     assert (lse == -math.inf).all()
-    gradient = backward(o, t_o, primals, tangents)["q"]
+    gradient = backward(primals, tangents, o, t_o, lse, mu)["q"]
     assert gradient is not None
     assert (gradient == 0).all()
 
@@ -186,10 +176,10 @@ def test_common_modes_cost_no_accuracy(
         x = tensors[name]
         assert x is not None
         tensors[name] = x * factor + offset
-    truth = reference_jvp(specification(False), cast(primals, torch.float64), cast(tangents, torch.float64))
-    o, t_o, *_ = forward(primals, tangents)
-    assert relative_error(o, truth[0]) < cap
-    assert relative_error(t_o, truth[1]) < cap
+    o, t_o = reference_jvp(reference.attention, cast(primals, torch.float64), cast(tangents, torch.float64))
+    found = forward(primals, tangents)
+    assert relative_error(found[0], o) < cap
+    assert relative_error(found[1], t_o) < cap
 
 
 @pytest.mark.parametrize(("dtype", "cap"), [("fp32", 5e-5), ("bf16", 3e-3), ("fp16", 1e-3)])
@@ -204,8 +194,8 @@ def test_common_modes_cost_the_gradients_no_accuracy(dtype: str, cap: float, off
     exact = cast(primals, torch.float64), cast(tangents, torch.float64)
     do, dt_o = torch.randn(2, 2, 4, 64, 64).to(DTYPES[dtype])
     for other in (None, dt_o):
-        truths = reference_vjp(specification(False), *exact, do.double(), None if other is None else other.double())
-        for name, x in backward(do, other, primals, tangents).items():
+        truths = reference_vjp(reference.attention, *exact, do.double(), None if other is None else other.double())
+        for name, x in backward(primals, tangents, do, other).items():
             if x is not None:
                 assert relative_error(x, truths[name]) < cap, name
 
@@ -217,17 +207,8 @@ def test_large_logits_match_autodiff(dtype: str) -> None:
     k = primals["k"]
     assert k is not None
     primals["k"] = k + 100
-    fn, exact = specification(False), (cast(primals, torch.float64), cast(tangents, torch.float64))
-    truth, baseline = reference_jvp(fn, *exact), reference_jvp(fn, primals, tangents)
-    o, t_o, *_ = forward(primals, tangents)
-    assert_accurate(o, truth[0], baseline[0], name="o")
-    assert_accurate(t_o, truth[1], baseline[1], name="t_o")
-    do, dt_o = (torch.randn(o.shape).to(o.dtype) for _ in range(2))
-    true_gradients = reference_vjp(fn, *exact, do.double(), dt_o.double())
-    baselines = reference_vjp(fn, primals, tangents, do, dt_o)
-    for name, x in backward(do, dt_o, primals, tangents).items():
-        if x is not None:
-            assert_accurate(x, true_gradients[name], baselines[name], name=f"d{name}", order=2)
+    check_forward(primals, tangents)
+    check_backward(primals, tangents, *cotangents(primals))
 
 
 def test_a_tangent_of_zeros_is_no_tangent_and_the_tangent_is_linear() -> None:
@@ -246,45 +227,33 @@ def test_a_tangent_of_zeros_is_no_tangent_and_the_tangent_is_linear() -> None:
 def test_only_needed_gradients_are_computed(pattern: str) -> None:
     """Each is the same as among all of them; the others are None (asserted by `backward`)."""
     primals, tangents = problem(Case(dtype="fp64", mask="float_full", tangents="qkvm"))
-    do, dt_o = torch.randn(2, 2, 4, 33, 32, dtype=torch.float64)
-    every = backward(do, dt_o, primals, tangents)
-    some = backward(do, dt_o, primals, tangents, needs=tuple(name in pattern.split() for name in NAMES))
+    given = cotangents(primals)
+    every = backward(primals, tangents, *given)
+    some = backward(primals, tangents, *given, needs=tuple(name in pattern.split() for name in NAMES))
     for name in pattern.split():
         torch.testing.assert_close(some[name], every[name], rtol=0, atol=1e-13)
 
 
-def test_the_mixed_backward_goes_without_a_cotangent_of_the_value() -> None:
-    """A loss of the tangent alone: do = None is zeros."""
-    primals, tangents = problem(Case(dtype="fp64"))
-    dt_o = torch.randn(2, 4, 33, 32, dtype=torch.float64)
-    without, zeros = (backward(do, dt_o, primals, tangents) for do in (None, torch.zeros_like(dt_o)))
-    for name, x in without.items():
-        torch.testing.assert_close(x, zeros[name], rtol=0, atol=1e-13)
-    with pytest.raises(ValueError, match=r"^do: expected a tensor"):
-        backward(None, None, primals, tangents)
+def test_no_cotangent_at_all_gives_zeros() -> None:
+    """A primal backward of nothing; autograd never asks for it."""
+    gradients = backward(*problem(Case()))
+    assert all((x == 0).all() for x in gradients.values() if x is not None)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_16_bit_tangent_to_be_differentiated_comes_with_its_accumulators(dtype: str) -> None:
-    """In float32, and o, t_o are their rounding; nobody else pays for them."""
-    primals, tangents = problem(Case(dtype=dtype))
-    for tangent_grad, directions in ((False, tangents), (True, {}), (True, tangents)):
-        o, t_o, _, _, o_acc, t_o_acc = forward(primals, directions, tangent_grad=tangent_grad)
-        if dtype in ("bf16", "fp16") and tangent_grad and directions:
-            assert o_acc.dtype == t_o_acc.dtype == torch.float32
-            assert torch.equal(o, o_acc.to(o.dtype))
-            assert torch.equal(t_o, t_o_acc.to(o.dtype))
-        else:
-            assert o_acc is t_o_acc is None
+@pytest.mark.parametrize("tangent_grad", [False, True])
+def test_no_accumulators_are_kept_for_the_backward(tangent_grad: bool) -> None:
+    """Not even of a 16-bit tangent that will be differentiated: the backward takes all sums again."""
+    primals, tangents = problem(Case(dtype="bf16"))
+    assert forward(primals, tangents, tangent_grad=tangent_grad)[4:] == (None, None)
 
 
 def test_autocast_does_not_reach_the_matmuls() -> None:
     """The ops cast their arguments; inside, float32 stays float32."""
     primals, tangents = problem(Case())
-    do = torch.randn(2, 4, 33, 32)
-    plain = [*forward(primals, tangents)[:4], *backward(do, do, primals, tangents).values()]
+    given = cotangents(primals)
+    plain = [*forward(primals, tangents)[:4], *backward(primals, tangents, *given).values()]
     with torch.autocast("cpu", torch.bfloat16):
-        inside = [*forward(primals, tangents)[:4], *backward(do, do, primals, tangents).values()]
+        inside = [*forward(primals, tangents)[:4], *backward(primals, tangents, *given).values()]
     for x, y in zip(plain, inside, strict=True):
         assert x is y or torch.equal(x, y)
 
@@ -292,10 +261,10 @@ def test_autocast_does_not_reach_the_matmuls() -> None:
 def test_arguments_are_neither_changed_nor_returned() -> None:
     """Not even where one block is the whole problem and nothing has to be cast."""
     primals, tangents = problem(Case(batch=1, heads=1, kv_heads=1, mask="float_full", tangents="qkvm"))
-    do, dt_o = torch.randn(2, 1, 1, 33, 32)
-    arguments = [x for x in (*primals.values(), *tangents.values(), do, dt_o) if x is not None]
+    given = cotangents(primals)
+    arguments = [x for x in (*primals.values(), *tangents.values(), *given) if x is not None]
     copies = [x.clone() for x in arguments]
-    results = [*forward(primals, tangents), *backward(do, dt_o, primals, tangents).values()]
+    results = [*forward(primals, tangents), *backward(primals, tangents, *given).values()]
     assert all(torch.equal(x, copy) for x, copy in zip(arguments, copies, strict=True))
     taken = {x.untyped_storage().data_ptr() for x in arguments}
     returned = [x.untyped_storage().data_ptr() for x in results if x is not None]
@@ -307,9 +276,9 @@ def test_arguments_are_neither_changed_nor_returned() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mask", ["", *MASKS])
-@pytest.mark.parametrize("is_causal", [False, True], ids=["", "causal"])
+@pytest.mark.parametrize("window", [(-1, -1), CAUSAL, (9, 4)], ids=["", "causal", "window"])
 @pytest.mark.parametrize("case", SHAPES, ids=str)
-def test_the_full_grid_matches_autodiff(case: Case, is_causal: bool, mask: str, dtype: str) -> None:
+def test_the_full_grid_matches_autodiff(case: Case, window: tuple[int, int], mask: str, dtype: str) -> None:
     """Everything with everything, each subset of tangents."""
     for tangents in SUBSETS:
-        check(replace(case, is_causal=is_causal, mask=mask, dtype=dtype, tangents=tangents))
+        check(replace(case, window=window, mask=mask, dtype=dtype, tangents=tangents))
