@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastdistill import ops
 from fastdistill.jvp import jvp
 from fastdistill.ops import (
     ada_layer_norm,
@@ -13,6 +14,8 @@ from fastdistill.ops import (
     rms_norm,
     rms_norm_jvp,
     scaled_dot_product_attention,
+    varlen_attention,
+    varlen_attention_jvp,
 )
 
 __version__ = "0.1.0"
@@ -25,7 +28,10 @@ __all__ = [
     "jvp",
     "layer_norm",
     "layer_norm_jvp",
+    "ops",
     "rms_norm",
     "rms_norm_jvp",
     "scaled_dot_product_attention",
+    "varlen_attention",
+    "varlen_attention_jvp",
 ]

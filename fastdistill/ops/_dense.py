@@ -6,105 +6,154 @@ broadcastable to (B, H, N, M); scale and shift broadcastable to x.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 NEG_INF = float("-inf")
 
+Primals = tuple[Tensor, Tensor, Tensor, Tensor | None]
+CuSeqlens = tuple[Tensor, Tensor, int, int] | None
+Tangents = tuple[Tensor | None, ...]
+
 
 def attention_dual(
-    primals: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    tangents: tuple[Tensor | None, ...],
-    is_causal: bool,
+    primals: Primals,
+    tangents: Tangents,
+    window: tuple[int, int],
+    lower_right: bool,
+    cu_seqlens: CuSeqlens,
     scale: float,
-) -> tuple[Tensor, Tensor | None]:
-    """o = P v and t_o = P∘(T - mu) v + P t_v."""
-    q, k, v, mask = primals
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
+    """((o, lse), (t_o, mu)): o = P v, t_o = P∘(T - mu) v + P t_v; no t_o and mu without any tangent."""
+    dtype = primals[0].dtype
+    q, k, v, mask = _accumulated(primals)
+    tangents = _accumulated(tangents)
+    p, lse = _probabilities(q, k, mask, _visible(q, k, window, lower_right, cu_seqlens), scale)
+    o = (p @ _repeated(v, q)).to(dtype)
+    t = _tangent_of_logits((q, k, v, mask), tangents, scale)
     t_v = _heads(tangents[2], q)
-    p = _probabilities(q, k, mask, is_causal, scale)
-    v = _repeated(v, q)
-    out = p @ v
-    z = _centred_tangent(p, primals, tangents, scale)
-    terms = [x for x in (None if z is None else (p * z) @ v, None if t_v is None else p @ t_v) if x is not None]
-    return out, sum(terms[1:], terms[0]) if terms else None
+    if t is None and t_v is None:
+        return (o, lse), (None, None)
+    mu = torch.zeros_like(lse) if t is None else (p * t).sum(-1)
+    t_o = None if t is None else (p * (t - mu[..., None])) @ _repeated(v, q)
+    t_o = _add(t_o, None if t_v is None else p @ t_v)
+    return (o, lse), (None if t_o is None else t_o.to(dtype), mu)
 
 
 def attention_dual_backward(
     do: Tensor | None,
     dt_o: Tensor | None,
-    primals: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    tangents: tuple[Tensor | None, ...],
-    is_causal: bool,
+    d_lse: Tensor | None,
+    d_mu: Tensor | None,
+    primals: Primals,
+    tangents: Tangents,
+    window: tuple[int, int],
+    lower_right: bool,
+    cu_seqlens: CuSeqlens,
     scale: float,
     needs: list[bool],
 ) -> list[Tensor | None]:
-    """Gradients of (q, k, v, mask) and of their tangents, from the cotangents of o and t_o."""
-    q, k, v, mask = primals
-    t_q, t_k, t_v, _ = tangents
+    """Gradients of (q, k, v, mask) and of their tangents, from the cotangents of o, t_o, lse and mu."""
+    likes = [*primals, *primals]
+    q, k, v, mask = _accumulated(primals)
     kv_heads = k.shape[1]
+    p, lse = _probabilities(q, k, mask, _visible(q, k, window, lower_right, cu_seqlens), scale)
+    t_q, t_k, t_v, t_mask = _accumulated(tangents)
     k, v, t_k, t_v = _repeated(k, q), _repeated(v, q), _heads(t_k, q), _heads(t_v, q)
-    p = _probabilities(q, k, mask, is_causal, scale)
-    z = _centred_tangent(p, (q, k, v, mask), (t_q, t_k, t_v, tangents[3]), scale)
+    do, dt_o, d_lse, d_mu = _accumulated((do, dt_o, d_lse, d_mu))
+    d_lse, d_mu = (None if x is None else torch.where(lse == NEG_INF, 0.0, x)[..., None] for x in (d_lse, d_mu))
+    t = _tangent_of_logits((q, k, v, mask), (t_q, t_k, t_v, t_mask), scale)
+    z = None if t is None else t - (p * t).sum(-1, keepdim=True)
 
     w = None if dt_o is None else dt_o @ v.mT
-    d_t = None if w is None else _softmax_backward(p, w)  # dT = P∘(W - rowsum(P∘W))
-    g = _add(None if do is None else do @ v.mT, None if t_v is None else _times(dt_o, t_v.mT))
-    if w is not None and d_t is not None and z is not None:  # dS = P∘(G - delta) + dT∘Z
-        delta = (p * w * z).sum(-1, keepdim=True)
-        d_s = _add(None if g is None else _softmax_backward(p, g), d_t * z - p * delta)
-    else:
-        d_s = None if g is None else _softmax_backward(p, g)
+    d_t = _add(None if w is None else _softmax_backward(p, w), _times(p, d_mu))  # dT = P∘(W - rowsum(P∘W) + d_mu)
+    g = _add(None if do is None else do @ v.mT, None if t_v is None else _matmul(dt_o, t_v.mT))
+    d_s = _add(None if g is None else _softmax_backward(p, g), _times(p, d_lse))
+    if d_t is not None and z is not None:  # dS = P∘(G - delta) + dT∘Z
+        d_s = _add(d_s, d_t * z if w is None else d_t * z - p * (p * w * z).sum(-1, keepdim=True))
 
     grads = [
-        _scaled(_add(_times(d_s, k), _times(d_t, t_k)), scale),
-        _scaled(_add(_times(_T(d_s), q), _times(_T(d_t), t_q)), scale),
-        _add(_times(p.mT, do), None if z is None else _times((p * z).mT, dt_o)),
+        _times(_add(_matmul(d_s, k), _matmul(d_t, t_k)), scale),
+        _times(_add(_matmul(_T(d_s), q), _matmul(_T(d_t), t_q)), scale),
+        _add(_matmul(p.mT, do), None if z is None else _matmul((p * z).mT, dt_o)),
         d_s,
-        _scaled(_times(d_t, k), scale),
-        _scaled(_times(_T(d_t), q), scale),
-        _times(p.mT, dt_o),
+        _times(_matmul(d_t, k), scale),
+        _times(_matmul(_T(d_t), q), scale),
+        _matmul(p.mT, dt_o),
         d_t,
     ]
     results: list[Tensor | None] = []
-    for i, (grad, x, need) in enumerate(zip(grads, [*primals, *primals], needs, strict=True)):
+    for i, (grad, x, need) in enumerate(zip(grads, likes, needs, strict=True)):
         if not need or x is None:
             results.append(None)
         elif grad is None:
             results.append(torch.zeros_like(x))
         elif i % 4 in (1, 2):  # keys and values: sum over the query heads of each group
-            results.append(grad.unflatten(1, (kv_heads, -1)).sum(2))
+            results.append(grad.unflatten(1, (kv_heads, -1)).sum(2).to(x.dtype))
         else:
-            results.append(grad.sum_to_size(x.shape))
+            results.append(grad.sum_to_size(x.shape).to(x.dtype))
     return results
 
 
-def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+def _visible(q: Tensor, k: Tensor, window: tuple[int, int], lower_right: bool, cu_seqlens: CuSeqlens) -> Tensor | None:
+    """Which key each query sees, (N, M): within its own sequence and window. None: every query sees every key."""
+    (n, m), (left, right) = (q.shape[2], k.shape[2]), window
+    if cu_seqlens is None and left < 0 and right < 0:
+        return None
+    i, j = torch.arange(n, device=q.device)[:, None], torch.arange(m, device=q.device)
+    shift: Tensor | int = m - n if lower_right else 0
+    visible = torch.ones(n, m, dtype=torch.bool, device=q.device)
+    if cu_seqlens is not None:
+        cu_n, cu_m, *_ = cu_seqlens
+        of_i, of_j = (torch.bucketize(x, cu, right=True) - 1 for x, cu in ((i, cu_n), (j, cu_m)))
+        count = len(cu_n) - 1
+        visible = (of_i == of_j) & (of_i >= 0) & (of_i < count)
+        if lower_right:
+            shift = F.pad(cu_m.diff() - cu_n.diff(), (0, 1))[of_i.clamp(min=0)]
+        i, j = i - cu_n[of_i.clamp(min=0)], j - cu_m[of_j.clamp(min=0)]
+    if left >= 0:
+        visible = visible & (j >= i + shift - left)
+    if right >= 0:
+        visible = visible & (j <= i + shift + right)
+    return visible
+
+
+def _probabilities(
+    q: Tensor, k: Tensor, mask: Tensor | None, visible: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """P and lse; zeros and -inf for a query that sees no key."""
     s = scale * (q @ _repeated(k, q).mT)
     if mask is not None:
         s = s.masked_fill(~mask, NEG_INF) if mask.dtype == torch.bool else s + mask
-    if is_causal:
-        keep = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril()
-        s = s.masked_fill(~keep, NEG_INF)
+    if visible is not None:
+        s = s.masked_fill(~visible, NEG_INF)
     dead = (s == NEG_INF).all(-1, keepdim=True)
-    return torch.softmax(s.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
+    s = s.masked_fill(dead, 0.0)
+    lse = torch.logsumexp(s, -1).masked_fill(dead.squeeze(-1), NEG_INF)
+    return torch.softmax(s, -1).masked_fill(dead, 0.0), lse
 
 
-def _centred_tangent(
-    p: Tensor, primals: tuple[Tensor | None, ...], tangents: tuple[Tensor | None, ...], scale: float
-) -> Tensor | None:
-    """Z = T - rowsum(P∘T), T the tangent of the logits; None when no logit moves."""
-    q, k = primals[:2]
-    assert q is not None and k is not None
+def _tangent_of_logits(primals: Primals, tangents: Tangents, scale: float) -> Tensor | None:
+    """T; None when no logit moves."""
+    q, k, *_ = primals
     t_q, t_k, _, t_mask = tangents
     t = None if t_q is None else scale * (t_q @ _repeated(k, q).mT)
     if t_k is not None:
         t = _add(t, scale * (q @ _repeated(t_k, q).mT))
-    t = _add(t, t_mask)
-    return None if t is None else t - (p * t).sum(-1, keepdim=True)
+    return _add(t, t_mask)
 
 
 def _softmax_backward(p: Tensor, d_p: Tensor) -> Tensor:
     return p * (d_p - (p * d_p).sum(-1, keepdim=True))
+
+
+def _accumulated(tensors: Any) -> Any:
+    """16-bit tensors in float32; masks and absent ones as they are."""
+    low = (torch.bfloat16, torch.float16)
+    return tuple(x.float() if x is not None and x.dtype in low else x for x in tensors)
 
 
 def _repeated(x: Tensor, q: Tensor) -> Tensor:
@@ -120,16 +169,16 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def _times(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def _times(a: Tensor | None, b: Tensor | float | None) -> Tensor | None:
+    return None if a is None or b is None else a * b
+
+
+def _matmul(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return None if a is None or b is None else a @ b
 
 
 def _T(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.mT
-
-
-def _scaled(x: Tensor | None, scale: float) -> Tensor | None:
-    return None if x is None else scale * x
 
 
 def norm_dual(
@@ -139,7 +188,7 @@ def norm_dual(
     h, t_h, *_ = _normalised(primals, tangents, eps, rms)
     _, _, _, scale, shift = primals
     _, _, _, t_scale, t_shift = tangents
-    t_y = _add(t_h if scale is None or t_h is None else t_h * (1 + scale), _product(h, t_scale))
+    t_y = _add(t_h if scale is None or t_h is None else t_h * (1 + scale), _times(h, t_scale))
     y = h if scale is None else h * (1 + scale)
     t_y = _add(t_y, t_shift)
     return y if shift is None else y + shift, None if t_y is None else t_y.expand_as(y)
@@ -192,7 +241,7 @@ def _normalised(
     rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     xh = centred * rstd
     t_xh = None if t_x is None else rstd * _project(t_x, xh, rms)
-    t_h = _add(t_xh if t_xh is None or weight is None else t_xh * weight, _product(xh, t_weight))
+    t_h = _add(t_xh if t_xh is None or weight is None else t_xh * weight, _times(xh, t_weight))
     h = xh if weight is None else xh * weight
     return h if bias is None else h + bias, _add(t_h, t_bias), xh, t_xh, rstd
 
@@ -201,7 +250,3 @@ def _project(u: Tensor, xh: Tensor, rms: bool) -> Tensor:
     """Pi(u) = u - mean u - xh mean(xh∘u); RMSNorm leaves the mean out."""
     u = u if rms else u - u.mean(-1, keepdim=True)
     return u - xh * (xh * u).mean(-1, keepdim=True)
-
-
-def _product(a: Tensor, b: Tensor | None) -> Tensor | None:
-    return None if b is None else a * b
