@@ -7,7 +7,8 @@ README.md derives the recurrences under "Attention", in the symbols used here.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,39 +16,17 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .tiles import (
-    Strided,
-    add_dot,
-    add_dot_transposed,
-    add_scaled_rows,
-    load_rows,
-    scale_rows,
-    store_rows,
-    stride_unit,
-    strided,
-    zeros,
-)
+from .arguments import Launch, check, pointers, precision, use_descriptors, with_descriptors
+from .attention_backward import attention_backward
+from .geometry import Problem, band, first_row, live_between, live_tiles, locate, problem_of, sequences, visible
+from .tiles import add_dot, add_dot_transposed, add_scaled_rows, as_operand, load_rows, scale_rows, store_rows, zeros
+
+__all__ = ["Outputs", "allocate", "attention_backward", "attention_forward", "plan"]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.0e38)  # below every logit but -inf
 LIVE = tl.constexpr(0.5)  # a query that sees a key has a rowsum E of 1 or more, any other one of 0
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WIDEST_HEAD = 256
-
-
-class Inputs(NamedTuple):
-    """What the kernel reads: (B, H, N or M, D) each, masks (B, H, N, M). None is a structural zero."""
-
-    q: Strided
-    k: Strided
-    v: Strided
-    t_q: Strided | None
-    t_k: Strided | None
-    t_v: Strided | None
-    mask: Strided | None
-    t_mask: Strided | None
 
 
 class Outputs(NamedTuple):
@@ -61,14 +40,6 @@ class Outputs(NamedTuple):
     t_o_acc: Tensor | None
 
 
-class Launch(NamedTuple):
-    """`_attention_kernel[grid](*args, **options)`."""
-
-    grid: tuple[int]
-    args: tuple[Any, ...]
-    options: dict[str, Any]
-
-
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -79,7 +50,9 @@ def attention_forward(
     attn_mask: Tensor | None,
     t_attn_mask: Tensor | None,
     *,
-    is_causal: bool,
+    window: tuple[int, int],
+    lower_right: bool,
+    cu_seqlens: tuple[Tensor, Tensor, int, int] | None,
     scale: float,
     tangent_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -88,22 +61,50 @@ def attention_forward(
     q (B, H, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv) in float32, bfloat16 or float16, any strides, D and Dv up to
     256, Hkv dividing H. Tangents have their primal's shape and dtype; None is a zero whose loads and matmuls are left
     out. attn_mask: None, bool (True = attend) or float, expanded to (B, H, N, M); t_attn_mask belongs to a float one.
-    is_causal: query i sees key j <= i.
+
+    window (left, right): query i sees only the keys from i + shift - left to i + shift + right, -1 being no limit;
+    (-1, 0) is causal. shift is 0 or, for lower_right, M - N: the last query then meets the last key.
+    cu_seqlens (cu_n, cu_m, max_n, max_m): B = 1, and sequence z of those packed in it has the queries from cu_n[z] to
+    cu_n[z + 1] - 1 and the keys from cu_m[z] to cu_m[z + 1] - 1 (int32 tensors), at most max_n and max_m of them.
 
     o, t_o (B, H, N, Dv) are contiguous, in q's dtype; lse and its tangent mu (B, H, N) are float32. o_acc and t_o_acc
     are o and t_o before rounding, for tangent_grad in 16 bits only. Without any tangent all but o and lse are None. A
-    query that sees no key has o = t_o = 0, lse = -inf, mu = 0.
+    query that sees no key, or lies in no sequence, has o = t_o = 0, lse = -inf, mu = 0.
 
     Equivalent to: torch.func.jvp of softmax(scale * q @ k.mT + attn_mask) @ v.
     Raises TypeError for another dtype; ValueError for a wider head or a t_attn_mask without a float attn_mask.
     """
-    _check(q, v, attn_mask, t_attn_mask)
+    check(q, v, attn_mask, t_attn_mask)
     any_tangent = any(t is not None for t in (t_q, t_k, t_v, t_attn_mask))
-    outputs = allocate(q, v, any_tangent, keep_acc=any_tangent and tangent_grad and q.dtype != torch.float32)
+    keep_acc = any_tangent and tangent_grad and q.dtype != torch.float32
+    outputs = allocate(q, v, any_tangent, keep_acc, packed=cu_seqlens is not None)
     if outputs.lse.numel():
-        launch = plan(q, k, v, t_q, t_k, t_v, attn_mask, t_attn_mask, outputs, is_causal=is_causal, scale=scale)
-        _attention_kernel[launch.grid](*launch.args, **launch.options)
+        launch = plan(
+            q, k, v, t_q, t_k, t_v, attn_mask, t_attn_mask, outputs,
+            window=window, lower_right=lower_right, cu_seqlens=cu_seqlens, scale=scale,
+        )  # fmt: skip
+        with torch.cuda.device_of(q):
+            _attention_kernel[launch.grid](*launch.args, **launch.options)
     return outputs
+
+
+def allocate(q: Tensor, v: Tensor, any_tangent: bool, keep_acc: bool, packed: bool = False) -> Outputs:
+    """Outputs of which the kernel writes every element; if packed, those of rows in no sequence are there already."""
+    rows, shape = q.shape[:3], (*q.shape[:3], v.shape[3])
+
+    def new(shape: tuple[int, ...], dtype: torch.dtype, value: float = 0.0) -> Tensor:
+        if packed:
+            return torch.full(shape, value, dtype=dtype, device=q.device)
+        return torch.empty(shape, dtype=dtype, device=q.device)
+
+    return Outputs(
+        o=new(shape, q.dtype),
+        t_o=new(shape, q.dtype) if any_tangent else None,
+        lse=new(rows, torch.float32, -math.inf),
+        mu=new(rows, torch.float32) if any_tangent else None,
+        o_acc=new(shape, torch.float32) if keep_acc else None,
+        t_o_acc=new(shape, torch.float32) if keep_acc else None,
+    )
 
 
 def plan(
@@ -117,30 +118,41 @@ def plan(
     t_attn_mask: Tensor | None,
     outputs: Outputs,
     *,
-    is_causal: bool,
+    window: tuple[int, int],
+    lower_right: bool,
+    cu_seqlens: tuple[Tensor, Tensor, int, int] | None,
     scale: float,
     config: configs.Config | None = None,
+    descriptors: bool | None = None,
 ) -> Launch:
-    """How to launch the kernel, by default with the shipped config. Runs nothing: one can also just compile it."""
-    (batch, heads, n, d), m, d_v = q.shape, k.shape[2], v.shape[3]
+    """How to launch the kernel, by default with the shipped config. Runs nothing: one can also just compile it.
+
+    descriptors: load rows by TMA, by default where the GPU has it and the tensors allow it.
+    """
     if scale <= 0:  # the kernel takes row maxima before it scales
         sign = -1.0 if scale < 0 else 0.0
         q, t_q, scale = q * sign, None if t_q is None else t_q * sign, -scale or 1.0
+    if not k.shape[2]:
+        attn_mask = t_attn_mask = None
+    problem = problem_of(q, k, window, cu_seqlens)
+    arch = configs.arch_of(q.device)
+    if descriptors is None:
+        descriptors = cu_seqlens is None and use_descriptors(arch, q, k, v, t_q, t_k, t_v)
     if config is None:
-        moving = any(t is not None for t in (t_q, t_k, t_attn_mask))
-        masked = attn_mask is not None or is_causal
-        kind = (configs.MASKED if masked else configs.MOVING) if moving else configs.STILL
-        config = configs.attention_config(configs.arch_of(q.device), q.dtype, max(d, d_v), kind)
-    unit = stride_unit(q, k, v, t_q, t_k, t_v)
-    inputs = [strided(x, unit) for x in (q, k, v, t_q, t_k, t_v)] + [strided(x) for x in (attn_mask, t_attn_mask)]
+        config = _config(arch if descriptors else min(arch, 80), q, v, (t_q, t_k, t_v, t_attn_mask), attn_mask, problem)
+    inputs, unit = pointers(q, k, v, t_q, t_k, t_v, attn_mask, t_attn_mask)
+    if descriptors:
+        inputs = with_descriptors(inputs, (q, t_q), (k, v, t_k, t_v), config.block_n, config.block_m)
+    tiles = None if attn_mask is None else live_tiles(attn_mask, config.block_n, config.block_m)
     return Launch(
-        grid=(triton.cdiv(n, config.block_n) * batch * heads,),
-        args=(Inputs._make(inputs), outputs, (heads, heads // k.shape[1], n, m), scale),
+        grid=(triton.cdiv(problem.n, config.block_n) * sequences(q, problem) * problem.heads,),
+        args=(inputs, outputs, problem, tiles, scale),
         options={
-            "D": d,
-            "D_V": d_v,
-            "IS_CAUSAL": is_causal,
+            "D": q.shape[3],
+            "D_V": v.shape[3],
+            "LOWER_RIGHT": lower_right,
             "UNIT": unit,
+            "PRECISION": precision(q.dtype),
             "BLOCK_N": config.block_n,
             "BLOCK_M": config.block_m,
             "num_warps": config.num_warps,
@@ -150,88 +162,75 @@ def plan(
     )
 
 
-def _check(q: Tensor, v: Tensor, attn_mask: Tensor | None, t_attn_mask: Tensor | None) -> None:
-    if q.dtype not in DTYPES:
-        raise TypeError(f"q: expected float32, bfloat16 or float16 for the Triton kernel, got {q.dtype}")
-    for name, x in (("q", q), ("v", v)):
-        if not 1 <= x.shape[-1] <= WIDEST_HEAD:
-            raise ValueError(f"{name}: expected a head dim from 1 to {WIDEST_HEAD}, got {x.shape[-1]}")
-    if t_attn_mask is not None and (attn_mask is None or attn_mask.dtype == torch.bool):
-        got = "none" if attn_mask is None else "a bool one"
-        raise ValueError(f"t_attn_mask: expected a float attn_mask beside it, got {got}")
-
-
-def allocate(q: Tensor, v: Tensor, any_tangent: bool, keep_acc: bool) -> Outputs:
-    """Uninitialised outputs: the kernel writes every element."""
-    rows, shape = q.shape[:3], (*q.shape[:3], v.shape[3])
-
-    def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=q.device)
-
-    return Outputs(
-        o=empty(shape, q.dtype),
-        t_o=empty(shape, q.dtype) if any_tangent else None,
-        lse=empty(rows, torch.float32),
-        mu=empty(rows, torch.float32) if any_tangent else None,
-        o_acc=empty(shape, torch.float32) if keep_acc else None,
-        t_o_acc=empty(shape, torch.float32) if keep_acc else None,
-    )
+def _config(
+    arch: int, q: Tensor, v: Tensor, tangents: tuple[Tensor | None, ...], attn_mask: Tensor | None, problem: Problem
+) -> configs.Config:
+    present = "".join(name for name, t in zip(configs.TANGENTS, tangents, strict=True) if t is not None)
+    plain = (problem.left, problem.right, problem.cu_n) == (None, None, None)
+    kind = "mask" if attn_mask is not None else "none" if plain else "band"
+    return configs.attention_config("forward", arch, q.dtype, max(q.shape[3], v.shape[3]), present, kind, problem.n)
 
 
 @triton.jit
 def _attention_kernel(
-    IN, OUT, shape, scale,
-    D: tl.constexpr, D_V: tl.constexpr, IS_CAUSAL: tl.constexpr, UNIT: tl.constexpr,
+    IN, OUT, P, TILES, scale,
+    D: tl.constexpr, D_V: tl.constexpr, LOWER_RIGHT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N queries of one head against all the keys they see."""
-    heads, group, N, M = shape
-    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_n = tl.cdiv(P.n, BLOCK_N)
     pid = tl.program_id(0)
-    pid_bh = pid // tiles_n
-    b, h = pid_bh // heads, pid_bh % heads
-    start_n = (pid % tiles_n) * BLOCK_N
-    offs_n = start_n + tl.arange(0, BLOCK_N)
-    live_n = offs_n < N
-    q = load_rows(IN.q, b, h, offs_n, live_n, D, UNIT)  # (BLOCK_N, D)
+    row, pid_zh = pid % tiles_n, pid // tiles_n
+    h, start_n = pid_zh % P.heads, row * BLOCK_N
+    b, first_n, N, first_m, M = locate(P, pid_zh // P.heads)
+    if (P.cu_n is not None) and start_n >= N:
+        return
+    low, high = band(P, N, M, LOWER_RIGHT)
+    q = load_rows(IN.q, b, h, first_n, start_n, N, BLOCK_N, D, UNIT)  # (BLOCK_N, D)
     t_q = None
     if IN.t_q is not None:
-        t_q = load_rows(IN.t_q, b, h, offs_n, live_n, D, UNIT)  # (BLOCK_N, D)
+        t_q = load_rows(IN.t_q, b, h, first_n, start_n, N, BLOCK_N, D, UNIT)  # (BLOCK_N, D)
 
     m, e_sum, e_dot, h_dot, rho, o, a = _sweep(
-        q, t_q, IN, b, h, h // group, start_n, live_n, M, scale, D, D_V, IS_CAUSAL, UNIT, BLOCK_N, BLOCK_M
+        q, t_q, IN, P, TILES, (b, h, row, N, first_m, M, low, high), scale, D, D_V, UNIT, PRECISION, BLOCK_N, BLOCK_M
     )
 
     inverse = 1 / tl.maximum(e_dot, LIVE)
     lse = tl.where(e_sum < LIVE, float("-inf"), (m + tl.log2(tl.maximum(e_sum, LIVE))) * LN_2)
-    first_row = pid_bh.to(tl.int64) * N + start_n
-    rows = first_row + tl.arange(0, BLOCK_N)
+    first = first_row(P, b, h, first_n + start_n)
+    rows, live_n = first + tl.arange(0, BLOCK_N), start_n + tl.arange(0, BLOCK_N) < N
     o = scale_rows(o, inverse)
-    store_rows(OUT.o, first_row, live_n, o, D_V)
+    store_rows(OUT.o, first, live_n, o, D_V)
     tl.store(OUT.lse + rows, lse, mask=live_n)
     if OUT.o_acc is not None:
-        store_rows(OUT.o_acc, first_row, live_n, o, D_V)
+        store_rows(OUT.o_acc, first, live_n, o, D_V)
     if OUT.t_o is not None:
         t_o = add_scaled_rows(scale_rows(a, inverse), -h_dot * inverse, o)
-        store_rows(OUT.t_o, first_row, live_n, t_o, D_V)
+        store_rows(OUT.t_o, first, live_n, t_o, D_V)
         tl.store(OUT.mu + rows, rho, mask=live_n)
         if OUT.t_o_acc is not None:
-            store_rows(OUT.t_o_acc, first_row, live_n, t_o, D_V)
+            store_rows(OUT.t_o_acc, first, live_n, t_o, D_V)
 
 
 @triton.jit
 def _sweep(
-    q, t_q, IN, b, h, h_kv, start_n, live_n, M, scale,
-    D: tl.constexpr, D_V: tl.constexpr, IS_CAUSAL: tl.constexpr, UNIT: tl.constexpr,
+    q, t_q, IN, P, TILES, at, scale,
+    D: tl.constexpr, D_V: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """All keys, tile by tile. The loop is written in the order that keeps the fewest registers alive."""
+    """All keys that any of the queries sees, tile by tile.
+
+    The loop is written in the order that keeps the fewest registers alive.
+    """
     MOVES_S: tl.constexpr = (IN.t_q is not None) or (IN.t_k is not None) or (IN.t_mask is not None)
+    b, h, row, N, first_m, M, low, high = at
+    h_kv, start_n = h // P.group, row * BLOCK_N
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    # A mask aside, these queries see all keys before `full`, which ends a tile, and none from `stop` on.
-    stop, full = M, M // BLOCK_M * BLOCK_M
-    if IS_CAUSAL:
-        stop, full = tl.minimum(M, start_n + BLOCK_N), tl.minimum(M, start_n + 1) // BLOCK_M * BLOCK_M
+    live_n = offs_n < N
+    begin, whole_begin, whole_end, end = visible(start_n, low, high, M, BLOCK_N, BLOCK_M)
+    listed, first, last = None, begin // BLOCK_M, tl.cdiv(end, BLOCK_M)
+    if TILES is not None:
+        listed, first, last = live_between(TILES, b, h, row, begin, end, BLOCK_M)
 
     m = tl.full([BLOCK_N], LOWEST, tl.float32)
     e_sum = tl.zeros([BLOCK_N], tl.float32)
@@ -240,34 +239,39 @@ def _sweep(
     rho = tl.zeros([BLOCK_N], tl.float32)
     o = zeros(BLOCK_N, D_V)  # (BLOCK_N, D_V) f32
     a = zeros(BLOCK_N, D_V)  # (BLOCK_N, D_V) f32
-    for start_m in tl.range(0, stop, BLOCK_M):
+    for i in tl.range(first, last):
+        start_m = i * BLOCK_M
+        if listed is not None:
+            start_m = tl.load(listed + i) * BLOCK_M
         offs_m = start_m + tl.arange(0, BLOCK_M)
         live_m = offs_m < M
-        k = load_rows(IN.k, b, h_kv, offs_m, live_m, D, UNIT)  # (BLOCK_M, D)
-        s = add_dot_transposed(tl.zeros((BLOCK_N, BLOCK_M), tl.float32), q, k)  # (BLOCK_N, BLOCK_M) f32
+        k = load_rows(IN.k, b, h_kv, first_m, start_m, M, BLOCK_M, D, UNIT)  # (BLOCK_M, D)
+        s = add_dot_transposed(tl.zeros((BLOCK_N, BLOCK_M), tl.float32), q, k, PRECISION)  # (BLOCK_N, BLOCK_M) f32
         unit = scale * LOG2_E
         if IN.mask is not None:
             s = _add_mask(s * unit, IN.mask, b, h, offs_n, live_n, offs_m, live_m)
             unit = 1.0
-        if start_m >= full:
+        if (start_m < whole_begin) | (start_m >= whole_end):
             seen = live_m[None, :]
-            if IS_CAUSAL:
-                seen = seen & (offs_m[None, :] <= offs_n[:, None])
+            if P.left is not None:
+                seen = seen & (offs_m[None, :] >= (offs_n + low)[:, None])
+            if P.right is not None:
+                seen = seen & (offs_m[None, :] <= (offs_n + high)[:, None])
             s = tl.where(seen, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1) * unit)
         e = tl.exp2(s * unit - m_new[:, None])  # (BLOCK_N, BLOCK_M) f32
         decay = tl.exp2(m - m_new)
         m = m_new
-        e_low = e.to(q[0].dtype)
+        e_low = as_operand(e, q[0], PRECISION)
         e_sum = e_sum * decay + tl.sum(e, 1)
 
         if MOVES_S:
             t = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)  # (BLOCK_N, BLOCK_M) f32
             if IN.t_q is not None:
-                t = add_dot_transposed(t, t_q, k)
+                t = add_dot_transposed(t, t_q, k, PRECISION)
             if IN.t_k is not None:
-                t_k = load_rows(IN.t_k, b, h_kv, offs_m, live_m, D, UNIT)  # (BLOCK_M, D)
-                t = add_dot_transposed(t, q, t_k)
+                t_k = load_rows(IN.t_k, b, h_kv, first_m, start_m, M, BLOCK_M, D, UNIT)  # (BLOCK_M, D)
+                t = add_dot_transposed(t, q, t_k, PRECISION)
             t_unit = scale
             if IN.t_mask is not None:
                 t = t * scale + _load_mask(IN.t_mask, b, h, offs_n, live_n, offs_m, live_m).to(tl.float32)
@@ -275,20 +279,20 @@ def _sweep(
             z = t * t_unit - rho[:, None]
             step = tl.sum(e * z, 1) / tl.maximum(e_sum, LIVE)
             rho += step
-            h_low = (e * (z - step[:, None])).to(q[0].dtype)  # (BLOCK_N, BLOCK_M)
+            h_low = as_operand(e * (z - step[:, None]), q[0], PRECISION)  # (BLOCK_N, BLOCK_M)
             h_dot = (h_dot - step * e_dot) * decay + tl.sum(h_low.to(tl.float32), 1)
             a = add_scaled_rows(scale_rows(a, decay), -step * decay, o)
         elif IN.t_v is not None:
             a = scale_rows(a, decay)
 
         e_dot = e_dot * decay + tl.sum(e_low.to(tl.float32), 1)
-        v = load_rows(IN.v, b, h_kv, offs_m, live_m, D_V, UNIT)  # (BLOCK_M, D_V)
-        o = add_dot(scale_rows(o, decay), e_low, v)
+        v = load_rows(IN.v, b, h_kv, first_m, start_m, M, BLOCK_M, D_V, UNIT)  # (BLOCK_M, D_V)
+        o = add_dot(scale_rows(o, decay), e_low, v, PRECISION)
         if MOVES_S:
-            a = add_dot(a, h_low, v)
+            a = add_dot(a, h_low, v, PRECISION)
         if IN.t_v is not None:
-            t_v = load_rows(IN.t_v, b, h_kv, offs_m, live_m, D_V, UNIT)  # (BLOCK_M, D_V)
-            a = add_dot(a, e_low, t_v)
+            t_v = load_rows(IN.t_v, b, h_kv, first_m, start_m, M, BLOCK_M, D_V, UNIT)  # (BLOCK_M, D_V)
+            a = add_dot(a, e_low, t_v, PRECISION)
     return m, e_sum, e_dot, h_dot, rho, o, a
 
 
@@ -306,7 +310,9 @@ def _add_mask(s, MASK, b, h, offs_n, live_n, offs_m, live_m):
 
 @triton.jit
 def _load_mask(MASK, b, h, offs_n, live_n, offs_m, live_m):
-    """(BLOCK_N, BLOCK_M) of a mask, zero beyond its edges."""
-    head = b.to(tl.int64) * MASK.stride_b + h.to(tl.int64) * MASK.stride_h
-    ptrs = MASK.ptr + head + offs_n.to(tl.int64)[:, None] * MASK.stride_n + offs_m.to(tl.int64)[None, :] * MASK.stride_d
-    return tl.load(ptrs, mask=live_n[:, None] & live_m[None, :], other=0)
+    """(BLOCK_N, BLOCK_M) of a mask, or (1, BLOCK_M) if all queries share a row; zero beyond its edges."""
+    row = MASK.ptr + b.to(tl.int64) * MASK.stride_b + h.to(tl.int64) * MASK.stride_h
+    ptrs, live = row + offs_m.to(tl.int64)[None, :] * MASK.stride_d, live_m[None, :]
+    if MASK.stride_n is not None:
+        ptrs, live = ptrs + offs_n.to(tl.int64)[:, None] * MASK.stride_n, live & live_n[:, None]
+    return tl.load(ptrs, mask=live, other=0)

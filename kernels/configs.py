@@ -1,19 +1,34 @@
-"""How the kernels are launched: tile sizes, warps and pipeline stages, by GPU architecture, dtype and width.
+"""How the kernels are launched: tile sizes, warps and pipeline stages.
 
-The attention table was searched for large tiles that compile without register spills within the shared memory there is;
-benchmarks/aot_table.py compiles every entry and says which keep to that. They are NOT yet measured on a GPU: which of
-those that fit is fastest is unknown.
+Attention's configs are a table, configs.json: an entry for each kernel, architecture, width of operands, head dim,
+tangent set, kind of mask and length. It needn't have every entry: `attention_config` takes the one that is nearest and
+sure to fit, so a new shape or length needs no tuning. Entries say where they were measured; one that was not is a
+config that benchmarks/aot_table.py found to fit the registers and the shared memory, and no more is known of it.
+`python -m fastdistill.tune` measures on the GPU at hand and keeps what it finds in a file of the user's, which wins.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+import triton
+
+KERNELS = ("forward", "backward_kv", "backward_q")
+MASKS = ("none", "band", "mask")  # each takes what the one before takes, and more; a band beside a mask is a "mask"
+TANGENTS = "qkvm"  # of q, k, v and the mask
+SHIPPED = Path(__file__).with_name("configs.json")
 
 
 class Config(NamedTuple):
-    """One launch of the attention kernel: BLOCK_N queries by BLOCK_M keys."""
+    """One launch of an attention kernel: tiles of BLOCK_N queries by BLOCK_M keys."""
 
     block_n: int
     block_m: int
@@ -29,95 +44,179 @@ class NormConfig(NamedTuple):
     num_warps: int
 
 
+class Entry(NamedTuple):
+    """A line of the table.
+
+    bits: of an element of q. d: the head dim, and the widest that the config fits. tangents: letters of `TANGENTS`, ""
+    for plain attention and for the backward without any cotangent of a tangent. log2_length: see `bucket`; None is any.
+    measured: where, and how fast; None where it was not.
+    """
+
+    kernel: str
+    arch: int
+    bits: int
+    d: int
+    tangents: str
+    mask: str
+    log2_length: int | None
+    config: Config
+    measured: str | None
+
+
+class ConfigFileError(ValueError):
+    """A file of configs that can't be read."""
+
+
 INTERPRETER = 0  # the architecture of a CPU
 INTERPRETED = Config(32, 32, 1, 1)  # small enough that short tests have several tiles
+ARCHITECTURES = (80, 90, 100)
 
-# Kind of call: the logits move (by t_q, t_k, a mask's tangent), move under a mask or causally, or stand still.
-MOVING, MASKED, STILL = "moving", "masked", "still"
 
-# Heads up to the key, by architecture and kind. sm_90 serves 9.x, sm_100 serves 10.x, sm_80 all others, so its tiles
-# keep to the 99 KiB of shared memory that 8.6, 8.9 and 12.x have. For heads wider than 128, 64 rows do not fit into the
-# registers; these go without the matmul instructions of 9.x and 10.x, which need 64 rows, and use those of 8.x.
-ATTENTION: dict[tuple[int, str], dict[int, Config]] = {
-    (80, MOVING): {
-        96: Config(128, 32, 8, 2),
-        112: Config(64, 32, 4, 2),
-        128: Config(64, 32, 8, 2),
-        256: Config(32, 16, 8, 2),
-    },
-    (80, MASKED): {
-        80: Config(128, 32, 8, 2),
-        96: Config(64, 32, 4, 2),
-        112: Config(128, 16, 8, 2),
-        128: Config(64, 32, 8, 2),
-        256: Config(32, 16, 8, 2),
-    },
-    (80, STILL): {
-        80: Config(128, 32, 8, 2),
-        96: Config(64, 32, 4, 2),
-        128: Config(128, 32, 8, 2),
-        256: Config(64, 16, 16, 2),
-    },
-    (90, MOVING): {
-        64: Config(128, 64, 8, 3),
-        80: Config(128, 64, 8, 2),
-        128: Config(128, 32, 8, 4),
-        256: Config(32, 32, 8, 2),
-    },
-    (90, MASKED): {
-        32: Config(128, 64, 8, 3),
-        64: Config(128, 64, 8, 2),
-        80: Config(128, 32, 8, 4),
-        96: Config(128, 32, 8, 3),
-        112: Config(128, 16, 8, 3),
-        128: Config(128, 32, 8, 3),
-        256: Config(32, 32, 8, 2),
-    },
-    (90, STILL): {
-        96: Config(128, 64, 8, 3),
-        112: Config(64, 32, 8, 2),
-        128: Config(128, 64, 8, 2),
-        256: Config(32, 32, 8, 2),
-    },
-    (100, MOVING): {
-        80: Config(128, 64, 8, 3),
-        128: Config(128, 32, 8, 3),
-        256: Config(32, 32, 8, 2),
-    },
-    (100, MASKED): {
-        112: Config(128, 32, 8, 3),
-        128: Config(64, 32, 8, 2),
-        256: Config(32, 32, 8, 2),
-    },
-    (100, STILL): {
-        112: Config(128, 64, 8, 3),
-        128: Config(128, 32, 8, 3),
-        256: Config(64, 16, 16, 2),
-    },
-}
+_forced: list[tuple[int, dict[str, Config]]] = []
 
-# float32 runs on the ordinary cores, with exact products instead of TF32's, and each thread holds operands, too.
-ATTENTION_FLOAT32: dict[int, Config] = {
-    64: Config(32, 32, 8, 2),
-    128: Config(32, 16, 8, 2),
-    256: Config(16, 16, 8, 2),
-}
+
+@contextmanager
+def forced(arch: int, chosen: dict[str, Config]) -> Iterator[None]:
+    """Launch these kernels with these configs, as on that architecture: for tuning, and for compiling without a GPU."""
+    _forced.append((arch, chosen))
+    try:
+        yield
+    finally:
+        _forced.pop()
 
 
 def arch_of(device: torch.device) -> int:
-    """The row of the table that serves a device."""
-    if device.type != "cuda":
-        return INTERPRETER
-    major, _ = torch.cuda.get_device_capability(device)
-    return {9: 90, 10: 100}.get(major, 80)
+    """The rows of the table that serve a device: sm_90 those of 9.x, sm_100 those of 10.x, sm_80 all others.
+
+    So sm_80's configs keep to the 99 KiB of shared memory that 8.6, 8.9 and 12.x have.
+    """
+    if _forced:
+        return _forced[-1][0]
+    return INTERPRETER if device.type != "cuda" else _arch_of_gpu(device.index)
 
 
-def attention_config(arch: int, dtype: torch.dtype, d: int, kind: str) -> Config:
-    """The shipped config for heads of width `d`, the larger of that of the keys and that of the values."""
+@lru_cache
+def _arch_of_gpu(index: int | None) -> int:
+    return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(index)[0], 80)
+
+
+def bucket(length: int) -> int:
+    """log2 of a length, rounded to the nearest."""
+    return (2 * max(length, 1) ** 2).bit_length() - 1 >> 1
+
+
+def attention_config(
+    kernel: str, arch: int, dtype: torch.dtype, d: int, tangents: str, mask: str, length: int
+) -> Config:
+    """The config for heads of width `d` (the larger of that of the keys and that of the values).
+
+    tangents: the letters of those that there are, as in `Entry`. mask: one of `MASKS`. length: of the rows that the
+    programs share out, queries in "forward" and "backward_q", keys in "backward_kv".
+    """
+    if _forced and kernel in _forced[-1][1]:
+        return _forced[-1][1][kernel]
     if arch == INTERPRETER:
         return INTERPRETED
-    table = ATTENTION_FLOAT32 if dtype == torch.float32 else ATTENTION[arch, kind]
-    return table[min(width for width in table if width >= d)]
+    return _nearest(kernel, arch, dtype.itemsize * 8, d, tangents, mask, bucket(length))
+
+
+@lru_cache(maxsize=4096)
+def _nearest(kernel: str, arch: int, bits: int, d: int, tangents: str, mask: str, log2_length: int) -> Config:
+    wanted = Entry(kernel, arch, bits, d, tangents, mask, log2_length, INTERPRETED, None)
+    entry = nearest(wanted, users(), shipped())
+    if entry is None:
+        raise ValueError(f"no config of {SHIPPED} or {cache_path()} serves {wanted[:-2]}")
+    return entry.config
+
+
+def nearest(wanted: Entry, *tables: Iterable[Entry]) -> Entry | None:
+    """The entry that fits and wastes least: of the narrowest heads, then the fewest tangents, then the simplest mask.
+
+    Of several such it is one of the first table before one of the second, then a measured one, of the nearest length.
+    """
+    best: tuple[Any, Entry] | None = None
+    for order, table in enumerate(tables):
+        for entry in table:
+            if not _fits(wanted, entry):
+                continue
+            far = 99 if entry.log2_length is None else abs(entry.log2_length - (wanted.log2_length or 0))
+            extra = len(set(entry.tangents) - set(wanted.tangents))
+            cost = (entry.d, extra, MASKS.index(entry.mask), order, entry.measured is None, far)
+            if best is None or cost < best[0]:
+                best = (cost, entry)
+    return best and best[1]
+
+
+def _fits(wanted: Entry, entry: Entry) -> bool:
+    return (
+        wanted[:3] == entry[:3]
+        and wanted.d <= entry.d
+        and set(wanted.tangents) <= set(entry.tangents)
+        and MASKS.index(wanted.mask) <= MASKS.index(entry.mask)
+    )
+
+
+@lru_cache
+def shipped() -> tuple[Entry, ...]:
+    """The table that comes with the package."""
+    return read(SHIPPED)
+
+
+@lru_cache
+def users() -> tuple[Entry, ...]:
+    """What was tuned on this GPU with this version of Triton, if anything."""
+    path = cache_path()
+    return read(path) if path is not None and path.exists() else ()
+
+
+def cache_path() -> Path | None:
+    """The user's file for the current GPU and this version of Triton; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdistill"
+    gpu = re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name())
+    return folder / f"{gpu}-triton-{triton.__version__}.json"
+
+
+def reload() -> None:
+    """Forget what was read: the files may have changed."""
+    for cached in (shipped, users, _nearest):
+        cached.cache_clear()
+
+
+def read(path: Path) -> tuple[Entry, ...]:
+    """The entries of a file; ConfigFileError, with the remedy, where it is damaged."""
+    try:
+        return tuple(map(_parse, json.loads(path.read_text(encoding="utf-8"))))
+    except (ValueError, TypeError, KeyError) as error:
+        remedy = "install fastdistill anew" if path == SHIPPED else "delete it, then `python -m fastdistill.tune`"
+        raise ConfigFileError(f"{path} is no table of configs ({error}); {remedy}") from error
+
+
+def _parse(line: dict[str, Any]) -> Entry:
+    entry = Entry(**{**line, "config": Config(*line["config"])})
+    numbers = [entry.arch, entry.bits, entry.d, *entry.config]
+    if not all(type(x) is int and x > 0 for x in numbers):
+        raise ValueError(f"expected positive integers, got {numbers}")
+    if entry.kernel not in KERNELS or entry.mask not in MASKS or not set(entry.tangents) <= set(TANGENTS):
+        raise ValueError(f"unknown kernel, mask or tangents in {entry[:6]}")
+    if not isinstance(entry.log2_length, int | None):
+        raise ValueError(f"log2_length: expected an integer or null, got {entry.log2_length!r}")
+    return entry
+
+
+def write(path: Path, entries: Sequence[Entry]) -> None:
+    """Entries as a file, a line each; whoever reads meanwhile sees the old file or the new one."""
+    lines = ",\n".join(json.dumps(entry._asdict()) for entry in sorted(entries, key=_order))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    draft.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def _order(entry: Entry) -> tuple[Any, ...]:
+    length = -1 if entry.log2_length is None else entry.log2_length
+    return (KERNELS.index(entry.kernel), entry.arch, entry.bits, entry.tangents, entry.mask, entry.d, length)
 
 
 def norm_config(length: int, width: int) -> NormConfig:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Strided(NamedTuple):
@@ -21,8 +22,14 @@ class Strided(NamedTuple):
     ptr: Any
     stride_b: int
     stride_h: int
-    stride_n: int
+    stride_n: int | None
     stride_d: int
+
+
+class Described(NamedTuple):
+    """A 4-D tensor as a kernel receives it for the copy engine (TMA) of GPUs from 9.0 on: a descriptor a part."""
+
+    parts: tuple[TensorDescriptor, ...]
 
 
 @triton.constexpr_function
@@ -63,14 +70,38 @@ def strided(x: torch.Tensor | None, unit: int = 1) -> Strided | None:
     return Strided(x, *(0 if size == 1 else s // u for size, s, u in zip(x.shape, x.stride(), units)))
 
 
+def describable(x: torch.Tensor) -> bool:
+    """Whether descriptors can name this tensor's elements: all aligned to 16 bytes, and none broadcast."""
+    strides = [s for size, s in zip(x.shape[:-1], x.stride()[:-1]) if size > 1]
+    aligned = all(s > 0 and s * x.element_size() % 16 == 0 for s in strides)
+    return aligned and x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and x.numel() > 0
+
+
+def described(x: torch.Tensor | None, rows: int) -> Described | None:
+    """A 4-D tensor for kernels that load that many of its rows at a time."""
+    if x is None:
+        return None
+    strides = [16 if size == 1 else s for size, s in zip(x.shape[:-1], x.stride()[:-1])] + [1]
+    blocks = [[1, 1, rows, width] for _, width in column_parts(x.shape[-1])]
+    return Described(tuple(TensorDescriptor(x, list(x.shape), strides, block) for block in blocks))
+
+
 @triton.jit
-def load_rows(x, b, h, rows, live, D: tl.constexpr, UNIT: tl.constexpr):
-    """The given rows of head h of sample b. Rows that are not `live` (None: all are) and columns from D on are zero."""
+def load_rows(x, b, h, first, start, n, ROWS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr):
+    """Rows start ... start + ROWS - 1 of a sequence of n, whose row 0 is row `first` of head h of sample b.
+
+    Rows from n on and columns from D on are zero.
+    """
     PARTS: tl.constexpr = column_parts(D)
-    head = (b.to(tl.int64) * x.stride_b + h.to(tl.int64) * x.stride_h) * UNIT
     tile = ()
-    for i in tl.static_range(len(PARTS)):
-        tile = tile + (_load_part(x, head, rows, live, PARTS[i][0], PARTS[i][1], D, UNIT),)
+    if len(x) == 1:  # Described
+        for i in tl.static_range(len(PARTS)):
+            tile = tile + (x.parts[i].load([b, h, start, PARTS[i][0]]).reshape(ROWS, PARTS[i][1]),)
+    else:
+        rows = start + tl.arange(0, ROWS)
+        head = (b.to(tl.int64) * x.stride_b + h.to(tl.int64) * x.stride_h + first.to(tl.int64) * x.stride_n) * UNIT
+        for i in tl.static_range(len(PARTS)):
+            tile = tile + (_load_part(x, head, rows, rows < n, PARTS[i][0], PARTS[i][1], D, UNIT),)
     return tile
 
 
@@ -78,15 +109,10 @@ def load_rows(x, b, h, rows, live, D: tl.constexpr, UNIT: tl.constexpr):
 def _load_part(x, head, rows, live, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr):
     cols = FIRST + tl.arange(0, WIDTH)
     ptrs = x.ptr + head + rows.to(tl.int64)[:, None] * x.stride_n * UNIT + cols[None, :] * x.stride_d
+    mask = live[:, None]
     if FIRST + WIDTH > D:
-        if live is None:
-            return tl.load(ptrs, mask=cols[None, :] < D, other=0.0)
-        else:
-            return tl.load(ptrs, mask=live[:, None] & (cols[None, :] < D), other=0.0)
-    elif live is None:
-        return tl.load(ptrs)
-    else:
-        return tl.load(ptrs, mask=live[:, None], other=0.0)
+        mask = mask & (cols[None, :] < D)
+    return tl.load(ptrs, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -123,20 +149,30 @@ def _zero_part(ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def add_dot_transposed(acc, x, y):
+def add_dot_transposed(acc, x, y, PRECISION: tl.constexpr):
     """acc + x yᵀ: the parts are of the summed dimension, acc is one plain tile."""
     for i in tl.static_range(len(x)):
-        acc = tl.dot(x[i], y[i].T, acc, input_precision="ieee")
+        acc = tl.dot(x[i], y[i].T, acc, input_precision=PRECISION)
     return acc
 
 
 @triton.jit
-def add_dot(acc, p, y):
+def add_dot(acc, p, y, PRECISION: tl.constexpr):
     """acc + p y: the parts are of the output's columns, p is one plain tile."""
     tile = ()
     for i in tl.static_range(len(acc)):
-        tile = tile + (tl.dot(p, y[i], acc[i], input_precision="ieee"),)
+        tile = tile + (tl.dot(p, y[i], acc[i], input_precision=PRECISION),)
     return tile
+
+
+@triton.jit
+def as_operand(x, other, PRECISION: tl.constexpr):
+    """float32 x as the matmul with `other` takes it: in its dtype, and for TF32 rounded to a mantissa of 10 bits."""
+    if PRECISION == "tf32":
+        bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    else:
+        return x.to(other.dtype)
 
 
 @triton.jit

@@ -1,18 +1,18 @@
-"""The kernels' values, interpreted on the CPU: `TRITON_INTERPRET=1 pytest tests/kernels`, in a process of its own."""
+"""The kernels' values, on a GPU or interpreted on the CPU: `pytest tests/kernels`, in a process of its own."""
 
 from __future__ import annotations
 
-import os
-import sys
-
-if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-    raise RuntimeError("tests/kernels needs a process of its own: TRITON_INTERPRET=1 pytest tests/kernels")
-os.environ["TRITON_INTERPRET"] = "1"
-
 import numpy as np
 import pytest
-import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from tests.kernels.device import INTERPRETED
+
+if INTERPRETED:
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+# What kernels do, and not only what comes out, is seen in the interpreter alone.
+collect_ignore = [] if INTERPRETED else ["test_attention_work.py"]
 
 
 def _bf16_to_fp32(x: np.ndarray) -> np.ndarray:
@@ -26,7 +26,7 @@ def _fp32_to_bf16(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=INTERPRETED)
 def matmuls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shape (rows, summed, columns) of each `tl.dot` of a test.
 

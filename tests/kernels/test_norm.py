@@ -1,4 +1,4 @@
-"""The norm kernel's values, interpreted, against float64 autodiff of the plain formula."""
+"""The norm kernel's values against float64 autodiff of the plain formula."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from fastdistill import reference
 from fastdistill.kernels import norm as kernel
 from fastdistill.testing import assert_accurate, cast, reference_jvp, relative_error
+from tests.kernels.device import DEVICE
 
 Tensors = dict[str, Tensor | None]
 NAMES = ("x", "weight", "bias", "scale", "shift")
@@ -27,7 +28,10 @@ def inputs(
     """Standard normal x, an affine map, a scale a sample, a shift a token; a tangent to each unless told otherwise."""
     batch, length, width = shape
     shapes = {"x": shape, "weight": (width,), "bias": (width,), "scale": (batch, 1, width), "shift": (1, length, width)}
-    draws = [{name: torch.randn(shapes[name], dtype=torch.float64).to(dtype) for name in names} for _ in range(2)]
+    draws = [
+        {name: torch.randn(shapes[name], dtype=torch.float64, device=DEVICE).to(dtype) for name in names}
+        for _ in range(2)
+    ]
     return draws[0], {name: t for name, t in draws[1].items() if tangents is None or name in tangents}
 
 
@@ -108,11 +112,14 @@ def test_dtypes_may_differ() -> None:
 def test_any_strides() -> None:
     """A permuted x, a cut-out t_x, every other weight, a scale broadcast from one row and one that spans all rows."""
     primals, tangents = inputs(shape=(2, 5, 24))
-    primals["x"] = torch.randn(24, 5, 2).permute(2, 1, 0)
-    tangents["x"] = torch.randn(4, 9, 30)[1:3, 2:7, 3:27]
-    primals["weight"] = torch.randn(48)[::2]
-    primals["scale"], tangents["scale"] = torch.randn(1, 1, 24), torch.randn(1, 1, 24)
-    primals["shift"], tangents["shift"] = torch.randn(2, 5, 24), torch.randn(2, 1, 24).expand(2, 5, 24)
+    primals["x"] = torch.randn(24, 5, 2, device=DEVICE).permute(2, 1, 0)
+    tangents["x"] = torch.randn(4, 9, 30, device=DEVICE)[1:3, 2:7, 3:27]
+    primals["weight"] = torch.randn(48, device=DEVICE)[::2]
+    primals["scale"], tangents["scale"] = torch.randn(1, 1, 24, device=DEVICE), torch.randn(1, 1, 24, device=DEVICE)
+    primals["shift"], tangents["shift"] = (
+        torch.randn(2, 5, 24, device=DEVICE),
+        torch.randn(2, 1, 24, device=DEVICE).expand(2, 5, 24),
+    )
     check(primals, tangents)
 
 

@@ -1,0 +1,104 @@
+"""The pre-pass of attention's backward: what the tiles need to know of each query, from its o and t_o."""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_tile import LOG2_E, LOWEST, indices, logits, seen
+from .geometry import band, first_row, locate, visible
+from .tiles import Strided, load_rows
+
+FAR = tl.constexpr(1024.0)  # an |lse| beyond which float32 holds too few digits of it
+
+
+class Saved(NamedTuple):
+    """What the forward left, and the cotangents of its row statistics."""
+
+    o: Strided
+    t_o: Strided | None
+    lse: Tensor
+    d_lse: Tensor | None
+    d_mu: Tensor | None
+
+
+@triton.jit
+def rows_kernel(
+    IN, CO, SAVED, ROWS, P, scale,
+    D: tl.constexpr, D_V: tl.constexpr, LOWER_RIGHT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """One program: the statistics of BLOCK_N rows of one head, of whatever sequences."""
+    tiles_n = tl.cdiv(P.rows, BLOCK_N)
+    pid = tl.program_id(0)
+    start, bh = (pid % tiles_n) * BLOCK_N, pid // tiles_n
+    b, h, origin = bh // P.heads, bh % P.heads, start * 0
+    live = start + tl.arange(0, BLOCK_N) < P.rows
+    rows = first_row(P, b, h, start) + tl.arange(0, BLOCK_N)
+
+    saved = tl.load(SAVED.lse + rows, mask=live, other=float("-inf"))
+    dead = saved == float("-inf")
+    lse = tl.where(dead, float("inf"), saved * LOG2_E)
+    if ROWS.rest is not None:
+        rest = tl.zeros([BLOCK_N], tl.float32)
+        far = (tl.abs(saved) > FAR) & ~dead
+        if tl.max(far.to(tl.int32), 0) > 0:
+            top, log_total = _sum_rows(IN, P, b, h, start, scale, D, LOWER_RIGHT, UNIT, PRECISION, BLOCK_N, BLOCK_M)
+            lse = tl.where(far, top, lse)
+            rest = tl.where(far, log_total, rest)
+        tl.store(ROWS.rest + rows, rest, mask=live)
+    tl.store(ROWS.lse + rows, lse, mask=live)
+
+    o = load_rows(SAVED.o, b, h, origin, start, P.rows, BLOCK_N, D_V, UNIT)
+    delta = tl.zeros([BLOCK_N], tl.float32)
+    if CO.do is not None:
+        delta = _add_row_dot(delta, load_rows(CO.do, b, h, origin, start, P.rows, BLOCK_N, D_V, UNIT), o)
+    if SAVED.d_lse is not None:
+        delta -= tl.load(SAVED.d_lse + rows, mask=live, other=0.0)
+    delta_t = tl.zeros([BLOCK_N], tl.float32)
+    if CO.dt_o is not None:
+        dt_o = load_rows(CO.dt_o, b, h, origin, start, P.rows, BLOCK_N, D_V, UNIT)
+        delta = _add_row_dot(delta, dt_o, load_rows(SAVED.t_o, b, h, origin, start, P.rows, BLOCK_N, D_V, UNIT))
+        delta_t = _add_row_dot(delta_t, dt_o, o)
+    if SAVED.d_mu is not None:
+        delta_t -= tl.load(SAVED.d_mu + rows, mask=live, other=0.0)
+    tl.store(ROWS.delta + rows, tl.where(dead, 0.0, delta), mask=live)
+    if ROWS.delta_t is not None:
+        tl.store(ROWS.delta_t + rows, tl.where(dead, 0.0, delta_t), mask=live)
+
+
+@triton.jit
+def _add_row_dot(acc, x, y):
+    """acc + rowsum(x∘y)."""
+    for i in tl.static_range(len(x)):
+        acc += tl.sum(x[i].to(tl.float32) * y[i].to(tl.float32), 1)
+    return acc
+
+
+@triton.jit
+def _sum_rows(
+    IN, P, b, h, start_n, scale,
+    D: tl.constexpr, LOWER_RIGHT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The largest S of each row, in units of log 2, and log2 rowsum exp2(S - it): a huge lse can't hold both."""
+    _, origin, n, _, m = locate(P, b)
+    low, high = band(P, n, m, LOWER_RIGHT)
+    begin, _, _, end = visible(start_n, low, high, m, BLOCK_N, BLOCK_M)
+    q = load_rows(IN.q, b, h, origin, start_n, n, BLOCK_N, D, UNIT)
+    top = tl.full([BLOCK_N], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for start_m in tl.range(begin, end, BLOCK_M):
+        k = load_rows(IN.k, b, h // P.group, origin, start_m, m, BLOCK_M, D, UNIT)
+        i, j = indices(start_n, start_m, BLOCK_N, BLOCK_M, False)
+        at = (b, h, i, j, n, m)
+        s = tl.where(seen(at, low, high), logits(q, k, IN, at, scale, False, PRECISION), float("-inf"))
+        top_new = tl.maximum(top, tl.max(s, 1))
+        total = total * tl.exp2(top - top_new) + tl.sum(tl.exp2(s - top_new[:, None]), 1)
+        top = top_new
+    return top, tl.log2(tl.maximum(total, 0.5))  # 1 or more, but in dead rows

@@ -1,0 +1,257 @@
+"""One tile of attention's backward, shared by the kernels for keys and for queries.
+
+It is (BLOCK_N, BLOCK_M), or its transpose where BY_KEYS: so the left operand of every matmul into a gradient is what
+has just been computed, and nothing has to be turned around. Row statistics come as a column or, BY_KEYS, as a row.
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .geometry import first_row
+from .tiles import Described, Strided, add_dot, add_dot_transposed, as_operand, load_rows, store_rows
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.0e38)  # below every logit but -inf
+
+
+class Cotangents(NamedTuple):
+    """Of o and t_o, (B, H, N, D_V) each. None is a structural zero."""
+
+    do: Strided | Described | None
+    dt_o: Strided | Described | None
+
+
+class Rows(NamedTuple):
+    """Of each query, (B, H, N) in float32: P = exp2(S - lse - rest), all in units of log 2.
+
+    rest is None unless a float mask may push lse too far from 0 to hold it. A row that sees no key has lse = inf.
+    delta_t is None where no logit moves, or no cotangent asks how.
+    """
+
+    lse: Any
+    rest: Any
+    mu: Any
+    delta: Any
+    delta_t: Any
+
+
+@triton.jit
+def indices(start_n, start_m, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BY_KEYS: tl.constexpr):
+    """The tile's queries and keys, shaped so that they broadcast to the tile."""
+    offs_n, offs_m = start_n + tl.arange(0, BLOCK_N), start_m + tl.arange(0, BLOCK_M)
+    if BY_KEYS:
+        return offs_n[None, :], offs_m[:, None]
+    else:
+        return offs_n[:, None], offs_m[None, :]
+
+
+@triton.jit
+def load_statistics(ROWS, P, first_n, at):
+    """All of the tile's queries; None where there is none."""
+    rest, mu, delta_t = None, None, None
+    lse = _load_statistic(ROWS.lse, P, first_n, at)
+    delta = _load_statistic(ROWS.delta, P, first_n, at)
+    if ROWS.rest is not None:
+        rest = _load_statistic(ROWS.rest, P, first_n, at)
+    if ROWS.delta_t is not None:
+        mu = _load_statistic(ROWS.mu, P, first_n, at)
+        delta_t = _load_statistic(ROWS.delta_t, P, first_n, at)
+    return lse, rest, mu, delta, delta_t
+
+
+@triton.jit
+def _load_statistic(ptr, P, first_n, at):
+    """0 beyond the last query, where q, do and dt_o are 0 as well, so that nothing comes of it."""
+    b, h, i, _, n, _ = at
+    return tl.load(ptr + first_row(P, b, h, first_n) + i, mask=i < n, other=0.0)
+
+
+@triton.jit
+def load_queries(
+    IN, CO, b, h, first, start, n,
+    BLOCK_N: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """(q, t_q, do, dt_o) of BLOCK_N queries, None where there is none."""
+    t_q, do, dt_o = None, None, None
+    q = load_rows(IN.q, b, h, first, start, n, BLOCK_N, D, UNIT)
+    if IN.t_q is not None:
+        t_q = load_rows(IN.t_q, b, h, first, start, n, BLOCK_N, D, UNIT)
+    if CO.do is not None:
+        do = load_rows(CO.do, b, h, first, start, n, BLOCK_N, D_V, UNIT)
+    if CO.dt_o is not None:
+        dt_o = load_rows(CO.dt_o, b, h, first, start, n, BLOCK_N, D_V, UNIT)
+    return q, t_q, do, dt_o
+
+
+@triton.jit
+def load_keys(
+    IN, b, h, first, start, m,
+    BLOCK_M: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """(k, t_k, v, t_v) of BLOCK_M keys, None where there is none."""
+    t_k, t_v = None, None
+    k = load_rows(IN.k, b, h, first, start, m, BLOCK_M, D, UNIT)
+    v = load_rows(IN.v, b, h, first, start, m, BLOCK_M, D_V, UNIT)
+    if IN.t_k is not None:
+        t_k = load_rows(IN.t_k, b, h, first, start, m, BLOCK_M, D, UNIT)
+    if IN.t_v is not None:
+        t_v = load_rows(IN.t_v, b, h, first, start, m, BLOCK_M, D_V, UNIT)
+    return k, t_k, v, t_v
+
+
+@triton.jit
+def logits(q, k, IN, at, scale, BY_KEYS: tl.constexpr, PRECISION: tl.constexpr):
+    """S under the mask, in units of log 2."""
+    _, _, i, j, n, _ = at
+    s = cross(tl.zeros((i + j).shape, tl.float32), q, k, BY_KEYS, PRECISION) * (scale * LOG2_E)
+    if IN.mask is not None:
+        if IN.mask.ptr.dtype.element_ty == tl.int1:
+            s = tl.where(_load_mask(IN.mask, at, 0), s, float("-inf"))
+        else:
+            mask = _load_mask(IN.mask, at, float("-inf"))
+            # A row of finfo.min is not dead: the change of units must not make it -inf.
+            bias = tl.maximum(mask.to(tl.float32), LOWEST / 2) * LOG2_E
+            s += tl.where((mask == float("-inf")) | (i >= n), float("-inf"), bias)
+    return s
+
+
+@triton.jit
+def add_tile(
+    acc, query, key, rows, IN, OUT, P, first_n, at, limits, scale, BY_KEYS: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Add a tile's share to (dk, dt_k, dv, dt_v) BY_KEYS, else to (dq, dt_q, (), ()); () is a gradient nobody needs.
+
+    limits is None for a tile that is seen whole, or (low, high, cut): only where `cut` are they looked at. The order of
+    the matmuls keeps the fewest registers alive: at most P and two more tiles.
+    """
+    q, t_q, do, dt_o = query
+    k, t_k, v, t_v = key
+    lse, rest, mu, delta, delta_t = rows
+    dx, dt_x, dv, dt_v = acc
+    d_mask, dt_mask = OUT
+    if BY_KEYS:
+        x, t_x = q, t_q
+    else:
+        x, t_x = k, t_k
+    USES_S: tl.constexpr = (len(dx) > 0) or (d_mask is not None)
+    USES_T: tl.constexpr = USES_S or (len(dt_x) > 0) or (dt_mask is not None)
+    MOVES_V: tl.constexpr = (len(dv) > 0) and (dt_o is not None)
+
+    s = logits(q, k, IN, at, scale, BY_KEYS, PRECISION) - _statistic(lse, P, first_n, at, BY_KEYS)
+    if rest is not None:
+        s -= _statistic(rest, P, first_n, at, BY_KEYS)
+    if limits is not None:
+        low, high, cut = limits
+        if cut:
+            s = tl.where(seen(at, low, high), s, float("-inf"))
+    p = tl.exp2(s)
+    p_low = as_operand(p, q[0], PRECISION)
+    if (len(dt_v) > 0) and (dt_o is not None):
+        dt_v = add_dot(dt_v, p_low, dt_o, PRECISION)
+    if (len(dv) > 0) and (do is not None):
+        dv = add_dot(dv, p_low, do, PRECISION)
+
+    zero = tl.zeros(p.shape, tl.float32)
+    d_s = zero
+    if delta_t is not None:
+        if USES_S or MOVES_V:
+            z = _moved_logits(zero, q, k, t_q, t_k, IN, at, scale, BY_KEYS, PRECISION)
+            z -= _statistic(mu, P, first_n, at, BY_KEYS)
+        if MOVES_V:
+            dv = add_dot(dv, as_operand(p * z, q[0], PRECISION), dt_o, PRECISION)
+        if USES_T:
+            w = zero
+            if dt_o is not None:
+                w = cross(w, dt_o, v, BY_KEYS, PRECISION)
+            d_t = p * (w - _statistic(delta_t, P, first_n, at, BY_KEYS))
+            if dt_mask is not None:
+                _store_mask(dt_mask, d_t, P, at)
+            d_t_low = as_operand(d_t, q[0], PRECISION)
+            dt_x = add_dot(dt_x, d_t_low, x, PRECISION)
+            if t_x is not None:
+                dx = add_dot(dx, d_t_low, t_x, PRECISION)
+        if USES_S:
+            d_s = d_t * z
+    if USES_S:
+        g = zero
+        if do is not None:
+            g = cross(g, do, v, BY_KEYS, PRECISION)
+        if (dt_o is not None) and (t_v is not None):
+            g = cross(g, dt_o, t_v, BY_KEYS, PRECISION)
+        d_s += p * (g - _statistic(delta, P, first_n, at, BY_KEYS))
+        if d_mask is not None:
+            _store_mask(d_mask, d_s, P, at)
+        dx = add_dot(dx, as_operand(d_s, q[0], PRECISION), x, PRECISION)
+    return dx, dt_x, dv, dt_v
+
+
+@triton.jit
+def _statistic(x, P, first_n, at, BY_KEYS: tl.constexpr):
+    """BY_KEYS each tile has its own, loaded where it is used; else all tiles have the same, loaded before."""
+    if BY_KEYS:
+        return _load_statistic(x, P, first_n, at)
+    else:
+        return x
+
+
+@triton.jit
+def cross(acc, of_n, of_m, BY_KEYS: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + of_n of_mᵀ, one row a query; BY_KEYS its transpose, one row a key."""
+    if BY_KEYS:
+        return add_dot_transposed(acc, of_m, of_n, PRECISION)
+    else:
+        return add_dot_transposed(acc, of_n, of_m, PRECISION)
+
+
+@triton.jit
+def _moved_logits(t, q, k, t_q, t_k, IN, at, scale, BY_KEYS: tl.constexpr, PRECISION: tl.constexpr):
+    """T, from t = 0."""
+    if t_q is not None:
+        t = cross(t, t_q, k, BY_KEYS, PRECISION)
+    if t_k is not None:
+        t = cross(t, q, t_k, BY_KEYS, PRECISION)
+    t *= scale
+    if IN.t_mask is not None:
+        t += _load_mask(IN.t_mask, at, 0).to(tl.float32)
+    return t
+
+
+@triton.jit
+def seen(at, low, high):
+    """The keys that there are, and that lie in the query's band."""
+    _, _, i, j, _, m = at
+    return (j < m) & (j >= i + low) & (j <= i + high)
+
+
+@triton.jit
+def _load_mask(MASK, at, beyond):
+    """A tile of a mask, or its one row if all queries share it, and what lies beyond its edges."""
+    b, h, i, j, n, m = at
+    ptrs = MASK.ptr + b.to(tl.int64) * MASK.stride_b + h.to(tl.int64) * MASK.stride_h + j.to(tl.int64) * MASK.stride_d
+    live = j < m
+    if MASK.stride_n is not None:
+        ptrs, live = ptrs + i.to(tl.int64) * MASK.stride_n, live & (i < n)
+    return tl.load(ptrs, mask=live, other=beyond)
+
+
+@triton.jit
+def _store_mask(ptr, x, P, at):
+    """Write a tile of a contiguous (B, H, N, M) gradient."""
+    b, h, i, j, n, m = at
+    tl.store(ptr + first_row(P, b, h, i) * m + j, x.to(ptr.dtype.element_ty), mask=(i < n) & (j < m))
+
+
+@triton.jit
+def store_gradient(ptr, first, live, x, factor, D: tl.constexpr):
+    """Write the live rows of factor x; nothing where nobody needs them."""
+    if ptr is not None:
+        tile = ()
+        for i in tl.static_range(len(x)):
+            tile = tile + (x[i] * factor,)
+        store_rows(ptr, first, live, tile, D)

@@ -1,0 +1,93 @@
+"""What the backward kernels leave out: matmuls with zeros, gradients nobody needs, tiles of which nothing is seen.
+
+The interpreter counts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fastdistill.testing import MemoryRecorder
+from tests.kernels.attention_cases import CAUSAL, UNLIMITED, Tensors, inputs, normal
+from tests.kernels.backward_cases import NAMES, cotangents_of, run_backward
+from tests.kernels.device import DEVICE, INTERPRETED
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="only the interpreter sees what kernels do")
+
+Shapes = list[tuple[int, ...]]
+MIXED = ("do", "dt_o")
+
+
+def backward_matmuls(matmuls: Shapes, primals: Tensors, tangents: Tensors, *names: str, **options: Any) -> int:
+    """How many the backward takes for these cotangents: those of a run, less the forward's."""
+    cotangents = cotangents_of(primals, *names)
+    counts = []
+    for needs in ((False,) * 8, options.pop("needs", (True,) * 8)):
+        matmuls.clear()
+        run_backward(primals, tangents, cotangents, needs=needs, **options)
+        counts.append(len(matmuls))
+    return counts[1] - counts[0]
+
+
+@pytest.mark.parametrize(
+    ("tangents", "count"),
+    [("", 7), ("v", 10), ("q", 14), ("k", 14), ("qv", 17), ("kv", 17), ("qk", 18), ("qkv", 21)],
+)
+def test_zero_tangents_cost_no_matmul(tangents: str, count: int, matmuls: Shapes) -> None:
+    """One tile, one part, both kernels."""
+    names = MIXED if tangents else ("do",)
+    assert backward_matmuls(matmuls, *inputs(tangents, n=20, d=16), *names) == count
+
+
+@pytest.mark.parametrize(("names", "count"), [(("do",), 7), (("d_lse",), 4), (("d_mu",), 12), (("dt_o",), 18), ((), 0)])
+def test_zero_cotangents_cost_no_matmul(names: tuple[str, ...], count: int, matmuls: Shapes) -> None:
+    """All tangents there are; do alone asks about none of them."""
+    assert backward_matmuls(matmuls, *inputs(n=20, d=16), *names) == count
+
+
+@pytest.mark.parametrize(
+    ("wanted", "count"),
+    [
+        *[("q", 8), ("k", 8), ("v", 5), ("attn_mask", 6), ("t_q", 3), ("t_k", 3), ("t_v", 2), ("t_attn_mask", 2)],
+        *[("q t_q", 9), ("k t_v", 9)],
+    ],
+)
+def test_only_what_is_needed_is_computed(wanted: str, count: int, matmuls: Shapes) -> None:
+    """And comes out the same to the bit."""
+    primals, tangents = inputs(n=20, d=16)
+    primals["attn_mask"], tangents["attn_mask"] = normal(1, 1, 20, 20), normal(1, 1, 20, 20)
+    needs = tuple(name in wanted.split() for name in NAMES)
+    assert backward_matmuls(matmuls, primals, tangents, *MIXED, needs=needs) == count
+    cotangents = cotangents_of(primals, *MIXED)
+    everything = run_backward(primals, tangents, cotangents)
+    for (name, x), need in zip(run_backward(primals, tangents, cotangents, needs=needs).items(), needs):
+        assert torch.equal(x, everything[name]) if need else x is None, name
+
+
+@pytest.mark.parametrize(("names", "count"), [(MIXED, 21 + 3), (("do",), 7)])
+def test_wide_heads_take_the_keys_in_two_launches(names: tuple[str, ...], count: int, matmuls: Shapes) -> None:
+    """One for k, one for v, and both rebuild P and T; two accumulators alone need no second one."""
+    assert backward_matmuls(matmuls, *inputs(n=20, d=128), *names) == count
+
+
+@pytest.mark.parametrize(
+    ("masked", "window", "tiles"), [(False, CAUSAL, 6), (True, UNLIMITED, 3), (True, CAUSAL, 3), (False, (0, 0), 3)]
+)
+def test_hidden_tiles_cost_nothing(masked: bool, window: tuple[int, int], tiles: int, matmuls: Shapes) -> None:
+    """Of 3 x 3; the mask hides the last two tiles of keys."""
+    primals, _ = inputs("", n=96, d=16)
+    if masked:
+        primals["attn_mask"] = torch.arange(96, device=DEVICE).expand(1, 1, 1, 96) < 32
+    assert backward_matmuls(matmuls, primals, {}, "do", window=window) == 7 * tiles
+
+
+def test_memory_is_linear_in_the_length() -> None:
+    """Nothing of the size of the logits is allocated, the rows' statistics are three or four numbers each."""
+    primals, tangents = inputs(n=96, d=16)
+    cotangents = cotangents_of(primals, *MIXED)
+    with MemoryRecorder() as recorder:
+        run_backward(primals, tangents, cotangents)
+    assert recorder.largest == 96 * 16
