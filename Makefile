@@ -14,7 +14,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PYTEST     := $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint clean
+.PHONY: help setup demo test bench aot lint clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -31,7 +31,10 @@ test: $(STAMP) ## Run the tests: first the kernels, interpreted on the CPU, then
 	$(PYTEST) --ignore=tests/kernels
 
 bench: $(STAMP) ## Run every benchmark that needs no GPU: each checks its numbers before it measures
-	set -e; for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark; done
+	set -e; for benchmark in cpu_attention driver_memory; do $(BIN)/python -m benchmarks.$$benchmark; done
+
+aot: $(STAMP) ## Compile every kernel for GPUs that need not be there, about ten minutes: benchmarks/results/aot.md
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.aot_table --jobs $(WORKERS)
 
 lint: $(STAMP) ## Check style, format and types
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """What the kernels take on GPUs that need not be there: registers, spills, shared memory, tensor-core instructions.
 
-    python benchmarks/aot_table.py                  # every shipped config, a few minutes: results/aot.json and aot.md
-    python benchmarks/aot_table.py --arch 90        # only these architectures
+    python -m benchmarks.aot_table                  # every shipped config, about ten minutes: results/aot.json, aot.md
+    python -m benchmarks.aot_table --arch 90        # only these architectures, only on the screen
 
 Triton compiles for any architecture; only running needs the GPU. Each attention config is compiled for the costliest
 call that it serves. The program fails if one spills, wants more memory than there is, or leaves the tensor cores idle.
@@ -10,11 +10,16 @@ call that it serves. The program fails if one spills, wants more memory than the
 from __future__ import annotations
 
 import argparse
+import ast
+import hashlib
 import json
+import multiprocessing
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,33 +29,35 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import ty_to_cpp
 
-from fastdistill.kernels import attention, configs, norm
+from fastdistill import tune
+from fastdistill.kernels import attention, attention_backward, configs, norm
+from fastdistill.kernels.configs import Config
+from fastdistill.tune import Case
 
+RESULTS = Path(__file__).parent / "results"
+KERNELS = Path(__file__).parents[1] / "kernels"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_MEMORY = {80: 99, 90: 227, 100: 227}  # KiB a program may have; sm_80's row serves 8.6, 8.9 and 12.x, too
 TENSOR_MEMORY = 512  # columns, sm_100; a kernel that wants more compiles to a stub without any error
-SMALLEST_KERNEL = 400  # instructions
-CAUSAL = "causal"  # takes the configs of masked calls
-HEAD_DIMS = (32, 64, 72, 80, 96, 112, 128, 192, 256)
+SMALLEST_KERNEL = 300  # instructions
+WGMMA_ROWS = 64
+NORM = "norm"
 NORM_WIDTHS, NORM_LENGTH = (384, 1152, 4096, 8192), 256
-
-
-class Case(NamedTuple):
-    """One kernel to compile: attention of a head dim, or a norm of a width."""
-
-    arch: int
-    dtype: torch.dtype
-    width: int
-    kind: str
+ALSO = (72, 80, 112)  # head dims of several parts: 64 + 16 with a tail, 64 + 16, 64 + 32 + 16
+PACKED = (64, 128)
 
 
 class Row(NamedTuple):
-    """What a compiled kernel takes. spills: local-memory loads and stores; mma: tensor-core instructions."""
+    """What a compiled kernel takes. spills: local-memory loads and stores; mma, wgmma: tensor-core instructions, and
+    those among them that only Hopper has.
+    """
 
+    kernel: str
     arch: int
     dtype: str
-    width: int
-    kind: str
+    d: int
+    tangents: str
+    mask: str
     config: str
     registers: int
     spills: int
@@ -58,6 +65,19 @@ class Row(NamedTuple):
     tensor_memory: int
     instructions: int
     mma: int
+    wgmma: int
+
+
+class Task(NamedTuple):
+    """A case, an architecture and a config: one kernel to compile. A norm's config is of its own kind.
+
+    packed: for packed sequences, which the kernels load by pointers, with sm_80's configs on every GPU.
+    """
+
+    case: Case
+    arch: int
+    config: Any
+    packed: bool = False
 
 
 class _NoGPU:
@@ -88,59 +108,59 @@ def compiling_for(arch: int) -> Iterator[None]:
     driver = triton.runtime.driver
     previous = driver._active  # None so far, on a machine without a GPU; the public property would raise there
     driver.set_active(_NoGPU(arch))
-    for kernel in (attention._attention_kernel, norm._norm_kernel):
-        kernel.device_caches.clear()
+    for module in (attention, attention_backward, norm):
+        for kernel in vars(module).values():
+            if isinstance(kernel, triton.runtime.jit.JITFunction):
+                kernel.device_caches.clear()
     try:
         yield
     finally:
         driver.set_active(previous)
 
 
-def compile_case(case: Case, config: configs.Config | None = None) -> Any:
-    """The compiled kernel, by default with the shipped config; without a GPU and without any data."""
+def compile_task(task: Task) -> list[Any]:
+    """The compiled kernels, without a GPU and without any data: one, or two where a kernel is launched twice."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set, so nothing can be compiled: unset it")
-    with compiling_for(case.arch):
-        return _compile_norm(case) if case.kind == "norm" else _compile_attention(case, config)
+    with compiling_for(task.arch), _precision(task):
+        if task.case.kernel == NORM:
+            return [_compile_norm(task.case)]
+        return tune.compiled(task.case, task.arch, task.config, costliest=True, packed=task.packed)
 
 
-def _compile_attention(case: Case, config: configs.Config | None) -> Any:
-    moves, masked = case.kind != configs.STILL, case.kind in (configs.MASKED, configs.STILL)
-    q, k, v = (torch.empty(2, 4, 1024, case.width, dtype=case.dtype, device="meta") for _ in range(3))
-    mask = torch.empty(1, 1, 1024, 1024, device="meta").expand(2, 4, 1024, 1024) if masked else None
-    launch = attention.plan(
-        q, k, v, q if moves else None, k if moves else None, v, mask, mask if moves else None,
-        attention.allocate(q, v, any_tangent=True, keep_acc=False),
-        is_causal=case.kind == CAUSAL, scale=0.125, config=config or _attention_config(case),
-    )  # fmt: skip
-    return attention._attention_kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
-
-
-def _attention_config(case: Case) -> configs.Config:
-    kind = configs.MASKED if case.kind == CAUSAL else case.kind
-    return configs.attention_config(case.arch, case.dtype, case.width, kind)
+@contextmanager
+def _precision(task: Task) -> Iterator[None]:
+    """sm_80's float32 configs serve exact products on every GPU, those of the others TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if task.arch == 80 else "high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _compile_norm(case: Case) -> Any:
-    x = torch.empty(2, NORM_LENGTH, case.width, dtype=case.dtype, device="meta")
-    channels, sample = (torch.empty(shape, device="meta") for shape in ((case.width,), (2, 1, case.width)))
+    x = torch.empty(2, case.length, case.d, dtype=case.dtype, device="meta")
+    channels, sample = (torch.empty(shape, device="meta") for shape in ((case.d,), (2, 1, case.d)))
     inputs: list[torch.Tensor | None] = [x, x, *[channels] * 4, *[sample] * 4]
     launch = norm.plan(x, inputs, norm.allocate(x, any_tangent=True, rms=False), eps=1e-6, rms=False)
     return norm._norm_kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
 
 
-def config_words(case: Case, config: configs.Config | None = None) -> str:
+def config_words(config: Any) -> str:
     """A config as the table shows it."""
-    if case.kind == "norm":
-        norm_config = configs.norm_config(NORM_LENGTH, case.width)
-        return f"{norm_config.rows}x{norm_config.block_c}, {norm_config.num_warps} warps"
-    config = config or _attention_config(case)
-    return f"{config.block_n}x{config.block_m}, {config.num_warps} warps, {config.num_stages} stages"
+    if isinstance(config, Config):
+        return tune.words(config)
+    return f"{config.rows}x{config.block_c}, {config.num_warps} warps"
 
 
-def measure(case: Case, config: configs.Config | None = None) -> Row:
-    """Compile a case and read its resources off the machine code."""
-    kernel = compile_case(case, config)
+def measure(task: Task) -> Row:
+    """Compile, and read the resources off the machine code: of two kernels, those of the costlier one."""
+    return max((_row(task, kernel) for kernel in compile_task(task)), key=lambda row: (row.spills, row.registers))
+
+
+def _row(task: Task, kernel: Any) -> Row:
+    case = task.case
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -149,17 +169,20 @@ def measure(case: Case, config: configs.Config | None = None) -> Row:
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None, usage
     return Row(
-        arch=case.arch,
+        kernel=case.kernel,
+        arch=task.arch,
         dtype=str(case.dtype).removeprefix("torch."),
-        width=case.width,
-        kind=case.kind,
-        config=config_words(case, config),
+        d=case.d,
+        tangents=case.tangents,
+        mask="packed" if task.packed else case.mask,
+        config=config_words(task.config),
         registers=int(registers[1]),
         spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
         shared_kib=kernel.metadata.shared / 1024,
         tensor_memory=getattr(kernel.metadata, "tmem_size", 0) or 0,
         instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/", code, re.MULTILINE)),
         mma=len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)", code)),
+        wgmma=len(re.findall(r"\bHGMMA", code)),
     )
 
 
@@ -169,78 +192,127 @@ def _tool(name: str, *arguments: str) -> str:
 
 def problems(row: Row) -> list[str]:
     """What is wrong with a compiled kernel, a line each."""
-    attends = row.kind != "norm"
+    attends = row.kernel != NORM
+    low = attends and (row.dtype, row.arch) != ("float32", 80)
     checks = {
-        f"{row.spills} register spills": row.spills > 0,
-        f"{row.shared_kib:g} KiB of shared memory": row.shared_kib > SHARED_MEMORY[row.arch],
+        f"{row.spills} register spills": row.spills > 0 and excuse(row) is None,
+        f"{row.shared_kib:g} KiB of shared memory": row.shared_kib > shared_memory(row),
         f"{row.tensor_memory} columns of tensor memory": row.tensor_memory > TENSOR_MEMORY,
         f"only {row.instructions} instructions": attends and row.instructions < SMALLEST_KERNEL,
-        "no tensor-core instructions": attends and row.dtype != "float32" and row.mma == 0,
+        "no tensor-core instructions": low and row.mma == 0,
+        "no wgmma": low and row.arch == 90 and row.d >= 64 and rows_of_matmuls(row) >= WGMMA_ROWS and row.wgmma == 0,
     }
-    return [
-        f"sm_{row.arch} {row.dtype} {row.kind} {row.width} ({row.config}): {text}"
-        for text, bad in checks.items()
-        if bad
-    ]
+    return [f"{' '.join(map(str, row[:6]))} ({row.config}): {text}" for text, bad in checks.items() if bad]
 
 
-def shipped(archs: list[int]) -> list[Case]:
-    """Everything that the config table can be asked for, a head dim of each split and a norm of each size."""
-    kinds = (configs.MOVING, configs.MASKED, CAUSAL, configs.STILL)
-    return [
-        *(Case(arch, torch.bfloat16, d, kind) for arch in archs for kind in kinds for d in HEAD_DIMS),
-        *(Case(arch, torch.float32, d, configs.MASKED) for arch in archs for d in HEAD_DIMS),
-        *(Case(arch, torch.bfloat16, width, "norm") for arch in archs for width in NORM_WIDTHS),
-    ]
+def shared_memory(row: Row) -> int:
+    """KiB that a row may take: float32 heads wider than 128 have a mixed backward on 8.0, not on 8.6, 8.9 and 12.x."""
+    wide = row.arch == 80 and row.dtype == "float32" and row.d > 128 and row.kernel != "forward"
+    return 163 if wide else SHARED_MEMORY[row.arch]
 
 
-def markdown(rows: list[Row]) -> str:
+def excuse(row: Row) -> str | None:
+    """Why a config may spill all the same: no tile was found that does not (benchmarks/results/NOTES.md)."""
+    mixed = row.kernel != "forward" and row.tangents != ""
+    if row.dtype == "float32" and (mixed or row.d > 64):
+        return "float32 operands, twice as wide, and for exact products in registers"
+    if mixed and row.d > 128:
+        return "one gradient and the tiles of a head wider than 128"
+    if (row.kernel, row.arch, row.d, row.tangents) == ("backward_q", 80, 80, "qkvm"):
+        return "two gradients and two masks, without wgmma"
+    return None
+
+
+def rows_of_matmuls(row: Row) -> int:
+    """The rows of the tile that stays with a program: below 64 of them, Hopper's own matmul is out of reach."""
+    block_n, block_m = (int(size) for size in row.config.split(",")[0].split("x"))
+    return block_m if row.kernel == "backward_kv" else block_n
+
+
+def shipped(archs: Sequence[int] = configs.ARCHITECTURES) -> list[Task]:
+    """Each config of the table, once for each head dim that is costly in its own way, and norms of each size."""
+    tasks: dict[Task, None] = {}
+    for entry in configs.shipped():
+        also = [d for d in ALSO if configs.nearest(entry._replace(d=d), configs.shipped()) == entry]
+        for d in (entry.d, *(also if (entry.arch, entry.bits) == (90, 16) else ())):
+            dtype = torch.float32 if entry.bits == 32 else torch.bfloat16
+            case = Case(entry.kernel, dtype, d, entry.tangents, entry.mask, 1024)
+            tasks[Task(case, entry.arch, entry.config)] = None
+            if entry.arch == 80 and entry.bits == 16 and entry.mask == "none" and d in PACKED:
+                tasks[Task(case, 90, entry.config, packed=True)] = None
+    for arch in configs.ARCHITECTURES:
+        for width in NORM_WIDTHS:
+            case = Case(NORM, torch.bfloat16, width, "", "none", NORM_LENGTH)
+            tasks[Task(case, arch, configs.norm_config(NORM_LENGTH, width))] = None
+    return [task for task in tasks if task.arch in archs]
+
+
+def source_hash() -> str:
+    """Of the code that runs on the GPU, but for comments and docstrings: another one means another table."""
+    digest = hashlib.sha256()
+    for path in sorted(KERNELS.glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and any("triton" in ast.unparse(line) for line in node.decorator_list):
+                if ast.get_docstring(node) is not None:
+                    node.body = node.body[1:]
+                digest.update(ast.dump(node).encode())
+    return digest.hexdigest()[:16]
+
+
+def markdown(rows: Sequence[Row]) -> str:
     """The rows as a table with a paragraph above."""
-    heads = (
-        "arch",
-        "dtype",
-        "kind",
-        "width",
-        "config",
-        "registers",
-        "spills",
-        "shared KiB",
-        "TMEM",
-        "instructions",
-        "MMA",
-    )
+    heads = [*Row._fields[:6], "config", "registers", "spills", "shared", "TMEM", "instructions", "MMA", "wgmma"]
     legend = (
-        f"Compiled ahead of time with Triton {triton.__version__}, never run. Kinds: *moving*, with t_q, t_k and t_v; "
-        "*masked*, the same under a float mask with a tangent; *causal*, the same; *still*, with t_v alone under a "
-        "float mask; *norm*, LayerNorm, affine and modulated, with all its tangents. Width: head dim or channels."
+        f"Compiled ahead of time with Triton {triton.__version__}, never run. Each config under the costliest call "
+        "that it serves: with these tangents (m: the mask's), a band beside a mask, and the mask's gradients. d is the "
+        "head dim, or the channels of a norm. Spills: local-memory instructions. Shared memory in KiB, tensor memory "
+        "(TMEM) in columns. MMA: tensor-core instructions, and wgmma those of them that only Hopper has. They need "
+        "tiles of 64 rows or more, which the registers have no room for in heads wider than 128."
     )
-    lines = [
-        legend,
-        "",
-        "| " + " | ".join(heads) + " |",
-        "|" + "---|" * len(heads),
-    ]
+    lines = [legend, "", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
-        cells = [f"sm_{row.arch}", row.dtype, row.kind, row.width, row.config, row.registers, row.spills]
-        cells += [f"{row.shared_kib:g}", row.tensor_memory or "-", row.instructions, row.mma or "-"]
+        cells = [row.kernel, f"sm_{row.arch}", *row[2:4], row.tangents or "-", *row[5:9], f"{row.shared_kib:g}"]
+        cells += [row.tensor_memory or "-", row.instructions, row.mma or "-", row.wgmma or "-"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
+
+
+def measure_all(tasks: Sequence[Task], jobs: int) -> list[Row]:
+    """A row each, in order, compiled side by side, with a line of progress each."""
+    started, rows = time.monotonic(), []
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for row in pool.map(measure, tasks):
+            rows.append(row)
+            line = "; ".join(problems(row)) or f"{' '.join(map(str, row[:6]))}: {row.config}, {row.registers} registers"
+            print(f"[{len(rows)}/{len(tasks)}, {time.monotonic() - started:.0f} s] {line}", flush=True)
+    return rows
+
+
+def write(rows: Sequence[Row], path: Path) -> None:
+    """The table as JSON and as Markdown."""
+    table = {"triton": triton.__version__, "source": source_hash(), "rows": [row._asdict() for row in rows]}
+    lines = json.dumps(table, indent=None).replace('{"kernel"', '\n{"kernel"')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(lines + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
+
+
+def recorded(path: Path = RESULTS / "aot") -> tuple[str, str, list[Row]]:
+    """The Triton, the source and the rows of a table that was written."""
+    table = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    return table["triton"], table["source"], [Row(**row) for row in table["rows"]]
 
 
 def main() -> None:
     """Compile, print as it goes, write the table, fail on any problem."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_MEMORY, default=[*SHARED_MEMORY])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "aot")
+    parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_MEMORY, help="only these, and write no table")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--out", type=Path, default=RESULTS / "aot", help="the table's name without its suffix")
     arguments = parser.parse_args()
-    rows = []
-    for case in shipped(arguments.arch):
-        rows.append(measure(case))
-        print(*rows[-1], sep="  ", flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
-    table = {"triton": triton.__version__, "rows": [row._asdict() for row in rows]}
-    arguments.out.with_suffix(".json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    rows = measure_all(shipped(arguments.arch or configs.ARCHITECTURES), arguments.jobs)
+    if not arguments.arch:
+        write(rows, arguments.out)
     if found := [line for row in rows for line in problems(row)]:
         raise SystemExit("\n".join(found))
 

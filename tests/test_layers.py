@@ -33,8 +33,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": {"api", "jvp", "nn", "models", "paths", "times", "samplers", "objectives", "eval.exact"},
     "eval": {"api", "models", "paths", "times", "samplers", "train", "eval.exact"},
     "demo": {"api", "models", "paths", "times", "samplers", "train", "eval", "eval.exact"},
+    "tune": {"kernels", "eager"},
     "cli": {"api", "models", "samplers", "train", "eval", "demo"},
 }
+# These are about the kernels themselves and need Triton from the start.
+NEED_TRITON = {"kernels", "tune"}
 # These may use the packages of the extra `train`; all others use torch, the kernels Triton too, and nothing else.
 APPLICATIONS = {"train", "eval", "demo", "cli"}
 
@@ -89,9 +92,9 @@ def violations(module: str, code: str, is_package: bool = False) -> list[str]:
         if top == "fastdistill":
             if layer_of(name) not in MAY_IMPORT[layer] | {layer}:
                 found.append(f"{where}; {layer} may import {sorted(MAY_IMPORT[layer]) or 'no other layer'}")
-            elif layer != "kernels" and layer_of(name) == "kernels" and node not in lazy:
+            elif layer not in NEED_TRITON and layer_of(name) == "kernels" and node not in lazy:
                 found.append(f"{where} at its top level; kernels are imported by the function that needs them")
-        elif top == "triton" and layer != "kernels":
+        elif top == "triton" and layer not in NEED_TRITON:
             found.append(f"{where}; only the kernels do")
         elif top not in {"torch", "triton", *sys.stdlib_module_names} and layer not in APPLICATIONS:
             found.append(f"{where}; {layer} uses torch alone")
@@ -152,7 +155,7 @@ def test_what_the_layers_allow_is_not_reported() -> None:
 
 def test_import_works_without_triton() -> None:
     """A Python in which Triton can't be imported imports every module but the kernels and runs an op."""
-    core = [module for module in MODULES if layer_of(module) not in APPLICATIONS | {"kernels"}]
+    core = [module for module in MODULES if layer_of(module) not in APPLICATIONS | NEED_TRITON]
     code = f"""
 import importlib, sys
 sys.modules["triton"] = None

@@ -1,0 +1,398 @@
+"""Measure which configs of the attention kernels are fastest on this GPU, and keep them for later calls.
+
+    python -m fastdistill.tune                                           # some common shapes, a quarter of an hour
+    python -m fastdistill.tune --head-dims 72 --lengths 256 --masks none band
+    python -m fastdistill.tune --export kernels/configs.json             # add what is known of this GPU to a table
+
+What it finds goes to a file of the user's after every case, and every later call of the ops looks there first. Stopped
+at any moment and started again, it goes on where it was. Nothing has to be tuned for a new length: the table serves
+the nearest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import triton
+from torch import Tensor
+
+from fastdistill.eager import attention as eager
+from fastdistill.kernels import attention, configs
+from fastdistill.kernels.configs import Config, Entry
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+LARGEST_ERROR = {16: 2e-2, 32: 1e-4}  # relative, by bits: ten times what the kernels do, far below what a fault does
+TOKENS = 32768  # in a timed batch
+HEADS = 16
+REGISTERS = 224  # of 255, for tiles alone
+MOST_CANDIDATES = 24
+Tensors = tuple[Tensor | None, ...]
+
+
+class Case(NamedTuple):
+    """A kind of call that gets a config of its own; the fields are those of `kernels.configs.Entry`."""
+
+    kernel: str
+    dtype: torch.dtype
+    d: int
+    tangents: str
+    mask: str
+    length: int
+
+    def __str__(self) -> str:
+        dtype, tangents = str(self.dtype).removeprefix("torch."), self.tangents or "-"
+        return f"{self.kernel} {dtype} D={self.d} tangents {tangents} mask {self.mask} N={self.length}"
+
+    def entry(self, arch: int, config: Config, measured: str | None = None) -> Entry:
+        """The line of the table."""
+        bits = self.dtype.itemsize * 8
+        log2_length = configs.bucket(self.length)
+        return Entry(self.kernel, arch, bits, self.d, self.tangents, self.mask, log2_length, config, measured)
+
+
+class Call(NamedTuple):
+    """The arguments that forward and backward share: tensors by position, then the rest by name."""
+
+    tensors: Tensors
+    options: dict[str, Any]
+
+
+class Runner(Protocol):
+    """What tuning needs of a GPU."""
+
+    arch: int
+    where: str
+
+    def fitting(self, case: Case, candidates: Sequence[Config]) -> list[Config]:
+        """Those that compile, within the GPU's memories and without spills."""
+
+    def milliseconds(self, case: Case, config: Config) -> float:
+        """The time that a call takes."""
+
+    def fault(self, case: Case, config: Config) -> str | None:
+        """What is wrong with the results, or None."""
+
+
+def call_of(case: Case, device: str, batch: int, heads: int = HEADS, seed: int = 0) -> Call:
+    """Random arguments: causal under a band; under a mask, a float one with a tangent if the mask has one."""
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=case.dtype, device=device, generator=generator)
+
+    shape, square = (batch, heads, case.length, case.d), (1, 1, case.length, case.length)
+    primals = [normal(*shape) for _ in "qkv"]
+    tangents = [normal(*shape) if name in case.tangents else None for name in "qkv"]
+    whole = (batch, heads, case.length, case.length)
+    mask = normal(*square).expand(whole) if case.mask == "mask" else None
+    t_mask = normal(*square).expand(whole) if mask is not None and "m" in case.tangents else None
+    window = (-1, 0 if case.mask == "band" else -1)
+    options = {"window": window, "lower_right": False, "cu_seqlens": None, "scale": case.d**-0.5}
+    return Call((*primals, *tangents, mask, t_mask), options)
+
+
+def results_of(call: Call, implementation: Any, tangent_grad: bool = True) -> Tensors:
+    """(o, t_o, lse, mu), with o and t_o as exact as they are kept."""
+    o, t_o, lse, mu, o_acc, t_o_acc = implementation.attention_forward(
+        *call.tensors, **call.options, tangent_grad=tangent_grad and any(t is not None for t in call.tensors[3:6])
+    )
+    return (o if o_acc is None else o_acc, t_o if t_o_acc is None else t_o_acc, lse, mu)
+
+
+def gradients_of(case: Case, call: Call, results: Tensors, implementation: Any, of_mask: bool = False) -> Tensors:
+    """The gradients that the case's kernel computes, of the sum of o and, where there are tangents, that of t_o."""
+    mixed, dtype = bool(case.tangents), case.dtype
+    o, t_o, lse, mu = results if mixed else (results[0], None, results[2], None)
+    do, dt_o = (None if x is None else torch.ones_like(x, dtype=dtype) for x in (o, t_o))
+    wanted = "kv" if case.kernel == "backward_kv" else "qm" if of_mask else "q"
+    needs = [name in wanted for name in "qkvm"] + [name in wanted and name in case.tangents for name in "qkvm"]
+    tensors = call.tensors if mixed else (*call.tensors[:3], None, None, None, call.tensors[6], None)
+    gradients: Tensors = implementation.attention_backward(
+        do, dt_o, None, None, *tensors, o, t_o, lse, mu, **call.options, needs=tuple(needs)
+    )
+    return gradients
+
+
+def candidates(case: Case, shared_kib: int = 227) -> list[Config]:
+    """Configs whose tiles can be expected to fit registers and shared memory, the largest tiles first."""
+    narrow = case.dtype == torch.float32 or case.d > 128  # for these, tiles of 64 rows are large
+    kept, streamed = ((16, 32, 64), (16, 32, 64)) if narrow else ((64, 128), (32, 64, 128))
+    stages = (2, 3, 4) if case.kernel == "forward" and not narrow else (1, 2, 3)
+    least = 32 if narrow else 128  # elements of a tile, a warp
+    found = []
+    for rows, columns, warps, depth in itertools.product(kept, streamed, (4, 8), stages):
+        shape = (columns, rows) if case.kernel == "backward_kv" else (rows, columns)
+        if rows * columns >= least * warps and _plausible(case, rows, columns, warps, depth, shared_kib):
+            found.append(Config(*shape, warps, depth))
+    return sorted(found, key=lambda config: -config.block_n * config.block_m)[:MOST_CANDIDATES]
+
+
+def _plausible(case: Case, rows: int, columns: int, warps: int, stages: int, shared_kib: int) -> bool:
+    """Whether the tiles fit: `rows` stay with the program and accumulate, `columns` stream by in `stages`."""
+    mixed, width = bool(case.tangents), -(-case.d // 16) * 16
+    accumulators = (2 if case.kernel == "backward_kv" else 1) * (1 + mixed)
+    squares = (2 if case.kernel == "forward" else 3) + mixed
+    registers = rows * (accumulators * width + squares * columns) / (32 * warps)
+    operands = (1 if case.kernel == "forward" else 2) * (1 + mixed)
+    shared = (operands * rows + 2 * (1 + mixed) * columns * stages) * width * case.dtype.itemsize
+    return registers <= REGISTERS and shared <= shared_kib * 1024
+
+
+def tune(
+    cases: Sequence[Case], runner: Runner, path: Path, *, again: bool = False, budget: float = float("inf"),
+    report: Callable[[str], None] = print,
+) -> list[Entry]:  # fmt: skip
+    """Add the fastest config of each case to the file, one by one; cases that it has are left out unless `again`."""
+    known = {_key(entry): entry for entry in (configs.read(path) if path.exists() else ())}
+    started = time.monotonic()
+    for number, case in enumerate(cases, start=1):
+        head = f"[{number}/{len(cases)}] {case}:"
+        key = _key(case.entry(runner.arch, configs.INTERPRETED))
+        if key in known and not again:
+            report(f"{head} known, {words(known[key].config)}")
+            continue
+        if time.monotonic() - started > budget:
+            report(f"{head} out of time; the same command goes on from here")
+            break
+        entry, line = _fastest(case, runner)
+        report(f"{head} {line}")
+        if entry is not None:
+            known[key] = entry
+            configs.write(path, list(known.values()))
+            configs.reload()
+    return list(known.values())
+
+
+def _fastest(case: Case, runner: Runner) -> tuple[Entry | None, str]:
+    """The entry of the fastest config whose results are right, and what there is to say of it."""
+    started = time.monotonic()
+    shipped = configs.nearest(case.entry(runner.arch, configs.INTERPRETED), configs.shipped())
+    tried = list(dict.fromkeys([*([shipped.config] if shipped else []), *candidates(case)]))
+    fitting = runner.fitting(case, tried)
+    times = {config: runner.milliseconds(case, config) for config in fitting}
+    faults = []
+    for config in sorted(times, key=lambda config: times[config]):
+        if fault := runner.fault(case, config):
+            faults.append(f"{words(config)} left out: {fault}")
+            continue
+        before = f", shipped {times[shipped.config]:.3f} ms" if shipped and shipped.config in times else ""
+        line = f"{words(config)}, {times[config]:.3f} ms{before}; {len(fitting)} of {len(tried)} fit"
+        measured = f"{runner.where}: {times[config]:.4f} ms"
+        line = "; ".join([f"{line}, {time.monotonic() - started:.0f} s", *faults])
+        return case.entry(runner.arch, config, measured), line
+    return None, "; ".join([f"none of {len(tried)} configs can be used", *faults])
+
+
+def _key(entry: Entry) -> tuple[Any, ...]:
+    return entry[:7]
+
+
+def words(config: Config) -> str:
+    """A config as one says it."""
+    return f"{config.block_n}x{config.block_m}, {config.num_warps} warps, {config.num_stages} stages"
+
+
+@contextmanager
+def compiling() -> Iterator[list[Any]]:
+    """Inside, a launch only compiles its kernel and adds it to the list; arguments may be meta tensors."""
+    jit = triton.runtime.jit.JITFunction
+    run, kernels = jit.run, []
+
+    def compile_only(self: Any, *args: Any, warmup: bool, **options: Any) -> Any:
+        kernels.append(run(self, *args, warmup=True, **options))
+        return kernels[-1]
+
+    jit.run = compile_only
+    try:
+        yield kernels
+    finally:
+        jit.run = run
+
+
+def compiled(case: Case, arch: int, config: Config, *, costliest: bool = False, packed: bool = False) -> list[Any]:
+    """What is launched with a case's config, for whatever GPU Triton compiles for.
+
+    costliest: with everything that a call with these tangents and this mask may have besides. packed: sequences.
+    """
+    batch = 1 if packed else 2
+    call, shape = call_of(case, "meta", batch), (batch, HEADS, case.length, case.d)
+    if packed:
+        ends = torch.empty(3, dtype=torch.int32, device="meta")
+        call.options.update(cu_seqlens=(ends, ends, case.length, case.length))
+    if costliest and case.mask != "none":
+        call.options.update(window=(64, 8), lower_right=True)
+    with compiling() as kernels, configs.forced(arch, {case.kernel: config}):
+        if case.kernel == "forward":
+            results_of(call, attention, tangent_grad=costliest)
+        else:
+            o, lse = torch.empty(shape, device="meta"), torch.empty(shape[:3], device="meta")
+            saved = (o, o, lse, lse) if case.tangents else (o, None, lse, None)
+            gradients_of(case, call, saved, attention, of_mask=costliest and case.mask == "mask")
+    return kernels if case.kernel == "forward" else kernels[1:]  # without the pre-pass over rows
+
+
+def _problem(case: Case, arch: int, config: Config) -> str | None:
+    """Why a config can't be used on this GPU; run in a process of its own, so its kernels end in Triton's cache."""
+    try:
+        for kernel in compiled(case, arch, config):
+            kernel._init_handles()
+            if kernel.n_spills:
+                return f"{kernel.n_spills} registers spilled"
+    except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
+def cuda_times(run: Callable[[], object], milliseconds: float = 300, least: int = 10, most: int = 200) -> list[float]:
+    """Times of single calls by CUDA events, in ms, after warming up and each with a cold L2 cache.
+
+    The cache is overwritten for as long as the host takes to launch the call, so that its own time doesn't count.
+    """
+    cache = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
+    for _ in range(3):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
+    flushes = 1 + int((time.perf_counter() - started) * 1.5 / (cache.nbytes / 3e12))
+    torch.cuda.synchronize()
+    stop_at = time.monotonic() + milliseconds / 1000
+    times: list[float] = []
+    while len(times) < least or (time.monotonic() < stop_at and len(times) < most):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        for _ in range(flushes):
+            cache.zero_()
+        events[0].record()
+        run()
+        events[1].record()
+        events[1].synchronize()
+        times.append(events[0].elapsed_time(events[1]))
+    return times
+
+
+def _pool(jobs: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _problem_alone(case: Case, arch: int, config: Config) -> str | None:
+    with _pool(1) as pool:
+        try:
+            return pool.submit(_problem, case, arch, config).result()
+        except BrokenProcessPool:
+            return "crashes the compiler"
+
+
+class GPU:
+    """The current CUDA device."""
+
+    def __init__(self, jobs: int) -> None:
+        self.arch = configs.arch_of(torch.device("cuda", torch.cuda.current_device()))
+        self.where = f"{torch.cuda.get_device_name()}, triton {triton.__version__}"
+        self._jobs = jobs
+        self._pool = _pool(jobs)
+        self._ready: tuple[Case | None, Any] = (None, None)
+
+    def fitting(self, case: Case, candidates: Sequence[Config]) -> list[Config]:
+        """Those that compile, within the GPU's memories and without spills."""
+        tasks = [(case, self.arch, config) for config in candidates]
+        try:
+            problems = list(self._pool.map(_problem, *zip(*tasks)))
+        except BrokenProcessPool:  # a config crashed the compiler: each in a process of its own tells which
+            self._pool = _pool(self._jobs)
+            problems = [_problem_alone(*task) for task in tasks]
+        return [config for config, problem in zip(candidates, problems) if problem is None]
+
+    def milliseconds(self, case: Case, config: Config) -> float:
+        """The median time of a call."""
+        if self._ready[0] != case:
+            call = call_of(case, "cuda", batch=max(1, TOKENS // case.length))
+            self._ready = (case, (call, None if case.kernel == "forward" else results_of(call, attention)))
+        call, results = self._ready[1]
+        with configs.forced(self.arch, {case.kernel: config}):
+            if results is None:
+                return statistics.median(cuda_times(lambda: results_of(call, attention, tangent_grad=False)))
+            return statistics.median(cuda_times(lambda: gradients_of(case, call, results, attention)))
+
+    def fault(self, case: Case, config: Config) -> str | None:
+        """What is wrong with the results, or None: against the torch implementation, with tiles that are not full."""
+        case = case._replace(length=min(case.length, 336))  # 16 divides it, so Triton compiles nothing anew
+        call = call_of(case, "cuda", batch=2, seed=1)
+        expected = results_of(call, eager)
+        with configs.forced(self.arch, {case.kernel: config}):
+            if case.kernel == "forward":
+                actual = results_of(call, attention)
+            else:
+                actual = gradients_of(case, call, expected, attention)
+                expected = gradients_of(case, call, expected, eager)
+        return difference(actual, expected, LARGEST_ERROR[case.dtype.itemsize * 8])
+
+
+def difference(actual: Tensors, expected: Tensors, largest: float) -> str | None:
+    """The first pair that differs by more than that, as a relative error, or None."""
+    for index, (x, y) in enumerate(zip(actual, expected)):
+        if x is None or y is None:
+            continue
+        error = float((x.double() - y.double()).norm() / y.double().norm().clamp(min=1e-30))
+        if not error <= largest:
+            return f"result {index} is off by {error:.1e}, at most {largest:.0e} is right"
+    return None
+
+
+def cases_of(args: argparse.Namespace) -> list[Case]:
+    """What the command line asks for: with and without tangents, a forward and both halves of the backward."""
+    return [
+        Case(kernel, DTYPES[dtype], d, tangents, mask, length)
+        for dtype, d, length, mask, kernel in itertools.product(
+            args.dtypes, args.head_dims, args.lengths, args.masks, args.kernels
+        )
+        for tangents in args.tangents
+        if kernel != "forward" or tangents
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastdistill.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--kernels", nargs="+", choices=configs.KERNELS, default=configs.KERNELS)
+    add("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"])
+    add("--head-dims", nargs="+", type=int, default=[64, 72, 128], metavar="D")
+    add("--lengths", nargs="+", type=int, default=[256, 1024, 8192], metavar="N")
+    add("--masks", nargs="+", choices=configs.MASKS, default=["none"])
+    add("--tangents", nargs="+", default=["qkv", ""], help="letters; '' is none, and the backward without theirs")
+    add("--jobs", type=int, default=max(1, min(16, (os.cpu_count() or 3) - 2)), help="processes that compile")
+    add("--budget", type=float, default=float("inf"), metavar="SECONDS", help="start no case after so many")
+    add("--again", action="store_true", help="measure what is known, too")
+    add("--export", type=Path, metavar="FILE", help="write all that is known of this GPU into a table, and stop")
+    args = parser.parse_args(arguments)
+    path = configs.cache_path()
+    if path is None:
+        parser.error("there is no CUDA device here: nothing can be measured, and the shipped configs are in use")
+    if args.export:
+        table = {_key(entry): entry for file in (args.export, path) if file.exists() for entry in configs.read(file)}
+        configs.write(args.export, list(table.values()))
+        print(f"{args.export}: {len(table)} entries")
+        return
+    print(f"{path}", flush=True)
+    tune(cases_of(args), GPU(args.jobs), path, again=args.again, budget=args.budget, report=_print)
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
