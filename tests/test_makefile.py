@@ -39,7 +39,9 @@ def test_help_lists_every_target_a_person_calls(clone: Path) -> None:
     """`make` alone prints what there is."""
     done = make(clone)
     assert done.returncode == 0
-    assert all(f"make {target} " in done.stdout for target in ("setup", "demo", "test", "bench", "lint", "clean"))
+    assert all(
+        f"make {target} " in done.stdout for target in ("setup", "demo", "test", "bench", "aot", "lint", "clean")
+    )
 
 
 def test_the_first_command_sets_up_and_then_tests(clone: Path) -> None:
