@@ -130,6 +130,16 @@ def test_forced_configs_end_with_their_block() -> None:
 
 
 def test_the_shipped_table_has_no_line_twice() -> None:
-    """Nor one that another makes useless: the same config for narrower heads."""
+    """One config for each key."""
     table = configs.shipped()
     assert len({line[:7] for line in table}) == len(table)
+
+
+def test_the_shipped_table_has_no_holes() -> None:
+    """Kinds of call have the same head dims, or a call might take a narrower one's config from a costlier kind."""
+    dims: dict[tuple[object, ...], dict[tuple[str, str], set[int]]] = {}
+    for line in configs.shipped():
+        dims.setdefault(line[:3], {}).setdefault((line.tangents, line.mask), set()).add(line.d)
+    for kinds in dims.values():
+        whole = [found for found in kinds.values() if 256 in found]
+        assert all(found == whole[0] for found in whole)
