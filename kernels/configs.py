@@ -224,3 +224,35 @@ def norm_config(length: int, width: int) -> NormConfig:
     block_c = 1 << (width - 1).bit_length()
     rows = min(max(1, 2048 // block_c), 16, 1 << (length - 1).bit_length())
     return NormConfig(rows, block_c, num_warps=min(16, max(1, rows * block_c // 512)))
+
+
+def norm_sums_fit(width: int, sums: int, residual: bool) -> bool:
+    """Whether the norms' backward has registers for whole rows beside running sums of `sums` gradients."""
+    if width <= 2048:
+        return sums <= 6
+    if width <= 4096:
+        return sums <= (0 if residual else 4)
+    return sums == 0 and not residual
+
+
+def norm_backward_config(batch: int, length: int, width: int, sums: int) -> tuple[NormConfig, int]:
+    """A launch of the norms' backward on whole rows, and how many steps a program takes."""
+    block_c = 1 << (width - 1).bit_length()
+    rows = min(max(1, 2048 // block_c), 16, 1 << (length - 1).bit_length())
+    return _backward_tile(batch, length, rows, block_c, sums)
+
+
+def norm_columns_config(batch: int, length: int, width: int, sums: int) -> tuple[NormConfig, int]:
+    """A launch that sums columns whose rows' statistics are known, so that it need not hold whole rows."""
+    rows, per_thread = (16, 8) if sums <= 6 else (8, 4)
+    rows = min(rows, 1 << (length - 1).bit_length())
+    return _backward_tile(batch, length, rows, min(128, 1 << (width - 1).bit_length()), sums, per_thread)
+
+
+def _backward_tile(
+    batch: int, length: int, rows: int, block_c: int, sums: int, per_thread: int = 8
+) -> tuple[NormConfig, int]:
+    """So many elements a thread, and about 512 programs where there is something to sum."""
+    tiles = -(-length // rows)
+    steps = min(tiles, max(1, batch * tiles // 512), 64) if sums else 1
+    return NormConfig(rows, block_c, num_warps=min(16, max(1, rows * block_c // (32 * per_thread)))), steps

@@ -132,6 +132,21 @@ def test_a_large_mean_is_taken_off_before_squaring() -> None:
     assert relative_error(outputs.y, truth) < 1e-5 and relative_error(outputs.t_y, t_truth) < 1e-5
 
 
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_huge_mean_and_tiny_variance(rms: bool, dtype: torch.dtype) -> None:
+    """By the rule; in float32 the spread is a thousandth of the mean, and y and t_y lose nothing."""
+    primals, tangents = inputs(("x", "scale", "shift"), shape=(2, 5, 1153))
+    primals["x"] = 30 + (0.03 if dtype == torch.float32 else 0.3) * primals["x"]
+    check(cast(primals, dtype), cast(tangents, dtype), rms=rms)
+
+
+@pytest.mark.parametrize("width", [1536, 5120])
+def test_rms_across_all_heads(width: int) -> None:
+    """As in Wan's query and key norms."""
+    check(*inputs(("x", "weight"), shape=(1, 2, width)), rms=True)
+
+
 def test_a_constant_row_has_no_direction() -> None:
     """Its variance is zero: y is the bias, and t_y stays finite by eps."""
     primals, tangents = inputs(("x",))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastdistill as fd
 from fastdistill import reference
-from fastdistill.ops.norm import NORM
+from fastdistill.ops._norm import NORM
 from fastdistill.testing import DEVICES, assert_accurate, cast, reference_jvp, reference_vjp
 
 WIDTH = 72
@@ -36,6 +36,13 @@ OPS: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]
         ),
         lambda **a: reference.norm(**a, eps=1e-6),
         ("x", "scale", "shift"),
+    ),
+    "ada_rms_norm": (
+        lambda x, scale, shift, weight, t_x, t_scale, t_shift, t_weight, **kw: fd.ada_rms_norm_jvp(
+            x, scale, shift, t_x, t_scale, t_shift, weight, t_weight=t_weight, **kw
+        ),
+        lambda **a: reference.norm(**a, eps=1e-6, rms=True),
+        ("x", "scale", "shift", "weight"),
     ),
 }
 
@@ -134,6 +141,13 @@ def test_fake_results_have_the_shapes_dtypes_and_strides_of_real_ones(rms: bool,
         faked = NORM._fake_dual(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
     describe = lambda x: (tuple(x.shape), x.dtype, x.stride())  # noqa: E731
     assert [describe(a) for a in faked] == [describe(a) for a in real]
+
+
+def test_ada_rms_norm_without_a_shift() -> None:
+    x, scale, t_x, t_scale = torch.randn(4, 2, 5, 8, dtype=torch.float64).unbind(0)
+    truth = torch.func.jvp(reference.ada_rms_norm, (x, scale), (t_x, t_scale))
+    torch.testing.assert_close(torch.func.jvp(fd.ada_rms_norm, (x, scale), (t_x, t_scale)), truth)
+    torch.testing.assert_close(fd.ada_rms_norm_jvp(x, scale, None, t_x, t_scale), truth)
 
 
 X = torch.ones(2, 5, 8)

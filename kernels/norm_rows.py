@@ -1,0 +1,205 @@
+"""What both directions of the norms share: how tensors reach the kernels, and the rules by which pairs combine.
+
+A pair is a primal tile and its tangent; a tangent of None is zero, and leaves out its loads and sums.
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST_ROW = 8192
+
+
+class Strided(NamedTuple):
+    """A (B, T, C) tensor as the kernel receives it."""
+
+    ptr: Any
+    stride_b: int
+    stride_c: int
+    stride_t: int
+
+
+class StridedRow(NamedTuple):
+    """A (B, 1, C) tensor, loaded once for all rows of a program. The kernel tells it by its length."""
+
+    ptr: Any
+    stride_b: int
+    stride_c: int
+
+
+Source = Strided | StridedRow
+
+
+class Inputs(NamedTuple):
+    """What the kernels read. None is left out: a factor of one, an addend of zero, a tangent of zero.
+
+    The rows to normalise are x, or x + gate∘h where there is an h.
+    """
+
+    x: Any
+    t_x: Any
+    weight: Any = None
+    t_weight: Any = None
+    bias: Any = None
+    t_bias: Any = None
+    scale: Any = None
+    t_scale: Any = None
+    shift: Any = None
+    t_shift: Any = None
+    h: Any = None
+    t_h: Any = None
+    gate: Any = None
+    t_gate: Any = None
+
+
+class Launch(NamedTuple):
+    """`kernel[grid](*args, **options)`."""
+
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+def check(named: Mapping[str, tuple[Tensor | None, Tensor | None]]) -> None:
+    """TypeError for a dtype of the rows, ValueError for their width or a tangent of nothing."""
+    for name in ("x", "h"):
+        x, _ = named.get(name, (None, None))
+        if x is not None and x.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected float32, bfloat16 or float16 for the Triton kernel, got {x.dtype}")
+        if x is not None and x.shape[-1] > WIDEST_ROW:
+            raise ValueError(f"{name}: expected at most {WIDEST_ROW} channels for the Triton kernel, got {x.shape[-1]}")
+    for name, (primal, tangent) in named.items():
+        if primal is None and tangent is not None:
+            raise ValueError(f"t_{name}: expected None without a {name}, got a tensor")
+
+
+def strided(x: Tensor | None) -> Source | None:
+    """A (B or 1, T or 1, C) or (C,) tensor for a kernel."""
+    if x is None:
+        return None
+    x = x.expand(1, 1, -1) if x.dim() == 1 else x
+    stride_b, stride_t, stride_c = x.stride()
+    row = StridedRow(x, 0 if x.shape[0] == 1 else stride_b, stride_c)
+    return row if x.shape[1] == 1 else Strided(*row, stride_t)
+
+
+@triton.jit
+def load(x, b, offs_t, offs_c, live, C: tl.constexpr):
+    """(ROWS, BLOCK_C), or (1, BLOCK_C) where all rows are the same, in float32 and zero beyond the edges."""
+    ptrs = x.ptr + b * x.stride_b + offs_c[None, :] * x.stride_c
+    if len(x) == 3:
+        tile = tl.load(ptrs, mask=(offs_c < C)[None, :], other=0.0)
+    else:
+        tile = tl.load(ptrs + offs_t.to(tl.int64)[:, None] * x.stride_t, mask=live, other=0.0)
+    return tile.to(tl.float32)
+
+
+@triton.jit
+def load_or_none(x, b, offs_t, offs_c, live, C: tl.constexpr):
+    """`load`, or None of None."""
+    if x is None:
+        return None
+    else:
+        return load(x, b, offs_t, offs_c, live, C)
+
+
+@triton.jit
+def load_rows(IN, b, offs_t, offs_c, live, C: tl.constexpr):
+    """The pair to normalise: x, or x + gate∘h."""
+    x = load(IN.x, b, offs_t, offs_c, live, C)  # (ROWS, BLOCK_C)
+    t_x = load_or_none(IN.t_x, b, offs_t, offs_c, live, C)  # (ROWS, BLOCK_C)
+    if IN.h is not None:
+        h = load(IN.h, b, offs_t, offs_c, live, C)  # (ROWS, BLOCK_C)
+        t_h = load_or_none(IN.t_h, b, offs_t, offs_c, live, C)  # (ROWS, BLOCK_C)
+        h, t_h = times(h, t_h, IN.gate, IN.t_gate, 0.0, b, offs_t, offs_c, live, C)
+        x = x + h
+        t_x = add(t_x, t_h)
+    return pair(x, t_x)
+
+
+@triton.jit
+def times(y, t_y, FACTOR, T_FACTOR, PLUS: tl.constexpr, b, offs_t, offs_c, live, C: tl.constexpr):
+    """Product rule with factor + PLUS."""
+    if FACTOR is not None:
+        factor = load(FACTOR, b, offs_t, offs_c, live, C) + PLUS
+        if t_y is not None:
+            t_y = t_y * factor
+        if T_FACTOR is not None:
+            t_y = add(t_y, y * load(T_FACTOR, b, offs_t, offs_c, live, C))
+        y = y * factor
+    return pair(y, t_y)
+
+
+@triton.jit
+def plus(y, t_y, ADDEND, T_ADDEND, b, offs_t, offs_c, live, C: tl.constexpr):
+    """Sum rule."""
+    if ADDEND is not None:
+        y = y + load(ADDEND, b, offs_t, offs_c, live, C)
+        if T_ADDEND is not None:
+            t_y = add(t_y, tl.broadcast_to(load(T_ADDEND, b, offs_t, offs_c, live, C), y.shape))
+    return pair(y, t_y)
+
+
+@triton.jit
+def times_backward(dy, dt_y, FACTOR, T_FACTOR, PLUS: tl.constexpr, at, C: tl.constexpr):
+    """Cotangents of x and t_x where y = x (factor + PLUS)."""
+    b, offs_t, offs_c, live = at
+    if FACTOR is not None:
+        factor = load(FACTOR, b, offs_t, offs_c, live, C) + PLUS
+        dy = multiply(dy, factor)
+        if T_FACTOR is not None:
+            dy = add(dy, multiply(dt_y, load(T_FACTOR, b, offs_t, offs_c, live, C)))
+        dt_y = multiply(dt_y, factor)
+    return pair(dy, dt_y)
+
+
+@triton.jit
+def factor_gradient(dy, dt_y, x, t_x):
+    """Gradients of a factor of x and of its tangent, before any sum: dy∘x + dt_y∘t_x, and dt_y∘x."""
+    return pair(add(multiply(dy, x), multiply(dt_y, t_x)), multiply(dt_y, x))
+
+
+@triton.jit
+def pair(x, y):
+    """(x, y). Triton takes the None that a function returned for an argument, but not for an element of a tuple."""
+    return x, y
+
+
+@triton.jit
+def add(x, y):
+    """x + y, where None is zero."""
+    if x is None:
+        return y
+    elif y is None:
+        return x
+    else:
+        return x + y
+
+
+@triton.jit
+def multiply(x, y):
+    """x * y, where None is zero."""
+    if (x is None) or (y is None):
+        return None
+    else:
+        return x * y
+
+
+@triton.jit
+def store_rows(ptr, rows, offs_c, live, x, C: tl.constexpr):
+    """Write a tile, None being zeros, to rows of a contiguous (..., C) tensor, or to nowhere."""
+    if ptr is not None:
+        ptrs = ptr + rows.to(tl.int64)[:, None] * C + offs_c[None, :]
+        if x is None:
+            tl.store(ptrs, tl.zeros(live.shape, ptr.dtype.element_ty), mask=live)
+        else:
+            tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=live)
