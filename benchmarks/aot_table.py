@@ -1,6 +1,6 @@
 """What the kernels take on GPUs that need not be there: registers, spills, shared memory, tensor-core instructions.
 
-    python -m benchmarks.aot_table                  # every shipped config, about ten minutes: results/aot.json, aot.md
+    python -m benchmarks.aot_table                  # every shipped config, ten minutes, or less where little changed
     python -m benchmarks.aot_table --arch 90        # only these architectures, only on the screen
 
 Triton compiles for any architecture; only running needs the GPU. Each attention config is compiled for the costliest
@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import ty_to_cpp
 
 from fastdistill import tune
-from fastdistill.kernels import attention, attention_backward, configs, norm
+from fastdistill.kernels import attention, attention_backward, configs, norm, norm_backward
 from fastdistill.kernels.configs import Config
 from fastdistill.tune import Case
 
@@ -42,9 +42,11 @@ TENSOR_MEMORY = 512  # columns, sm_100; a kernel that wants more compiles to a s
 SMALLEST_KERNEL = 300  # instructions
 WGMMA_ROWS = 64
 NORM = "norm"
+FAMILIES = {"attention": ("attention*.py", "geometry.py", "tiles.py"), NORM: ("norm.py", "norm_rows.py")}
 NORM_WIDTHS, NORM_LENGTH = (384, 1152, 4096, 8192), 256
 ALSO = (72, 80, 112)  # head dims of several parts: 64 + 16 with a tail, 64 + 16, 64 + 32 + 16
 PACKED = (64, 128)
+KEY = 7  # fields of a row that say what was compiled
 
 
 class Row(NamedTuple):
@@ -108,7 +110,7 @@ def compiling_for(arch: int) -> Iterator[None]:
     driver = triton.runtime.driver
     previous = driver._active  # None so far, on a machine without a GPU; the public property would raise there
     driver.set_active(_NoGPU(arch))
-    for module in (attention, attention_backward, norm):
+    for module in (attention, attention_backward, norm, norm_backward):
         for kernel in vars(module).values():
             if isinstance(kernel, triton.runtime.jit.JITFunction):
                 kernel.device_caches.clear()
@@ -247,16 +249,25 @@ def shipped(archs: Sequence[int] = configs.ARCHITECTURES) -> list[Task]:
     return [task for task in tasks if task.arch in archs]
 
 
-def source_hash() -> str:
-    """Of the code that runs on the GPU, but for comments and docstrings: another one means another table."""
-    digest = hashlib.sha256()
-    for path in sorted(KERNELS.glob("*.py")):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.FunctionDef) and any("triton" in ast.unparse(line) for line in node.decorator_list):
-                if ast.get_docstring(node) is not None:
-                    node.body = node.body[1:]
-                digest.update(ast.dump(node).encode())
-    return digest.hexdigest()[:16]
+def family(kernel: str) -> str:
+    """Which of `FAMILIES` the kernel of a row is in."""
+    return NORM if kernel == NORM else "attention"
+
+
+def sources() -> dict[str, str]:
+    """A hash a family, of its code that runs on the GPU, but for comments and docstrings: another one, other rows."""
+    hashes = {}
+    for name, patterns in FAMILIES.items():
+        digest = hashlib.sha256()
+        for path in sorted(path for pattern in patterns for path in KERNELS.glob(pattern)):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                decorators = node.decorator_list if isinstance(node, ast.FunctionDef) else []
+                if isinstance(node, ast.FunctionDef) and any("triton" in ast.unparse(line) for line in decorators):
+                    if ast.get_docstring(node) is not None:
+                        node.body = node.body[1:]
+                    digest.update(ast.unparse(node).encode())
+        hashes[name] = digest.hexdigest()[:16]
+    return hashes
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -290,27 +301,49 @@ def measure_all(tasks: Sequence[Task], jobs: int) -> list[Row]:
 
 def write(rows: Sequence[Row], path: Path) -> None:
     """The table as JSON and as Markdown."""
-    table = {"triton": triton.__version__, "source": source_hash(), "rows": [row._asdict() for row in rows]}
+    table = {"triton": triton.__version__, "sources": sources(), "rows": [row._asdict() for row in rows]}
     lines = json.dumps(table, indent=None).replace('{"kernel"', '\n{"kernel"')
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(lines + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
 
 
-def recorded(path: Path = RESULTS / "aot") -> tuple[str, str, list[Row]]:
-    """The Triton, the source and the rows of a table that was written."""
+def recorded(path: Path = RESULTS / "aot") -> tuple[str, dict[str, str], list[Row]]:
+    """The Triton, the sources and the rows of a table that was written."""
     table = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    return table["triton"], table["source"], [Row(**row) for row in table["rows"]]
+    return table["triton"], table["sources"], [Row(**row) for row in table["rows"]]
+
+
+def key(task: Task) -> tuple[Any, ...]:
+    """What a task's row starts with."""
+    case, dtype = task.case, str(task.case.dtype).removeprefix("torch.")
+    mask = "packed" if task.packed else case.mask
+    return (case.kernel, task.arch, dtype, case.d, case.tangents, mask, config_words(task.config))
+
+
+def still_valid(path: Path) -> dict[tuple[Any, ...], Row]:
+    """The rows of a table there that this Triton would measure again: of families whose source is the same."""
+    if not path.with_suffix(".json").exists():
+        return {}
+    with_triton, of_sources, rows = recorded(path)
+    now = sources()
+    same = {name for name in FAMILIES if with_triton == triton.__version__ and of_sources.get(name) == now[name]}
+    return {row[:KEY]: row for row in rows if family(row.kernel) in same}
 
 
 def main() -> None:
     """Compile, print as it goes, write the table, fail on any problem."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_MEMORY, help="only these, and write no table")
+    parser.add_argument("--all", action="store_true", help="also what is in the table and has not changed since")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--out", type=Path, default=RESULTS / "aot", help="the table's name without its suffix")
     arguments = parser.parse_args()
-    rows = measure_all(shipped(arguments.arch or configs.ARCHITECTURES), arguments.jobs)
+    tasks = shipped(arguments.arch or configs.ARCHITECTURES)
+    known = {} if arguments.all else still_valid(arguments.out)
+    measured = measure_all([task for task in tasks if key(task) not in known], arguments.jobs)
+    known |= {row[:KEY]: row for row in measured}
+    rows = [known[key(task)] for task in tasks]
     if not arguments.arch:
         write(rows, arguments.out)
     if found := [line for row in rows for line in problems(row)]:

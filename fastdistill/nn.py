@@ -1,8 +1,8 @@
 """Thin modules over ``fastdistill.ops``: the parts of a transformer flow map, with exact fused tangents.
 
-They hold parameters and call ops; the mathematics is in the ops. ``LayerNorm`` and ``RMSNorm`` subclass torch.nn's, so
-that constructor, parameters and state dict are the same. Positions and frequencies are computed in the forward and
-never stored: nothing is rounded by ``.bfloat16()``, lost by ``.to_empty()``, or tied to one image size.
+They hold parameters and call ops; the mathematics is in the ops. ``Linear``, ``LayerNorm`` and ``RMSNorm`` subclass
+torch.nn's, so that constructor, parameters and state dict are the same. Positions and frequencies are computed in the
+forward and never stored: nothing is rounded by ``.bfloat16()``, lost by ``.to_empty()``, or tied to one image size.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdistill import ops
@@ -28,6 +27,16 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     if not torch.amp.is_autocast_available(device.type):  # the meta device, for one
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+class Linear(nn.Linear):
+    """``torch.nn.Linear`` (same arguments, same state dict), whose tangent costs one matmul instead of two.
+
+    Equivalent to: ``torch.nn.functional.linear(x, weight, bias)``.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.linear(input, self.weight, self.bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -50,6 +59,49 @@ class RMSNorm(nn.RMSNorm):
         return ops.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
+class AdaRMSNorm(RMSNorm):
+    """RMSNorm over the last dimension, scaled and shifted by what the forward is given; state dict of RMSNorm.
+
+    Args of forward:
+        x: (..., C).
+        scale, shift: broadcastable to x, such as (B, 1, C) from `Modulation`; the shift may be left out.
+
+    Equivalent to: ``torch.nn.functional.rms_norm(x, (C,), weight, eps) * (1 + scale) + shift``.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-6, elementwise_affine: bool = True) -> None:
+        super().__init__(width, eps=eps, elementwise_affine=elementwise_affine)
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        assert self.eps is not None
+        return ops.ada_rms_norm(x, scale, shift, self.weight, self.eps)
+
+
+class GatedResidualAdaNorm(nn.LayerNorm):
+    """The step between two blocks: the gated residual of one, and its modulated norm for the next, in one kernel.
+
+    The residual stream may be float32 while blocks compute in 16 bits: r has x's dtype, y has h's.
+
+    Args of forward:
+        x: (..., C), the residual stream.
+        gate, scale, shift: broadcastable to x, such as (B, 1, C) from `Modulation`, or None.
+        h: x's shape, what the block adds.
+
+    Returns:
+        r = x + gate * h, and y = norm(r) * (1 + scale) + shift.
+
+    Equivalent to: ``r = x + gate * h; y = ada_layer_norm(r, scale, shift, weight, bias, eps)``.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-6, elementwise_affine: bool = False) -> None:
+        super().__init__(width, eps=eps, elementwise_affine=elementwise_affine)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, gate: Tensor | None, h: Tensor, scale: Tensor | None, shift: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return ops.gated_residual_ada_norm(x, gate, h, scale, shift, self.weight, self.bias, self.eps)
+
+
 class Modulation(nn.Module):
     """`count` vectors for scaling, shifting and gating tokens, from a condition (adaLN, DiT, section 3.2).
 
@@ -67,11 +119,11 @@ class Modulation(nn.Module):
     def __init__(self, width: int, count: int) -> None:
         super().__init__()
         self.count = count
-        self.linear = nn.Linear(width, count * width)
+        self.linear = Linear(width, count * width)
 
     def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
         with full_precision(condition.device):
-            return self.linear(F.silu(condition)).unsqueeze(1).chunk(self.count, dim=-1)
+            return self.linear(ops.silu(condition)).unsqueeze(1).chunk(self.count, dim=-1)
 
 
 class Attention(nn.Module):
@@ -95,10 +147,10 @@ class Attention(nn.Module):
         if width % heads:
             raise ValueError(f"width: expected a multiple of heads={heads}, got {width}")
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.qkv = Linear(width, 3 * width, bias=bias)
         self.q_norm = RMSNorm(width // heads, eps=1e-6) if qk_norm else None
         self.k_norm = RMSNorm(width // heads, eps=1e-6) if qk_norm else None
-        self.proj = nn.Linear(width, width, bias=bias)
+        self.proj = Linear(width, width, bias=bias)
 
     def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D)
@@ -119,11 +171,11 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(ops.gelu(self.fc1(x), approximate="tanh"))
 
 
 class TimestepEmbedding(nn.Module):
@@ -149,13 +201,13 @@ class TimestepEmbedding(nn.Module):
         super().__init__()
         self.features = features
         self.max_frequency = max_frequency
-        self.fc1 = nn.Linear(features, width)
-        self.fc2 = nn.Linear(width, width)
+        self.fc1 = Linear(features, width)
+        self.fc2 = Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
         with full_precision(t.device):
             embedded = sinusoids(t, self.features, self.max_frequency).to(self.fc1.weight.dtype)
-            return self.fc2(F.silu(self.fc1(embedded)))
+            return self.fc2(ops.silu(self.fc1(embedded)))
 
 
 def sinusoids(t: Tensor, features: int, max_frequency: float) -> Tensor:

@@ -201,5 +201,117 @@ def ada_layer_norm(
     return norm(x, weight, bias, scale, shift, eps=eps)
 
 
+def silu(x: Tensor) -> Tensor:
+    """x logistic(x). Equivalent to: `F.silu(x)`."""
+    return x * torch.sigmoid(x)
+
+
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """x Phi(x), or its approximation by "tanh". Equivalent to: `F.gelu(x, approximate=approximate)`."""
+    if approximate == "tanh":
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return 0.5 * x * (1 + torch.erf(x * math.sqrt(0.5)))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer, arXiv:2002.05202)."""
+    return silu(gate) * up
+
+
+def geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
+    """gelu(gate) * up (Shazeer, arXiv:2002.05202)."""
+    return gelu(gate, approximate) * up
+
+
+def ada_rms_norm(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None = None,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """RMSNorm over the last dimension, modulated: norm(x) * (1 + scale) + shift.
+
+    Equivalent to: `F.rms_norm(x, x.shape[-1:], weight, eps) * (1 + scale) + shift`.
+    """
+    return norm(x, weight, None, scale, shift, eps=eps, rms=True)
+
+
+def gated_residual_ada_norm(
+    x: Tensor,
+    gate: Tensor | None,
+    h: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    rms: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The step between two blocks: r = x + gate * h, and `norm` of r with the rest. Returns (r, y).
+
+    y has h's dtype, so that the residual stream x, r may be wider than what the blocks compute in.
+    """
+    r = x + (h if gate is None else gate * h)
+    return r.to(x.dtype), norm(r, weight, bias, scale, shift, eps, rms).to(h.dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b for x (..., K), W (N, K), b (N,). Equivalent to: `F.linear(x, weight, bias)`."""
+    y = x @ weight.mT
+    return y if bias is None else y + bias
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000) -> Tensor:
+    """cos, then sin, of t at frequencies max_period^(-i / (dim // 2)); (..., dim) for t (...), a zero last if odd."""
+    half = dim // 2
+    steps = torch.arange(half, dtype=t.dtype, device=t.device)
+    angles = t[..., None] * torch.exp(-math.log(max_period) / half * steps)
+    zero = [torch.zeros_like(angles[..., :1])] * (dim % 2)
+    return torch.cat([angles.cos(), angles.sin(), *zero], dim=-1)
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    norm: str = "rms",
+    eps: float = 1e-6,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`head_norm`, then `rotary`, of q (B, H, N, D) and of k (B, Hkv, M, D); without angles no rotation."""
+    q, k = head_norm(q, q_weight, q_bias, norm, eps), head_norm(k, k_weight, k_bias, norm, eps)
+    if cos is None or sin is None:
+        return q, k
+    return rotary(q, cos, sin, interleaved), rotary(k, cos, sin, interleaved)
+
+
+def head_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps: float) -> Tensor:
+    """The "rms" or "layer" norm over the last dimension, or x itself for "none"."""
+    return x if kind == "none" else norm(x, weight, bias, eps=eps, rms=kind == "rms")
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotary embedding (RoFormer, arXiv:2104.09864, eq. 34): each token's pairs of channels turn by its angles.
+
+    x (..., H, N, D); cos, sin (N or more, D/2), or (B, N or more, D/2). Pairs are channels 2i and 2i + 1 if
+    interleaved, else i and i + D/2.
+    """
+    cos, sin = (a[..., : x.shape[-2], :] for a in (cos, sin))
+    if cos.dim() == 3:
+        cos, sin = cos[:, None], sin[:, None]
+    if interleaved:
+        u, v = x[..., 0::2], x[..., 1::2]
+    else:
+        u, v = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+    u, v = u * cos - v * sin, u * sin + v * cos
+    return torch.stack((u, v), dim=-1).flatten(-2) if interleaved else torch.cat((u, v), dim=-1)
+
+
 def _flat(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.flatten()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastdistill as fd
+from fastdistill.ops._choice import tangent_grad, tangents_without_grad
 from fastdistill.testing import MemoryRecorder
 
 
@@ -210,3 +211,25 @@ def test_unknown_mode_and_separate_mixed_are_refused() -> None:
 def test_inference_mode_is_refused_rather_than_silently_zero() -> None:
     with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
         fd.jvp(torch.sin, (torch.ones(2),), (1.0,))
+
+
+def test_drivers_on_two_threads_leave_nothing_behind() -> None:
+    """Entered and left in turns, as two threads may: afterwards tangents are differentiable again."""
+    started, entered = threading.Event(), threading.Event()
+
+    def other() -> None:
+        started.wait()
+        with tangents_without_grad(1):
+            entered.set()
+            left.wait()
+
+    left = threading.Event()
+    thread = threading.Thread(target=other)
+    thread.start()
+    with tangents_without_grad(0):
+        started.set()
+        entered.wait()
+        assert not tangent_grad()
+    left.set()
+    thread.join()
+    assert tangent_grad()

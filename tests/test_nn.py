@@ -29,6 +29,36 @@ def test_norms_load_the_state_of_torch_and_give_its_values(
     torch.testing.assert_close(module(x), reference(x), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_adaptive_norms_are_the_plain_lines(affine: bool) -> None:
+    x, h, gate, scale, shift = torch.randn(5, 2, 5, 24, dtype=torch.float64).unbind(0)
+    gate, scale, shift = (part[:, :1] for part in (gate, scale, shift))
+    rms = fnn.AdaRMSNorm(24, elementwise_affine=affine).double()
+    step = fnn.GatedResidualAdaNorm(24, elementwise_affine=affine).double()
+    for parameter in (*rms.parameters(), *step.parameters()):
+        nn.init.normal_(parameter)
+    assert set(rms.state_dict()) == set(nn.RMSNorm(24, elementwise_affine=affine).state_dict())
+    assert set(step.state_dict()) == set(nn.LayerNorm(24, elementwise_affine=affine).state_dict())
+    normed = F.rms_norm(x, (24,), rms.weight, 1e-6) * (1 + scale)
+    torch.testing.assert_close(rms(x, scale), normed)
+    torch.testing.assert_close(rms(x, scale, shift), normed + shift)
+    r, y = step(x, gate, h, scale, shift)
+    torch.testing.assert_close(r, x + gate * h)
+    torch.testing.assert_close(y, F.layer_norm(r, (24,), step.weight, step.bias, 1e-6) * (1 + scale) + shift)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_loads_the_state_of_torch_and_gives_its_values_and_tangents(bias: bool) -> None:
+    """And is one, for whoever asks by type."""
+    reference = nn.Linear(24, 40, bias=bias, dtype=torch.float64)
+    module = fnn.Linear(24, 40, bias=bias, dtype=torch.float64)
+    module.load_state_dict(reference.state_dict())
+    x, t_x = torch.randn(2, 3, 24, dtype=torch.float64).unbind(0)
+    torch.testing.assert_close(module(x), reference(x), rtol=0, atol=0)
+    torch.testing.assert_close(torch.func.jvp(module, (x,), (t_x,)), torch.func.jvp(reference, (x,), (t_x,)))
+    assert isinstance(module, nn.Linear)
+
+
 def test_attention_equals_torch_multi_head_attention_with_the_same_weights() -> None:
     module = fnn.Attention(24, 3).double()
     reference = nn.MultiheadAttention(24, 3, batch_first=True, dtype=torch.float64)

@@ -240,6 +240,28 @@ def test_ada_layer_norm_is_layer_norm_modulated() -> None:
         close(actual, expected)
 
 
+def test_ada_rms_norm_is_rms_norm_modulated() -> None:
+    """With a shift and without."""
+    x, scale, shift = torch.randn(3, 2, 3, 8, dtype=torch.float64).unbind(0)
+    weight = torch.randn(8, dtype=torch.float64)
+    expected = F.rms_norm(x, (8,), weight, 1e-6) * (1 + scale)
+    close(reference.ada_rms_norm(x, scale, None, weight), expected)
+    close(reference.ada_rms_norm(x, scale, shift, weight), expected + shift)
+
+
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+def test_the_gated_residual_is_two_lines(rms: bool) -> None:
+    """A residual and its norm; without a gate it is one; each result has the dtype of its own input."""
+    x, h, gate, scale, shift = torch.randn(5, 2, 3, 8, dtype=torch.float64).unbind(0)
+    r, y = reference.gated_residual_ada_norm(x, gate, h, scale, shift, rms=rms)
+    close(r, x + gate * h)
+    normed = F.rms_norm(r, (8,), None, 1e-6) if rms else F.layer_norm(r, (8,), None, None, 1e-6)
+    close(y, normed * (1 + scale) + shift)
+    close(reference.gated_residual_ada_norm(x, None, h, None, None, rms=rms)[0], x + h)
+    r, y = reference.gated_residual_ada_norm(x.float(), gate.float(), h.bfloat16(), None, None, rms=rms)
+    assert (r.dtype, y.dtype) == (torch.float32, torch.bfloat16)
+
+
 def test_attention_works_under_a_dual_level() -> None:
     """The other entrance to forward mode gives the same tangent."""
     primals, tangents = (make_qkv(1, 2, 5, 4, dtype=torch.float64, seed=seed) for seed in (0, 1))
@@ -247,3 +269,16 @@ def test_attention_works_under_a_dual_level() -> None:
         duals = [forward_ad.make_dual(x, t) for x, t in zip(primals, tangents, strict=True)]
         tangent = forward_ad.unpack_dual(reference.attention(*duals)).tangent
     close(tangent, torch.func.jvp(reference.attention, primals, tangents)[1])
+
+
+def test_activations_and_linear_layers_equal_pytorchs() -> None:
+    """Over both tails, and gated."""
+    x, up = torch.linspace(-9, 9, 101, dtype=torch.float64), torch.randn(101, dtype=torch.float64)
+    close(reference.silu(x), F.silu(x))
+    close(reference.swiglu(x, up), F.silu(x) * up)
+    for approximate in ("none", "tanh"):
+        close(reference.gelu(x, approximate), F.gelu(x, approximate=approximate))
+        close(reference.geglu(x, up, approximate), F.gelu(x, approximate=approximate) * up)
+    weight, bias = torch.randn(7, 101, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
+    for b in (None, bias):
+        close(reference.linear(up, weight, b), F.linear(up, weight, b))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastdistill import ops
 from fastdistill.nn import (
     Attention,
+    Linear,
     Mlp,
     Modulation,
     RMSNorm,
@@ -48,7 +49,7 @@ class FinalLayer(nn.Module):
     def __init__(self, width: int, out_features: int) -> None:
         super().__init__()
         self.modulation = Modulation(width, 2)
-        self.linear = nn.Linear(width, out_features)
+        self.linear = Linear(width, out_features)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.modulation(condition)
@@ -115,7 +116,7 @@ class DiT(nn.Module):
         self.width, self.heads = width, heads
         self.num_classes, self.pos = num_classes, pos
         patch_features = channels * patch_size**2
-        self.x_embedder = nn.Linear(patch_features, width)
+        self.x_embedder = Linear(patch_features, width)
         self.t_embedder = TimestepEmbedding(width)
         self.d_embedder = TimestepEmbedding(width)
         self.y_embedder = nn.Embedding(num_classes + 1, width)

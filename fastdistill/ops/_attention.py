@@ -17,6 +17,7 @@ from fastdistill.ops import _choice, _dense
 from fastdistill.ops._dual import DualOp, Spec, Tensors
 
 MAX_TRITON_HEAD_DIM = 256
+WIDE_FLOAT32 = 130 << 10  # bytes of shared memory that the mixed backward of float32 heads wider than 128 takes
 UNLIMITED = (-1, -1)
 
 
@@ -74,12 +75,25 @@ def triton_problem(q: Tensor, v: Tensor) -> str | None:
     """Why "auto" doesn't take the Triton kernels for these tensors, or None where it does."""
     if q.device.type != "cuda":
         return f"no triton: tensors are on {q.device.type!r}"
-    if q.dtype == torch.float64:
-        return "no triton: float64"
-    if (widest := max(q.shape[-1], v.shape[-1])) > MAX_TRITON_HEAD_DIM:
-        return f"no triton: head dim {widest} > {MAX_TRITON_HEAD_DIM}"
-    problem = _choice.triton_problem(q.device)
+    problem = unfit_for_triton(q, v) or _choice.triton_problem(q.device) or _short_of_memory(q, v)
     return problem and f"no triton: {problem}"
+
+
+def _short_of_memory(q: Tensor, v: Tensor) -> str | None:
+    if q.dtype != torch.float32 or max(q.shape[-1], v.shape[-1]) <= 128:
+        return None
+    available = int(getattr(torch.cuda.get_device_properties(q.device), "shared_memory_per_block_optin", 0))
+    return (
+        None if available >= WIDE_FLOAT32 else f"float32 heads wider than 128 in {available >> 10} KiB of shared memory"
+    )
+
+
+def unfit_for_triton(q: Tensor, v: Tensor) -> str | None:
+    """What about the tensors the Triton kernels can't take on any device, or None."""
+    if q.dtype == torch.float64:
+        return "float64"
+    widest = max(q.shape[-1], v.shape[-1])
+    return f"head dim {widest} > {MAX_TRITON_HEAD_DIM}" if widest > MAX_TRITON_HEAD_DIM else None
 
 
 def _forward(
@@ -141,9 +155,9 @@ def _backward(
 
 def _as_given(grads: list[Tensor | None], call: _Call, half: int) -> Tensors:
     """Gradients of (q, k, v, mask) and their tangents in the order of the op's arguments, masks in their own shape."""
-    for i in (3, 7):
-        if call.mask is not None and (grad := grads[i]) is not None:
-            grads[i] = grad.sum_to_size(call.mask.shape)
+    for i, like in ((3, call.mask), (7, call.tangents[3])):  # under vmap the two may differ
+        if like is not None and (grad := grads[i]) is not None:
+            grads[i] = grad.sum_to_size(like.shape)
     rest: list[Tensor | None] = [None] * (half - 4)
     return [*grads[:4], *rest, *grads[4:], *rest]
 

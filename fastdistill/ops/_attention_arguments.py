@@ -40,6 +40,16 @@ def checked_packed(
             raise ValueError(f"{name}: expected packed sequences (tokens, H, dim), got {tuple(x.shape)}")
         _choice.check_like(name, x, "query", q)
     _check_dims(q, k, v, -2, -3, enable_gqa)
+    cu_q, cu_k = checked_bounds(cu_q, cu_k, q)
+    for name, length in zip(("max_q", "max_k"), longest, strict=True):
+        if not isinstance(length, int | torch.SymInt) or length < 0:
+            raise ValueError(f"{name}: expected the length of the longest sequence, got {length}")
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    return q, k, v, cu_q.to(torch.int32), cu_k.to(torch.int32)
+
+
+def checked_bounds(cu_q: Tensor, cu_k: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
+    """The bounds of packed sequences; those of the keys are those of the queries unless given."""
     cu_k = cu_q if cu_k is None else cu_k
     for name, cu in (("cu_seq_q", cu_q), ("cu_seq_k", cu_k)):
         if not isinstance(cu, Tensor) or cu.dtype not in (torch.int32, torch.int64) or cu.dim() != 1:
@@ -48,15 +58,14 @@ def checked_packed(
         _choice.check_like(name, cu, "query", q, dtype=False)
         if cu.shape[0] < 1 or cu.shape != cu_q.shape:
             raise ValueError(f"{name}: expected one bound more than sequences, as cu_seq_q, got {cu.shape[0]}")
-    for name, length in zip(("max_q", "max_k"), longest, strict=True):
-        if length < 0:
-            raise ValueError(f"{name}: expected the length of the longest sequence, got {length}")
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    return q, k, v, cu_q.to(torch.int32), cu_k.to(torch.int32)
+    return cu_q, cu_k
 
 
 def _check_dims(q: Tensor, k: Tensor, v: Tensor, head: int, length: int, enable_gqa: bool) -> None:
     """Heads, lengths and head dims; `head` and `length` say where in the shape the first two are."""
+    for name, x in (("query", q), ("value", v)):
+        if x.shape[-1] < 1:
+            raise ValueError(f"{name}: expected a head dim of at least 1, got {x.shape[-1]}")
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"key: expected head dim {q.shape[-1]} as query, got {k.shape[-1]}")
     if (v.shape[head], v.shape[length]) != (k.shape[head], k.shape[length]):
@@ -131,5 +140,9 @@ def lowered(*tensors: Any) -> list[Any]:
 
 
 def scale_of(q: Tensor, scale: float | None) -> float:
-    """The softmax scale: 1/sqrt(D) unless given."""
+    """The softmax scale: 1/sqrt(D) unless given, as a number: a tensor's gradient would be lost."""
+    if scale is not None and not isinstance(scale, int | float | torch.SymInt | torch.SymFloat):
+        raise TypeError(
+            f"scale: expected a number or None, got {type(scale).__name__}; multiply the query by it instead"
+        )
     return 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)

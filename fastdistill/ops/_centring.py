@@ -36,18 +36,25 @@ class Means(NamedTuple):
         return scale * (q.to(mean.dtype) * mean).sum(-1)
 
 
-def centred(k: Any, v: Any, tokens: int = -2) -> tuple[Any, Any, Means]:
-    """Keys and values (or their tangents) less their means over the tokens, dimension `tokens`; dtypes stay."""
-    k, k_mean = _centred(k, tokens)
-    v, v_mean = _centred(v, tokens)
+def centred(k: Any, v: Any, tokens: int = -2, live: Tensor | None = None) -> tuple[Any, Any, Means]:
+    """Keys and values (or their tangents) less their means over the tokens, dimension `tokens`; dtypes stay.
+
+    live: which tokens count, a bool that broadcasts; the others become zero, or what is left without the mean.
+    """
+    k, k_mean = _centred(k, tokens, live)
+    v, v_mean = _centred(v, tokens, live)
     return k, v, Means(k_mean, v_mean)
 
 
-def _centred(x: Tensor | None, tokens: int) -> tuple[Tensor | None, Tensor | None]:
+def _centred(x: Tensor | None, tokens: int, live: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     if x is None or x.dim() < 3 or x.shape[tokens] == 0:  # nothing to centre, or for the op itself to refuse
         return x, None
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    mean = wide.mean(tokens, keepdim=True)
+    if live is None:
+        mean = wide.mean(tokens, keepdim=True)
+    else:
+        wide = torch.where(live, wide, 0.0)
+        mean = wide.sum(tokens, keepdim=True) / live.sum().clamp(min=1)
     return (wide - mean).to(x.dtype), mean.transpose(tokens, -2)
 
 

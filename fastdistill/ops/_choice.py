@@ -18,40 +18,36 @@ from fastdistill import _compat
 IMPLEMENTATIONS = ("auto", "torch", "triton", "cuda")
 
 
-class _State:
-    """Whose tangents keep no graph: (thread, functorch level), or None for nobody's.
-
-    A plain attribute, because torch.compile traces no context variable. Where two threads write it, the loser's ops
-    save more than they need, and nothing is lost.
-    """
-
-    constant: tuple[int, int] | None = None
+# Thread -> the functorch level whose tangents keep no graph there. A plain dict, because torch.compile traces no
+# context variable; what is compiled has one driver at one level, and the entry COMPILED.
+_CONSTANT: dict[int, int] = {}
+COMPILED = 0
 
 
-STATE = _State()
-
-
-def _here() -> tuple[int, int]:
-    compiling = torch.compiler.is_compiling()  # what is compiled has one driver, at one level
-    return (0, 0) if compiling else (threading.get_ident(), _compat.functorch_level())
+def _thread() -> int:
+    return COMPILED if torch.compiler.is_compiling() else threading.get_ident()
 
 
 @contextmanager
 def tangents_without_grad(level: int) -> Iterator[None]:
-    """Inside, ops under forward AD at that functorch level save nothing for their tangents."""
-    previous, (thread, _) = STATE.constant, _here()
-    STATE.constant = (thread, level)
+    """Inside, on this thread, ops under forward AD at that functorch level save nothing for their tangents."""
+    thread = _thread()
+    previous = _CONSTANT.get(thread)
+    _CONSTANT[thread] = level
     try:
         yield
     finally:
-        STATE.constant = previous
+        if previous is None:
+            del _CONSTANT[thread]
+        else:
+            _CONSTANT[thread] = previous
 
 
 def tangent_grad() -> bool:
     """Whether tangents are differentiable here."""
     if torch.compiler.is_compiling():
-        return STATE.constant is None
-    return STATE.constant is None or STATE.constant != _here()
+        return COMPILED not in _CONSTANT
+    return _CONSTANT.get(threading.get_ident()) != _compat.functorch_level()
 
 
 def triton_problem(device: torch.device) -> str | None:
@@ -85,6 +81,8 @@ def check_tensor(name: str, x: object) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+    if x.dtype.itemsize == 1:
+        raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16, got {x.dtype}")
 
 
 def check_like(name: str, x: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:

@@ -17,7 +17,8 @@ formulas in plain, endlessly differentiable PyTorch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,29 +26,14 @@ import torch
 from torch import Tensor
 
 from fastdistill import _compat
+from fastdistill.ops._absent import is_absent, packed, unpacked
 from fastdistill.ops._choice import without_autocast
+from fastdistill.ops._reverse import reverse_mode, reverse_mode_of_backward
 
 Spec = tuple[tuple[int, ...], torch.dtype] | None
 Tensors = Sequence[Tensor | None]
 
 LIBRARY = torch.library.Library("fastdistill", "FRAGMENT")
-
-
-def packed(tensor: Tensor | None, like: Tensor, *, contiguous: bool = True) -> Tensor:
-    """`None` as the empty tensor that stands for it in a dispatcher schema."""
-    if tensor is None:
-        return like.new_empty(0)
-    return tensor.contiguous() if contiguous else tensor
-
-
-def is_absent(tensor: Tensor) -> bool:
-    """Whether `tensor` is the stand-in for `None`."""
-    return tensor.dim() == 1 and tensor.shape[0] == 0
-
-
-def unpacked(tensor: Tensor) -> Tensor | None:
-    """Inverse of `packed`."""
-    return None if is_absent(tensor) else tensor
 
 
 @dataclass(frozen=True)
@@ -70,6 +56,7 @@ class DualOp:
         wanted: attrs -> for each output, whether `name` returns it; all, unless told otherwise.
         broadcastable: primals whose batch dimension may be 1 where that of the others isn't.
         unfoldable: primals without a leading batch dimension.
+        saves_outputs: whether `backward` wants the outputs and their tangents; else it gets None, and none is kept.
     """
 
     name: str
@@ -86,6 +73,7 @@ class DualOp:
     wanted: Callable[[Sequence[Any]], Sequence[bool]] | None = None
     broadcastable: frozenset[str] = frozenset()
     unfoldable: frozenset[str] = frozenset()
+    saves_outputs: bool = True
 
     def __post_init__(self) -> None:
         names = [name.rstrip("?") for name in self.primals]
@@ -112,7 +100,8 @@ class DualOp:
         torch.library.register_vmap(f"fastdistill::{self.name}", self._vmap, lib=LIBRARY)
         torch.library.register_vmap(f"fastdistill::{self.name}_dual", self._vmap_dual, lib=LIBRARY)
         torch.library.register_vmap(f"fastdistill::{self.name}_backward", self._vmap_backward, lib=LIBRARY)
-        object.__setattr__(self, "_function", _reverse_mode(self))
+        object.__setattr__(self, "_function", reverse_mode(self))
+        object.__setattr__(self, "_again", reverse_mode_of_backward(self))
 
     def _define(self, name: str, arguments: Sequence[str], returns: int, on_autograd: Any, below: Any) -> None:
         LIBRARY.define(f"{name}({', '.join(arguments)}) -> ({', '.join(['Tensor'] * returns)})")
@@ -126,6 +115,10 @@ class DualOp:
 
     def __call__(self, primals: Tensors, attrs: Sequence[Any], tangent_grad: bool) -> list[Tensor | None]:
         """The outputs of the op on (possibly dual) tensors."""
+        # What the dispatcher would end in, without its detour; a compiler must see the op.
+        native_outs = None if torch.compiler.is_compiling() else self._native_where_still(primals, attrs)
+        if native_outs is not None:
+            return list(native_outs)
         return [unpacked(x) for x in _tuple(self._op()(*primals, *attrs, tangent_grad))]
 
     def pair(
@@ -140,12 +133,17 @@ class DualOp:
     def _on_autograd(self, *args: Any) -> Any:
         n = len(self.primals)
         primals, attrs, tangent_grad = args[:n], args[n:-1], args[-1]
-        if all(t is None for _, t in _unpack(primals)) and not _compat.functorch_active():
-            outs = self.native(primals, attrs)
-            if outs is not None:
-                return _single([packed(x, primals[0], contiguous=False) for x in outs])
+        native_outs = self._native_where_still(primals, attrs)
+        if native_outs is not None:
+            return _single([packed(x, primals[0], contiguous=False) for x in native_outs])
         outs, _, _ = self._split_results(self._op("_dual")(*primals, *[None] * n, *attrs, tangent_grad))
         return self._kept(outs, attrs)
+
+    def _native_where_still(self, primals: Tensors, attrs: Sequence[Any]) -> Tensors | None:
+        """The native op's outputs where nothing is differentiated forward, if there is a native op."""
+        if _compat.functorch_active() or any(t is not None for _, t in _unpack(primals)):
+            return None
+        return self.native(primals, attrs)
 
     def _plain(self, *args: Any) -> Any:
         n = len(self.primals)
@@ -196,7 +194,7 @@ class DualOp:
     def _dual(self, *args: Any) -> tuple[Tensor, ...]:
         primals, tangents, attrs, tangent_grad = self._split_dual(args)
         assert primals[0] is not None
-        with without_autocast(primals[0].device):
+        with _settled(primals[0].device):
             outs, t_outs, residuals = self.forward(primals, tangents, attrs, tangent_grad)
         return tuple(packed(x, primals[0]) for x in (*outs, *t_outs, *residuals))
 
@@ -224,16 +222,18 @@ class DualOp:
     def _backward_on_autograd(self, *args: Any) -> Any:
         d_outs, dt_outs, primals, tangents, *_, (*attrs, needs) = self._split_backward(args)
         tensors = (*d_outs, *dt_outs, *primals, *tangents)
-        if _needs_grad(tensors) or any(t is not None for _, t in _unpack(tensors)):
+        if any(t is not None for _, t in _unpack(tensors)):
             grads = self.math_backward(d_outs, dt_outs, primals, tangents, attrs, needs)
             return tuple(primals[0].new_empty(0) if g is None else g for g in grads)
+        if _needs_grad(tensors):  # somebody may differentiate again, as torch.func.grad always might
+            return _compat.apply_function(self._again, *args)  # type: ignore[attr-defined]
         with _compat.below_autograd():
             return self._op("_backward")(*args)
 
     def _backward(self, *args: Any) -> tuple[Tensor, ...]:
         d_outs, dt_outs, primals, tangents, *saved, (*attrs, needs) = self._split_backward(args)
         outs, t_outs, residuals = ([unpacked(x) for x in part] for part in saved)
-        with without_autocast(primals[0].device):
+        with _settled(primals[0].device):
             grads = self.backward(d_outs, dt_outs, primals, tangents, outs, t_outs, residuals, attrs, needs)
         return tuple(packed(g, primals[0]) for g in grads)
 
@@ -274,42 +274,11 @@ class DualOp:
         return _single([x for x, _ in parts]), _single([d for _, d in parts])
 
 
-def _reverse_mode(op: DualOp) -> type[_compat.SingleLevelFunction]:
-    """The autograd function of `name_dual`; its forward redispatches below Autograd, to the next functorch level."""
-    n, k = len(op.primals), len(op.outputs)
-
-    class Dual(_compat.SingleLevelFunction):
-        @staticmethod
-        def forward(*args: Any) -> Any:
-            with _compat.redispatching():
-                return op._op("_dual")(*args)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            primals, tangents, attrs, tangent_grad = op._split_dual(inputs)
-            outs, t_outs, residuals = op._split_results(output)
-            ctx.set_materialize_grads(False)
-            ctx.mark_non_differentiable(*residuals, *(() if tangent_grad else t_outs))
-            kept = tangents if tangent_grad else [None] * n
-            saved = t_outs if tangent_grad else [x.new_empty(0) for x in t_outs]
-            ctx.save_for_backward(*primals, *kept, *outs, *saved, *residuals)
-            ctx.attrs = attrs
-
-        @staticmethod
-        def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-            d_outs, dt_outs = cotangents[:k], cotangents[k : 2 * k]
-            if all(d is None for d in (*d_outs, *dt_outs)):
-                return (None,) * len(ctx.needs_input_grad)
-            mixed = any(d is not None for d in dt_outs)
-            needs = [ctx.needs_input_grad[i] and (i < n or mixed) for i in range(2 * n)]
-            saved = list(ctx.saved_tensors)
-            if not mixed:
-                saved[n : 2 * n] = [None] * n
-            grads = op._op("_backward")(*d_outs, *dt_outs, *saved, *ctx.attrs, needs)
-            return (*(g if need else None for g, need in zip(grads, needs)), *[None] * (len(ctx.attrs) + 1))
-
-    Dual.__name__ = Dual.__qualname__ = f"{op.name.title().replace('_', '')}Dual"
-    return Dual
+@contextmanager
+def _settled(device: torch.device) -> Iterator[None]:
+    """Where implementations run: autocast doesn't reach them, and Triton launches on the tensors' GPU."""
+    with without_autocast(device), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        yield
 
 
 def _tuple(results: Any) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastdistill.ops import _attention_arguments as arguments
 from fastdistill.ops import _centring, _choice
-from fastdistill.ops._attention import ATTENTION, UNLIMITED, choose, triton_problem
+from fastdistill.ops._attention import ATTENTION, UNLIMITED, choose, triton_problem, unfit_for_triton
 from fastdistill.ops._dual import Tensors
 
 
@@ -137,6 +137,8 @@ def attention_jvp(
         torch.func.jvp(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, ...), (q, k, v), (t_q, t_k, t_v))
     """
     means = t_means = _centring.Means(None, None)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _choice.check_tensor(name, x)
     if centre:
         t_k, t_v = _choice.checked_tangents([("k", k, t_k), ("v", v, t_v)], tangent_grad)
         (k, v, means), (t_k, t_v, t_means) = _centring.centred(k, v), _centring.centred(t_k, t_v)
@@ -152,8 +154,10 @@ def attention_jvp(
     out, t_out = means.restore(out, lse), t_means.restore(t_out, lse)
     if not return_lse:
         return out, t_out
-    of_t_q = None if given[0] is None else means.logits(given[0], factor)
-    t_lse = _centring.shifted(t_lse, lse, t_means.logits(q, factor), of_t_q)
+    terms = [t_means.logits(q, factor), None if given[0] is None else means.logits(given[0], factor)]
+    if not tangent_grad:
+        terms = [x if x is None else x.detach() for x in terms]
+    t_lse = _centring.shifted(t_lse, lse, *terms)
     return out, t_out, _centring.shifted(lse, lse, means.logits(q, factor)), t_lse
 
 
@@ -177,6 +181,8 @@ def explain(
     arguments.checked(q, k, v, attn_mask, False, enable_gqa)
     _choice.check_impl(impl, q.device)
     chosen = choose(q, v, impl)
+    if impl == "triton" and (problem := unfit_for_triton(q, v)):
+        raise ValueError(f"impl='triton' cannot run: {problem}")
     reason = "asked for by name" if impl != "auto" else triton_problem(q, v) or "the fastest that can run"
     shape = f"B={q.shape[:-3].numel()} H={q.shape[-3]} N={q.shape[-2]} M={k.shape[-2]} D={q.shape[-1]}"
     plain = "" if impl != "auto" else "; without tangents, torch.nn.functional.scaled_dot_product_attention"

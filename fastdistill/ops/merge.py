@@ -77,3 +77,5 @@ def _check(named: Sequence[tuple[str, Sequence[Tensor]]]) -> None:
         for i, x in enumerate(parts):
             if x.shape != shape:
                 raise ValueError(f"{name}[{i}]: expected shape {tuple(shape)}, got {tuple(x.shape)}")
+            if x.dtype != parts[0].dtype:
+                raise TypeError(f"{name}[{i}]: expected {parts[0].dtype} as {name}[0], got {x.dtype}")

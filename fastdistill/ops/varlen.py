@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastdistill.ops import _attention_arguments as arguments
@@ -45,7 +46,7 @@ def varlen_attention(
         align: "lower_right", as in PyTorch's own and in FlashAttention: a sequence's last query meets its last key; or
             "upper_left".
         return_lse: also return the log-sum-exp, whose tangent is the mean tangent of the logits.
-        centre: see `scaled_dot_product_attention`; the means are over all tokens.
+        centre: see `scaled_dot_product_attention`; the means are over all tokens that are in a sequence.
         impl: "auto" | "torch" | "triton"; an explicit choice never falls back.
 
     Returns:
@@ -58,7 +59,11 @@ def varlen_attention(
         _choice.check_tensor(name, x)
     means = _centring.Means(None, None)
     if centre:
-        key, value, means = _centring.centred(key, value, tokens=-3)
+        arguments.checked_bounds(cu_seq_q, cu_seq_k, query)
+        cu = cu_seq_q if cu_seq_k is None else cu_seq_k
+        index = torch.arange(len(key), device=key.device)[:, None, None]
+        live = (index >= cu[0]) & (index < cu[-1])
+        key, value, means = _centring.centred(key, value, tokens=-3, live=live)
     query, key, value = arguments.lowered(query, key, value)
     primals = arguments.checked_packed(query, key, value, cu_seq_q, cu_seq_k, (max_q, max_k), enable_gqa)
     attrs = _attrs(query, max_q, max_k, scale, window_size, align, return_lse or centre, impl)

@@ -19,7 +19,7 @@ from fastdistill.kernels import configs
 from fastdistill.kernels.configs import Config
 from fastdistill.tune import Case
 
-RECORDED_WITH, RECORDED_SOURCE, RECORDED = aot_table.recorded()
+RECORDED_WITH, RECORDED_SOURCES, RECORDED = aot_table.recorded()
 STALE = "the kernels have changed since benchmarks/results/aot.json was written: `make aot` writes it anew"
 
 
@@ -35,9 +35,7 @@ def shipped(kernel: str, arch: int, d: int, tangents: str, mask: str = "none", b
 @cache
 def recorded(task: Task) -> Row:
     """The table's row of a task."""
-    case, dtype = task.case, str(task.case.dtype).removeprefix("torch.")
-    mask, config = "packed" if task.packed else case.mask, aot_table.config_words(task.config)
-    key = (case.kernel, task.arch, dtype, case.d, case.tangents, mask, config)
+    key = aot_table.key(task)
     rows = [row for row in RECORDED if row[: len(key)] == key]
     assert len(rows) == 1, f"benchmarks/results/aot.json has {len(rows)} rows of {key}: `make aot` writes it anew"
     return rows[0]
@@ -45,7 +43,7 @@ def recorded(task: Task) -> Row:
 
 def test_the_table_is_of_these_kernels() -> None:
     """Of the code as it is now."""
-    assert aot_table.source_hash() == RECORDED_SOURCE, STALE
+    assert aot_table.sources() == RECORDED_SOURCES, STALE
 
 
 def test_every_shipped_config_is_in_the_table_without_problems() -> None:

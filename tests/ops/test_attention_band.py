@@ -136,3 +136,34 @@ def test_a_tangent_of_a_tangent_is_refused_unless_the_dense_form_is_asked_for() 
         jvp(inner("auto"), (q,), (q,))
     dense = lambda q: jvp(lambda q: reference.attention(q, k, v), (q,), (q,))[1]  # noqa: E731
     torch.testing.assert_close(jvp(inner("torch"), (q,), (q,)), jvp(dense, (q,), (q,)))
+
+
+def test_the_tangent_of_a_bias_may_have_more_rows_than_the_bias_under_vmap() -> None:
+    q, k, v = make_qkv(n=5, d=8, dtype=torch.float64)
+    bias, a = torch.randn(5, 5, dtype=torch.float64), torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+
+    def slope(op: Any) -> tuple[Tensor, ...]:
+        jacobian = torch.func.jacfwd(lambda m: op(q, k, v, a * m).sum())(bias)
+        return torch.autograd.grad(jacobian.pow(2).sum(), a)
+
+    torch.testing.assert_close(slope(fd.scaled_dot_product_attention), slope(reference.attention))
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(0.3), "0.3"], ids=["tensor", "str"])
+def test_a_scale_that_is_no_number_is_refused(scale: Any) -> None:
+    with pytest.raises(TypeError, match="scale: expected a number or None, got"):
+        fd.scaled_dot_product_attention(*make_qkv(n=5, d=8), scale=scale)
+
+
+def test_heads_without_channels_are_refused() -> None:
+    q, k, v = make_qkv(n=5, d=8)
+    with pytest.raises(ValueError, match="value: expected a head dim of at least 1, got 0"):
+        fd.scaled_dot_product_attention(q, k, v[..., :0])
+    with pytest.raises(ValueError, match="query: expected a head dim of at least 1, got 0"):
+        fd.scaled_dot_product_attention(q[..., :0], k[..., :0], v)
+
+
+def test_explain_refuses_what_an_explicit_triton_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="impl='triton' cannot run: float64"):
+        fd.explain(*make_qkv(n=5, d=8, dtype=torch.float64), impl="triton")

@@ -68,3 +68,9 @@ def test_a_common_mode_no_longer_costs_accuracy_under_autocast() -> None:
         errors[centre] = [relative_error(x, y) for x, y in zip(outs, truth)]
     assert max(errors[True]) < 0.01
     assert min(errors[False]) > 3 * max(errors[True])
+
+
+def test_a_pair_without_tangent_grad_carries_no_graph_on_any_tangent() -> None:
+    leaves = [x.requires_grad_() for x in points(torch.float64)[0]]
+    results = fd.attention_jvp(*leaves, *points(torch.float64)[1], return_lse=True, centre=True)
+    assert [x.requires_grad for x in results] == [True, False, True, False]

@@ -83,3 +83,8 @@ def test_explicit_pairs_merge_alike() -> None:
 def test_parts_that_do_not_fit_are_refused(outs: list[Tensor], lses: list[Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         merge_attention(outs, lses)
+
+
+def test_parts_of_two_dtypes_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"outs\[1\]: expected torch.float32 as outs\[0\], got torch.float64"):
+        merge_attention([torch.ones(2, 3), torch.ones(2, 3).double()], [torch.ones(2)] * 2)

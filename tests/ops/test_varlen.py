@@ -168,3 +168,13 @@ def test_bad_arguments_are_refused_by_name(changes: dict[str, Any], message: str
     }
     with pytest.raises(ValueError, match=message):
         fd.varlen_attention(**{**call, **changes}, enable_gqa=True, impl="torch")
+
+
+def test_centring_looks_at_no_token_outside_all_sequences() -> None:
+    q, k, v = points(1)
+    k[3], v[3] = torch.nan, torch.nan
+    cu = torch.tensor([0, 3], dtype=torch.int32)
+    plain, centred = (
+        fd.varlen_attention(q, k, v, cu, cu, 3, 3, enable_gqa=True, centre=centre) for centre in (False, True)
+    )
+    torch.testing.assert_close(centred, plain)

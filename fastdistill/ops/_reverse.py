@@ -1,0 +1,94 @@
+"""The reverse mode of an op under the dual protocol, and the reverse mode of that.
+
+Both are autograd functions of one functorch level: their forward redispatches below Autograd, to the next level, so
+fused work stays fused under `torch.func.grad`, which differentiates as if somebody might do so again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdistill import _compat
+from fastdistill.ops._absent import is_absent
+
+
+def reverse_mode(op: Any) -> type[_compat.SingleLevelFunction]:
+    """The autograd function of `name_dual`; its forward redispatches below Autograd, to the next functorch level."""
+    n, k = len(op.primals), len(op.outputs)
+
+    class Dual(_compat.SingleLevelFunction):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            with _compat.redispatching():
+                return op._op("_dual")(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            primals, tangents, attrs, tangent_grad = op._split_dual(inputs)
+            outs, t_outs, residuals = op._split_results(output)
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*residuals, *(() if tangent_grad else t_outs))
+            kept = tangents if tangent_grad else [None] * n
+            absent = [x.new_empty(0) for x in outs]
+            saved = [*outs, *(t_outs if tangent_grad else absent)] if op.saves_outputs else absent * 2
+            ctx.save_for_backward(*primals, *kept, *saved, *residuals)
+            ctx.attrs = attrs
+
+        @staticmethod
+        def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+            d_outs, dt_outs = cotangents[:k], cotangents[k : 2 * k]
+            if all(d is None for d in (*d_outs, *dt_outs)):
+                return (None,) * len(ctx.needs_input_grad)
+            mixed = any(d is not None for d in dt_outs)
+            needs = [ctx.needs_input_grad[i] and (i < n or mixed) for i in range(2 * n)]
+            saved = list(ctx.saved_tensors)
+            if not mixed:
+                saved[n : 2 * n] = [None] * n
+            grads = op._op("_backward")(*d_outs, *dt_outs, *saved, *ctx.attrs, needs)
+            return (*(g if need else None for g, need in zip(grads, needs)), *[None] * (len(ctx.attrs) + 1))
+
+    Dual.__name__ = Dual.__qualname__ = f"{op.name.title().replace('_', '')}Dual"
+    return Dual
+
+
+def reverse_mode_of_backward(op: Any) -> type[_compat.SingleLevelFunction]:
+    """The autograd function of `name_backward`: fused itself, and differentiated by way of `math_backward`."""
+    n, k = len(op.primals), len(op.outputs)
+
+    class Again(_compat.SingleLevelFunction):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            with _compat.redispatching():
+                return op._op("_backward")(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*(x for x in output if is_absent(x)))
+            ctx.save_for_backward(*inputs[: 2 * k + 2 * n])
+            *_, (*ctx.attrs, ctx.needs) = op._split_backward(inputs)
+            ctx.count = len(inputs)
+
+        @staticmethod
+        def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+            tensors: list[Any] = list(ctx.saved_tensors)
+            moving = [i for i in range(len(tensors)) if ctx.needs_input_grad[i]]
+            used = [i for i, d in enumerate(cotangents) if d is not None]
+
+            def gradients(*leaves: Tensor) -> tuple[Tensor, ...]:
+                filled = list(tensors)
+                for i, leaf in zip(moving, leaves):
+                    filled[i] = leaf
+                parts = filled[:k], filled[k : 2 * k], filled[2 * k : 2 * k + n], filled[2 * k + n :]
+                grads = op.math_backward(*parts, ctx.attrs, ctx.needs)
+                return tuple(grads[i] for i in used)
+
+            _, pull, *_ = torch.func.vjp(gradients, *(tensors[i] for i in moving))
+            results = dict(zip(moving, pull(tuple(cotangents[i] for i in used)))) if used else {}
+            return tuple(results.get(i) for i in range(ctx.count))
+
+    Again.__name__ = Again.__qualname__ = f"{op.name.title().replace('_', '')}Backward"
+    return Again
