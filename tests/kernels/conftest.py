@@ -12,7 +12,7 @@ if INTERPRETED:
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 # What kernels do, and not only what comes out, is seen in the interpreter alone.
-collect_ignore = [] if INTERPRETED else ["test_attention_work.py"]
+collect_ignore = [] if INTERPRETED else ["test_attention_work.py", "test_attention_backward_work.py"]
 
 
 def _bf16_to_fp32(x: np.ndarray) -> np.ndarray:
