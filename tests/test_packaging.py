@@ -44,6 +44,12 @@ print(attention.__file__)
     return done.stdout.strip()
 
 
+def installed_here() -> list[str]:
+    """What this environment has of fastdistill: metadata and its command."""
+    folders = (Path(SITE_PACKAGES), Path(sysconfig.get_path("scripts")))
+    return sorted(path.name for folder in folders for path in folder.glob("*fastdistill*"))
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what a build needs, so that builds leave nothing in the checkout, and find nothing stale."""
@@ -86,10 +92,13 @@ def test_wheel_holds_the_package_with_its_data_and_nothing_else(wheel: Path) -> 
 
 
 def test_editable_install_imports_the_kernels(tree: Path, tmp_path: Path) -> None:
-    """From the checkout itself, through the link."""
-    options = ("--no-deps", "--no-build-isolation", "--prefix", tmp_path, "--editable", ".")
+    """From the checkout itself, through the link; and what this environment has installed stays."""
+    before = installed_here()
+    # Without --ignore-installed pip would uninstall the fastdistill of this environment first, prefix or not.
+    options = ("--no-deps", "--no-build-isolation", "--ignore-installed", "--prefix", tmp_path, "--editable", ".")
     done = run(sys.executable, "-m", "pip", "install", *options, cwd=tree)
     assert done.returncode == 0, done.stderr
+    assert installed_here() == before
     (site_packages,) = tmp_path.rglob("site-packages")
     assert imported_from(site_packages, cwd=tmp_path) == str(tree / "fastdistill" / "kernels" / "attention.py")
 
