@@ -12,8 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton")
-
 from benchmarks import gpu_attention
 from benchmarks.gpu_attention import MODES, Shape, Way
 

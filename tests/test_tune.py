@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton")
-
 from fastdistill import tune
 from fastdistill.eager import attention as eager
 from fastdistill.kernels import configs
