@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdistill import samplers
 from fastdistill.eval.exact import Gaussian
-from fastdistill.paths import EDM, FM, ICFM, LINEAR, VE, Cosine, Path, TrigFlow
+from fastdistill.paths import EDM, FM, ICFM, LINEAR, OTCFM, VE, Cosine, Path, TrigFlow
 from fastdistill.samplers import adaptive, average_velocity, conditional_pair, consistency, euler, gamma, guided, heun
 
 PATHS = [LINEAR, Cosine(), FM(0.1), ICFM(0.2), TrigFlow(0.5), EDM(0.05, 20.0), VE(0.05, 20.0)]
@@ -288,6 +288,10 @@ def test_bad_arguments_are_refused_by_name() -> None:
                 sampler(LabelField(), torch.randn(3, 2), times)
     with pytest.raises(ValueError, match=r"^steps: expected times that end at 0, got 0.5"):
         consistency(LabelField(), torch.randn(3, 2), [1.0, 0.5])
+    for name, options in (("consistency", {}), ("gamma", {"gamma": 0.5})):
+        with pytest.raises(ValueError, match=r"^path: fresh noise expects .* got OTCFM, coupled by optimal_transport"):
+            samplers.sample(name, LabelField(), torch.randn(3, 2), 2, path=OTCFM(), **options)
+    assert samplers.sample("consistency", LabelField(), torch.randn(3, 2), 1, path=OTCFM()).shape == (3, 2)
     for amount in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match=r"^gamma: expected in \[0, 1\]"):
             gamma(LabelField(), torch.randn(3, 2), gamma=amount)
