@@ -76,9 +76,7 @@ def adaptive(
     try:
         from scipy.integrate import solve_ivp
     except ImportError as error:
-        raise ImportError(
-            "adaptive: expected scipy, which isn't installed: pip install fastdistill[adaptive]"
-        ) from error
+        raise ImportError("adaptive: expected scipy, which isn't installed: pip install scipy") from error
     grid = intervals(steps)
 
     def rate(t: float, state: Any) -> Any:
