@@ -1,12 +1,12 @@
 """Networks of other conventions as the network that the objectives call: net(x, t=t, s=s, y=y) -> u.
 
-Each adapter converts inside the function that is differentiated, so that tangents follow by the chain rule: a network of
-(t, h = t - s) moves along (w, 1, 1) when (x, t, s) moves along (w, 1, 0), and nobody has to remember it. All take and
-pass on y, and g where it is given. They nest: `gap_conditioned(reversed_time(net))`.
+Each adapter converts inside the function that is differentiated, so that tangents follow by the chain rule: a network
+of (t, h = t - s) moves along (w, 1, 1) when (x, t, s) moves along (w, 1, 0), and nobody has to remember it. All take and
+pass on y, and g where it is given. They nest: `gap_conditioned(...)` inside `reversed_time(...)`, and so on.
 
-Predictions of x0, x1, the score, the path's velocity or TrigFlow's F are one (data, noise) pair each, x = alpha x0 + beta
-x1, and the average velocity from t to s that keeps the pair is slope(alpha) x0 + slope(beta) x1 with the mean slopes between
-s and t: DDIM's step for s < t, the instantaneous velocity for s = t. Such a network may depend on s or not.
+Predictions of x0, x1, the score, the path's velocity or TrigFlow's F are one pair (x0, x1) each, with x = alpha x0 +
+beta x1. The average velocity from t to s that keeps the pair is slope(alpha) x0 + slope(beta) x1 with the mean slopes
+between s and t: DDIM's step for s < t, the instantaneous velocity for s = t. The network may look at s or not.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def trigflow(net: Net, path: TrigFlow) -> Net:
 
 
 def edm(net: Callable[..., Tensor], path: Path, sigma_data: float = 0.5) -> Net:
-    """From EDM's raw network, called as net(c_in x, noise=log(sigma) / 4, y=y), on any path of noise level sigma = beta / alpha.
+    """From EDM's raw network, net(c_in x, noise=log(sigma) / 4, y=y), on any path; sigma = beta / alpha.
 
     The data prediction is c_skip x + c_out net(...), with the state x of the variance-exploding path, ours over alpha.
     t with alpha = 0 or beta = 0 have no finite noise level: their result is not a number.
