@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -130,13 +130,18 @@ def count_all(names: Iterable[str] = op_problems.NAMES) -> Iterator[dict[str, An
         task = op_problems.problem(name)
         for mode in op_problems.MODES:
             counts = count(partial(op_problems.run_mode, task, mode))
-            head = {"suite": "op_counts", "op": name, "case": "small", "mode": mode, "provider": "ours torch"}
-            yield {**head, "kind": "ours", "status": "ok", "dtype": "float32", "device": "cpu", **counts}
+            yield row_of("op_counts", name, mode, counts)
 
 
-def document(rows: Iterable[dict[str, Any]], generator: str) -> dict[str, Any]:
+def row_of(suite: str, name: str, mode: str, counts: Mapping[str, int]) -> dict[str, Any]:
+    """The `extra_info` of a problem in a mode."""
+    head = {"suite": suite, "op": name, "case": "small", "mode": mode, "provider": "fastdistill torch"}
+    return {**head, "kind": "ours", "status": "ok", "dtype": "float32", "device": "cpu", **counts}
+
+
+def document(rows: Iterable[dict[str, Any]], generator: str, **machine: Any) -> dict[str, Any]:
     """Rows without times as a benchmark file that `rows.load` reads."""
-    machine = {"device": "cpu", "torch": torch.__version__.partition("+")[0], "generator": generator}
+    machine = {"device": "cpu", "torch": torch.__version__.partition("+")[0], "generator": generator, **machine}
     return {"machine_info": machine, "benchmarks": [], "not_timed": list(rows)}
 
 

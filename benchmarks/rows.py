@@ -5,7 +5,7 @@ not timed in a list of their own:
 
     machine_info, commit_info, datetime, version
     benchmarks    [{name, fullname, group, params, stats {min, max, mean, stddev, median, rounds, ...}, extra_info}]
-    not_timed     [extra_info]
+    not_timed     [{name, fullname, group, params, extra_info}], or the extra_info alone
 
     extra_info    suite, op, case, mode, provider, kind, status, reason, shape, dtype, device, flops, bytes, tflops,
                   gbs, p20_s, p80_s, peak_memory_bytes, error, allowed_error, floor_provider, ratio_to_floor,
@@ -70,11 +70,16 @@ class Row:
         value = self.info.get(name)
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
-    def sizes(self) -> dict[str, int]:
-        """The sizes of the shape, by their names in lower case."""
+    @property
+    def shape(self) -> dict[str, int | str]:
+        """The sizes and names that describe the case, by their names."""
         shape = self.info.get("shape")
-        sizes = shape.items() if isinstance(shape, Mapping) else ()
-        return {str(name).lower(): value for name, value in sizes if type(value) is int}
+        items = shape.items() if isinstance(shape, Mapping) else ()
+        return {str(name): value if type(value) is int else str(value) for name, value in items}
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes alone."""
+        return {name: value for name, value in self.shape.items() if isinstance(value, int)}
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,9 @@ def load(path: Path) -> Results:
         if not isinstance(part, list):
             raise DamagedResults(f"{path}: {name}: expected a list, got {type(part).__name__}")
     rows = [_timed(path, f"benchmarks[{i}]", x) for i, x in enumerate(parts["benchmarks"])]
-    rows += [_row(path, f"not_timed[{i}]", x) for i, x in enumerate(parts["not_timed"])]
+    for i, entry in enumerate(parts["not_timed"]):
+        info = entry.get("extra_info", entry) if isinstance(entry, dict) else entry
+        rows.append(_row(path, f"not_timed[{i}]", info))
     _refuse_duplicates(path, rows)
     machine, commit = (_mapping(path, table, name) for name in ("machine_info", "commit_info"))
     named = str(commit.get("id") or machine.get("commit") or "")
