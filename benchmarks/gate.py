@@ -1,0 +1,97 @@
+"""The parity gate: what is wrong is reported with its error, and never timed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fastdistill.benchmarks.registry import FLOOR, Case, Op, Provider
+from fastdistill.testing import errors_against
+
+OK, FAILED, OOM, UNAVAILABLE, UNSUPPORTED, ERROR = "ok", "failed parity", "oom", "unavailable", "unsupported", "error"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a provider may be timed.
+
+    Args:
+        status: `OK`, `FAILED` or `ERROR`.
+        reason: in words, where it may not.
+        errors, allowed: by the name of each result: the largest error against float64, and the largest that the
+            tolerance rule of `fastdistill.testing` allows, as shares of the largest entry of the truth.
+    """
+
+    status: str
+    reason: str | None = None
+    errors: Mapping[str, float] = field(default_factory=dict)
+    allowed: Mapping[str, float] = field(default_factory=dict)
+
+
+class Gate:
+    """Judges providers on the small form of a case; one judgement serves all cases with the same small form."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._verdicts: dict[tuple[object, ...], Verdict] = {}
+        self._truths: dict[tuple[object, ...], tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+
+    def judge(self, op: Op, provider: Provider, case: Case) -> Verdict:
+        """Run it once, and compare each result with float64; a backward is judged after its forward."""
+        small = op.small(case)
+        if small.mode in ("primal", "mixed"):
+            forward = self.judge(op, provider, replace(case, mode="forward"))
+            if forward.status != OK:
+                return replace(forward, reason=f"its forward: {forward.reason}")
+        key = (op.name, small.mode, small.dtype, tuple(sorted(small.shape.items())))
+        if (*key, provider.name) not in self._verdicts:
+            self._verdicts[(*key, provider.name)] = self._judged(op, provider, small, key)
+        return self._verdicts[(*key, provider.name)]
+
+    def _judged(self, op: Op, provider: Provider, small: Case, key: tuple[object, ...]) -> Verdict:
+        data = op.data(small, self._device)
+        plain = provider.plain or op.plain
+        key = (*key, provider.name if provider.plain else None)
+        if key not in self._truths:
+            truths, baselines = plain(small, op.exact(data))(), plain(small, data)()
+            self._truths[key] = (op.named(small, truths), op.named(small, baselines))
+        expected, baseline = self._truths[key]
+        try:
+            actual = op.named(small, provider.prepare(small, data)())
+        except Exception as error:  # whatever a peer raises, the benchmark goes on without it
+            return Verdict(ERROR, first_line(error))
+        if actual.keys() != expected.keys() and not (provider.kind == FLOOR and actual.keys() < expected.keys()):
+            return Verdict(FAILED, f"its results are {', '.join(actual)} instead of {', '.join(expected)}")
+        order = 2 if small.mode == "mixed" else 1
+        measured = {
+            name: errors_against(x.detach(), expected[name].detach(), baseline[name].detach(), order)
+            for name, x in actual.items()
+        }
+        errors, allowed = ({name: pair[i] for name, pair in measured.items()} for i in (0, 1))
+        wrong = [name for name in measured if not errors[name] <= allowed[name]]
+        return Verdict(FAILED if wrong else OK, _words(wrong, errors, allowed), errors, allowed)
+
+
+def _words(wrong: Sequence[str], errors: Mapping[str, float], allowed: Mapping[str, float]) -> str | None:
+    """The worst of what is wrong, and how many others there are."""
+    if not wrong:
+        return None
+    name = max(wrong, key=lambda name: errors[name] / allowed[name] if allowed[name] else math.inf)
+    others = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    return f"{name}: error {errors[name]:.1e}, allowed {allowed[name]:.1e}{others}"
+
+
+def worst(values: Mapping[str, float], tangents: bool) -> float | None:
+    """The largest of those results that are tangents or their gradients, or of the others; None without any."""
+    found = [value for name, value in values.items() if name.startswith(("t_", "dt_")) is tangents]
+    largest = max(found, default=None)
+    return None if largest is None or not math.isfinite(largest) else largest
+
+
+def first_line(error: BaseException) -> str:
+    """A message that fits into a table."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
