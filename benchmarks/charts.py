@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from fastdistill.benchmarks.rows import FLOOR, OURS, PEER, Row
-from fastdistill.benchmarks.series import LENGTHS, MODE_NAMES, Curve, Series
+from fastdistill.benchmarks.series import LENGTHS, MODE_NAMES, Curve, Measure, Series, arithmetic
 
 INK, FAINT, GRID, PAPER = "#2a2a27", "#6f6f69", "#dddcd6", "#ffffff"
 DARK = {INK: "#eceae4", FAINT: "#a3a29b", GRID: "#3a3a37", PAPER: "#1b1b19"}
@@ -105,16 +105,18 @@ def draw_series(series: Series, look: Mapping[str, Look]) -> str:
 
 
 def draw_roofline(rows: Sequence[Row], ceilings: Mapping[str, float], look: Mapping[str, Look]) -> str | None:
-    """Attained TFLOP/s against flops a byte, under what was measured of the device; None without any such row.
+    """Attained operations a second against those a byte, under what was measured of the device; None without any row.
 
     Args:
         ceilings: "tflops" of a large matmul, "gbs" of a copy; what is absent is not drawn, and the picture says so.
     """
     points: dict[str, list[tuple[float, float]]] = {}
+    measure = arithmetic(rows)
     for row in rows:
         flops, moved = row.number("flops"), row.number("bytes")
         if row.median is not None and flops and moved:
-            points.setdefault(row.key.provider, []).append((flops / moved, flops / row.median * 1e-12))
+            attained = flops / row.median * 1e-12 * measure.factor
+            points.setdefault(row.key.provider, []).append((flops / moved, attained))
     if not points:
         return None
     shown = [name for name in look if name in points]
@@ -126,37 +128,39 @@ def draw_roofline(rows: Sequence[Row], ceilings: Mapping[str, float], look: Mapp
     xs = [x for group in points.values() for x, _ in group]
     ys = [y for group in points.values() for _, y in group]
     low, high = min(xs) / 3, max(xs) * 3
-    tops = _roof(axes, ceilings, low, high)
+    tops = _roof(axes, ceilings, measure, low, high)
     axes.set_xlim(low, high)
     axes.set_ylim(min(ys) / 3, max([*ys, *tops]) * 3)
     axes.set_xlabel("flops a byte that has to be moved", color=INK, fontsize=SIZE)
-    axes.set_ylabel("TFLOP/s", color=INK, fontsize=SIZE)
+    axes.set_ylabel(measure.unit, color=INK, fontsize=SIZE)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(numticks=8))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter("{x:,.12g}")
     _legend(figure, shown, look, 2)
-    return _svg(figure, "Roofline: attained TFLOP/s against flops a byte")
+    return _svg(figure, f"Roofline: attained {measure.unit} against flops a byte")
 
 
-def _roof(axes: Axes, ceilings: Mapping[str, float], low: float, high: float) -> list[float]:
+def _roof(axes: Axes, ceilings: Mapping[str, float], measure: Measure, low: float, high: float) -> list[float]:
     """Draw the ceilings that were measured, name those that were not, and return their heights."""
-    tflops, gbs = ceilings.get("tflops"), ceilings.get("gbs")
-    line: dict[str, Any] = {"color": FAINT, "linewidth": 1.2, "linestyle": (0, (5, 3)), "zorder": 0}
-    ridge = None if tflops is None or gbs is None else tflops * 1e3 / gbs
-    said = []
-    if gbs is not None:
-        end = high if ridge is None else min(max(ridge, low), high)
-        axes.plot([low, end], [low * gbs * 1e-3, end * gbs * 1e-3], **line)
-        said.append(f"copy: {gbs:,.4g} GB/s, measured")
-    if tflops is not None:
-        start = low if ridge is None else min(max(ridge, low), high)
-        axes.plot([start, high], [tflops] * 2, **line)
-        said.append(f"matmul: {tflops:,.4g} TFLOP/s, measured")
-    absent = [name for name, value in (("copy bandwidth", gbs), ("matmul throughput", tflops)) if value is None]
-    said += [f"{name}: not measured, no ceiling drawn" for name in absent]
-    axes.set_title("Ceilings. " + "; ".join(said), color=FAINT, fontsize=SIZE - 0.5, loc="left")
-    return [x for x in (tflops, None if gbs is None else min(high, ridge or high) * gbs * 1e-3) if x is not None]
+    flat, gbs = ceilings.get("tflops"), ceilings.get("gbs")
+    slope = None if gbs is None else gbs * 1e-3 * measure.factor  # of the line that the copy bandwidth allows
+    flat = None if flat is None else flat * measure.factor
+    ridge = high if flat is None or slope is None else min(max(flat / slope, low), high)
+    style: dict[str, Any] = {"color": FAINT, "linewidth": 1.2, "linestyle": (0, (5, 3)), "zorder": 0}
+    said, tops = [], []
+    if slope is not None:
+        axes.plot([low, ridge], [low * slope, ridge * slope], **style)
+        said.append(f"copy {gbs:,.4g} GB/s, measured")
+        tops.append(ridge * slope)
+    if flat is not None:
+        axes.plot([low if slope is None else ridge, high], [flat] * 2, **style)
+        said.append(f"matmul {flat:,.4g} {measure.unit}, measured")
+        tops.append(flat)
+    absent = [name for name, value in (("copy bandwidth", slope), ("matmul throughput", flat)) if value is None]
+    said += [f"{name} not measured, so not drawn" for name in absent]
+    axes.set_title("Ceilings: " + "; ".join(said), color=FAINT, fontsize=SIZE - 0.5, loc="left")
+    return tops
 
 
 def _rows(series: Series) -> Iterator[tuple[str, Row]]:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastdistill.benchmarks.rows import OURS, DamagedResults, Key, Results, Row, load
+from fastdistill.benchmarks.rows import LOST, OURS, DamagedResults, Key, Results, Row, load
 
 # What --metric may be: how it is read from a row, and whether it depends on the machine.
 METRICS: dict[str, tuple[Callable[[Row], float | None], bool]] = {
@@ -31,7 +31,6 @@ METRICS: dict[str, tuple[Callable[[Row], float | None], bool]] = {
     "bytes_moved": (lambda row: row.number("bytes_moved"), False),
     "peak_bytes": (lambda row: row.number("peak_bytes"), False),
 }
-LOST = ("failed parity", "oom", "error")
 
 
 class Incomparable(ValueError):

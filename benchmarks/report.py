@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,32 +16,15 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fastdistill.benchmarks.charts import draw_roofline, draw_series, looks
-from fastdistill.benchmarks.rows import FLOOR, OURS, PEER, Key, Results, Row, load
-from fastdistill.benchmarks.series import MODE_NAMES, gather, in_order
+from fastdistill.benchmarks.rows import FLOOR, LOST, OURS, PEER, Machine, Results, Row, by_device, load
+from fastdistill.benchmarks.series import MODE_NAMES, Measure, arithmetic, gather, in_order
+from fastdistill.benchmarks.text import errors, number, seconds, size
 
 TEMPLATES = Path(__file__).parent / "templates"
-HEADINGS = (
-    "", "median", "20 % to 80 %", "TFLOP/s", "GB/s", "peak memory", "error, tangent's", "allowed", "time / floor",
-    "time / ours", "SM clock", "energy",
-)  # fmt: skip
 
 
-@dataclass
-class Machine:
-    """All that was measured on one device.
-
-    rows: by key; of what several files have, the newest.
-    """
-
-    device: str
-    files: list[Results]
-    rows: dict[Key, Row] = field(default_factory=dict)
-    repeated: int = 0
-
-    @property
-    def ceilings(self) -> dict[str, float]:
-        """Of the newest file that has any."""
-        return next((results.ceilings for results in reversed(self.files) if results.ceilings), {})
+class ReportError(ValueError):
+    """A report that can't be written. The message says why."""
 
 
 def write_report(files: Sequence[Path], out: Path) -> list[Path]:
@@ -54,12 +36,12 @@ def write_report(files: Sequence[Path], out: Path) -> list[Path]:
 
     Raises:
         DamagedResults: a file can't be read.
-        ValueError: no files, or a name that doesn't end in .html.
+        ReportError: no files, or a name that doesn't end in .html.
     """
     if not files:
-        raise ValueError("bench: expected one file or more, got none")
+        raise ReportError("--bench: expected one file or more, got none")
     if out.suffix != ".html":
-        raise ValueError(f"out: expected a name in .html, got {out}")
+        raise ReportError(f"--out: expected a name in .html, got {out}")
     machines = by_device([load(path) for path in files])
     out.parent.mkdir(parents=True, exist_ok=True)
     sections, pictures = [], []
@@ -72,21 +54,16 @@ def write_report(files: Sequence[Path], out: Path) -> list[Path]:
             path.write_text(svg, encoding="utf-8")
             pictures.append(path)
     page = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    html = page.get_template("bench.html.jinja").render(sections=sections, headings=HEADINGS)
+    html = page.get_template("bench.html.jinja").render(sections=sections)
     out.write_text(html, encoding="utf-8")
     return [out, *pictures]
 
 
-def by_device(files: Iterable[Results]) -> list[Machine]:
-    """The files of each device, from old to new, and their rows."""
-    machines: dict[str, Machine] = {}
-    for results in sorted(files, key=lambda results: results.date):
-        machine = machines.setdefault(results.device, Machine(results.device, []))
-        machine.files.append(results)
-        for row in results.rows:
-            machine.repeated += row.key in machine.rows
-            machine.rows[row.key] = row
-    return list(machines.values())
+def main(files: Sequence[Path], out: Path) -> int:
+    """The command: write, and say what was written."""
+    for path in write_report(files, out):
+        print(path)
+    return 0
 
 
 def draw(machine: Machine) -> dict[str, str]:
@@ -161,69 +138,57 @@ def _section(machine: Machine, drawn: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _tables(rows: Sequence[Row]) -> list[tuple[str, list[tuple[str, list[dict[str, Any]]]]]]:
-    """Suite -> case -> lines of the table, all rows, timed or not."""
+def _tables(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """For each suite its columns, but for empty ones, and a block of lines for each case: all that could be timed."""
     suites: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         key = row.key
         case = f"{key.op}, {key.case}, {key.dtype}, {MODE_NAMES.get(key.mode, key.mode)}"
         suites.setdefault(key.suite, {}).setdefault(case, []).append(row)
-    return [(suite, [(case, _lines(members)) for case, members in cases.items()]) for suite, cases in suites.items()]
+    tables = []
+    for suite, cases in suites.items():
+        measure = arithmetic([row for members in cases.values() for row in members])
+        blocks = [(case, _lines(members, measure)) for case, members in cases.items()]
+        filled = {name for _, lines in blocks for line in lines for name, text in line["cells"].items() if text}
+        columns = [name for _, lines in blocks for line in lines for name in line["cells"] if name in filled]
+        tables.append({"suite": suite, "columns": list(dict.fromkeys(columns)), "cases": blocks})
+    return tables
 
 
-def _lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def _lines(rows: Sequence[Row], measure: Measure) -> list[dict[str, Any]]:
+    """What is not on this machine is left to the list of what was not timed."""
     ours = min((row.median for row in rows if row.kind == OURS and row.median is not None), default=None)
     return [
         {
             "name": row.key.provider,
             "kind": row.kind,
-            "cells": _cells(row, ours) if row.median is not None else [],
+            "cells": {} if row.median is None else _cells(row, row.median, ours, measure),
             "why": f"{row.status}: {row.reason or 'no reason given'}" if row.median is None else "",
-            "lost": row.status in ("failed parity", "oom", "error"),
+            "lost": row.status in LOST,
             "throttle": _throttle(row),
         }
         for row in rows
+        if row.status != "unavailable"
     ]
 
 
-def _cells(row: Row, ours: float | None) -> list[str]:
-    """As `HEADINGS`, without the name."""
+def _cells(row: Row, time: float, ours: float | None, measure: Measure) -> dict[str, str]:
+    """Column -> text."""
     low, high, peak = (row.number(name) for name in ("p20_s", "p80_s", "peak_memory_bytes"))
     clock, energy = row.number("sm_clock_mhz"), row.number("energy_j")
-    assert row.median is not None
-    return [
-        seconds(row.median),
-        f"{seconds(low)} – {seconds(high)}" if low is not None and high is not None else "",
-        _number(row.number("tflops")),
-        _number(row.number("gbs")),
-        f"{peak / 2**20:,.1f} MiB" if peak is not None else "",
-        errors(row.info.get("error")),
-        errors(row.info.get("allowed_error")),
-        _number(row.number("ratio_to_floor")) if row.kind != FLOOR else "",
-        _number(row.median / ours) if ours is not None and row.kind != OURS else "",
-        f"{clock:.0f} MHz" if clock is not None else "",
-        f"{energy:.3g} J" if energy is not None else "",
-    ]
-
-
-def seconds(value: float) -> str:
-    """A time in the unit that suits it."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if value >= size:
-            return f"{value / size:.4g} {unit}"
-    return f"{value * 1e9:.4g} ns"
-
-
-def errors(value: Any) -> str:
-    """A relative error, or those of output and tangent."""
-    if isinstance(value, Mapping):
-        parts = [f"{x:.1e}" if isinstance(x, int | float) else "–" for x in value.values()]
-        return " / ".join(parts) if any(part != "–" for part in parts) else ""
-    return f"{value:.1e}" if isinstance(value, int | float) else ""
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
+    return {
+        "median": seconds(time),
+        "20 % to 80 %": f"{seconds(low)} – {seconds(high)}" if low is not None and high is not None else "",
+        measure.unit: number(measure.of(row)),
+        "GB/s": number(row.number("gbs")),
+        "peak memory": "" if peak is None else size(peak),
+        "error, tangent's": errors(row.info.get("error")),
+        "allowed": errors(row.info.get("allowed_error")),
+        "time / floor": "" if row.kind == FLOOR else number(row.number("ratio_to_floor")),
+        "time / ours": "" if ours is None or row.kind == OURS else number(time / ours),
+        "SM clock": "" if clock is None else f"{clock:.0f} MHz",
+        "energy": "" if energy is None else f"{energy:.3g} J",
+    }
 
 
 def _throttle(row: Row) -> str:
@@ -261,11 +226,14 @@ def _clocks(rows: Iterable[Row]) -> str:
 
 
 def _ceilings(machine: Machine) -> str:
-    found = machine.ceilings
-    parts = {"tflops": "TFLOP/s of a large matmul", "gbs": "GB/s of a copy"}
-    if not found:
+    found, measure = machine.ceilings, arithmetic(machine.rows.values())
+    said = []
+    if "tflops" in found:
+        said.append(f"{found['tflops'] * measure.factor:,.4g} {measure.unit} of a large matmul")
+    if "gbs" in found:
+        said.append(f"{found['gbs']:,.4g} GB/s of a copy")
+    if not said:
         return "The ceilings of this device were not measured, so none is drawn."
-    said = [f"{found[name]:,.4g} {text}" for name, text in parts.items() if name in found]
     return f"Ceilings, measured on this device in the same run: {', '.join(said)}."
 
 

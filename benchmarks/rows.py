@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 OURS, PEER, FLOOR = "ours", "peer", "floor"
 KINDS = (OURS, PEER, FLOOR)
 STATUSES = ("ok", "failed parity", "oom", "unavailable", "unsupported", "error")
+LOST = ("failed parity", "oom", "error")  # what could have been timed, had it been right
 
 
 class DamagedResults(ValueError):
@@ -117,6 +118,24 @@ class Results:
         return {name: float(x) for name, x in (("tflops", tflops), ("gbs", gbs)) if isinstance(x, int | float)}
 
 
+@dataclass
+class Machine:
+    """All that was measured on one device.
+
+    rows: by key; of what several files have, the newest.
+    """
+
+    device: str
+    files: list[Results]
+    rows: dict[Key, Row] = field(default_factory=dict)
+    repeated: int = 0
+
+    @property
+    def ceilings(self) -> dict[str, float]:
+        """Of the newest file that has any."""
+        return next((results.ceilings for results in reversed(self.files) if results.ceilings), {})
+
+
 def load(path: Path) -> Results:
     """Read a file.
 
@@ -147,6 +166,18 @@ def load(path: Path) -> Results:
     return Results(
         path, machine, named + "+" * bool(commit.get("dirty")), str(table.get("datetime") or ""), tuple(rows)
     )
+
+
+def by_device(files: Iterable[Results]) -> list[Machine]:
+    """The files of each device, from old to new, and their rows."""
+    machines: dict[str, Machine] = {}
+    for results in sorted(files, key=lambda results: results.date):
+        machine = machines.setdefault(results.device, Machine(results.device, []))
+        machine.files.append(results)
+        for row in results.rows:
+            machine.repeated += row.key in machine.rows
+            machine.rows[row.key] = row
+    return list(machines.values())
 
 
 def _mapping(path: Path, table: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -23,16 +23,18 @@ COMPUTE_BOUND = 5.0  # flops a byte, above which a throughput is said in TFLOP/s
 
 
 class Measure(NamedTuple):
-    """How a throughput is said: the unit, and the field of `extra_info` that has it (None: calls a second)."""
+    """How a throughput is said: the unit, the field of `extra_info` that has it (None: calls a second), a factor."""
 
     unit: str
     field: str | None
+    factor: float = 1.0
 
     def of(self, row: Row) -> float | None:
         """A row's throughput."""
-        if self.field is not None:
-            return row.number(self.field)
-        return None if row.median is None else 1 / row.median
+        if self.field is None:
+            return None if row.median is None else 1 / row.median
+        value = row.number(self.field)
+        return None if value is None else value * self.factor
 
 
 @dataclass(frozen=True)
@@ -84,14 +86,20 @@ def gather(rows: Iterable[Row]) -> list[Series]:
 
 
 def measure_of(rows: Iterable[Row]) -> Measure:
-    """TFLOP/s where the work is arithmetic, GB/s where it is moving data, and calls a second where neither is known."""
+    """Operations a second where the work is arithmetic, bytes where it is moving data, calls where neither is known."""
     timed = [row for row in rows if row.median is not None]
     flops, moved = (sum(row.number(name) or 0 for row in timed) for name in ("flops", "bytes"))
     if flops and flops >= COMPUTE_BOUND * moved and any(row.number("tflops") for row in timed):
-        return Measure("TFLOP/s", "tflops")
+        return arithmetic(timed)
     if moved and any(row.number("gbs") for row in timed):
         return Measure("GB/s", "gbs")
     return Measure("calls/s", None)
+
+
+def arithmetic(rows: Iterable[Row]) -> Measure:
+    """TFLOP/s, or GFLOP/s where none of the rows reaches one."""
+    large = max((row.number("tflops") or 0 for row in rows), default=0) >= 1
+    return Measure("TFLOP/s", "tflops") if large else Measure("GFLOP/s", "tflops", 1000.0)
 
 
 def in_order(rows: Iterable[Row]) -> list[Row]:
