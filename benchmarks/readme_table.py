@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastdistill.benchmarks.rows import OURS, PEER, DamagedResults, Machine, Row, by_device, load
+from fastdistill.benchmarks.rows import LOST, OURS, PEER, DamagedResults, Machine, Row, by_device, load
 from fastdistill.benchmarks.text import errors, seconds, size
 
 HERE = Path(__file__).resolve().parent
@@ -41,6 +41,7 @@ BASELINE, FD = ATTENTIONS
 # Of the GPU's suites, those models that the README shows; the report has all of them.
 SHOWN = {"dit": "DiT-XL", "video": "Wan", "mmdit": "FLUX.1", "block": "DiT-XL", "step": "xl"}
 MODES = {"forward": "forward with tangent", "primal": "backward", "mixed": "backward of both", "step": "step"}
+LOST_PEERS = {"oom": "peers out of memory", "failed parity": "peers failed parity", "error": "peers failed"}
 
 
 class ReadmeError(ValueError):
@@ -77,9 +78,8 @@ def _read(path: Path) -> Any:
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)).replace(
-        "|  |", "| |"
-    )
+    head, *lines = (f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in (heads, *rows))
+    return "\n".join([head, "|" + "---|" * len(heads), *lines])
 
 
 def _memory(path: Path) -> str:
@@ -212,10 +212,12 @@ def _against(rows: Sequence[Row]) -> str:
     """Ours against the fastest peer, or why there is no time of ours."""
     ours, peer = _best(rows, OURS), _best(rows, PEER)
     if ours is None or ours.median is None:
-        why = [row.status for row in rows if row.kind == OURS and row.status not in ("unavailable", "unsupported")]
-        return why[0] if why else NOT_MEASURED
-    against = "no peer" if peer is None or peer.median is None else f"{peer.median / ours.median:.1f}x"
-    return f"**{seconds(ours.median)}** ({against})"
+        return next((row.status for row in rows if row.kind == OURS and row.status in LOST), NOT_MEASURED)
+    if peer is not None and peer.median is not None:
+        return f"**{seconds(ours.median)}** ({peer.median / ours.median:.1f}x)"
+    lost = {row.status for row in rows if row.kind == PEER}
+    why = next((words for status, words in LOST_PEERS.items() if status in lost), "no peer")
+    return f"**{seconds(ours.median)}** ({why})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
