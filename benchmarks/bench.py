@@ -14,7 +14,7 @@ import torch
 from fastdistill.benchmarks import gate, results, table
 from fastdistill.benchmarks.clock import clock_for
 from fastdistill.benchmarks.environment import commit_info, machine_info
-from fastdistill.benchmarks.measure import Bench, Limits, Outcome
+from fastdistill.benchmarks.measure import Bench, DeviceLost, Limits, Outcome
 from fastdistill.benchmarks.nvml import meter_for
 from fastdistill.benchmarks.registry import OURS, BenchError, Case, Provider
 from fastdistill.benchmarks.suites import OPS, SUITES, WHAT, cases
@@ -86,11 +86,11 @@ def wanted(request: Request, device: torch.device) -> list[Case]:
     return found
 
 
-def run(request: Request, tell: Callable[[str], None] = say) -> tuple[results.ResultFile, int]:
-    """Measure; the result file, and how many of our own results failed the gate.
+def run(request: Request, tell: Callable[[str], None] = say) -> tuple[list[results.Entry], int]:
+    """Measure; the entries of all these cases, and how many of our own failed the gate.
 
     Raises:
-        BenchError, ResumeError: see there.
+        BenchError: the request can't be met, the file can't be added to, or the GPU is lost.
     """
     device = _device(request)
     todo = wanted(request, device)
@@ -102,34 +102,32 @@ def run(request: Request, tell: Callable[[str], None] = say) -> tuple[results.Re
     for number, case in enumerate(todo, start=1):
         op = OPS[case.op]
         providers = chosen(op.providers(device), request.providers)
+        there = file.statuses(case.group)
+        missing = [provider for provider in providers if not _known(provider, there.get(provider.name))]
         head = f"[{number}/{len(todo)}, {time.monotonic() - started:.0f} s] {case.group}"
-        if file.done(case.group, [provider.name for provider in providers]):
-            tell(f"{head}: there already")
+        if not missing:
+            tell(f"{head}: {'there already' if providers else 'no provider of that name'}")
             continue
         if time.monotonic() - started > request.budget:
             left_out += 1
             continue
-        outcomes = bench.run(op, case, providers)
+        try:
+            outcomes = bench.run(op, case, missing)
+        except DeviceLost as lost:
+            file.add(*results.entries(case, [lost.outcome], device.type))
+            raise BenchError(f"{case.group}: {lost}. The same command with --json goes on without it") from lost
         file.add(*results.entries(case, outcomes, device.type))
         tell(f"{head}: {_short(outcomes)}")
     if left_out:
         tell(f"out of time: {left_out} of {len(todo)} cases left; the same command with --json goes on there")
-    groups = {case.group for case in todo}
-    ours = [
-        entry
-        for entry in file.content["not_timed"]
-        if entry["group"] in groups
-        and entry["extra_info"]["kind"] == OURS
-        and entry["extra_info"]["status"] in (gate.FAILED, gate.ERROR)
-    ]
-    return file, len(ours)
+    every = file.of_groups({case.group for case in todo})
+    infos = [entry["extra_info"] for entry in every]
+    return every, sum(info["kind"] == OURS and info["status"] in (gate.FAILED, gate.ERROR) for info in infos)
 
 
 def main(request: Request) -> int:
     """Measure, print the table of all these cases, and return 1 if one of ours was wrong."""
-    file, wrong = run(request)
-    groups = {case.group for case in wanted(request, _device(request))}
-    every = [entry for name in ("benchmarks", "not_timed") for entry in file.content[name] if entry["group"] in groups]
+    every, wrong = run(request)
     print(table.text(every))
     if request.quick:
         print("These are tiny shapes (--quick): they show that everything runs, and nothing about speed.")
@@ -144,6 +142,11 @@ def chosen(providers: Sequence[Provider], patterns: Sequence[str]) -> list[Provi
     """The providers whose name fits one of the patterns; all without any."""
     tests = [_compiled(pattern, "--providers") for pattern in patterns]
     return [provider for provider in providers if not tests or any(test.search(provider.name) for test in tests)]
+
+
+def _known(provider: Provider, status: str | None) -> bool:
+    """Whether an entry says all there is to say: one that was absent may be installed by now."""
+    return status is not None and (status != gate.UNAVAILABLE or provider.absent is not None)
 
 
 def _short(outcomes: Sequence[Outcome]) -> str:

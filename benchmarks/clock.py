@@ -137,6 +137,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
 
 
+def is_alive(device: torch.device) -> bool:
+    """Whether a GPU still runs anything: after an illegal access it does not, until another process starts."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
 def free_bytes(device: torch.device) -> int | None:
     """What a run may take now: of the GPU, or of this machine's memory where the system says so."""
     if device.type == "cuda":

@@ -11,10 +11,19 @@ from typing import Any
 import torch
 
 from fastdistill.benchmarks import gate
-from fastdistill.benchmarks.clock import Clock, Timed, empty_cache, free_bytes, is_out_of_memory
+from fastdistill.benchmarks.clock import Clock, Timed, empty_cache, free_bytes, is_alive, is_out_of_memory
 from fastdistill.benchmarks.gate import ERROR, OK, OOM, UNAVAILABLE, UNSUPPORTED, Gate, Verdict
 from fastdistill.benchmarks.nvml import Load, Meter
-from fastdistill.benchmarks.registry import FLOOR, Case, Cost, Op, Provider, Run
+from fastdistill.benchmarks.registry import Case, Cost, Op, Provider, Run
+
+
+class DeviceLost(RuntimeError):
+    """A provider left the GPU in a state in which nothing runs any more; `outcome` is that provider's."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(f"{outcome.provider.name} broke the GPU's context: {outcome.reason}")
+        self.outcome = outcome
+
 
 SHARE_OF_MEMORY = 0.8  # that the providers of a case may hold together
 
@@ -67,7 +76,11 @@ class Bench:
         self.gate = Gate(self.device)
 
     def run(self, op: Op, case: Case, providers: Sequence[Provider]) -> list[Outcome]:
-        """Outcomes in the order of the providers. Nothing is timed that failed the gate; no failure ends the case."""
+        """Outcomes in the order of the providers. Nothing is timed that failed the gate; no failure ends the case.
+
+        Raises:
+            DeviceLost: after an error from which a GPU recovers only in a new process.
+        """
         outcomes = [self._admitted(op, case, provider) for provider in providers]
         open_ones = [outcome for outcome in outcomes if outcome.status == OK]
         data = None
@@ -90,7 +103,10 @@ class Bench:
         if (reason := provider.refuses(case)) is not None:
             return Outcome(provider, OOM if reason.startswith("out of memory") else UNSUPPORTED, reason)
         verdict = self.gate.judge(op, provider, case)
-        return Outcome(provider, verdict.status, verdict.reason, verdict)
+        outcome = Outcome(provider, verdict.status, verdict.reason, verdict)
+        if verdict.status == ERROR:
+            self._check_device(outcome)
+        return outcome
 
     def _time(self, outcomes: list[Outcome], case: Case, data: Any) -> None:
         """In turns if what all of them hold fits into memory together, else one provider after the other."""
@@ -130,8 +146,14 @@ class Bench:
             return action()
         except Exception as error:  # one provider's failure must not cost the others their numbers
             _close(outcome, error)
+        self._check_device(outcome)
         empty_cache(self.device)
         return None
+
+    def _check_device(self, outcome: Outcome) -> None:
+        if not is_alive(self.device):
+            outcome.status = ERROR
+            raise DeviceLost(outcome)
 
 
 def _preparing(outcome: Outcome, case: Case, data: Any) -> Callable[[], Run]:
@@ -148,9 +170,3 @@ def quantile(samples: Sequence[float], share: float) -> float:
     if len(samples) == 1:
         return samples[0]
     return statistics.quantiles(samples, n=100, method="inclusive")[round(100 * share) - 1]
-
-
-def fastest_floor(outcomes: Sequence[Outcome]) -> Outcome | None:
-    """The floor that ratios refer to."""
-    floors = [outcome for outcome in outcomes if outcome.provider.kind == FLOOR and outcome.samples]
-    return min(floors, key=lambda outcome: statistics.median(outcome.samples), default=None)

@@ -142,7 +142,7 @@ def _norm_floors(rms: bool) -> Callable[[torch.device], list[Provider]]:
     """NVIDIA apex's and Liger's fused norms, which know no tangents."""
 
     def floors(device: torch.device) -> list[Provider]:
-        apex = packages.find("apex.normalization", device)
+        apex = packages.find("apex.normalization.fused_layer_norm", device)
         liger = packages.find("liger_kernel.transformers.functional", device)
 
         def by_apex(case: Case) -> Callable[..., Tensor]:

@@ -16,8 +16,8 @@ from typing import Any
 
 from fastdistill.benchmarks.environment import now
 from fastdistill.benchmarks.gate import OK, worst
-from fastdistill.benchmarks.measure import Outcome, fastest_floor, quantile
-from fastdistill.benchmarks.registry import BenchError, Case
+from fastdistill.benchmarks.measure import Outcome, quantile
+from fastdistill.benchmarks.registry import FLOOR, BenchError, Case
 
 Entry = dict[str, Any]
 
@@ -27,11 +27,10 @@ class ResumeError(BenchError):
 
 
 def entries(case: Case, outcomes: Sequence[Outcome], device: str) -> tuple[list[Entry], list[Entry]]:
-    """The timed entries of a case, and the others."""
-    floor = fastest_floor(outcomes)
+    """The timed entries of a case, and the others; a file adds the ratios to the floor."""
     timed, others = [], []
     for outcome in outcomes:
-        info = _extra_info(case, outcome, floor, device)
+        info = _extra_info(case, outcome, device)
         name = f"{case.op}[{case.name}-{case.dtype}-{case.mode}-{outcome.provider.name}]"
         entry = {
             "group": case.group,
@@ -59,10 +58,9 @@ def _stats(samples: Sequence[float]) -> dict[str, Any]:
     return {**stats.as_dict(), "iterations": 1, "data": list(samples)}
 
 
-def _extra_info(case: Case, outcome: Outcome, floor: Outcome | None, device: str) -> dict[str, Any]:
+def _extra_info(case: Case, outcome: Outcome, device: str) -> dict[str, Any]:
     verdict, samples, cost, load = outcome.verdict, outcome.samples, outcome.cost, outcome.load
     median = statistics.median(samples) if samples else None
-    against = statistics.median(floor.samples) if floor else None
     return {
         "suite": case.suite,
         "op": case.op,
@@ -88,8 +86,8 @@ def _extra_info(case: Case, outcome: Outcome, floor: Outcome | None, device: str
         "error": {"output": worst(verdict.errors, False), "tangent": worst(verdict.errors, True)},
         "allowed_error": {"output": worst(verdict.allowed, False), "tangent": worst(verdict.allowed, True)},
         "errors": _finite(verdict.errors),
-        "floor_provider": floor.provider.name if floor and samples else None,
-        "ratio_to_floor": median / against if median and against else None,
+        "floor_provider": None,
+        "ratio_to_floor": None,
         **load._asdict(),
     }
 
@@ -120,15 +118,15 @@ class ResultFile:
             self.content = load(path)
             _check_same(path, self.content, machine, commit)
 
-    def done(self, group: str, providers: Sequence[str]) -> bool:
-        """Whether all these providers have an entry for a case."""
-        return set(providers) <= {entry["extra_info"]["provider"] for entry in self.of_group(group)}
+    def statuses(self, group: str) -> dict[str, str]:
+        """Of the providers that have an entry for a case, timed or not."""
+        infos = [entry["extra_info"] for entry in self.of_groups({group})]
+        return {info["provider"]: info["status"] for info in infos}
 
-    def of_group(self, group: str) -> list[Entry]:
-        """All entries of a case, those not timed too."""
-        return [
-            entry for name in ("benchmarks", "not_timed") for entry in self.content[name] if entry["group"] == group
-        ]
+    def of_groups(self, groups: set[str]) -> list[Entry]:
+        """All entries of some cases, those not timed last."""
+        every = (*self.content["benchmarks"], *self.content["not_timed"])
+        return [entry for entry in every if entry["group"] in groups]
 
     def add(self, timed: Sequence[Entry], others: Sequence[Entry]) -> None:
         """Put in the entries of a case, instead of any that are there for the same providers, and save."""
@@ -136,9 +134,22 @@ class ResultFile:
         for name, added in (("benchmarks", timed), ("not_timed", others)):
             kept = [entry for entry in self.content[name] if entry["fullname"] not in fresh]
             self.content[name] = [*kept, *added]
+        for group in {entry["group"] for entry in timed}:
+            _compare_with_floor([entry for entry in self.content["benchmarks"] if entry["group"] == group])
         self.content["datetime"] = now()
         if self.path is not None:
             save(self.content, self.path)
+
+
+def _compare_with_floor(timed: Sequence[Entry]) -> None:
+    """Say of each entry of a case how many times the fastest floor's time it took."""
+    floors = [entry for entry in timed if entry["extra_info"]["kind"] == FLOOR and entry["stats"]["median"] > 0]
+    if not floors:
+        return
+    floor = min(floors, key=lambda entry: entry["stats"]["median"])
+    for entry in timed:
+        ratio = entry["stats"]["median"] / floor["stats"]["median"]
+        entry["extra_info"] |= {"floor_provider": floor["extra_info"]["provider"], "ratio_to_floor": ratio}
 
 
 def new(machine: Mapping[str, Any], commit: Mapping[str, Any]) -> dict[str, Any]:

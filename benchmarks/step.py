@@ -101,7 +101,7 @@ class StepOp:
 
     def data(self, case: Case, device: torch.device) -> Batch:
         """All parameters move away from the zeros of adaLN-Zero, at which every tangent would be trivial."""
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
             torch.manual_seed(0)
             overrides = {key: case.size(key) for key in ("depth", "width", "heads") if key in case.shape}
             net = models.create(str(case.shape["preset"]), **overrides)
@@ -116,8 +116,6 @@ class StepOp:
             y = torch.randint(config["num_classes"], (b,))
         distinct = max(1, round(DISTINCT_SHARE * b))
         s[distinct:] = t[distinct:]
-        net = net.to(device)
-        x0, x1, t, s, y = (x.to(device) for x in (x0, x1, t, s, y))
         return Batch(net, copy.deepcopy(net).requires_grad_(False), x0, x1, t, s, y, distinct)
 
     def exact(self, data: Batch) -> Batch:

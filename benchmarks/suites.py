@@ -42,7 +42,7 @@ MMDITS = (
     (Model("FLUX.1", 24, 128), 512),
     (Model("FLUX.2", 48, 128), 512),
 )
-SCALING_LENGTHS = tuple(2**i for i in range(8, 19))
+SCALING_LENGTHS = tuple(2**i for i in range(8, 18))
 SCALING_DIMS = (32, 40, 64, 72, 80, 96, 112, 128, 256)
 SCALING_TOKENS = 4096
 
