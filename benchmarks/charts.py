@@ -18,7 +18,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
-from fastdistill.benchmarks.rows import FLOOR, OURS, PEER, Row
+from fastdistill.benchmarks.registry import FLOOR, OURS, PEER
+from fastdistill.benchmarks.rows import Row
 from fastdistill.benchmarks.series import LENGTHS, MODE_NAMES, Curve, Measure, Series, arithmetic
 
 INK, FAINT, GRID, PAPER = "#2a2a27", "#6f6f69", "#dddcd6", "#ffffff"

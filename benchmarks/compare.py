@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastdistill.benchmarks.rows import LOST, OURS, DamagedResults, Key, Results, Row, load
+from fastdistill.benchmarks.registry import OURS, BenchError
+from fastdistill.benchmarks.rows import LOST, Key, Results, Row, load
 
 # What --metric may be: how it is read from a row, and whether it depends on the machine.
 METRICS: dict[str, tuple[Callable[[Row], float | None], bool]] = {
@@ -33,7 +34,7 @@ METRICS: dict[str, tuple[Callable[[Row], float | None], bool]] = {
 }
 
 
-class Incomparable(ValueError):
+class Incomparable(BenchError):
     """Two files that say nothing about each other. The message says why."""
 
 
@@ -61,12 +62,12 @@ def compare(
 
     Raises:
         Incomparable: the devices differ, or no row of ours has the metric in both files.
-        ValueError: a metric or a ratio that there isn't.
+        BenchError: a metric or a ratio that there isn't.
     """
     if metric not in METRICS:
-        raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
+        raise BenchError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
     if not 1 <= ratio < math.inf:
-        raise ValueError(f"ratio: expected a number from 1 up, got {ratio}")
+        raise BenchError(f"ratio: expected a number from 1 up, got {ratio}")
     read, of_machine = METRICS[metric]
     if of_machine and old.device != new.device and not across_devices:
         raise Incomparable(
@@ -161,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         old, new = load(args.old), load(args.new)
         found = compare(old, new, metric=args.metric, ratio=args.ratio, across_devices=args.across_devices)
-    except (DamagedResults, Incomparable, ValueError) as error:
+    except BenchError as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
     print(describe(found, args.ratio))

@@ -92,7 +92,7 @@ def _matmul_flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
 
 def _bytes_moved(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     name = _base_name(func)
-    if name in FILLED_LATER or _is_view(func):
+    if name in FILLED_LATER or _is_view(func, (args, kwargs), result):
         return 0
     named = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
     unread = {argument.name for argument in func._schema.arguments if argument.is_out}
@@ -102,10 +102,10 @@ def _bytes_moved(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     return sum(map(_bytes, [*read.values(), *_tensors(result)]))
 
 
-def _is_view(func: Any) -> bool:
-    """Whether a result shares an argument's memory and nothing is written."""
-    aliases = [result.alias_info for result in func._schema.returns]
-    return any(alias is not None and not alias.is_write for alias in aliases)
+def _is_view(func: Any, arguments: Any, result: Any) -> bool:
+    """Whether nothing is written, since all results lie in the memory of arguments."""
+    there, results = ({x.untyped_storage()._cdata for x in _tensors(tree)} for tree in (arguments, result))
+    return not func._schema.is_mutable and results <= there
 
 
 def _base_name(func: Any) -> str:

@@ -16,7 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastdistill.benchmarks.rows import LOST, OURS, PEER, DamagedResults, Machine, Row, by_device, load
+from fastdistill.benchmarks.registry import OURS, PEER, BenchError
+from fastdistill.benchmarks.rows import LOST, Machine, Row, by_device, load
 from fastdistill.benchmarks.text import errors, seconds, size
 
 HERE = Path(__file__).resolve().parent
@@ -44,7 +45,7 @@ MODES = {"forward": "forward with tangent", "primal": "backward", "mixed": "back
 LOST_PEERS = {"oom": "peers out of memory", "failed parity": "peers failed parity", "error": "peers failed"}
 
 
-class ReadmeError(ValueError):
+class ReadmeError(BenchError):
     """A README without the block, or a result file that can't be read. The message says which."""
 
 
@@ -52,7 +53,7 @@ def block(results: Path = RESULTS) -> str:
     """Everything between the two comments, from the files of a folder.
 
     Raises:
-        DamagedResults, ReadmeError: a file there can't be read.
+        BenchError: a file there can't be read.
     """
     tables = [_memory(results / "driver_memory.json"), _attention(results / "cpu_attention.json"), _gpus(results)]
     return "\n\n".join([MADE, *tables])
@@ -230,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         before = args.readme.read_text(encoding="utf-8")
         after = replaced(before, block(args.results))
-    except (OSError, ReadmeError, DamagedResults) as error:
+    except (OSError, BenchError) as error:
         print(f"readme_table: {error}", file=sys.stderr)
         return 2
     if args.check:

@@ -16,15 +16,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fastdistill.benchmarks.charts import draw_roofline, draw_series, looks
-from fastdistill.benchmarks.rows import FLOOR, LOST, OURS, PEER, Machine, Results, Row, by_device, load
+from fastdistill.benchmarks.registry import FLOOR, OURS, PEER, BenchError
+from fastdistill.benchmarks.rows import LOST, Machine, Results, Row, by_device, load
 from fastdistill.benchmarks.series import MODE_NAMES, Measure, arithmetic, gather, in_order
 from fastdistill.benchmarks.text import errors, number, seconds, size
 
 TEMPLATES = Path(__file__).parent / "templates"
-
-
-class ReportError(ValueError):
-    """A report that can't be written. The message says why."""
 
 
 def write_report(files: Sequence[Path], out: Path) -> list[Path]:
@@ -36,12 +33,12 @@ def write_report(files: Sequence[Path], out: Path) -> list[Path]:
 
     Raises:
         DamagedResults: a file can't be read.
-        ReportError: no files, or a name that doesn't end in .html.
+        BenchError: no files, or a name that doesn't end in .html.
     """
     if not files:
-        raise ReportError("--bench: expected one file or more, got none")
+        raise BenchError("--bench: expected one file or more, got none")
     if out.suffix != ".html":
-        raise ReportError(f"--out: expected a name in .html, got {out}")
+        raise BenchError(f"--out: expected a name in .html, got {out}")
     machines = by_device([load(path) for path in files])
     out.parent.mkdir(parents=True, exist_ok=True)
     sections, pictures = [], []

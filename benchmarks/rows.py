@@ -23,13 +23,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-OURS, PEER, FLOOR = "ours", "peer", "floor"
+from fastdistill.benchmarks.gate import ERROR, FAILED, OK, OOM, UNAVAILABLE, UNSUPPORTED
+from fastdistill.benchmarks.registry import FLOOR, OURS, PEER, BenchError
+
 KINDS = (OURS, PEER, FLOOR)
-STATUSES = ("ok", "failed parity", "oom", "unavailable", "unsupported", "error")
-LOST = ("failed parity", "oom", "error")  # what could have been timed, had it been right
+LOST = (FAILED, OOM, ERROR)  # what could have been timed, had it been right
+STATUSES = (OK, UNAVAILABLE, UNSUPPORTED, *LOST)
 
 
-class DamagedResults(ValueError):
+class DamagedResults(BenchError):
     """A benchmark file that can't be read. The message names it, and what is wrong."""
 
 

@@ -134,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--list", action="store_true", help="print suites and cases, and measure nothing")
     command.set_defaults(command=run_bench)
 
-    command = add("report", "draw benchmark files as one page that needs nothing beside it, and as pictures for a README")
+    command = add("report", "draw benchmark files as a page that needs nothing beside it, and as pictures")
     command.add_argument("--bench", metavar="FILE", type=Path, nargs="+", required=True, help="from `bench --json`")
     command.add_argument("--out", type=Path, default=Path("report.html"), help="(default: %(default)s)")
     command.set_defaults(command=run_report)
@@ -221,12 +221,12 @@ def run_bench(args: argparse.Namespace) -> int:
 
 def run_report(args: argparse.Namespace) -> int:
     """Write the page and its pictures."""
-    from fastdistill.benchmarks.report import ReportError, main
-    from fastdistill.benchmarks.rows import DamagedResults
+    from fastdistill.benchmarks import report
+    from fastdistill.benchmarks.registry import BenchError
 
     try:
-        return main(args.bench, args.out)
-    except (DamagedResults, ReportError) as error:
+        return report.main(args.bench, args.out)
+    except BenchError as error:
         return fail(str(error))
 
 
