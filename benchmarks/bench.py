@@ -14,13 +14,17 @@ import torch
 from fastdistill.benchmarks import gate, results, table
 from fastdistill.benchmarks.clock import clock_for
 from fastdistill.benchmarks.environment import commit_info, machine_info
-from fastdistill.benchmarks.measure import Bench, DeviceLost, Limits, Outcome
+from fastdistill.benchmarks.measure import Bench, Limits, Outcome, ProcessLost
 from fastdistill.benchmarks.nvml import meter_for
 from fastdistill.benchmarks.registry import OURS, BenchError, Case, Provider
 from fastdistill.benchmarks.suites import OPS, SUITES, WHAT, cases
 
 QUICK_LIMITS = Limits(seconds=0.02, least=3, most=20)
 LIMITS = Limits()
+
+
+class LostError(BenchError):
+    """A provider broke torch or the GPU for this process; another one can go on with the same file."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,8 @@ def run(request: Request, tell: Callable[[str], None] = say) -> tuple[list[resul
     """Measure; the entries of all these cases, and how many of our own failed the gate.
 
     Raises:
-        BenchError: the request can't be met, the file can't be added to, or the GPU is lost.
+        BenchError: the request can't be met, or the file can't be added to.
+        LostError: nothing works any more in this process.
     """
     device = _device(request)
     todo = wanted(request, device)
@@ -113,9 +118,9 @@ def run(request: Request, tell: Callable[[str], None] = say) -> tuple[list[resul
             continue
         try:
             outcomes = bench.run(op, case, missing)
-        except DeviceLost as lost:
+        except ProcessLost as lost:
             file.add(*results.entries(case, [lost.outcome], device.type))
-            raise BenchError(f"{case.group}: {lost}. The same command with --json goes on without it") from lost
+            raise LostError(f"{case.group}: {lost}. The same command with --json goes on without it") from lost
         file.add(*results.entries(case, outcomes, device.type))
         tell(f"{head}: {_short(outcomes)}")
     if left_out:

@@ -7,6 +7,7 @@ several providers can take turns.
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
@@ -137,15 +138,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
 
 
-def is_alive(device: torch.device) -> bool:
-    """Whether a GPU still runs anything: after an illegal access it does not, until another process starts."""
-    if device.type != "cuda":
-        return True
+def still_works(device: torch.device) -> bool:
+    """Whether this process can go on after an error.
+
+    After an illegal access a GPU runs nothing until another process starts; after some errors in the compiler torch
+    2.13 never leaves the level of forward AD that it was in, and refuses every other.
+    """
     try:
-        torch.cuda.synchronize()
+        x = torch.ones(2, device=device)
+        t_x = torch.func.jvp(torch.sin, (x,), (x,))[1]
+        return abs(float(t_x[0]) - math.cos(1)) < 1e-5
     except RuntimeError:
         return False
-    return True
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastdistill.benchmarks.clock import is_out_of_memory
 from fastdistill.benchmarks.registry import FLOOR, Case, Op, Provider
 from fastdistill.testing import errors_against
 
 OK, FAILED, OOM, UNAVAILABLE, UNSUPPORTED, ERROR = "ok", "failed parity", "oom", "unavailable", "unsupported", "error"
+
+Named = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class Verdict:
     """Whether a provider may be timed.
 
     Args:
-        status: `OK`, `FAILED` or `ERROR`.
+        status: `OK`, `FAILED`, `OOM` or `ERROR`.
         reason: in words, where it may not.
         errors, allowed: by the name of each result: the largest error against float64, and the largest that the
             tolerance rule of `fastdistill.testing` allows, as shares of the largest entry of the truth.
@@ -38,7 +42,7 @@ class Gate:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._verdicts: dict[tuple[object, ...], Verdict] = {}
-        self._truths: dict[tuple[object, ...], tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+        self._truths: dict[tuple[object, ...], tuple[Named, Named]] = {}
 
     def judge(self, op: Op, provider: Provider, case: Case) -> Verdict:
         """Run it once, and compare each result with float64; a backward is judged after its forward."""
@@ -53,17 +57,12 @@ class Gate:
         return self._verdicts[(*key, provider.name)]
 
     def _judged(self, op: Op, provider: Provider, small: Case, key: tuple[object, ...]) -> Verdict:
-        data = op.data(small, self._device)
-        plain = provider.plain or op.plain
-        key = (*key, provider.name if provider.plain else None)
-        if key not in self._truths:
-            truths, baselines = plain(small, op.exact(data))(), plain(small, data)()
-            self._truths[key] = (op.named(small, truths), op.named(small, baselines))
-        expected, baseline = self._truths[key]
         try:
+            data = op.data(small, self._device)
+            expected, baseline = self._truth(op, provider, small, data, key)
             actual = op.named(small, provider.prepare(small, data)())
         except Exception as error:  # whatever a peer raises, the benchmark goes on without it
-            return Verdict(ERROR, first_line(error))
+            return Verdict(OOM if is_out_of_memory(error) else ERROR, first_line(error))
         complete = actual.keys() == expected.keys()
         if not complete and not (provider.kind == FLOOR and actual and actual.keys() < expected.keys()):
             return Verdict(FAILED, f"its results are {', '.join(actual) or 'none'} instead of {', '.join(expected)}")
@@ -75,6 +74,17 @@ class Gate:
         errors, allowed = ({name: pair[i] for name, pair in measured.items()} for i in (0, 1))
         wrong = [name for name in measured if not errors[name] <= allowed[name]]
         return Verdict(FAILED if wrong else OK, _words(wrong, errors, allowed), errors, allowed)
+
+    def _truth(
+        self, op: Op, provider: Provider, small: Case, data: Any, key: tuple[object, ...]
+    ) -> tuple[Named, Named]:
+        """By the specification: in float64, and in the dtype of the case."""
+        plain = provider.plain or op.plain
+        key = (*key, provider.name if provider.plain else None)
+        if key not in self._truths:
+            truths, baselines = plain(small, op.exact(data))(), plain(small, data)()
+            self._truths[key] = (op.named(small, truths), op.named(small, baselines))
+        return self._truths[key]
 
 
 def _words(wrong: Sequence[str], errors: Mapping[str, float], allowed: Mapping[str, float]) -> str | None:
@@ -95,4 +105,6 @@ def worst(values: Mapping[str, float], tangents: bool) -> float | None:
 
 def first_line(error: BaseException) -> str:
     """A message that fits into a table."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    words = lines[0] if not lines[0].endswith("raised:") else " ".join(lines[:2])  # as torch.compile begins
+    return f"{type(error).__name__}: {words}"[:300].removesuffix(": ")

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 
 from fastdistill.benchmarks import gate
-from fastdistill.benchmarks.clock import Clock, Timed, empty_cache, free_bytes, is_alive, is_out_of_memory
+from fastdistill.benchmarks.clock import Clock, Timed, empty_cache, free_bytes, is_out_of_memory, still_works
 from fastdistill.benchmarks.gate import ERROR, OK, OOM, UNAVAILABLE, UNSUPPORTED, Gate, Verdict
 from fastdistill.benchmarks.nvml import Load, Meter
 from fastdistill.benchmarks.registry import Case, Cost, Op, Provider, Run
 
 
-class DeviceLost(RuntimeError):
-    """A provider left the GPU in a state in which nothing runs any more; `outcome` is that provider's."""
+class ProcessLost(RuntimeError):
+    """A provider left torch or the GPU in a state in which nothing runs any more; `outcome` is that provider's."""
 
     def __init__(self, outcome: Outcome) -> None:
-        super().__init__(f"{outcome.provider.name} broke the GPU's context: {outcome.reason}")
+        super().__init__(f"{outcome.provider.name} left nothing working here: {outcome.reason}")
         self.outcome = outcome
 
 
@@ -79,7 +79,7 @@ class Bench:
         """Outcomes in the order of the providers. Nothing is timed that failed the gate; no failure ends the case.
 
         Raises:
-            DeviceLost: after an error from which a GPU recovers only in a new process.
+            ProcessLost: after an error from which only a new process recovers.
         """
         outcomes = [self._admitted(op, case, provider) for provider in providers]
         open_ones = [outcome for outcome in outcomes if outcome.status == OK]
@@ -105,7 +105,7 @@ class Bench:
         verdict = self.gate.judge(op, provider, case)
         outcome = Outcome(provider, verdict.status, verdict.reason, verdict)
         if verdict.status == ERROR:
-            self._check_device(outcome)
+            self._check_process(outcome)
         return outcome
 
     def _time(self, outcomes: list[Outcome], case: Case, data: Any) -> None:
@@ -146,14 +146,14 @@ class Bench:
             return action()
         except Exception as error:  # one provider's failure must not cost the others their numbers
             _close(outcome, error)
-        self._check_device(outcome)
+        self._check_process(outcome)
         empty_cache(self.device)
         return None
 
-    def _check_device(self, outcome: Outcome) -> None:
-        if not is_alive(self.device):
+    def _check_process(self, outcome: Outcome) -> None:
+        if not still_works(self.device):
             outcome.status = ERROR
-            raise DeviceLost(outcome)
+            raise ProcessLost(outcome)
 
 
 def _preparing(outcome: Outcome, case: Case, data: Any) -> Callable[[], Run]:

@@ -214,6 +214,10 @@ def run_bench(args: argparse.Namespace) -> int:
         if not args.list:
             return bench.main(request)
         print(bench.listing(request))
+    except KeyboardInterrupt:
+        return fail("stopped. With --json, the same command goes on after the last case", status=130)
+    except bench.LostError as error:
+        return fail(str(error), status=3)
     except bench.BenchError as error:
         return fail(str(error))
     return 0

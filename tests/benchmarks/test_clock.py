@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdistill.benchmarks.clock import CpuClock, clock_for, free_bytes, is_alive, is_out_of_memory
+from fastdistill.benchmarks.clock import CpuClock, clock_for, free_bytes, is_out_of_memory, still_works
 from tests.benchmarks.toy import CPU, Time
 
 
@@ -62,4 +62,14 @@ def test_this_machine_has_memory_and_lives() -> None:
     """As far as it says so."""
     free = free_bytes(CPU)
     assert free is None or free > 2**20
-    assert is_alive(CPU)
+    assert still_works(CPU)
+
+
+def test_a_level_of_forward_ad_that_was_never_left_is_noticed() -> None:
+    """As a compiler's error leaves it behind: from then on every other jvp fails."""
+    torch.autograd.forward_ad.enter_dual_level()
+    try:
+        assert not still_works(CPU)
+    finally:
+        torch.autograd.forward_ad.exit_dual_level()
+    assert still_works(CPU)

@@ -9,7 +9,7 @@ import torch
 
 from fastdistill.benchmarks import measure
 from fastdistill.benchmarks.gate import ERROR, FAILED, OK, OOM, UNAVAILABLE, UNSUPPORTED
-from fastdistill.benchmarks.measure import Bench, DeviceLost, Limits, quantile
+from fastdistill.benchmarks.measure import Bench, Limits, ProcessLost, quantile
 from fastdistill.benchmarks.nvml import Load
 from fastdistill.benchmarks.registry import Case, Provider, Run
 from tests.benchmarks.toy import CASE, Time, bench, op_of, right, wrong
@@ -149,10 +149,10 @@ def test_counters_are_read_under_load() -> None:
     assert outcome.load == Load(sm_clock_mhz=1000.0, energy_j=2.0)
 
 
-def test_a_lost_device_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After an illegal access nothing on that GPU runs: the error belongs to whoever caused it."""
-    monkeypatch.setattr(measure, "is_alive", lambda device: False)
+def test_a_lost_process_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an illegal access nothing on that GPU runs: the error belongs to whoever caused it, and to nobody else."""
+    monkeypatch.setattr(measure, "still_works", lambda device: False)
     provider = failing(RuntimeError("CUDA error: an illegal memory access was encountered"), 3)
-    with pytest.raises(DeviceLost, match="failing broke the GPU's context") as caught:
+    with pytest.raises(ProcessLost, match="failing left nothing working here") as caught:
         bench().run(op_of(provider), CASE, [provider])
     assert caught.value.outcome.status == ERROR

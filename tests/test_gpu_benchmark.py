@@ -1,0 +1,56 @@
+"""The script for a GPU machine where there is none: its pieces, at tiny shapes, up to the file that is committed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from fastdistill.benchmarks.suites import SUITES
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "run_gpu.sh"
+
+
+def run(piece: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The finished script, with tiny shapes."""
+    environment = {**os.environ, "SMOKE": "1", "PYTHON": sys.executable, **variables}
+    return subprocess.run([SCRIPT, *piece.split()], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_a_suite_and_the_merged_file(tmp_path: Path) -> None:
+    """Without what a later piece compiles; the merged file is named after the machine and the commit that is told."""
+    out, results = tmp_path / "out", tmp_path / "results"
+    variables = {"OUT": str(out), "RESULTS": str(results), "COMMIT": "0123456789ab"}
+    done = run("block", **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("] block/") == 3
+    assert "compiled" not in (out / "block.json").read_text()
+    merged = run("merge", **variables)
+    assert merged.returncode == 0, merged.stdout + merged.stderr
+    (path,) = results.iterdir()
+    content = json.loads(path.read_text())
+    assert path.name.endswith("_0123456.json") and content["commit_info"]["id"] == "0123456789ab"
+    assert {x["extra_info"]["suite"] for x in content["benchmarks"]} == {"block"}
+
+
+def test_it_says_what_it_does() -> None:
+    """Without a piece it prints its pieces and their variables; what it calls is there."""
+    done = run("")
+    assert done.returncode == 2
+    words = ("parity", "tune", "compiled", "merge", "OUT", "WHEELS", "CONFIGS", "BUDGET", "SMOKE", *SUITES)
+    assert all(word in done.stdout for word in words)
+    text = SCRIPT.read_text()
+    folders = re.findall(r"tests/\w+", text)
+    assert folders and all((ROOT / folder).is_dir() for folder in folders)
+    (suites,) = re.findall(r'^SUITES="(.*)"$', text, re.MULTILINE)
+    assert suites.split() == list(SUITES)
+    assert f"    {' | '.join(SUITES)})" in text
+
+
+def test_an_unknown_piece_is_refused() -> None:
+    """As none at all."""
+    assert run("everything").returncode == 2
