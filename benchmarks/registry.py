@@ -131,19 +131,25 @@ class Op(Protocol):
 
 @dataclass(frozen=True)
 class Point:
-    """Inputs of an op: primals, a tangent or None beside each, and the cotangents of the outputs and their tangents."""
+    """Inputs of an op.
+
+    Args:
+        primals: in the op's order; tangents: one beside each, or None.
+        d_outs, dt_outs: cotangents of the outputs and of their tangents.
+        constants: indices of the primals that have no gradient, such as the angles of a rotation.
+    """
 
     primals: Tensors
     tangents: tuple[Tensor | None, ...]
     d_outs: Tensors
     dt_outs: Tensors
+    constants: tuple[int, ...] = ()
 
     def double(self) -> Point:
         """In float64."""
-        primals, d_outs, dt_outs = (
-            tuple(x.double() for x in some) for some in (self.primals, self.d_outs, self.dt_outs)
-        )
-        return Point(primals, tuple(x if x is None else x.double() for x in self.tangents), d_outs, dt_outs)
+        primals, d_outs, dt_outs = (tuple(x.double() for x in xs) for xs in (self.primals, self.d_outs, self.dt_outs))
+        tangents = tuple(x if x is None else x.double() for x in self.tangents)
+        return Point(primals, tangents, d_outs, dt_outs, self.constants)
 
 
 # (primals, tangents, mixed) -> (outputs, their tangents), differentiable; mixed: the tangents are differentiable too.
@@ -161,10 +167,10 @@ def workload(dual: Dual, mode: str, point: Point) -> Run:
 
         return forward
     mixed = mode == "mixed"
-    leaves = tuple(x.detach().requires_grad_() for x in point.primals)
+    leaves = tuple(x.detach().requires_grad_(i not in point.constants) for i, x in enumerate(point.primals))
     tangents = tuple(x if x is None else x.detach().requires_grad_(mixed) for x in point.tangents)
     outs, t_outs = dual(leaves, tangents, mixed)
-    wanted = (*leaves, *(x for x in tangents if x is not None and mixed))
+    wanted = [x for x in (*leaves, *tangents) if x is not None and x.requires_grad]
     results, cotangents = (*outs, *t_outs), (*point.d_outs, *point.dt_outs)
     if not mixed:
         results, cotangents = outs, point.d_outs
@@ -183,6 +189,7 @@ class DualOp:
     Args:
         name: of the op.
         primals: their names, in order; `moving` are those with tangents, `results` the outputs.
+        constants: the primals that have no gradient.
         like: for each output, the primal whose shape it has.
         make: (case, draw) -> primals, given draw(*shape), which draws standard normal tensors.
         reference: case -> the specification, a function of the primals.
@@ -206,6 +213,7 @@ class DualOp:
     small: Callable[[Case], Case]
     common: Callable[[DualOp, torch.device], list[Provider]]
     more: Callable[[torch.device], list[Provider]] = field(default=lambda device: [])
+    constants: tuple[str, ...] = ()
 
     def data(self, case: Case, device: torch.device) -> Point:
         """Primals, tangents and cotangents in the dtype of the case, drawn from one seed."""
@@ -218,7 +226,8 @@ class DualOp:
         by_name = dict(zip(self.primals, primals, strict=True))
         tangents = tuple(draw(*by_name[name].shape) if name in self.moving else None for name in self.primals)
         d_outs, dt_outs = (tuple(draw(*by_name[name].shape) for name in self.like) for _ in range(2))
-        return Point(primals, tangents, d_outs, dt_outs)
+        constants = tuple(i for i, name in enumerate(self.primals) if name in self.constants)
+        return Point(primals, tangents, d_outs, dt_outs, constants)
 
     def exact(self, data: Point) -> Point:
         """In float64."""
@@ -230,7 +239,8 @@ class DualOp:
 
     def named(self, case: Case, results: Tensors) -> dict[str, Tensor]:
         """By the vocabulary of this project."""
-        names = (*(f"d{name}" for name in self.primals), *(f"dt_{name}" for name in self.moving))
+        leaves = (name for name in self.primals if name not in self.constants)
+        names = (*(f"d{name}" for name in leaves), *(f"dt_{name}" for name in self.moving))
         if case.mode == "forward":
             names = (*self.results, *(f"t_{name}" for name in self.results))
         return dict(zip(names, results, strict=False))

@@ -117,6 +117,7 @@ class ResultFile:
         if path is not None and path.exists():
             self.content = load(path)
             _check_same(path, self.content, machine, commit)
+            self.content["commit_info"]["dirty"] |= bool(commit.get("dirty"))
 
     def statuses(self, group: str) -> dict[str, str]:
         """Of the providers that have an entry for a case, timed or not."""
