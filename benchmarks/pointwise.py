@@ -13,7 +13,7 @@ from torch import Tensor
 from fastdistill import ops, reference
 from fastdistill.benchmarks import packages
 from fastdistill.benchmarks.common import common_providers, plain_floor
-from fastdistill.benchmarks.registry import Case, Dual, DualOp, Provider, Tensors, as_tuple, few
+from fastdistill.benchmarks.registry import Case, Dual, DualOp, Provider, Tensors, as_tuple, few, last_rows
 
 EPS = 1e-6
 SMALL = 128  # tokens at the parity gate; widths stay
@@ -83,6 +83,7 @@ def _op(
         pair=pair,
         flops=flops,
         small=small,
+        last=last_rows,
         common=common_providers,
         more=more,
         constants=constants,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 MODES = ("forward", "primal", "mixed", "step")
+ROWS = 256  # that are compared at the size that is timed
 OURS, PEER, FLOOR = "ours", "peer", "floor"
 
 Tensors = tuple[Tensor, ...]
@@ -119,6 +120,9 @@ class Op(Protocol):
     def named(self, case: Case, results: Tensors) -> dict[str, Tensor]:
         """What a run returned, by the names under which the gate compares it; a floor returns fewer."""
 
+    def part(self, data: Any, results: Tensors) -> tuple[Any, Tensors] | None:
+        """The last rows of a forward's results, and the inputs that give these alone; None where rows depend on all."""
+
     def small(self, case: Case) -> Case:
         """The same case at a size at which float64 and (N, M) matrices are cheap, for the parity gate."""
 
@@ -190,6 +194,7 @@ class DualOp:
         name: of the op.
         primals: their names, in order; `moving` are those with tangents, `results` the outputs.
         constants: the primals that have no gradient.
+        last: of a primal by its name, what the last rows of the outputs depend on; None where that is everything.
         like: for each output, the primal whose shape it has.
         make: (case, draw) -> primals, given draw(*shape), which draws standard normal tensors.
         reference: case -> the specification, a function of the primals.
@@ -214,6 +219,7 @@ class DualOp:
     common: Callable[[DualOp, torch.device], list[Provider]]
     more: Callable[[torch.device], list[Provider]] = field(default=lambda device: [])
     constants: tuple[str, ...] = ()
+    last: Callable[[str, Tensor], Tensor] | None = None
 
     def data(self, case: Case, device: torch.device) -> Point:
         """Primals, tangents and cotangents in the dtype of the case, drawn from one seed."""
@@ -256,6 +262,17 @@ class DualOp:
             "mixed": 2 * (primals + tangents + d_outs),
         }
         return Cost(self.flops(case, floor), float(moved[case.mode]))
+
+    def part(self, data: Point, results: Tensors) -> tuple[Point, Tensors] | None:
+        """By `last`, of the outputs as of the primals that they are like."""
+        if self.last is None:
+            return None
+        primals = tuple(self.last(name, x) for name, x in zip(self.primals, data.primals, strict=True))
+        pairs = zip(self.primals, data.tangents, strict=True)
+        tangents = tuple(x if x is None else self.last(name, x) for name, x in pairs)
+        names = (*self.like, *self.like)[: len(results)]
+        rows = tuple(self.last(name, x) for name, x in zip(names, results, strict=True))
+        return Point(primals, tangents, (), (), data.constants), rows
 
     def providers(self, device: torch.device) -> list[Provider]:
         """Ours, the generic peers, and what only this op has."""
@@ -312,6 +329,15 @@ def without_tangents(fn: Callable[..., Any]) -> Dual:
         return as_tuple(fn(*primals)), ()
 
     return dual
+
+
+def last_rows(name: str, x: Tensor) -> Tensor:
+    """The last tokens of the last sample, and of its last head: where the indices of a kernel are largest."""
+    if x.dim() == 4:
+        return x[-1:, -1:, -ROWS:]
+    if x.dim() == 3:
+        return x[-1:, -ROWS:]
+    return x[-ROWS:] if x.dim() == 2 else x
 
 
 def few(n: int, most: int) -> int:

@@ -85,6 +85,7 @@ def _extra_info(case: Case, outcome: Outcome, device: str) -> dict[str, Any]:
         "peak_memory_bytes": outcome.peak_bytes,
         "error": {"output": worst(verdict.errors, False), "tangent": worst(verdict.errors, True)},
         "allowed_error": {"output": worst(verdict.allowed, False), "tangent": worst(verdict.allowed, True)},
+        "error_at_size": outcome.at_size,
         "errors": _finite(verdict.errors),
         "floor_provider": None,
         "ratio_to_floor": None,
