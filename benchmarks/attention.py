@@ -22,7 +22,18 @@ from fastdistill.benchmarks.common import (
     ours,
     plain_floor,
 )
-from fastdistill.benchmarks.registry import PEER, Case, Dual, DualOp, Provider, Tensors, by_differences, by_jvp, few
+from fastdistill.benchmarks.registry import (
+    PEER,
+    Case,
+    Dual,
+    DualOp,
+    Provider,
+    Tensors,
+    by_differences,
+    by_jvp,
+    few,
+    last_rows,
+)
 
 # Matmuls of 2·B·H·N·M·D operations that a mode is credited with, whatever an implementation does.
 MATMULS = {"forward": 6, "primal": 5, "mixed": 15}
@@ -154,6 +165,11 @@ def limit_of_jvp_flash_attention(case: Case) -> str | None:
     return "its backward drops the cotangent of the tangent" if case.mode == "mixed" else None
 
 
+def _last(name: str, x: Tensor) -> Tensor:
+    """The last queries of the last head need all of its keys."""
+    return last_rows(name, x) if name == "q" else x[-1:, -1:]
+
+
 ATTENTION = DualOp(
     name="attention",
     primals=("q", "k", "v"),
@@ -166,6 +182,7 @@ ATTENTION = DualOp(
     pair=_pair,
     flops=_flops,
     small=_small,
+    last=_last,
     common=_common,
     more=_more,
 )

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from fastdistill.benchmarks.registry import Run
 from fastdistill.testing import MemoryRecorder
@@ -84,12 +85,15 @@ class CudaClock:
     """CUDA events around a call whose data is no longer in the L2 cache.
 
     The cache is overwritten for as long as the host takes to launch the call, so that its own time doesn't count.
+
+    Args:
+        flushed: what is overwritten, several times as large as the cache.
     """
 
     name = "CUDA events, cold L2 cache"
 
-    def __init__(self) -> None:
-        self._cache = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    def __init__(self, flushed: Tensor | None = None) -> None:
+        self._flushed = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda") if flushed is None else flushed
 
     def warm_up(self, run: Run) -> Timed:
         """Calls until the last one can be timed, and how long the host takes to launch it."""
@@ -107,7 +111,7 @@ class CudaClock:
         """One call."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for _ in range(timed.flushes):
-            self._cache.zero_()
+            self._flushed.zero_()
         start.record()
         timed.run()
         end.record()

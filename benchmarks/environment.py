@@ -55,6 +55,7 @@ def machine_info(device: torch.device, clock: Any, meter: Any, meter_name: str) 
         "packages": packages.versions(),
         "clock": clock.name,
         "counters": meter_name,
+        "triton_interpreted": os.environ.get("TRITON_INTERPRET") == "1",
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "ceilings": ceilings(device, clock),
     }

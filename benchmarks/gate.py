@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.benchmarks.clock import is_out_of_memory
-from fastdistill.benchmarks.registry import FLOOR, Case, Op, Provider
+from fastdistill.benchmarks.registry import FLOOR, Case, Op, Provider, Tensors
 from fastdistill.testing import errors_against
 
 OK, FAILED, OOM, UNAVAILABLE, UNSUPPORTED, ERROR = "ok", "failed parity", "oom", "unavailable", "unsupported", "error"
@@ -42,10 +42,13 @@ class Gate:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._verdicts: dict[tuple[object, ...], Verdict] = {}
+        self._wrong_at_size: dict[tuple[object, ...], Verdict] = {}
         self._truths: dict[tuple[object, ...], tuple[Named, Named]] = {}
 
     def judge(self, op: Op, provider: Provider, case: Case) -> Verdict:
         """Run it once, and compare each result with float64; a backward is judged after its forward."""
+        if (wrong := self._wrong_at_size.get(_key(op, case, provider))) is not None:
+            return wrong
         small = op.small(case)
         if small.mode in ("primal", "mixed"):
             forward = self.judge(op, provider, replace(case, mode="forward"))
@@ -63,17 +66,28 @@ class Gate:
             actual = op.named(small, provider.prepare(small, data)())
         except Exception as error:  # whatever a peer raises, the benchmark goes on without it
             return Verdict(OOM if is_out_of_memory(error) else ERROR, first_line(error))
-        complete = actual.keys() == expected.keys()
-        if not complete and not (provider.kind == FLOOR and actual and actual.keys() < expected.keys()):
-            return Verdict(FAILED, f"its results are {', '.join(actual) or 'none'} instead of {', '.join(expected)}")
-        order = 2 if small.mode == "mixed" else 1
-        measured = {
-            name: errors_against(x.detach(), expected[name].detach(), baseline[name].detach(), order)
-            for name, x in actual.items()
-        }
-        errors, allowed = ({name: pair[i] for name, pair in measured.items()} for i in (0, 1))
-        wrong = [name for name in measured if not errors[name] <= allowed[name]]
-        return Verdict(FAILED if wrong else OK, _words(wrong, errors, allowed), errors, allowed)
+        return _compared(provider, small, actual, expected, baseline)
+
+    def at_size(
+        self, op: Op, provider: Provider, case: Case, data: Any, forward: Callable[[], Tensors]
+    ) -> Verdict | None:
+        """The same of the last rows of a forward at the size that is timed; None where rows can't be had alone.
+
+        A kernel may be right on the small form and wrong where indices are large. A provider that is has lost its
+        backwards of this size, too.
+        """
+        if op.part(data, ()) is None:
+            return None
+        found = op.part(data, forward())
+        assert found is not None
+        part, rows = found
+        plain = provider.plain or op.plain
+        expected, baseline = (op.named(case, plain(case, x)()) for x in (op.exact(part), part))
+        verdict = _compared(provider, case, op.named(case, rows), expected, baseline)
+        if verdict.status != OK:
+            verdict = replace(verdict, reason=f"at this size: {verdict.reason}")
+            self._wrong_at_size[_key(op, case, provider)] = verdict
+        return verdict
 
     def _truth(
         self, op: Op, provider: Provider, small: Case, data: Any, key: tuple[object, ...]
@@ -85,6 +99,25 @@ class Gate:
             truths, baselines = plain(small, op.exact(data))(), plain(small, data)()
             self._truths[key] = (op.named(small, truths), op.named(small, baselines))
         return self._truths[key]
+
+
+def _key(op: Op, case: Case, provider: Provider) -> tuple[object, ...]:
+    return (op.name, case.dtype, tuple(sorted(case.shape.items())), provider.name)
+
+
+def _compared(provider: Provider, case: Case, actual: Named, expected: Named, baseline: Named) -> Verdict:
+    """By the tolerance rule, each result by its name."""
+    complete = actual.keys() == expected.keys()
+    if not complete and not (provider.kind == FLOOR and actual and actual.keys() < expected.keys()):
+        return Verdict(FAILED, f"its results are {', '.join(actual) or 'none'} instead of {', '.join(expected)}")
+    order = 2 if case.mode == "mixed" else 1
+    measured = {
+        name: errors_against(x.detach(), expected[name].detach(), baseline[name].detach(), order)
+        for name, x in actual.items()
+    }
+    errors, allowed = ({name: pair[i] for name, pair in measured.items()} for i in (0, 1))
+    wrong = [name for name in measured if not errors[name] <= allowed[name]]
+    return Verdict(FAILED if wrong else OK, _words(wrong, errors, allowed), errors, allowed)
 
 
 def _words(wrong: Sequence[str], errors: Mapping[str, float], allowed: Mapping[str, float]) -> str | None:

@@ -41,6 +41,7 @@ class Outcome:
     peak_bytes: int | None = None
     host_seconds: float | None = None
     in_turns: bool = False
+    at_size: bool = False
     load: Load = field(default_factory=Load)
 
 
@@ -93,7 +94,7 @@ class Bench:
         if data is not None:
             for outcome in open_ones:
                 outcome.cost = op.cost(case, data, outcome.provider.kind)
-            self._time([outcome for outcome in open_ones if outcome.status == OK], case, data)
+            self._time(op, [outcome for outcome in open_ones if outcome.status == OK], case, data)
         empty_cache(self.device)
         return outcomes
 
@@ -108,10 +109,12 @@ class Bench:
             self._check_process(outcome)
         return outcome
 
-    def _time(self, outcomes: list[Outcome], case: Case, data: Any) -> None:
+    def _time(self, op: Op, outcomes: list[Outcome], case: Case, data: Any) -> None:
         """In turns if what all of them hold fits into memory together, else one provider after the other."""
         for outcome in outcomes:  # alone, so that running out of memory is nobody else's fault
             outcome.peak_bytes = self._guarded(outcome, partial(self.clock.peak_bytes, _preparing(outcome, case, data)))
+            if outcome.status == OK and case.mode == "forward":
+                self._guarded(outcome, partial(self._check_at_size, op, outcome, case, data))
             empty_cache(self.device)
         alive = [outcome for outcome in outcomes if outcome.status == OK]
         free = free_bytes(self.device)
@@ -119,6 +122,12 @@ class Bench:
         for batch in [alive] if together else [[outcome] for outcome in alive]:
             self._in_turns(batch, case, data)
             empty_cache(self.device)
+
+    def _check_at_size(self, op: Op, outcome: Outcome, case: Case, data: Any) -> None:
+        verdict = self.gate.at_size(op, outcome.provider, case, data, lambda: _preparing(outcome, case, data)()())
+        if verdict is not None:
+            outcome.status, outcome.reason, outcome.verdict = verdict.status, verdict.reason, verdict
+            outcome.at_size = True
 
     def _in_turns(self, outcomes: list[Outcome], case: Case, data: Any) -> None:
         ready: list[tuple[Outcome, Timed]] = []

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastdistill import ops, reference
 from fastdistill.benchmarks import packages
 from fastdistill.benchmarks.common import common_providers, plain_floor
-from fastdistill.benchmarks.registry import Case, Dual, DualOp, Provider, Tensors, as_tuple, few
+from fastdistill.benchmarks.registry import Case, Dual, DualOp, Provider, Tensors, as_tuple, few, last_rows
 
 EPS = 1e-6
 SMALL = 128  # tokens at the parity gate; widths stay
@@ -56,10 +56,11 @@ def _op(
     pair: Callable[..., Dual],
     *,
     still: Sequence[str] = (),
+    constants: tuple[str, ...] = (),
     like: Sequence[str] | None = None,
     more: Callable[[torch.device], list[Provider]] = lambda device: [],
 ) -> DualOp:
-    """An op whose formulas don't depend on the case. still: the primals without a tangent."""
+    """An op whose formulas don't depend on the case. still: the primals without a tangent; constants: see `DualOp`."""
     counts = OPERATIONS[name]
 
     def flops(case: Case, floor: bool) -> float:
@@ -82,8 +83,10 @@ def _op(
         pair=pair,
         flops=flops,
         small=small,
+        last=last_rows,
         common=common_providers,
         more=more,
+        constants=constants,
     )
 
 
@@ -112,26 +115,24 @@ def _gated(x: Tensor, gate: Tensor, h: Tensor, scale: Tensor, shift: Tensor) -> 
     return r, _ada(r, scale, shift)
 
 
-def _angles(n: int, d: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    cos, sin = ops.rope_angles((n,), d, device=like.device)
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    return cos.to(dtype), sin.to(dtype)
-
-
-def _qk_reference(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor) -> tuple[Tensor, Tensor]:
-    cos, sin = _angles(q.shape[-2], q.shape[-1], q)
+def _qk_reference(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor, k_weight: Tensor
+) -> tuple[Tensor, Tensor]:
     rotated = reference.qk_norm_rope(q, k, cos, sin, q_weight, k_weight, eps=EPS)
     return rotated[0].to(q.dtype), rotated[1].to(k.dtype)
 
 
-def _qk_own(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor) -> tuple[Tensor, Tensor]:
-    cos, sin = _angles(q.shape[-2], q.shape[-1], q)
+def _qk_own(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor, k_weight: Tensor
+) -> tuple[Tensor, Tensor]:
     q, k = F.rms_norm(q, q.shape[-1:], q_weight, EPS), F.rms_norm(k, k.shape[-1:], k_weight, EPS)
     return reference.rotary(q, cos, sin).to(q.dtype), reference.rotary(k, cos, sin).to(k.dtype)
 
 
-def _qk_arguments(p: Tensors, t: Sequence[Any]) -> tuple[Any, ...]:
-    return (p[0], p[1], t[0], t[1], *_angles(p[0].shape[-2], p[0].shape[-1], p[0]), p[2], p[3])
+def _qk_make(case: Case, draw: Callable[..., Tensor]) -> Tensors:
+    q, k = _heads(case, draw), _heads(case, draw)
+    cos, sin = ops.rope_angles((case.size("n"),), case.size("d"), device=q.device)
+    return q, k, cos, sin, _weight(case.size("d"), draw), _weight(case.size("d"), draw)
 
 
 def _heads(case: Case, draw: Callable[..., Tensor]) -> Tensor:
@@ -213,18 +214,14 @@ POINTWISE = {
         ),
         _op(
             "qk_norm_rope",
-            ("q", "k", "q_weight", "k_weight"),
+            ("q", "k", "cos", "sin", "q_weight", "k_weight"),
             ("q_turned", "k_turned"),
-            lambda case, draw: (
-                _heads(case, draw),
-                _heads(case, draw),
-                _weight(case.size("d"), draw),
-                _weight(case.size("d"), draw),
-            ),
+            _qk_make,
             _qk_reference,
             _qk_own,
-            _pair(ops.qk_norm_rope_jvp, _qk_arguments, eps=EPS),
-            still=("q_weight", "k_weight"),
+            _pair(ops.qk_norm_rope_jvp, lambda p, t: (p[0], p[1], t[0], t[1], *p[2:]), eps=EPS),
+            still=("cos", "sin", "q_weight", "k_weight"),
+            constants=("cos", "sin"),
             like=("q", "k"),
         ),
         _op(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 MODES = ("forward", "primal", "mixed", "step")
+ROWS = 256  # that are compared at the size that is timed
 OURS, PEER, FLOOR = "ours", "peer", "floor"
 
 Tensors = tuple[Tensor, ...]
@@ -119,6 +120,9 @@ class Op(Protocol):
     def named(self, case: Case, results: Tensors) -> dict[str, Tensor]:
         """What a run returned, by the names under which the gate compares it; a floor returns fewer."""
 
+    def part(self, data: Any, results: Tensors) -> tuple[Any, Tensors] | None:
+        """The last rows of a forward's results, and the inputs that give these alone; None where rows depend on all."""
+
     def small(self, case: Case) -> Case:
         """The same case at a size at which float64 and (N, M) matrices are cheap, for the parity gate."""
 
@@ -131,19 +135,25 @@ class Op(Protocol):
 
 @dataclass(frozen=True)
 class Point:
-    """Inputs of an op: primals, a tangent or None beside each, and the cotangents of the outputs and their tangents."""
+    """Inputs of an op.
+
+    Args:
+        primals: in the op's order; tangents: one beside each, or None.
+        d_outs, dt_outs: cotangents of the outputs and of their tangents.
+        constants: indices of the primals that have no gradient, such as the angles of a rotation.
+    """
 
     primals: Tensors
     tangents: tuple[Tensor | None, ...]
     d_outs: Tensors
     dt_outs: Tensors
+    constants: tuple[int, ...] = ()
 
     def double(self) -> Point:
         """In float64."""
-        primals, d_outs, dt_outs = (
-            tuple(x.double() for x in some) for some in (self.primals, self.d_outs, self.dt_outs)
-        )
-        return Point(primals, tuple(x if x is None else x.double() for x in self.tangents), d_outs, dt_outs)
+        primals, d_outs, dt_outs = (tuple(x.double() for x in xs) for xs in (self.primals, self.d_outs, self.dt_outs))
+        tangents = tuple(x if x is None else x.double() for x in self.tangents)
+        return Point(primals, tangents, d_outs, dt_outs, self.constants)
 
 
 # (primals, tangents, mixed) -> (outputs, their tangents), differentiable; mixed: the tangents are differentiable too.
@@ -161,10 +171,10 @@ def workload(dual: Dual, mode: str, point: Point) -> Run:
 
         return forward
     mixed = mode == "mixed"
-    leaves = tuple(x.detach().requires_grad_() for x in point.primals)
+    leaves = tuple(x.detach().requires_grad_(i not in point.constants) for i, x in enumerate(point.primals))
     tangents = tuple(x if x is None else x.detach().requires_grad_(mixed) for x in point.tangents)
     outs, t_outs = dual(leaves, tangents, mixed)
-    wanted = (*leaves, *(x for x in tangents if x is not None and mixed))
+    wanted = [x for x in (*leaves, *tangents) if x is not None and x.requires_grad]
     results, cotangents = (*outs, *t_outs), (*point.d_outs, *point.dt_outs)
     if not mixed:
         results, cotangents = outs, point.d_outs
@@ -183,6 +193,8 @@ class DualOp:
     Args:
         name: of the op.
         primals: their names, in order; `moving` are those with tangents, `results` the outputs.
+        constants: the primals that have no gradient.
+        last: of a primal by its name, what the last rows of the outputs depend on; None where that is everything.
         like: for each output, the primal whose shape it has.
         make: (case, draw) -> primals, given draw(*shape), which draws standard normal tensors.
         reference: case -> the specification, a function of the primals.
@@ -206,6 +218,8 @@ class DualOp:
     small: Callable[[Case], Case]
     common: Callable[[DualOp, torch.device], list[Provider]]
     more: Callable[[torch.device], list[Provider]] = field(default=lambda device: [])
+    constants: tuple[str, ...] = ()
+    last: Callable[[str, Tensor], Tensor] | None = None
 
     def data(self, case: Case, device: torch.device) -> Point:
         """Primals, tangents and cotangents in the dtype of the case, drawn from one seed."""
@@ -218,7 +232,8 @@ class DualOp:
         by_name = dict(zip(self.primals, primals, strict=True))
         tangents = tuple(draw(*by_name[name].shape) if name in self.moving else None for name in self.primals)
         d_outs, dt_outs = (tuple(draw(*by_name[name].shape) for name in self.like) for _ in range(2))
-        return Point(primals, tangents, d_outs, dt_outs)
+        constants = tuple(i for i, name in enumerate(self.primals) if name in self.constants)
+        return Point(primals, tangents, d_outs, dt_outs, constants)
 
     def exact(self, data: Point) -> Point:
         """In float64."""
@@ -230,7 +245,8 @@ class DualOp:
 
     def named(self, case: Case, results: Tensors) -> dict[str, Tensor]:
         """By the vocabulary of this project."""
-        names = (*(f"d{name}" for name in self.primals), *(f"dt_{name}" for name in self.moving))
+        leaves = (name for name in self.primals if name not in self.constants)
+        names = (*(f"d{name}" for name in leaves), *(f"dt_{name}" for name in self.moving))
         if case.mode == "forward":
             names = (*self.results, *(f"t_{name}" for name in self.results))
         return dict(zip(names, results, strict=False))
@@ -246,6 +262,17 @@ class DualOp:
             "mixed": 2 * (primals + tangents + d_outs),
         }
         return Cost(self.flops(case, floor), float(moved[case.mode]))
+
+    def part(self, data: Point, results: Tensors) -> tuple[Point, Tensors] | None:
+        """By `last`, of the outputs as of the primals that they are like."""
+        if self.last is None:
+            return None
+        primals = tuple(self.last(name, x) for name, x in zip(self.primals, data.primals, strict=True))
+        pairs = zip(self.primals, data.tangents, strict=True)
+        tangents = tuple(x if x is None else self.last(name, x) for name, x in pairs)
+        names = (*self.like, *self.like)[: len(results)]
+        rows = tuple(self.last(name, x) for name, x in zip(names, results, strict=True))
+        return Point(primals, tangents, (), (), data.constants), rows
 
     def providers(self, device: torch.device) -> list[Provider]:
         """Ours, the generic peers, and what only this op has."""
@@ -302,6 +329,15 @@ def without_tangents(fn: Callable[..., Any]) -> Dual:
         return as_tuple(fn(*primals)), ()
 
     return dual
+
+
+def last_rows(name: str, x: Tensor) -> Tensor:
+    """The last tokens of the last sample, and of its last head: where the indices of a kernel are largest."""
+    if x.dim() == 4:
+        return x[-1:, -1:, -ROWS:]
+    if x.dim() == 3:
+        return x[-1:, -ROWS:]
+    return x[-ROWS:] if x.dim() == 2 else x
 
 
 def few(n: int, most: int) -> int:

@@ -85,6 +85,7 @@ def _extra_info(case: Case, outcome: Outcome, device: str) -> dict[str, Any]:
         "peak_memory_bytes": outcome.peak_bytes,
         "error": {"output": worst(verdict.errors, False), "tangent": worst(verdict.errors, True)},
         "allowed_error": {"output": worst(verdict.allowed, False), "tangent": worst(verdict.allowed, True)},
+        "error_at_size": outcome.at_size,
         "errors": _finite(verdict.errors),
         "floor_provider": None,
         "ratio_to_floor": None,
@@ -117,6 +118,7 @@ class ResultFile:
         if path is not None and path.exists():
             self.content = load(path)
             _check_same(path, self.content, machine, commit)
+            self.content["commit_info"]["dirty"] |= bool(commit.get("dirty"))
 
     def statuses(self, group: str) -> dict[str, str]:
         """Of the providers that have an entry for a case, timed or not."""

@@ -130,6 +130,9 @@ class StepOp:
         """All parameters together: in some of them alone, rounding is as large as the gradient."""
         return {"loss": results[0], "dtheta": torch.cat([x.flatten() for x in results[1:]])}
 
+    def part(self, data: Batch, results: Tensors) -> None:
+        """A gradient depends on everything."""
+
     def small(self, case: Case) -> Case:
         """Two blocks, a quarter of the image's side, and few images."""
         side = case.size("px") if case.quick else min(16, case.size("px"))

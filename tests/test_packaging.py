@@ -1,4 +1,4 @@
-"""However fastdistill arrives (wheel, editable install, plain checkout), `fastdistill.kernels` can be imported."""
+"""However fastdistill arrives (wheel, editable install, plain checkout), what its symlinks lead to can be imported."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def imported_from(folder: Path, cwd: Path) -> str:
-    """Where a Python finds the kernels that sees only the standard library, `folder` and then torch and Triton.
+    """Where a Python finds the kernels, and benchmarks, that sees only its library, `folder`, then torch and Triton.
 
     `-S` leaves out this environment's .pth files, through which an editable install of fastdistill would answer.
     """
@@ -36,6 +36,7 @@ import site, sys
 site.addsitedir({str(folder)!r})
 sys.path.append({SITE_PACKAGES!r})
 import fastdistill, fastdistill.kernels
+from fastdistill.benchmarks import suites
 from fastdistill.kernels import attention
 print(attention.__file__)
 """

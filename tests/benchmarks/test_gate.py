@@ -95,6 +95,8 @@ def test_one_judgement_serves_all_cases_of_the_same_small_form() -> None:
         gate.judge(op_of(counting), counting, replace(CASE, name=name))
     assert calls == ["a"]
     gate.judge(op_of(counting), counting, CASE.resized(n=5))
+    assert len(calls) == 1
+    gate.judge(op_of(counting), counting, CASE.resized(n=3))
     assert len(calls) == 2
 
 

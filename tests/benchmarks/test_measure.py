@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from fastdistill.benchmarks import measure
+from fastdistill.benchmarks.common import dual_provider
 from fastdistill.benchmarks.gate import ERROR, FAILED, OK, OOM, UNAVAILABLE, UNSUPPORTED
 from fastdistill.benchmarks.measure import Bench, Limits, ProcessLost, quantile
 from fastdistill.benchmarks.nvml import Load
-from fastdistill.benchmarks.registry import Case, Provider, Run
-from tests.benchmarks.toy import CASE, Time, bench, op_of, right, wrong
+from fastdistill.benchmarks.registry import Case, Dual, Provider, Run, Tensors
+from tests.benchmarks.toy import CASE, Time, bench, op_of, right, squares, wrong
 
 
 def test_rounds_take_turns_and_rotate() -> None:
@@ -58,6 +60,29 @@ def test_what_fails_the_gate_is_not_timed() -> None:
     assert bad.status == FAILED and bad.samples == [] and bad.verdict.errors["t_y"] > 1e-4
     assert good.status == OK and len(good.samples) == 3
     assert time.log.count("wrong") == 1
+
+
+def test_what_is_wrong_at_its_size_is_not_timed() -> None:
+    """Right on the gate's small form, wrong in the last rows of a large one, as with an index that overflows."""
+
+    def of_case(case: Case) -> Dual:
+        exact = squares()(case)
+
+        def dual(primals: Tensors, tangents: Any, mixed: bool) -> tuple[Tensors, Tensors]:
+            (y,), (t_y,) = exact(primals, tangents, mixed)
+            return (y,), (torch.cat([t_y[:8], 0 * t_y[8:]]),)
+
+        return dual
+
+    time, large = Time(), CASE.resized(n=16)
+    providers = [time.takes(dual_provider("overflowing", "peer", of_case), [1.0]), time.takes(right(), [1.0])]
+    op, measuring = op_of(*providers, last=3), bench(time)
+    for mode in ("forward", "mixed"):
+        bad, good = measuring.run(op, replace(large, mode=mode), providers)
+        assert bad.status == FAILED and bad.samples == []
+        assert bad.reason is not None and bad.reason.startswith("at this size: t_y: error 1.0e+00")
+        assert good.status == OK and good.at_size is (mode == "forward")
+    assert time.log.count("overflowing") == 3  # for the gate, its memory, and this
 
 
 def test_what_is_absent_or_refuses_does_not_run() -> None:
@@ -118,8 +143,7 @@ def test_inputs_that_do_not_fit_are_recorded() -> None:
                 raise torch.OutOfMemoryError("inputs")
             return super().data(case, device)
 
-    small = op_of(right())
-    op = Large(**{**vars(small), "small": lambda case: case.resized(n=4)})
+    op = Large(**vars(op_of(right())))
     (outcome,) = bench().run(op, CASE.resized(n=8), [right()])
     assert outcome.status == OOM
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -94,3 +96,31 @@ def test_a_counter_that_is_missing_is_none() -> None:
 def test_a_cpu_has_no_meter() -> None:
     """And says so."""
     assert meter_for(CPU) == (None, "no GPU")
+
+
+@pytest.mark.parametrize(("visible", "current", "index"), [(None, 1, 1), ("3,5", 1, 5), ("GPU-8a2f", 0, 0), ("", 0, 0)])
+def test_the_right_gpu_is_read(visible: str | None, current: int, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML counts those that CUDA_VISIBLE_DEVICES hides from torch, too."""
+    library = Library(Time())
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    meter, name = meter_for(torch.device("cuda"))
+    assert name == "pynvml" and meter is not None
+    assert meter._handle == f"GPU {index}"
+
+
+def test_without_the_library_or_its_rights_there_is_no_meter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the result file says why it has no clocks."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert meter_for(torch.device("cuda")) == (None, "nvidia-ml-py is not installed: no clocks, power and energy")
+
+    class Forbidden(Library):
+        def nvmlInit(self) -> None:
+            raise NVMLError("Insufficient Permissions")
+
+    monkeypatch.setitem(sys.modules, "pynvml", Forbidden(Time()))
+    assert meter_for(torch.device("cuda")) == (None, "NVML: Insufficient Permissions")
