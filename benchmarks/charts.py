@@ -30,7 +30,7 @@ COLORS = {
     PEER: ("#c4762b", "#c2566a", "#8f8a1f", "#9a6bc4", "#a5704f", "#5f9140"),
     FLOOR: ("#85857f", "#6d8a9c", "#9c7f8a", "#7f8f6d"),
 }
-MARKERS = {OURS: "oDs", PEER: "^vPX<>", FLOOR: "....."}
+MARKERS = {OURS: "oDs", PEER: "^vPX<>", FLOOR: ".+|_"}
 MARKED = {"oom": ("x", "out of memory"), "failed parity": ("d", "failed parity"), "error": ("1", "error")}
 SIZE = 9
 WIDTH = 3.1  # inches of a panel
