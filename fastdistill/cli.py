@@ -1,4 +1,4 @@
-"""The command line: train, sample, eval, demo, bench, doctor.
+"""The command line: train, sample, eval, demo, bench, report, doctor.
 
 A mistake of the user's ends in one message and status 2, a diverged run in one message and status 1; anything else is
 a bug and shows its traceback. What is heavy is imported by the command that needs it, so that help is quick.
@@ -41,6 +41,10 @@ EXAMPLES = {
   fastdistill bench --suite video --json wan.json --budget 480   again with the same file: goes on where it ended
   fastdistill bench --suite norms --cases rms_norm --providers fastdistill 'no tangent'
   fastdistill bench --suite scaling --list             its cases, without running them
+""",
+    "report": """\
+  fastdistill report --bench wan.json                  a page, report.html, and its pictures beside it
+  fastdistill report --bench benchmarks/results/h100_*.json --out runs/h100/report.html
 """,
     "doctor": """\
   fastdistill doctor
@@ -130,6 +134,11 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--list", action="store_true", help="print suites and cases, and measure nothing")
     command.set_defaults(command=run_bench)
 
+    command = add("report", "draw benchmark files as a page that needs nothing beside it, and as pictures")
+    command.add_argument("--bench", metavar="FILE", type=Path, nargs="+", required=True, help="from `bench --json`")
+    command.add_argument("--out", type=Path, default=Path("report.html"), help="(default: %(default)s)")
+    command.set_defaults(command=run_report)
+
     command = add("doctor", "say what this machine has and which implementations run on it")
     command.set_defaults(command=run_doctor)
     return parser
@@ -212,6 +221,17 @@ def run_bench(args: argparse.Namespace) -> int:
     except bench.BenchError as error:
         return fail(str(error))
     return 0
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """Write the page and its pictures."""
+    from fastdistill.benchmarks import report
+    from fastdistill.benchmarks.registry import BenchError
+
+    try:
+        return report.main(args.bench, args.out)
+    except BenchError as error:
+        return fail(str(error))
 
 
 def run_doctor(args: argparse.Namespace) -> int:
