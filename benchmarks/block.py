@@ -17,6 +17,7 @@ from fastdistill.benchmarks.common import (
     DIFFERENCES,
     IMPLEMENTATIONS,
     JVP,
+    WRITTEN_OUT,
     compiled,
     dual_provider,
     plain_floor,
@@ -95,6 +96,7 @@ def _math() -> Any:
 
 
 OWN = _with(plain.namespace(plain.OWN))
+NORMS_WRITTEN_OUT = _with(plain.namespace(plain.WRITTEN_OUT))
 DECOMPOSED = _with(plain.namespace(plain.DECOMPOSED))
 
 
@@ -117,6 +119,9 @@ def _common(op: DualOp, device: torch.device) -> list[Provider]:
     return [
         *ours,
         dual_provider(f"{JVP}, math", PEER, lambda case: by_jvp(OWN(case)), refuses=too_large, context=_math),
+        dual_provider(
+            WRITTEN_OUT, PEER, lambda case: by_jvp(NORMS_WRITTEN_OUT(case)), refuses=too_large, context=_math
+        ),
         compiled(DECOMPOSED, refuses_compiled),
         dual_provider(DIFFERENCES, PEER, lambda case: by_differences(OWN(case))),
         plain_floor("PyTorch, no tangent", OWN),

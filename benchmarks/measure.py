@@ -54,7 +54,7 @@ class Limits:
         least, most: rounds; at least so many even if they take longer.
     """
 
-    seconds: float = 1.5
+    seconds: float = 2.5
     least: int = 5
     most: int = 100
 

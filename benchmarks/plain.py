@@ -71,6 +71,8 @@ OWN: dict[str, Callable[..., Any]] = {
 DECOMPOSED: dict[str, Callable[..., Any]] = {
     name: getattr(reference, name) for name in OWN if name != "scaled_dot_product_attention"
 } | {"scaled_dot_product_attention": _reference_attention}
+# PyTorch's own but for the norms, whose forward mode has a wrong reverse mode in torch 2.13.
+WRITTEN_OUT = {**OWN, **{name: op for name, op in DECOMPOSED.items() if name.endswith("norm")}}
 # What has no derivative of its own to lose, and stays ours.
 SAME = ("explain", "rope_angles")
 
@@ -108,19 +110,20 @@ def instead_of_ours(functions: dict[str, Callable[..., Any]]) -> Iterator[None]:
         yield
 
 
-def jvp(fn: Callable[..., Tensor], primals: Any, tangents: Any, **options: Any) -> tuple[Tensor, Tensor]:
+def jvp(fn: Callable[..., Tensor], primals: Any, tangents: Any, *, tangent_grad: bool = False) -> tuple[Tensor, Tensor]:
     """`torch.func.jvp` with the arguments of `fastdistill.jvp`: numbers are broadcast, None is a zero."""
     (out,), (t_out,) = torch.func.jvp(*along(fn, tuple(primals), _filled(primals, tangents)))[:2]
-    return out, t_out
+    return out, t_out if tangent_grad else t_out.detach()
 
 
-def difference(fn: Callable[..., Tensor], primals: Any, tangents: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """The same by a central difference; the tangent keeps no graph."""
+def difference(
+    fn: Callable[..., Tensor], primals: Any, tangents: Any, *, tangent_grad: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The same by a central difference, with the step that suits the dtype."""
     moved, point, direction = along(fn, tuple(primals), _filled(primals, tangents))
-    step = torch.finfo(torch.bfloat16 if torch.is_autocast_enabled(point[0].device.type) else point[0].dtype).eps ** (
-        1 / 3
-    )
-    with torch.no_grad():
+    autocast = torch.is_autocast_enabled(point[0].device.type)
+    step = torch.finfo(torch.bfloat16 if autocast else point[0].dtype).eps ** (1 / 3)
+    with torch.set_grad_enabled(tangent_grad and torch.is_grad_enabled()):
         after, before = (
             moved(*(x + sign * step * t_x for x, t_x in zip(point, direction, strict=True)))[0] for sign in (1, -1)
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,17 +15,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastdistill import models, objectives
 from fastdistill.benchmarks import plain
 from fastdistill.benchmarks.block import ATTENTIONS, LINEARS
-from fastdistill.benchmarks.common import DIFFERENCES, JVP
+from fastdistill.benchmarks.common import DIFFERENCES, JVP, WRITTEN_OUT
 from fastdistill.benchmarks.registry import FLOOR, OURS, PEER, Case, Cost, Provider, Run, Tensors
 
 DISTINCT_SHARE = 0.25  # of rows with s != t, where an objective lets rows be split: MeanFlow's choice on ImageNet
+OPTIONS = {"alpha_flow": {"alpha": 0.0}}  # where it takes a tangent
 SMALL_DEPTH, SMALL_BATCH = 2, 4  # at the parity gate; the width stays
 Jvp = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A network, a frozen one to learn from, and what a step sees. Rows with s != t come first."""
+    """A network, a frozen one to learn from, and what a step sees.
+
+    s: the first `distinct` rows have s < t, the others s = t, for objectives that split rows; s_far < t in all rows.
+    """
 
     net: nn.Module
     teacher: nn.Module
@@ -34,34 +37,39 @@ class Batch:
     x1: Tensor
     t: Tensor
     s: Tensor
+    s_far: Tensor
     y: Tensor
     distinct: int
 
     def double(self) -> Batch:
         """In float64."""
         net, teacher = (copy.deepcopy(net).double() for net in (self.net, self.teacher))
-        x0, x1, t, s = (x.double() for x in (self.x0, self.x1, self.t, self.s))
-        return Batch(net, teacher, x0, x1, t, s, self.y, self.distinct)
+        x0, x1, t, s, s_far = (x.double() for x in (self.x0, self.x1, self.t, self.s, self.s_far))
+        return Batch(net, teacher, x0, x1, t, s, s_far, self.y, self.distinct)
 
 
 def loss_of(name: str, batch: Batch, jvp: Jvp | None) -> Tensor:
-    """The loss of an objective by its name, with all that its signature asks for."""
+    """The loss of an objective by its name, with all that it needs; x0 stands for a score's direction."""
     objective = objectives.get(name)
-    parameters = inspect.signature(objective.function).parameters
-    options: dict[str, Any] = {"y": batch.y}
-    if "distinct_rows" in parameters:
+    splits = "distinct_rows" in objective.takes
+    times = {"t": batch.t, "s": batch.s if splits else batch.s_far}
+    needed = {"teacher": batch.teacher, "fake": batch.teacher, "score_gradient": batch.x0}
+    options: dict[str, Any] = {"y": batch.y, **{key: needed[key] for key in objective.needs}, **OPTIONS.get(name, {})}
+    if splits:
         options["distinct_rows"] = batch.distinct
-    if jvp is not None and "jvp" in parameters:
+    if jvp is not None and takes_jvp(name):
         options["jvp"] = jvp
-    if "teacher" in parameters and parameters["teacher"].default is inspect.Parameter.empty:
-        options["teacher"] = batch.teacher
-    times = (batch.t, batch.s) if objective.two_times else (batch.t,)
-    return objective.function(batch.net, batch.x0, batch.x1, *times, **options)[0]
+    return objective.function(batch.net, batch.x0, batch.x1, *(times[key] for key in objective.times), **options)[0]
 
 
 def takes_jvp(name: str) -> bool:
     """Whether an objective differentiates the network in forward mode."""
-    return "jvp" in inspect.signature(objectives.get(name).function).parameters
+    return "jvp" in objectives.get(name).takes
+
+
+def measured_objectives() -> list[str]:
+    """Those with a tangent, and flow matching; a step of the others is so many plain passes."""
+    return [name for name in objectives.OBJECTIVES if takes_jvp(name) or name == "flow_matching"]
 
 
 def step(case: Case, batch: Batch, jvp: Jvp | None, functions: Any = None, *, context: Any = nullcontext) -> Run:
@@ -112,11 +120,11 @@ class StepOp:
             config: Any = net.config
             x0, x1 = torch.randn(2, b, config["channels"], side, side).unbind(0)
             t = torch.rand(b) * 0.8 + 0.1
-            s = t * torch.rand(b)
+            s_far = t * torch.rand(b)
             y = torch.randint(config["num_classes"], (b,))
         distinct = max(1, round(DISTINCT_SHARE * b))
-        s[distinct:] = t[distinct:]
-        return Batch(net, copy.deepcopy(net).requires_grad_(False), x0, x1, t, s, y, distinct)
+        s = torch.cat([s_far[:distinct], t[distinct:]])
+        return Batch(net, copy.deepcopy(net).requires_grad_(False), x0, x1, t, s, s_far, y, distinct)
 
     def exact(self, data: Batch) -> Batch:
         """In float64."""
@@ -181,6 +189,7 @@ class StepOp:
         return [
             Provider("fastdistill", OURS, lambda case, data: step(case, data, None)),
             Provider(f"{JVP}, math", PEER, by(plain.jvp, plain.OWN, _math), refuses=none_taken),
+            Provider(WRITTEN_OUT, PEER, by(plain.jvp, plain.WRITTEN_OUT, _math), refuses=none_taken),
             Provider(f"{JVP}, compiled", PEER, by_compiled, refuses=refuses_compiled),
             Provider(DIFFERENCES, PEER, by(plain.difference, plain.OWN), refuses=none_taken),
             Provider(

@@ -67,8 +67,10 @@ def seconds(value: float) -> str:
 
 
 def size(value: int | None) -> str:
-    """Bytes, in MiB."""
-    return "-" if value is None else f"{value / 2**20:.3g} MiB" if value < 2**30 * 10 else f"{value / 2**30:.3g} GiB"
+    """Bytes, three digits in the unit that suits."""
+    if value is None:
+        return "-"
+    return f"{value / 2**30:.3g} GiB" if value >= 2**30 else f"{value / 2**20:.3g} MiB"
 
 
 def _error(value: float | None) -> str:

@@ -9,6 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from fastdistill.benchmarks.bench import Request, wanted
 from fastdistill.benchmarks.suites import SUITES
 
 ROOT = Path(__file__).parents[1]
@@ -54,3 +57,11 @@ def test_it_says_what_it_does() -> None:
 def test_an_unknown_piece_is_refused() -> None:
     """As none at all."""
     assert run("everything").returncode == 2
+
+
+def test_the_compiled_piece_takes_some_cases_of_each_suite() -> None:
+    """At half a minute each, few enough for ten minutes."""
+    calls = re.findall(r"bench (\w+) --providers compiled --cases '(.*?)'", SCRIPT.read_text())
+    assert [suite for suite, _ in calls] == ["dit", "block", "norms", "step"]
+    chosen = [wanted(Request([suite], pattern=pattern), torch.device("cuda")) for suite, pattern in calls]
+    assert all(chosen) and sum(map(len, chosen)) <= 40
