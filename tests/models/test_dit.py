@@ -201,7 +201,8 @@ def test_a_fresh_network_is_zero_and_its_blocks_are_the_identity() -> None:
     x, t, s, _ = inputs(net)
     assert torch.equal(net(x, t, s), torch.zeros_like(x))
     tokens, condition = torch.randn(3, 6, 16, dtype=torch.float64), torch.randn(3, 16, dtype=torch.float64)
-    assert torch.equal(net.get_submodule("blocks.0")(tokens, condition, None), tokens)
+    stream, (gate, _) = net.get_submodule("blocks.0")(tokens, None, condition, None)
+    assert torch.equal(stream, tokens) and not gate.any()
 
 
 def test_weights_of_a_fresh_network_follow_the_initialisation_of_dit() -> None:
