@@ -283,7 +283,7 @@ def markdown(rows: Sequence[Row]) -> str:
     legend = (
         f"Compiled ahead of time with Triton {triton.__version__}, never run. Each config under the costliest call "
         "that it serves: with these tangents (m: the mask's), a band beside a mask, and the mask's gradients. d is the "
-        "head dim, or the channels of a row. Spills: local-memory instructions. Shared memory in KiB, tensor memory "
+        "head dim, or the channels of a norm. Spills: local-memory instructions. Shared memory in KiB, tensor memory "
         "(TMEM) in columns. MMA: tensor-core instructions, and wgmma those of them that only Hopper has. They need "
         "tiles of 64 rows or more, which the registers have no room for in heads wider than 128."
     )
