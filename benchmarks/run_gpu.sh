@@ -4,6 +4,7 @@
 #   benchmarks/run_gpu.sh parity        every test of the kernels and the ops, on CUDA; the first thing to run
 #   benchmarks/run_gpu.sh tune          configs for this GPU: $OUT/tuned.json, a table like kernels/configs.json
 #   benchmarks/run_gpu.sh attention     TFLOP/s and memory against everything else: $OUT/attention-*.json
+#   benchmarks/run_gpu.sh blocks        the ops between attentions: kernels, bytes, GB/s of a copy's: $OUT/launches.*
 #
 # It needs a Python 3.11 or newer with torch, triton and numpy, and installs nothing from a network. Whatever else is
 # missing (pytest; jvp-flash-attention, to compare with) can be brought along as wheels in a folder, named by WHEELS:
@@ -71,7 +72,11 @@ attention() {
     bench attention-rest.json --lengths 512 2048 8192 32768
 }
 
+blocks() {
+    timeout "$BUDGET" "$PYTHON" -m benchmarks.launches --batch 32 --out "$OUT/launches" 2>&1 | tee "$OUT/launches.log"
+}
+
 case "${1:-}" in
-    parity | tune | attention) describe; "$1" ;;
+    parity | tune | attention | blocks) describe; "$1" ;;
     *) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit 2 ;;
 esac
