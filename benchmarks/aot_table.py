@@ -30,7 +30,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import ty_to_cpp
 
 from fastdistill import tune
-from fastdistill.kernels import attention, attention_backward, configs, norm, norm_backward
+from fastdistill.benchmarks import aot_ops
+from fastdistill.kernels import activation, attention, attention_backward, configs, norm, norm_backward, qk_norm_rope
 from fastdistill.kernels.configs import Config
 from fastdistill.tune import Case
 
@@ -43,6 +44,7 @@ SMALLEST_KERNEL = 300  # instructions
 WGMMA_ROWS = 64
 NORM = "norm"
 FAMILIES = {"attention": ("attention*.py", "geometry.py", "tiles.py"), NORM: ("norm.py", "norm_rows.py")}
+FAMILIES |= aot_ops.FAMILIES
 NORM_WIDTHS, NORM_LENGTH = (384, 1152, 4096, 8192), 256
 ALSO = (72, 80, 112)  # head dims of several parts: 64 + 16 with a tail, 64 + 16, 64 + 32 + 16
 PACKED = (64, 128)
@@ -110,7 +112,7 @@ def compiling_for(arch: int) -> Iterator[None]:
     driver = triton.runtime.driver
     previous = driver._active  # None so far, on a machine without a GPU; the public property would raise there
     driver.set_active(_NoGPU(arch))
-    for module in (attention, attention_backward, norm, norm_backward):
+    for module in (activation, attention, attention_backward, norm, norm_backward, qk_norm_rope):
         for kernel in vars(module).values():
             if isinstance(kernel, triton.runtime.jit.JITFunction):
                 kernel.device_caches.clear()
@@ -127,6 +129,8 @@ def compile_task(task: Task) -> list[Any]:
     with compiling_for(task.arch), _precision(task):
         if task.case.kernel == NORM:
             return [_compile_norm(task.case)]
+        if task.case.kernel in aot_ops.SIZES:
+            return aot_ops.compiled(task.case)
         return tune.compiled(task.case, task.arch, task.config, costliest=True, packed=task.packed)
 
 
@@ -194,7 +198,7 @@ def _tool(name: str, *arguments: str) -> str:
 
 def problems(row: Row) -> list[str]:
     """What is wrong with a compiled kernel, a line each."""
-    attends = row.kernel != NORM
+    attends = family(row.kernel) == "attention"
     low = attends and (row.dtype, row.arch) != ("float32", 80)
     checks = {
         f"{row.spills} register spills": row.spills > 0 and excuse(row) is None,
@@ -246,11 +250,14 @@ def shipped(archs: Sequence[int] = configs.ARCHITECTURES) -> list[Task]:
         for width in NORM_WIDTHS:
             case = Case(NORM, torch.bfloat16, width, "", "none", NORM_LENGTH)
             tasks[Task(case, arch, configs.norm_config(NORM_LENGTH, width))] = None
+        tasks |= {Task(case, arch, config): None for case, config in aot_ops.cases()}
     return [task for task in tasks if task.arch in archs]
 
 
 def family(kernel: str) -> str:
     """Which of `FAMILIES` the kernel of a row is in."""
+    if kernel in aot_ops.SIZES:
+        return aot_ops.family(kernel)
     return NORM if kernel == NORM else "attention"
 
 

@@ -6,6 +6,7 @@
 #   benchmarks/run_gpu.sh dit        a suite of `fastdistill bench` against everything that is installed: $OUT/dit.json;
 #                                    so, too, video, mmdit, norms, block, step, scaling
 #   benchmarks/run_gpu.sh compiled   the same cases by torch.compile, half a minute each: added to those files
+#   benchmarks/run_gpu.sh launches   the ops between attentions: kernels, bytes, GB/s of a copy's: $OUT/launches.*
 #   benchmarks/run_gpu.sh merge      all of $OUT as one file in $RESULTS, ready to be committed
 #
 # A suite goes on where its file ends: where time was short, run the same piece again with the same OUT.
@@ -108,8 +109,12 @@ merge() {
     "$PYTHON" -m fastdistill.benchmarks.merge "${files[@]}" ${RESULTS:+--into "$RESULTS"}
 }
 
+launches() {
+    timeout "$BUDGET" "$PYTHON" -m fastdistill.benchmarks.launches --batch 32 --out "$OUT/launches" 2>&1 | tee "$OUT/launches.log"
+}
+
 case "${1:-}" in
-    parity | tune | compiled | merge) prepare; "$1" ;;
+    parity | tune | compiled | launches | merge) prepare; "$1" ;;
     dit | video | mmdit | norms | block | step | scaling) prepare; suite "$1" ;;
     *) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit 2 ;;
 esac

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .calls import Launch
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("silu", "gelu", "gelu_tanh")
 BLOCK = 1024  # elements a program, eight a thread: 16 bytes of bfloat16
@@ -62,15 +64,6 @@ class Gradients(NamedTuple):
     dt_up: Tensor | None
 
 
-class Launch(NamedTuple):
-    """`kernel[grid](*args, **options)`."""
-
-    kernel: Any
-    grid: tuple[int]
-    args: tuple[Any, ...]
-    options: dict[str, Any]
-
-
 def activation_forward(
     x: Tensor, t_x: Tensor | None, up: Tensor | None, t_up: Tensor | None, *, kind: str
 ) -> tuple[Tensor, Tensor | None]:
@@ -113,7 +106,7 @@ def activation_backward(
 
 
 def plan(inputs: Inputs, outputs: Outputs | Gradients, kind: str) -> Launch:
-    """How to launch the kernel on these tensors. Runs nothing: one can also just compile it."""
+    """How to launch `kernel_of` outputs on these tensors. Runs nothing: one can also just compile it."""
     sizes, strides = coalesced(inputs.x.shape, [z.stride() for z in inputs if z is not None])
     width, rows = sizes[0], math.prod(sizes[1:])
     block_c = min((BLOCK, BLOCK // 2, BLOCK // 4), key=lambda block: (-width % block, -block))  # the least padding
@@ -122,7 +115,6 @@ def plan(inputs: Inputs, outputs: Outputs | Gradients, kind: str) -> Launch:
     steps = iter(strides)
     sources = [None if z is None else Strided(z, (step := next(steps))[1:], step[0]) for z in inputs]
     return Launch(
-        kernel=_forward_kernel if isinstance(outputs, Outputs) else _backward_kernel,
         grid=(triton.cdiv(rows, block_rows) * triton.cdiv(width, block_c),),
         args=(Inputs(*sources), outputs, tuple(sizes[1:]), rows, width),
         options={
@@ -157,10 +149,15 @@ def coalesced(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[l
     return sizes, list(zip(*kept))
 
 
+def kernel_of(outputs: Outputs | Gradients) -> Any:
+    """The kernel that writes these."""
+    return _forward_kernel if isinstance(outputs, Outputs) else _backward_kernel
+
+
 def _run(inputs: Inputs, outputs: Outputs | Gradients, kind: str) -> None:
     if inputs.x.numel():
         launch = plan(inputs, outputs, kind)
-        launch.kernel[launch.grid](*launch.args, **launch.options)
+        kernel_of(outputs)[launch.grid](*launch.args, **launch.options)
 
 
 def _check(inputs: Inputs) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,14 +24,6 @@ class Inputs(NamedTuple):
     t_v: Strided | Described | None
     mask: Strided | None
     t_mask: Strided | None
-
-
-class Launch(NamedTuple):
-    """`kernel[grid](*args, **options)`."""
-
-    grid: tuple[int]
-    args: tuple[Any, ...]
-    options: dict[str, Any]
 
 
 def check(q: Tensor, v: Tensor, attn_mask: Tensor | None, t_attn_mask: Tensor | None) -> None:

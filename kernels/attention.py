@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .arguments import Launch, check, pointers, precision, use_descriptors, with_descriptors
+from .arguments import check, pointers, precision, use_descriptors, with_descriptors
 from .attention_backward import attention_backward
+from .calls import Launch
 from .geometry import Problem, band, first_row, live_between, live_tiles, locate, problem_of, sequences, visible
 from .tiles import add_dot, add_dot_transposed, add_scaled_rows, as_operand, load_rows, scale_rows, store_rows, zeros
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .arguments import Inputs, Launch, check, pointers, precision, use_descriptors
+from .arguments import Inputs, check, pointers, precision, use_descriptors
 from .attention_rows import Saved, rows_kernel
 from .attention_tile import (
     Cotangents,
@@ -28,6 +28,7 @@ from .attention_tile import (
     load_statistics,
     store_gradient,
 )
+from .calls import Launch
 from .geometry import Problem, band, first_row, live_between, live_tiles, locate, problem_of, sequences, visible
 from .tiles import Described, Strided, described, stride_unit, strided, zeros
 

@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .calls import Launch
 from .norm_backward import norm_backward
-from .norm_rows import Inputs, Launch, check, load_rows, plus, store_rows, strided, times
+from .norm_rows import Inputs, check, load_rows, plus, store_rows, strided, times
 
 __all__ = ["Outputs", "allocate", "norm_backward", "norm_forward", "plan", "run"]
 

@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .calls import Launch
 from .norm_rows import (
     Inputs,
-    Launch,
     add,
     factor_gradient,
     load,

@@ -61,14 +61,6 @@ class Inputs(NamedTuple):
     t_gate: Any = None
 
 
-class Launch(NamedTuple):
-    """`kernel[grid](*args, **options)`."""
-
-    grid: tuple[int, ...]
-    args: tuple[Any, ...]
-    options: dict[str, Any]
-
-
 def check(named: Mapping[str, tuple[Tensor | None, Tensor | None]]) -> None:
     """TypeError for a dtype of the rows, ValueError for their width or a tangent of nothing."""
     for name in ("x", "h"):

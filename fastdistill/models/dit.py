@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastdistill import ops
 from fastdistill.nn import (
     Attention,
+    GatedResidualAdaNorm,
     Linear,
     Mlp,
     Modulation,
@@ -21,40 +22,73 @@ from fastdistill.nn import (
     Rotation,
     TimestepEmbedding,
     full_precision,
-    rotary_2d,
     sincos_2d,
 )
 
 POSITIONS = ("sincos", "rope")
 
+# (gate, h): the residual stream is to become x + gate * h.
+Branch = tuple[Tensor, Tensor]
+
 
 class DiTBlock(nn.Module):
-    """x + gate · attention(adaLN(x)), then x + gate · mlp(adaLN(x)); six modulation vectors from the condition."""
+    """x + gate · attention(adaLN(x)), then x + gate · mlp(adaLN(x)); six modulation vectors from the condition.
+
+    A block does not add its last branch to the residual stream: the sum and the norm that follows it are one op, which
+    the next block runs, or the final layer.
+
+    Args of forward:
+        x: (B, N, C), the residual stream.
+        pending: (gate, h), what is still to be added to it, or None in the first block.
+        condition: (B, C).
+        rotation: see `Attention`.
+
+    Returns:
+        x, with `pending` and the attention's branch; and the mlp's branch, (gate, h), which is pending now.
+    """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool) -> None:
         super().__init__()
         self.modulation = Modulation(width, 6)
+        self.before_attn = GatedResidualAdaNorm(width)
         self.attn = Attention(width, heads, qk_norm=qk_norm)
+        self.before_mlp = GatedResidualAdaNorm(width)
         self.mlp = Mlp(width, int(mlp_ratio * width))
 
-    def forward(self, x: Tensor, condition: Tensor, rotation: Rotation | None) -> Tensor:
+    def forward(
+        self, x: Tensor, pending: Branch | None, condition: Tensor, rotation: Rotation | None
+    ) -> tuple[Tensor, Branch]:
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.modulation(condition)
-        x = x + gate_attn * self.attn(ops.ada_layer_norm(x, scale_attn, shift_attn), rotation)
-        return x + gate_mlp * self.mlp(ops.ada_layer_norm(x, scale_mlp, shift_mlp))
+        x, y = _resumed(self.before_attn, x, pending, scale_attn, shift_attn)
+        x, y = self.before_mlp(x, gate_attn, self.attn(y, rotation), scale_mlp, shift_mlp)
+        return x, (gate_mlp, self.mlp(y))
 
 
 class FinalLayer(nn.Module):
-    """The last modulated norm and the projection to pixels, in the dtype of the parameters."""
+    """The last gated residual, its modulated norm and the projection to pixels, in the dtype of the parameters."""
 
     def __init__(self, width: int, out_features: int) -> None:
         super().__init__()
         self.modulation = Modulation(width, 2)
+        self.norm = GatedResidualAdaNorm(width)
         self.linear = Linear(width, out_features)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pending: Branch, condition: Tensor) -> Tensor:
         shift, scale = self.modulation(condition)
+        gate, h = pending
         with full_precision(x.device):
-            return self.linear(ops.ada_layer_norm(x, scale, shift))
+            _, y = self.norm(x, gate, h.to(x.dtype), scale, shift)  # y has the dtype of h
+            return self.linear(y)
+
+
+def _resumed(
+    norm: GatedResidualAdaNorm, x: Tensor, pending: Branch | None, scale: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The residual stream with what was pending, and its modulated norm."""
+    if pending is None:
+        return x, ops.ada_layer_norm(x, scale, shift, eps=norm.eps)
+    gate, h = pending
+    return norm(x, gate, h, scale, shift)
 
 
 class DiT(nn.Module):
@@ -64,9 +98,9 @@ class DiT(nn.Module):
     difference is taken here, inside the function that is differentiated, so that callers name t and s and the tangent
     follows by the chain rule. On the diagonal emb_d adds a constant: there the network is an ordinary DiT.
 
-    Precision. Only the matmuls of attention and mlp follow autocast. Embeddings, condition, modulation and the final
-    layer run in the dtype of the parameters; gates have that dtype too, so that ``x + gate * h`` promotes a bf16 branch
-    and the residual stream (and its tangent) stays float32. That halves the tangent's error in a bf16 network.
+    Precision. Only attention and mlp follow autocast, from their first matmul to their last. The residual stream and
+    its tangent, embeddings, condition, modulation and the final layer have the dtype of the parameters. Under bf16
+    autocast that halves the error of the tangent: benchmarks/results/precision.md.
 
     Args:
         channels: of the image, in and out.
@@ -167,12 +201,15 @@ class DiT(nn.Module):
             condition = self._condition(t, s, y)
         rotation = None
         if self.pos == "rope":
-            rotation = rotary_2d((rows, columns), self.width // self.heads, like=tokens)
+            dtype = torch.promote_types(tokens.dtype, torch.float32)
+            head_dim = self.width // self.heads
+            rotation = ops.rope_angles((rows, columns), head_dim, device=tokens.device, dtype=dtype)
         else:
             tokens = tokens + sincos_2d((rows, columns), self.width, like=tokens)
+        pending: Branch | None = None
         for block in self.blocks:
-            tokens = block(tokens, condition, rotation)
-        return _unpatchify(self.final_layer(tokens, condition), p, (rows, columns)).to(x.dtype)
+            tokens, pending = block(tokens, pending, condition, rotation)
+        return _unpatchify(self.final_layer(tokens, pending, condition), p, (rows, columns)).to(x.dtype)
 
     def _condition(self, t: Tensor, s: Tensor, y: Tensor | None) -> Tensor:  # (B, C)
         if y is None:

@@ -44,7 +44,7 @@ class DualOp:
         name: the op's name in `torch.ops.fastdistill`.
         primals: names of the tensor arguments; a trailing "?" marks an optional one.
         outputs: names of the outputs.
-        attrs: the schema of the other arguments, e.g. "float scale, str impl".
+        attrs: the schema of the other arguments, the last of which is `impl`: "float scale, str impl".
         residuals: names of what `forward` saves for the backward besides its outputs.
         forward: (primals, tangents, attrs, tangent_grad) -> (outputs, their tangents, residuals); runs below autograd.
         backward: (cotangents of the outputs, cotangents of their tangents, primals, tangents, outputs, their tangents,
@@ -184,6 +184,11 @@ class DualOp:
                 return self._op("_dual")(*args)
         absent = [primals[0].new_empty(0) for _ in (*self.outputs, *self.residuals)]  # type: ignore[union-attr]
         if any(t is not None for t in tangents):  # a tangent of a tangent
+            if attrs[-1] == "triton":
+                raise NotImplementedError(
+                    f"{self.name}: expected one level of forward AD with impl='triton', got a tangent of a tangent, "
+                    "which has no fused form; impl='torch' computes it exactly"
+                )
             outs, t_outs = self.math(primals, tangents, attrs)
             return (*outs, *(packed(t, args[0]) for t in t_outs), *absent[len(self.outputs) :])
         given = [None if t is None or p is None else t.to(p.dtype) for p, t in duals[: len(primals)]]

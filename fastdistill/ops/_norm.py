@@ -209,4 +209,5 @@ NORM = DualOp(
     specs=_specs,
     broadcastable=frozenset({"scale", "shift"}),
     unfoldable=frozenset({"weight", "bias"}),
+    saves_outputs=False,
 )

@@ -223,4 +223,5 @@ GATED_NORM = DualOp(
     specs=_specs,
     broadcastable=frozenset({"gate", "scale", "shift"}),
     unfoldable=frozenset({"weight", "bias"}),
+    saves_outputs=False,
 )

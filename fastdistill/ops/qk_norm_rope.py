@@ -343,4 +343,5 @@ QK_NORM_ROPE = DualOp(
     specs=_specs,
     broadcastable=frozenset({"cos", "sin"}),
     unfoldable=frozenset({"q_weight", "k_weight", "q_bias", "k_bias"}),
+    saves_outputs=False,
 )

@@ -48,7 +48,7 @@ def test_every_modulation(modulation: tuple[int, int]) -> None:
     check(kernel, Case(parts=MODULATED, modulation=modulation), DEVICE)
 
 
-@pytest.mark.parametrize("width", [1, 63, 1152, 1536])
+@pytest.mark.parametrize("width", [1, 63, 64, 1152, 1536])
 def test_every_width(width: int) -> None:
     """In one launch."""
     check(kernel, Case(parts=MODULATED, shape=(2, 3, width)), DEVICE)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastdistill as fd
 from fastdistill import reference
 from fastdistill.kernels import norm as kernel
 from fastdistill.testing import assert_accurate, cast, reference_jvp, relative_error
@@ -81,7 +82,7 @@ def test_subsets_of_tangents(tangents: tuple[str, ...]) -> None:
     check(*inputs(NAMES, tangents))
 
 
-@pytest.mark.parametrize("width", [1, 2, 63, 72, 128, 1000, 1152, 8192])
+@pytest.mark.parametrize("width", [1, 2, 63, 64, 72, 128, 1000, 1152, 4097, 8191, 8192])
 def test_every_width(width: int) -> None:
     """Powers of two and all else; rows come one or sixteen to a program."""
     check(*inputs(shape=(2, 3, width)))
@@ -175,3 +176,12 @@ def test_what_it_cannot_do_is_refused(change: dict[str, Any], error: type[Except
     primals, tangents = inputs()
     with pytest.raises(error, match=message):
         run({**primals, **change}, tangents)
+
+
+def test_wider_rows_are_refused_by_the_public_op_where_it_was_asked_for_by_name() -> None:
+    """And left to PyTorch where it was not."""
+    x, t_x = torch.randn(2, 2, 8193, device=DEVICE).unbind(0)
+    with pytest.raises(ValueError, match="x: expected at most 8192 channels for the Triton kernel, got 8193"):
+        torch.func.jvp(lambda x: fd.layer_norm(x, (8193,), impl="triton"), (x,), (t_x,))
+    ours = torch.func.jvp(lambda x: fd.layer_norm(x, (8193,)), (x,), (t_x,))
+    torch.testing.assert_close(ours, torch.func.jvp(lambda x: reference.layer_norm(x, (8193,)), (x,), (t_x,)))

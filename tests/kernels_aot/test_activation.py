@@ -15,11 +15,11 @@ from fastdistill.kernels import activation as kernel
 
 def compiled(arch: int, inputs: kernel.Inputs, outputs: kernel.Outputs | kernel.Gradients, kind: str) -> str:
     """The machine code."""
-    launch = kernel.plan(inputs, outputs, kind)
+    launch, function = kernel.plan(inputs, outputs, kind), kernel.kernel_of(outputs)
     with aot_table.compiling_for(arch):
-        launch.kernel.device_caches.clear()
-        binary = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
-        launch.kernel.device_caches.clear()
+        function.device_caches.clear()
+        binary = function.warmup(*launch.args, grid=launch.grid, **launch.options)
+        function.device_caches.clear()
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastdistill.benchmarks.aot_table import TOOLS, compiling_for
 from fastdistill.kernels import norm, norm_backward
-from fastdistill.kernels.norm_rows import Inputs, Launch
+from fastdistill.kernels.calls import Launch
+from fastdistill.kernels.norm_rows import Inputs
 
 VECTORS, MODULATION = ("weight", "bias"), ("scale", "shift", "gate")
 

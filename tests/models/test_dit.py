@@ -173,6 +173,27 @@ def test_compiled_forward_has_one_graph_and_the_same_values() -> None:
         torch.testing.assert_close(compiled(x, t, s), net(x, t, s))
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16-autocast"])
+def test_compiled_with_its_tangent_it_has_one_graph_and_the_same_gradients(autocast: bool) -> None:
+    """The step of MeanFlow: u carries the graph, du/dt is a constant."""
+    torch._dynamo.reset()
+    net = randomised(SMALL | {"pos": "rope", "qk_norm": True, "depth": 2}).float()
+    x, t, s, w = (part.float() for part in inputs(net))
+
+    def push(x: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        return fd.jvp(net, (x, t, s), (w, 1.0, None))
+
+    def results(fn: Callable[..., tuple[Tensor, Tensor]]) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            u, du_dt = fn(x, t, s)
+        assert not du_dt.requires_grad
+        return [u, du_dt, *torch.autograd.grad((u - du_dt).square().sum(), list(net.parameters()))]
+
+    compiled = results(torch.compile(push, fullgraph=True, backend="aot_eager"))
+    for actual, expected in zip(compiled, results(push), strict=True):
+        assert relative_error(actual.detach(), expected.detach().double()) < (2e-2 if autocast else 1e-5)
+
+
 def test_checkpointing_around_the_jvp_leaves_gradients_as_they_are() -> None:
     net = randomised(SMALL)
     x, t, s, w = inputs(net)
@@ -201,7 +222,8 @@ def test_a_fresh_network_is_zero_and_its_blocks_are_the_identity() -> None:
     x, t, s, _ = inputs(net)
     assert torch.equal(net(x, t, s), torch.zeros_like(x))
     tokens, condition = torch.randn(3, 6, 16, dtype=torch.float64), torch.randn(3, 16, dtype=torch.float64)
-    assert torch.equal(net.get_submodule("blocks.0")(tokens, condition, None), tokens)
+    stream, (gate, _) = net.get_submodule("blocks.0")(tokens, None, condition, None)
+    assert torch.equal(stream, tokens) and not gate.any()
 
 
 def test_weights_of_a_fresh_network_follow_the_initialisation_of_dit() -> None:

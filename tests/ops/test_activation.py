@@ -76,6 +76,18 @@ def test_the_op_on_duals_is_its_pair(op: str) -> None:
     assert not pair(*x, *[None] * len(names))[1].any()
 
 
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_leaves_them_alone(op: str, dtype: torch.dtype) -> None:
+    """With tangents and without, y has x's dtype."""
+    fn, _, _, names = OPS[op]
+    x, t_x = ([torch.randn(3, 5, dtype=dtype) for _ in names] for _ in range(2))
+    outside = (fn(*x), *torch.func.jvp(fn, tuple(x), tuple(t_x)))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = (fn(*x), *torch.func.jvp(fn, tuple(x), tuple(t_x)))
+    torch.testing.assert_close(inside, outside, rtol=0, atol=0)
+
+
 def test_primals_equal_pytorch_with_and_without_tangents() -> None:
     """To the last bit without, where the same function computes them."""
     x, up = torch.randn(2, 5, 8), torch.randn(2, 5, 8)

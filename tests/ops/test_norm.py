@@ -131,6 +131,24 @@ def test_float32_weights_with_bfloat16_activations() -> None:
     assert torch.autograd.grad(out.float().sum(), leaf)[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_leaves_them_alone(op: str, dtype: torch.dtype) -> None:
+    """Values, tangents and gradients: statistics are taken in float32 anyway, and y has x's dtype."""
+    pair, _, names = OPS[op]
+    leaves = {name: x.requires_grad_() for name, x in draw(names, dtype, "cpu").items()}
+    tangents = {f"t_{name}": t for name, t in draw(names, dtype, "cpu").items()}
+
+    def results() -> tuple[Tensor, ...]:
+        y, t_y = pair(**leaves, **tangents, tangent_grad=True)
+        return (y, t_y, *torch.autograd.grad((y.float() * t_y.float()).sum(), list(leaves.values())))
+
+    outside = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = results()
+    torch.testing.assert_close(inside, outside, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("rms", [False, True])
 @pytest.mark.parametrize("moving", [False, True])
 def test_fake_results_have_the_shapes_dtypes_and_strides_of_real_ones(rms: bool, moving: bool) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastdistill as fd
-from fastdistill import nn, reference
+from fastdistill import reference
 from fastdistill.ops.qk_norm_rope import QK_NORM_ROPE
 from fastdistill.testing import DEVICES, assert_accurate, make_qkv, reference_jvp
 
@@ -38,21 +38,6 @@ def test_the_op_on_duals_and_its_pair_are_accurate(dtype: torch.dtype, layout: s
     plain = fd.qk_norm_rope(q, k, cos, sin, w, w)
     torch.testing.assert_close(plain, pair[0], rtol=0, atol=0)
     assert all(x.is_contiguous() and x.dtype == dtype for x in (*plain, *pair[1]))
-
-
-def test_it_replaces_the_modules_of_an_attention_layer() -> None:
-    """RMSNorm of each head and the rotation of `fastdistill.nn`, with their parameters' gradients."""
-    module = nn.Attention(48, 4, qk_norm=True).double()
-    torch.nn.init.normal_(module.q_norm.weight)
-    rotation = nn.rotary_2d((2, 3), 12, like=module.qkv.weight)
-    torch.testing.assert_close(fd.rope_angles((2, 3), 12, dtype=torch.float64), rotation, rtol=1e-12, atol=1e-12)
-    q, k, _ = make_qkv(heads=4, n=6, d=12, layout="packed", dtype=torch.float64)
-    weights = (module.q_norm.weight, module.k_norm.weight)
-    ours = fd.qk_norm_rope(q, k, *rotation, *weights, interleaved=True)
-    plain = nn.rotate(module.q_norm(q), rotation), nn.rotate(module.k_norm(k), rotation)
-    torch.testing.assert_close(ours, plain)
-    loss = lambda both: (both[0].sin() * both[1]).sum()  # noqa: E731
-    torch.testing.assert_close(*(torch.autograd.grad(loss(both), weights) for both in (ours, plain)))
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer", "none"])

@@ -32,6 +32,19 @@ class Case(NamedTuple):
 
 
 ANGLES = fd.rope_angles((5,), 6, dtype=torch.float64)
+OF_A_CLIP = fd.rope_angles((1, 2, 2), 6, dtype=torch.float64)  # frames, rows, columns
+
+
+def normed_and_turned(op: Callable[..., Any]) -> Op:
+    """Layer norms of the queries and keys of a packed projection (B, N, 3, H, D), and neighbours that turn."""
+
+    def run(qkv: Tensor, w: Tensor, b: Tensor, **kw: Any) -> Tensor:
+        q, k, _ = qkv.permute(2, 0, 3, 1, 4)
+        return torch.cat(op(q, k, *OF_A_CLIP, w, w, b, b, norm="layer", interleaved=True, **kw), dim=1)
+
+    return run
+
+
 CASES = {
     "attention": Case(fd.scaled_dot_product_attention, reference.attention, ((2, 2, 5, 4),) * 3),
     "cross-causal-gqa": Case(
@@ -56,6 +69,8 @@ CASES = {
         ((2, 5, 6), (6,)),
     ),
     "gelu-tanh": Case(lambda x, **kw: fd.gelu(x, "tanh", **kw), lambda x: reference.gelu(x, "tanh"), ((2, 5, 6),)),
+    "gelu": Case(fd.gelu, reference.gelu, ((2, 5, 6),)),
+    "silu": Case(fd.silu, reference.silu, ((2, 5, 6),)),
     "linear": Case(  # the weight has a dimension more, since one test makes the first dimension of every matrix 1
         lambda x, w, b, **kw: fd.linear(x, w[0], b, **kw),
         lambda x, w, b: reference.linear(x, w[0], b),
@@ -64,6 +79,7 @@ CASES = {
     "swiglu": Case(fd.swiglu, reference.swiglu, ((2, 5, 6),) * 2),
     "geglu": Case(fd.geglu, reference.geglu, ((2, 5, 6),) * 2),
     "ada_layer_norm": Case(fd.ada_layer_norm, reference.ada_layer_norm, ((2, 5, 6), (2, 1, 6), (2, 1, 6))),
+    "ada_layer_norm-by-token": Case(fd.ada_layer_norm, reference.ada_layer_norm, ((2, 5, 6), (2, 5, 6), (1, 5, 6))),
     "ada_rms_norm": Case(fd.ada_rms_norm, reference.ada_rms_norm, ((2, 5, 6), (2, 1, 6), (2, 1, 6), (6,))),
     "gated_residual_ada_norm": Case(
         lambda *a, **kw: torch.cat(fd.gated_residual_ada_norm(*a, **kw), dim=-1),
@@ -74,6 +90,9 @@ CASES = {
         lambda *a, **kw: torch.cat(fd.qk_norm_rope(*a[:2], *ANGLES, *a[2:], **kw), dim=1),
         lambda *a: torch.cat(reference.qk_norm_rope(*a[:2], *ANGLES, *a[2:]), dim=1),
         ((2, 2, 5, 6), (2, 1, 5, 6), (6,), (6,)),
+    ),
+    "qk_layer_norm_rope-3d-packed": Case(
+        normed_and_turned(fd.qk_norm_rope), normed_and_turned(reference.qk_norm_rope), ((2, 4, 3, 2, 6), (6,), (6,))
     ),
 }
 
@@ -270,6 +289,16 @@ def test_tangents_are_linear_and_none_is_zero(case: Case) -> None:
     single = jvp(lambda a: case.ours(a, *x[1:]), (x[0],), (t_x[0],))[1]
     assert_same(sum(parts[1:], parts[0]), push(*t_x))
     assert_same(single, parts[0])
+
+
+def test_the_driver_keeps_the_primal_gradient_and_a_constant_tangent(case: Case) -> None:
+    x, t_x = points(case)
+    leaves = [a.clone().requires_grad_() for a in x]
+    out, t_out = fd.jvp(case.ours, tuple(leaves), tuple(t_x))
+    assert not t_out.requires_grad
+    assert_same((out, t_out), jvp(case.plain, tuple(x), tuple(t_x)))
+    plain = gradients(pushforward(case.plain), [*x, *t_x], through_tangent=False)
+    assert_same(torch.autograd.grad(((out - t_out) ** 2).sum(), leaves), plain)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

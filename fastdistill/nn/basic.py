@@ -1,0 +1,154 @@
+"""Linear layers, activations, norms and modulation, with torch.nn's constructors and state dicts where it has them."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from fastdistill import ops
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """A context that switches autocast off on `device`, for the parts of a network that must not be rounded to 16 bits.
+
+    Under it a linear layer computes in the dtype of its parameters.
+    """
+    if not torch.amp.is_autocast_available(device.type):  # the meta device, for one
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+class Linear(nn.Linear):
+    """``torch.nn.Linear`` (same arguments, same state dict), whose tangent costs one matmul instead of two.
+
+    Equivalent to: ``torch.nn.functional.linear(x, weight, bias)``.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.linear(input, self.weight, self.bias)
+
+
+class GELU(nn.GELU):
+    """``torch.nn.GELU`` (same argument, no parameters) with a fused tangent.
+
+    Equivalent to: ``torch.nn.functional.gelu(x, approximate=approximate)``.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.gelu(input, self.approximate)
+
+
+class SiLU(nn.SiLU):
+    """``torch.nn.SiLU`` (no parameters) with a fused tangent. The result is always a new tensor: `inplace` is ignored.
+
+    Equivalent to: ``torch.nn.functional.silu(x)``.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.silu(input)
+
+
+class LayerNorm(nn.LayerNorm):
+    """``torch.nn.LayerNorm`` (same arguments, same state dict) with a fused tangent.
+
+    Equivalent to: ``torch.nn.functional.layer_norm(x, normalized_shape, weight, bias, eps)``.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """``torch.nn.RMSNorm`` (same arguments, same state dict) with a fused tangent.
+
+    Equivalent to: ``torch.nn.functional.rms_norm(x, normalized_shape, weight, eps)``.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+class AdaLayerNorm(LayerNorm):
+    """LayerNorm over the last dimension, scaled and shifted by what the forward is given; state dict of LayerNorm.
+
+    Args of forward:
+        x: (..., C).
+        scale, shift: broadcastable to x, such as (B, 1, C) from `Modulation`.
+
+    Equivalent to: ``torch.nn.functional.layer_norm(x, (C,), weight, bias, eps) * (1 + scale) + shift``.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-6, elementwise_affine: bool = False) -> None:
+        super().__init__(width, eps=eps, elementwise_affine=elementwise_affine)
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]
+        return ops.ada_layer_norm(x, scale, shift, self.weight, self.bias, self.eps)
+
+
+class AdaRMSNorm(RMSNorm):
+    """RMSNorm over the last dimension, scaled and shifted by what the forward is given; state dict of RMSNorm.
+
+    Args of forward:
+        x: (..., C).
+        scale, shift: broadcastable to x, such as (B, 1, C) from `Modulation`; the shift may be left out.
+
+    Equivalent to: ``torch.nn.functional.rms_norm(x, (C,), weight, eps) * (1 + scale) + shift``.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-6, elementwise_affine: bool = True) -> None:
+        super().__init__(width, eps=eps, elementwise_affine=elementwise_affine)
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        assert self.eps is not None
+        return ops.ada_rms_norm(x, scale, shift, self.weight, self.eps)
+
+
+class GatedResidualAdaNorm(nn.LayerNorm):
+    """The step between two blocks: the gated residual of one, and its modulated norm for the next, in one kernel.
+
+    The residual stream may be float32 while blocks compute in 16 bits: r has x's dtype, y has h's.
+
+    Args of forward:
+        x: (..., C), the residual stream.
+        gate, scale, shift: broadcastable to x, such as (B, 1, C) from `Modulation`, or None.
+        h: x's shape, what the block adds.
+
+    Returns:
+        r = x + gate * h, and y = norm(r) * (1 + scale) + shift.
+
+    Equivalent to: ``r = x + gate * h; y = ada_layer_norm(r, scale, shift, weight, bias, eps)``.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-6, elementwise_affine: bool = False) -> None:
+        super().__init__(width, eps=eps, elementwise_affine=elementwise_affine)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, gate: Tensor | None, h: Tensor, scale: Tensor | None, shift: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return ops.gated_residual_ada_norm(x, gate, h, scale, shift, self.weight, self.bias, self.eps)
+
+
+class Modulation(nn.Module):
+    """`count` vectors for scaling, shifting and gating tokens, from a condition (adaLN, DiT, section 3.2).
+
+    Computed in the dtype of the parameters even under autocast: a bf16 scale would round every token of the tangent.
+
+    Args of forward:
+        condition: (B, C).
+
+    Returns:
+        `count` tensors (B, 1, C).
+
+    Equivalent to: ``Linear(C, count * C)(silu(condition)).unsqueeze(1).chunk(count, dim=-1)``.
+    """
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.linear = Linear(width, count * width)
+
+    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
+        with full_precision(condition.device):
+            return self.linear(ops.silu(condition)).unsqueeze(1).chunk(self.count, dim=-1)

@@ -1,0 +1,13 @@
+"""How a kernel is to be launched, said before it is: so one can also just compile it, or count."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Launch(NamedTuple):
+    """`kernel[grid](*args, **options)`."""
+
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
