@@ -8,7 +8,7 @@ README.md derives the recurrences under "Attention", in the symbols used here.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -178,6 +178,12 @@ def _config(
     return configs.attention_config("forward", arch, q.dtype, max(q.shape[3], v.shape[3]), present, kind, problem.n)
 
 
+@triton.constexpr_function
+def lowest_float(dtype: Any) -> float:
+    """finfo.min of a mask's dtype, as float32; what is wider or no float has that of float32."""
+    return -3.3895313892515355e38 if dtype == tl.bfloat16 else -3.4028234663852886e38
+
+
 @triton.jit
 def _attention_kernel(
     IN, OUT, P, TILES, scale,
@@ -204,7 +210,10 @@ def _attention_kernel(
     )  # fmt: skip
 
     inverse = 1 / tl.maximum(e_dot, LIVE)
-    lse = tl.where(e_sum < LIVE, float("-inf"), (m + tl.log2(tl.maximum(e_sum, LIVE))) * LN_2)
+    lse = (m + tl.log2(tl.maximum(e_sum, LIVE))) * LN_2
+    if IN.mask is not None:
+        lse = tl.where(lse < LOWEST / 2.1, lowest_float(IN.mask.ptr.dtype.element_ty), lse)  # see `_add_mask`
+    lse = tl.where(e_sum < LIVE, float("-inf"), lse)
     first = first_row(P, b, h, first_n + start_n)
     rows, live_n = first + tl.arange(0, BLOCK_N), start_n + tl.arange(0, BLOCK_N) < N
     o = scale_rows(o, inverse)
@@ -322,7 +331,8 @@ def _add_mask(s, MASK, b, h, offs_n, live_n, offs_m, live_m):
     if MASK.ptr.dtype.element_ty == tl.int1:
         return tl.where(mask, s, float("-inf"))
     else:
-        # A row of finfo.min is not dead, all its keys weigh the same: the change of units must not make it -inf.
+        # A row of finfo.min is not dead, all its keys weigh the same: the change of units must not make it -inf. What
+        # is as low as that counts as LOWEST / 2, until the kernel has an lse, which is finfo.min.
         bias = tl.maximum(mask.to(tl.float32), LOWEST / 2) * LOG2_E
         return s + tl.where(mask == float("-inf"), float("-inf"), bias)
 

@@ -43,7 +43,7 @@ def rows_kernel(
 
     saved = tl.load(SAVED.lse + rows, mask=live, other=float("-inf"))
     dead = saved == float("-inf")
-    lse = tl.where(dead, float("inf"), saved * LOG2_E)
+    lse = tl.where(dead, float("inf"), tl.maximum(saved, LOWEST / 2) * LOG2_E)
     if ROWS.rest is not None:
         rest = tl.zeros([BLOCK_N], tl.float32)
         far = (tl.abs(saved) > FAR) & ~dead
