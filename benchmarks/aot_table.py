@@ -259,8 +259,8 @@ def markdown(rows: Sequence[Row]) -> str:
         f"Compiled ahead of time with Triton {triton.__version__}, never run. Each config under the costliest call "
         "that it serves: with these tangents (m: the mask's), a band beside a mask, and the mask's gradients. d is the "
         "head dim, or the channels of a norm. Spills: local-memory instructions. Shared memory in KiB, tensor memory "
-        "(TMEM) in columns. MMA: tensor-core instructions, and wgmma those of them that only Hopper has: these need tiles "
-        "of 64 rows, for which two sums as wide as a head of 256 leave no registers."
+        "(TMEM) in columns. MMA: tensor-core instructions, and wgmma those of them that only Hopper has: these need "
+        "tiles of 64 rows, for which two sums as wide as a head of 256 leave no registers."
     )
     lines = [legend, "", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
