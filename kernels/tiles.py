@@ -1,7 +1,8 @@
 """Row tiles of any width: a tile that is 72 wide is a tuple of a 64-wide and a 16-wide part.
 
 Triton's tiles are powers of two. Padding a head dim of 72 to 128 would cost 1.78x the work; as 64 + 16, with the last 8
-columns masked, it costs 1.11x. The helpers here take and return such tuples, and the kernels never look inside.
+columns masked, it costs 1.11x. The helpers here take and return such tuples, and the kernels never look inside. With
+STREAM nothing but sums is such a tuple: rows are loaded where they are multiplied, STREAM columns at a time.
 """
 
 # mypy: allow-untyped-defs
