@@ -201,32 +201,14 @@ def problems(row: Row) -> list[str]:
     attends = family(row.kernel) == "attention"
     low = attends and (row.dtype, row.arch) != ("float32", 80)
     checks = {
-        f"{row.spills} register spills": row.spills > 0 and excuse(row) is None,
-        f"{row.shared_kib:g} KiB of shared memory": row.shared_kib > shared_memory(row),
+        f"{row.spills} register spills": row.spills > 0,
+        f"{row.shared_kib:g} KiB of shared memory": row.shared_kib > SHARED_MEMORY[row.arch],
         f"{row.tensor_memory} columns of tensor memory": row.tensor_memory > TENSOR_MEMORY,
         f"only {row.instructions} instructions": attends and row.instructions < SMALLEST_KERNEL,
         "no tensor-core instructions": low and row.mma == 0,
         "no wgmma": low and row.arch == 90 and row.d >= 64 and rows_of_matmuls(row) >= WGMMA_ROWS and row.wgmma == 0,
     }
     return [f"{' '.join(map(str, row[:6]))} ({row.config}): {text}" for text, bad in checks.items() if bad]
-
-
-def shared_memory(row: Row) -> int:
-    """KiB that a row may take: float32 heads wider than 128 have a mixed backward on 8.0, not on 8.6, 8.9 and 12.x."""
-    wide = row.arch == 80 and row.dtype == "float32" and row.d > 128 and row.kernel != "forward"
-    return 163 if wide else SHARED_MEMORY[row.arch]
-
-
-def excuse(row: Row) -> str | None:
-    """Why a config may spill all the same: no tile was found that does not (benchmarks/results/NOTES.md)."""
-    mixed = row.kernel != "forward" and row.tangents != ""
-    if row.dtype == "float32" and (mixed or row.d > 64):
-        return "float32 operands, twice as wide, and for exact products in registers"
-    if mixed and row.d > 128:
-        return "one gradient and the tiles of a head wider than 128"
-    if (row.kernel, row.arch, row.d, row.tangents) == ("backward_q", 80, 80, "qkvm"):
-        return "two gradients and two masks, without wgmma"
-    return None
 
 
 def rows_of_matmuls(row: Row) -> int:
@@ -284,8 +266,8 @@ def markdown(rows: Sequence[Row]) -> str:
         f"Compiled ahead of time with Triton {triton.__version__}, never run. Each config under the costliest call "
         "that it serves: with these tangents (m: the mask's), a band beside a mask, and the mask's gradients. d is the "
         "head dim, or the channels of a norm. Spills: local-memory instructions. Shared memory in KiB, tensor memory "
-        "(TMEM) in columns. MMA: tensor-core instructions, and wgmma those of them that only Hopper has. They need "
-        "tiles of 64 rows or more, which the registers have no room for in heads wider than 128."
+        "(TMEM) in columns. MMA: tensor-core instructions, and wgmma those of them that only Hopper has: these need "
+        "tiles of 64 rows, for which two sums as wide as a head of 256 leave no registers."
     )
     lines = [legend, "", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:

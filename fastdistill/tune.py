@@ -131,23 +131,23 @@ def candidates(case: Case, shared_kib: int = 227) -> list[Config]:
     kept, streamed = ((16, 32, 64), (16, 32, 64)) if narrow else ((64, 128), (32, 64, 128))
     stages = (2, 3, 4) if case.kernel == "forward" and not narrow else (1, 2, 3)
     least = 32 if narrow else 128  # elements of a tile, a warp
+    pipelines = [(depth, 0) for depth in stages] + [(2, 128 // case.dtype.itemsize)] * narrow  # the last one streams
     found = []
-    for rows, columns, warps, depth in itertools.product(kept, streamed, (4, 8), stages):
+    for rows, columns, warps, (depth, width) in itertools.product(kept, streamed, (4, 8), pipelines):
         shape = (columns, rows) if case.kernel == "backward_kv" else (rows, columns)
-        if rows * columns >= least * warps and _plausible(case, rows, columns, warps, depth, shared_kib):
-            found.append(Config(*shape, warps, depth))
+        if rows * columns >= least * warps and _plausible(case, rows, columns, warps, depth, width, shared_kib):
+            found.append(Config(*shape, warps, depth, width))
     return sorted(found, key=lambda config: -config.block_n * config.block_m)[:MOST_CANDIDATES]
 
 
-def _plausible(case: Case, rows: int, columns: int, warps: int, stages: int, shared_kib: int) -> bool:
-    """Whether the tiles fit: `rows` stay with the program and accumulate, `columns` stream by in `stages`."""
+def _plausible(case: Case, rows: int, columns: int, warps: int, stages: int, stream: int, shared_kib: int) -> bool:
+    """Whether the tiles fit: `rows` accumulate and `columns` pass by in `stages`; both do where `stream` is not 0."""
     mixed, width = bool(case.tangents), -(-case.d // 16) * 16
     accumulators = (2 if case.kernel == "backward_kv" else 1) * (1 + mixed)
-    squares = (2 if case.kernel == "forward" else 3) + mixed
-    registers = rows * (accumulators * width + squares * columns) / (32 * warps)
-    operands = (1 if case.kernel == "forward" else 2) * (1 + mixed)
-    shared = (operands * rows + 2 * (1 + mixed) * columns * stages) * width * case.dtype.itemsize
-    return registers <= REGISTERS and shared <= shared_kib * 1024
+    registers = rows * (accumulators * width + (3 - (case.kernel == "forward") + mixed) * columns) / (32 * warps)
+    kept = 0 if stream else (1 if case.kernel == "forward" else 2) * (1 + mixed) * rows * width
+    passing = (rows + columns) * stream if stream else 2 * columns * width
+    return registers <= REGISTERS and (kept + (1 + mixed) * stages * passing) * case.dtype.itemsize <= shared_kib * 1024
 
 
 def tune(
@@ -201,7 +201,8 @@ def _key(entry: Entry) -> tuple[Any, ...]:
 
 def words(config: Config) -> str:
     """A config as one says it."""
-    return f"{config.block_n}x{config.block_m}, {config.num_warps} warps, {config.num_stages} stages"
+    streams = f", by {config.stream} columns" if config.stream else ""
+    return f"{config.block_n}x{config.block_m}, {config.num_warps} warps, {config.num_stages} stages{streams}"
 
 
 @contextmanager

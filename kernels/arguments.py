@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .configs import Config
 from .tiles import Described, Strided, describable, described, stride_unit, strided
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,9 +77,9 @@ def use_descriptors(arch: int, *tensors: Tensor | None) -> bool:
 
 
 def with_descriptors(
-    inputs: Inputs, queries: tuple[Tensor, Tensor | None], keys: tuple[Tensor | None, ...], block_n: int, block_m: int
+    inputs: Inputs, queries: tuple[Tensor, Tensor | None], keys: tuple[Tensor | None, ...], config: Config
 ) -> Inputs:
-    """The same with (q, t_q) and (k, v, t_k, t_v) by descriptors, for tiles of block_n queries and block_m keys."""
-    q, t_q = (described(x, block_n) for x in queries)
-    k, v, t_k, t_v = (described(x, block_m) for x in keys)
+    """The same with (q, t_q) and (k, v, t_k, t_v) by descriptors, for the tiles of that config."""
+    q, t_q = (described(x, config.block_n, config.stream) for x in queries)
+    k, v, t_k, t_v = (described(x, config.block_m, config.stream) for x in keys)
     return Inputs._make([q, k, v, t_q, t_k, t_v, inputs.mask, inputs.t_mask])

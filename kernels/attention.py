@@ -8,7 +8,7 @@ README.md derives the recurrences under "Attention", in the symbols used here.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,7 +20,17 @@ from .arguments import check, pointers, precision, use_descriptors, with_descrip
 from .attention_backward import attention_backward
 from .calls import Launch
 from .geometry import Problem, band, first_row, live_between, live_tiles, locate, problem_of, sequences, visible
-from .tiles import add_dot, add_dot_transposed, add_scaled_rows, as_operand, load_rows, scale_rows, store_rows, zeros
+from .tiles import (
+    add_cross,
+    add_crosses,
+    add_pair,
+    add_scaled_rows,
+    as_operand,
+    load_rows,
+    scale_rows,
+    store_rows,
+    zeros,
+)
 
 __all__ = ["Outputs", "allocate", "attention_backward", "attention_forward", "plan"]
 
@@ -143,7 +153,7 @@ def plan(
         config = _config(arch if descriptors else min(arch, 80), q, v, (t_q, t_k, t_v, t_attn_mask), attn_mask, problem)
     inputs, unit = pointers(q, k, v, t_q, t_k, t_v, attn_mask, t_attn_mask)
     if descriptors:
-        inputs = with_descriptors(inputs, (q, t_q), (k, v, t_k, t_v), config.block_n, config.block_m)
+        inputs = with_descriptors(inputs, (q, t_q), (k, v, t_k, t_v), config)
     tiles = None if attn_mask is None else live_tiles(attn_mask, config.block_n, config.block_m)
     return Launch(
         grid=(triton.cdiv(problem.n, config.block_n) * sequences(q, problem) * problem.heads,),
@@ -154,10 +164,7 @@ def plan(
             "LOWER_RIGHT": lower_right,
             "UNIT": unit,
             "PRECISION": precision(q.dtype),
-            "BLOCK_N": config.block_n,
-            "BLOCK_M": config.block_m,
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
+            **config.options(),
             "enable_fp_fusion": True,
         },
     )
@@ -172,11 +179,17 @@ def _config(
     return configs.attention_config("forward", arch, q.dtype, max(q.shape[3], v.shape[3]), present, kind, problem.n)
 
 
+@triton.constexpr_function
+def lowest_float(dtype: Any) -> float:
+    """finfo.min of a mask's dtype, as float32; what is wider or no float has that of float32."""
+    return -3.3895313892515355e38 if dtype == tl.bfloat16 else -3.4028234663852886e38
+
+
 @triton.jit
 def _attention_kernel(
     IN, OUT, P, TILES, scale,
     D: tl.constexpr, D_V: tl.constexpr, LOWER_RIGHT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N queries of one head against all the keys they see."""
     tiles_n = tl.cdiv(P.n, BLOCK_N)
@@ -187,42 +200,47 @@ def _attention_kernel(
     if (P.cu_n is not None) and start_n >= N:
         return
     low, high = band(P, N, M, LOWER_RIGHT)
-    q = load_rows(IN.q, b, h, first_n, start_n, N, BLOCK_N, D, UNIT)  # (BLOCK_N, D)
+    q = load_rows(IN.q, b, h, first_n, start_n, N, BLOCK_N, D, UNIT, STREAM)  # (BLOCK_N, D)
     t_q = None
     if IN.t_q is not None:
-        t_q = load_rows(IN.t_q, b, h, first_n, start_n, N, BLOCK_N, D, UNIT)  # (BLOCK_N, D)
+        t_q = load_rows(IN.t_q, b, h, first_n, start_n, N, BLOCK_N, D, UNIT, STREAM)  # (BLOCK_N, D)
 
     m, e_sum, e_dot, h_dot, rho, o, a = _sweep(
-        q, t_q, IN, P, TILES, (b, h, row, N, first_m, M, low, high), scale, D, D_V, UNIT, PRECISION, BLOCK_N, BLOCK_M
-    )
+        q, t_q, IN, P, TILES, (b, h, row, N, first_m, M, low, high), scale,
+        D, D_V, UNIT, PRECISION, BLOCK_N, BLOCK_M, STREAM,
+    )  # fmt: skip
 
     inverse = 1 / tl.maximum(e_dot, LIVE)
-    lse = tl.where(e_sum < LIVE, float("-inf"), (m + tl.log2(tl.maximum(e_sum, LIVE))) * LN_2)
+    lse = (m + tl.log2(tl.maximum(e_sum, LIVE))) * LN_2
+    if IN.mask is not None:
+        lse = tl.where(lse < LOWEST / 2.1, lowest_float(IN.mask.ptr.dtype.element_ty), lse)  # see `_add_mask`
+    lse = tl.where(e_sum < LIVE, float("-inf"), lse)
     first = first_row(P, b, h, first_n + start_n)
     rows, live_n = first + tl.arange(0, BLOCK_N), start_n + tl.arange(0, BLOCK_N) < N
     o = scale_rows(o, inverse)
-    store_rows(OUT.o, first, live_n, o, D_V)
+    store_rows(OUT.o, first, live_n, o, D_V, STREAM)
     tl.store(OUT.lse + rows, lse, mask=live_n)
     if OUT.o_acc is not None:
-        store_rows(OUT.o_acc, first, live_n, o, D_V)
+        store_rows(OUT.o_acc, first, live_n, o, D_V, STREAM)
     if OUT.t_o is not None:
         t_o = add_scaled_rows(scale_rows(a, inverse), -h_dot * inverse, o)
-        store_rows(OUT.t_o, first, live_n, t_o, D_V)
+        store_rows(OUT.t_o, first, live_n, t_o, D_V, STREAM)
         tl.store(OUT.mu + rows, rho, mask=live_n)
         if OUT.t_o_acc is not None:
-            store_rows(OUT.t_o_acc, first, live_n, t_o, D_V)
+            store_rows(OUT.t_o_acc, first, live_n, t_o, D_V, STREAM)
 
 
 @triton.jit
 def _sweep(
     q, t_q, IN, P, TILES, at, scale,
     D: tl.constexpr, D_V: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
     """All keys that any of the queries sees, tile by tile.
 
     The loop is written in the order that keeps the fewest registers alive.
     """
+    HELD: tl.constexpr = STREAM == 0
     MOVES_S: tl.constexpr = (IN.t_q is not None) or (IN.t_k is not None) or (IN.t_mask is not None)
     b, h, row, N, first_m, M, low, high = at
     h_kv, start_n = h // P.group, row * BLOCK_N
@@ -238,16 +256,23 @@ def _sweep(
     e_dot = tl.zeros([BLOCK_N], tl.float32)
     h_dot = tl.zeros([BLOCK_N], tl.float32)
     rho = tl.zeros([BLOCK_N], tl.float32)
-    o = zeros(BLOCK_N, D_V)  # (BLOCK_N, D_V) f32
-    a = zeros(BLOCK_N, D_V)  # (BLOCK_N, D_V) f32
+    o = zeros(BLOCK_N, D_V, STREAM)  # (BLOCK_N, D_V) f32
+    a = zeros(BLOCK_N, D_V, STREAM)  # (BLOCK_N, D_V) f32
     for i in tl.range(first, last):
         start_m = i * BLOCK_M
         if listed is not None:
             start_m = tl.load(listed + i) * BLOCK_M
         offs_m = start_m + tl.arange(0, BLOCK_M)
         live_m = offs_m < M
-        k = load_rows(IN.k, b, h_kv, first_m, start_m, M, BLOCK_M, D, UNIT)  # (BLOCK_M, D)
-        s = add_dot_transposed(tl.zeros((BLOCK_N, BLOCK_M), tl.float32), q, k, PRECISION)  # (BLOCK_N, BLOCK_M) f32
+        k = load_rows(IN.k, b, h_kv, first_m, start_m, M, BLOCK_M, D, UNIT, STREAM)  # (BLOCK_M, D)
+        zero = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        if HELD:
+            s = add_cross(zero, q, k, False, PRECISION)  # (BLOCK_N, BLOCK_M) f32
+        else:
+            t_k = None
+            if IN.t_k is not None:
+                t_k = load_rows(IN.t_k, b, h_kv, first_m, start_m, M, BLOCK_M, D, UNIT, STREAM)
+            s, t = add_crosses(zero, zero, q, k, t_q, t_k, False, PRECISION, D, STREAM)
         unit = scale * LOG2_E
         if IN.mask is not None:
             s = _add_mask(s * unit, IN.mask, b, h, offs_n, live_n, offs_m, live_m)
@@ -263,16 +288,17 @@ def _sweep(
         e = tl.exp2(s * unit - m_new[:, None])  # (BLOCK_N, BLOCK_M) f32
         decay = tl.exp2(m - m_new)
         m = m_new
-        e_low = as_operand(e, q[0], PRECISION)
+        e_low = as_operand(e, q, PRECISION)
         e_sum = e_sum * decay + tl.sum(e, 1)
 
         if MOVES_S:
-            t = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)  # (BLOCK_N, BLOCK_M) f32
-            if IN.t_q is not None:
-                t = add_dot_transposed(t, t_q, k, PRECISION)
-            if IN.t_k is not None:
-                t_k = load_rows(IN.t_k, b, h_kv, first_m, start_m, M, BLOCK_M, D, UNIT)  # (BLOCK_M, D)
-                t = add_dot_transposed(t, q, t_k, PRECISION)
+            if HELD:
+                t = zero
+                if IN.t_q is not None:
+                    t = add_cross(t, t_q, k, False, PRECISION)  # (BLOCK_N, BLOCK_M) f32
+                if IN.t_k is not None:
+                    t_k = load_rows(IN.t_k, b, h_kv, first_m, start_m, M, BLOCK_M, D, UNIT)  # (BLOCK_M, D)
+                    t = add_cross(t, q, t_k, False, PRECISION)
             t_unit = scale
             if IN.t_mask is not None:
                 t = t * scale + _load_mask(IN.t_mask, b, h, offs_n, live_n, offs_m, live_m).to(tl.float32)
@@ -280,20 +306,22 @@ def _sweep(
             z = t * t_unit - rho[:, None]
             step = tl.sum(e * z, 1) / tl.maximum(e_sum, LIVE)
             rho += step
-            h_low = as_operand(e * (z - step[:, None]), q[0], PRECISION)  # (BLOCK_N, BLOCK_M)
+            h_low = as_operand(e * (z - step[:, None]), q, PRECISION)  # (BLOCK_N, BLOCK_M)
             h_dot = (h_dot - step * e_dot) * decay + tl.sum(h_low.to(tl.float32), 1)
             a = add_scaled_rows(scale_rows(a, decay), -step * decay, o)
         elif IN.t_v is not None:
             a = scale_rows(a, decay)
 
         e_dot = e_dot * decay + tl.sum(e_low.to(tl.float32), 1)
-        v = load_rows(IN.v, b, h_kv, first_m, start_m, M, BLOCK_M, D_V, UNIT)  # (BLOCK_M, D_V)
-        o = add_dot(scale_rows(o, decay), e_low, v, PRECISION)
+        v = load_rows(IN.v, b, h_kv, first_m, start_m, M, BLOCK_M, D_V, UNIT, STREAM)  # (BLOCK_M, D_V)
+        o = scale_rows(o, decay)
         if MOVES_S:
-            a = add_dot(a, h_low, v, PRECISION)
+            o, a = add_pair(o, a, e_low, h_low, v, None, PRECISION, D_V, STREAM)
+        else:
+            o, _ = add_pair(o, (), e_low, None, v, None, PRECISION, D_V, STREAM)
         if IN.t_v is not None:
-            t_v = load_rows(IN.t_v, b, h_kv, first_m, start_m, M, BLOCK_M, D_V, UNIT)  # (BLOCK_M, D_V)
-            a = add_dot(a, e_low, t_v, PRECISION)
+            t_v = load_rows(IN.t_v, b, h_kv, first_m, start_m, M, BLOCK_M, D_V, UNIT, STREAM)  # (BLOCK_M, D_V)
+            a, _ = add_pair(a, (), e_low, None, t_v, None, PRECISION, D_V, STREAM)
     return m, e_sum, e_dot, h_dot, rho, o, a
 
 
@@ -304,7 +332,8 @@ def _add_mask(s, MASK, b, h, offs_n, live_n, offs_m, live_m):
     if MASK.ptr.dtype.element_ty == tl.int1:
         return tl.where(mask, s, float("-inf"))
     else:
-        # A row of finfo.min is not dead, all its keys weigh the same: the change of units must not make it -inf.
+        # A row of finfo.min is not dead, all its keys weigh the same: the change of units must not make it -inf. What
+        # is as low as that counts as LOWEST / 2, until the kernel has an lse, which is finfo.min.
         bias = tl.maximum(mask.to(tl.float32), LOWEST / 2) * LOG2_E
         return s + tl.where(mask == float("-inf"), float("-inf"), bias)
 

@@ -279,7 +279,7 @@ def _operands(task: Task, config: configs.Config, descriptors: bool) -> tuple[In
     (q, k, v, mask), (t_q, t_k, t_v, t_mask) = task.primals, task.tangents
 
     def operand(x: Tensor | None, rows: int) -> Strided | Described | None:
-        return described(x, rows) if descriptors else strided(x, task.constants["UNIT"])
+        return described(x, rows, config.stream) if descriptors else strided(x, task.constants["UNIT"])
 
     n, m = config.block_n, config.block_m
     rows = [operand(x, size) for x, size in zip((q, k, v, t_q, t_k, t_v), (n, m, m, n, m, m))]
@@ -288,21 +288,14 @@ def _operands(task: Task, config: configs.Config, descriptors: bool) -> tuple[In
 
 
 def _options(task: Task, config: configs.Config) -> dict[str, Any]:
-    return {
-        **task.constants,
-        "BLOCK_N": config.block_n,
-        "BLOCK_M": config.block_m,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        "enable_fp_fusion": True,
-    }
+    return {**task.constants, **config.options(), "enable_fp_fusion": True}
 
 
 @triton.jit
 def _keys_kernel(
     IN, CO, ROWS, OUT, P, TILES, scale, kv_rows,
     D: tl.constexpr, D_V: tl.constexpr, LOWER_RIGHT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradients of BLOCK_M keys of one key head, from all the queries of its group that see them."""
     tiles_m = tl.cdiv(P.m, BLOCK_M)
@@ -315,17 +308,17 @@ def _keys_kernel(
         return
     low, high = band(P, N, M, LOWER_RIGHT)
     begin, whole_begin, whole_end, end = visible(start_m, -high, -low, N, BLOCK_M, BLOCK_N)
-    key = load_keys(IN, b, h_kv, first_m, start_m, M, BLOCK_M, D, D_V, UNIT)  # (BLOCK_M, D), (BLOCK_M, D_V)
+    key = load_keys(IN, b, h_kv, first_m, start_m, M, BLOCK_M, D, D_V, UNIT, STREAM)  # (BLOCK_M, D), (BLOCK_M, D_V)
 
     dk, dt_k, dv, dt_v = (), (), (), ()
     if OUT.dk is not None:
-        dk = zeros(BLOCK_M, D)
+        dk = zeros(BLOCK_M, D, STREAM)
     if OUT.dt_k is not None:
-        dt_k = zeros(BLOCK_M, D)
+        dt_k = zeros(BLOCK_M, D, STREAM)
     if OUT.dv is not None:
-        dv = zeros(BLOCK_M, D_V)
+        dv = zeros(BLOCK_M, D_V, STREAM)
     if OUT.dt_v is not None:
-        dt_v = zeros(BLOCK_M, D_V)
+        dt_v = zeros(BLOCK_M, D_V, STREAM)
     for g in tl.range(0, P.group):
         h = h_kv * P.group + g
         listed, first, last = None, begin // BLOCK_N, tl.cdiv(end, BLOCK_N)
@@ -335,29 +328,29 @@ def _keys_kernel(
             start_n = tile * BLOCK_N
             if listed is not None:
                 start_n = tl.load(listed + tile) * BLOCK_N
-            query = load_queries(IN, CO, b, h, first_n, start_n, N, BLOCK_N, D, D_V, UNIT)
+            query = load_queries(IN, CO, b, h, first_n, start_n, N, BLOCK_N, D, D_V, UNIT, STREAM)
             i, j = indices(start_n, start_m, BLOCK_N, BLOCK_M, True)
             limits = None
             if (P.left is not None) or (P.right is not None):
                 limits = (low, high, (start_n < whole_begin) | (start_n >= whole_end))
             dk, dt_k, dv, dt_v = add_tile(
                 (dk, dt_k, dv, dt_v), query, key, ROWS, IN, (None, None), P, first_n, (b, h, i, j, N, M), limits,
-                scale, True, PRECISION,
+                scale, True, PRECISION, D, D_V, STREAM,
             )  # fmt: skip
 
     row = (b.to(tl.int64) * kv_heads + h_kv) * kv_rows + first_m + start_m
     live = start_m + tl.arange(0, BLOCK_M) < M
-    store_gradient(OUT.dk, row, live, dk, scale, D)
-    store_gradient(OUT.dt_k, row, live, dt_k, scale, D)
-    store_gradient(OUT.dv, row, live, dv, 1.0, D_V)
-    store_gradient(OUT.dt_v, row, live, dt_v, 1.0, D_V)
+    store_gradient(OUT.dk, row, live, dk, scale, D, STREAM)
+    store_gradient(OUT.dt_k, row, live, dt_k, scale, D, STREAM)
+    store_gradient(OUT.dv, row, live, dv, 1.0, D_V, STREAM)
+    store_gradient(OUT.dt_v, row, live, dt_v, 1.0, D_V, STREAM)
 
 
 @triton.jit
 def _queries_kernel(
     IN, CO, ROWS, OUT, P, TILES, scale,
     D: tl.constexpr, D_V: tl.constexpr, LOWER_RIGHT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradients of BLOCK_N queries of one head, and their rows of the masks' gradients."""
     tiles_n = tl.cdiv(P.n, BLOCK_N)
@@ -372,29 +365,29 @@ def _queries_kernel(
     listed, first, last = None, begin // BLOCK_M, tl.cdiv(end, BLOCK_M)
     if TILES is not None:
         listed, first, last = live_between(TILES, b, h, tile_n, begin, end, BLOCK_M)
-    query = load_queries(IN, CO, b, h, first_n, start_n, N, BLOCK_N, D, D_V, UNIT)  # (BLOCK_N, D), (BLOCK_N, D_V)
+    query = load_queries(IN, CO, b, h, first_n, start_n, N, BLOCK_N, D, D_V, UNIT, STREAM)  # (BLOCK_N, D), (., D_V)
     i = start_n + tl.arange(0, BLOCK_N)[:, None]
     rows = load_statistics(ROWS, P, first_n, (b, h, i, i, N, M))
 
     dq, dt_q = (), ()
     if OUT.dq is not None:
-        dq = zeros(BLOCK_N, D)
+        dq = zeros(BLOCK_N, D, STREAM)
     if OUT.dt_q is not None:
-        dt_q = zeros(BLOCK_N, D)
+        dt_q = zeros(BLOCK_N, D, STREAM)
     for tile in tl.range(first, last):
         start_m = tile * BLOCK_M
         if listed is not None:
             start_m = tl.load(listed + tile) * BLOCK_M
-        key = load_keys(IN, b, h // P.group, first_m, start_m, M, BLOCK_M, D, D_V, UNIT)
+        key = load_keys(IN, b, h // P.group, first_m, start_m, M, BLOCK_M, D, D_V, UNIT, STREAM)
         j = start_m + tl.arange(0, BLOCK_M)[None, :]
         limits = (low, high, (start_m < whole_begin) | (start_m >= whole_end))
         sums = add_tile(
             (dq, dt_q, (), ()), query, key, rows, IN, (OUT.d_mask, OUT.dt_mask), P, first_n, (b, h, i, j, N, M), limits,
-            scale, False, PRECISION,
+            scale, False, PRECISION, D, D_V, STREAM,
         )  # fmt: skip
         dq, dt_q = sums[0], sums[1]
 
     first = first_row(P, b, h, first_n + start_n)
     live = start_n + tl.arange(0, BLOCK_N) < N
-    store_gradient(OUT.dq, first, live, dq, scale, D)
-    store_gradient(OUT.dt_q, first, live, dt_q, scale, D)
+    store_gradient(OUT.dq, first, live, dq, scale, D, STREAM)
+    store_gradient(OUT.dt_q, first, live, dt_q, scale, D, STREAM)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .attention_tile import LOG2_E, LOWEST, indices, logits, seen
 from .geometry import band, first_row, locate, visible
-from .tiles import Strided, load_rows
+from .tiles import Strided, add_cross, load_rows
 
 FAR = tl.constexpr(1024.0)  # an |lse| beyond which float32 holds too few digits of it
 
@@ -31,7 +31,7 @@ class Saved(NamedTuple):
 def rows_kernel(
     IN, CO, SAVED, ROWS, P, scale,
     D: tl.constexpr, D_V: tl.constexpr, LOWER_RIGHT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
     """One program: the statistics of BLOCK_N rows of one head, of whatever sequences."""
     tiles_n = tl.cdiv(P.rows, BLOCK_N)
@@ -43,7 +43,7 @@ def rows_kernel(
 
     saved = tl.load(SAVED.lse + rows, mask=live, other=float("-inf"))
     dead = saved == float("-inf")
-    lse = tl.where(dead, float("inf"), saved * LOG2_E)
+    lse = tl.where(dead, float("inf"), tl.maximum(saved, LOWEST / 2) * LOG2_E)
     if ROWS.rest is not None:
         rest = tl.zeros([BLOCK_N], tl.float32)
         far = (tl.abs(saved) > FAR) & ~dead
@@ -97,7 +97,8 @@ def _sum_rows(
         k = load_rows(IN.k, b, h // P.group, origin, start_m, m, BLOCK_M, D, UNIT)
         i, j = indices(start_n, start_m, BLOCK_N, BLOCK_M, False)
         at = (b, h, i, j, n, m)
-        s = tl.where(seen(at, low, high), logits(q, k, IN, at, scale, False, PRECISION), float("-inf"))
+        s = add_cross(tl.zeros((BLOCK_N, BLOCK_M), tl.float32), q, k, False, PRECISION)
+        s = tl.where(seen(at, low, high), logits(s, IN, at, scale), float("-inf"))
         top_new = tl.maximum(top, tl.max(s, 1))
         total = total * tl.exp2(top - top_new) + tl.sum(tl.exp2(s - top_new[:, None]), 1)
         top = top_new

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .geometry import first_row
-from .tiles import Described, Strided, add_dot, add_dot_transposed, as_operand, load_rows, store_rows
+from .tiles import Described, Strided, add_cross, add_crosses, add_pair, as_operand, load_rows, store_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)  # below every logit but -inf
@@ -75,41 +75,41 @@ def _load_statistic(ptr, P, first_n, at):
 @triton.jit
 def load_queries(
     IN, CO, b, h, first, start, n,
-    BLOCK_N: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, UNIT: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
     """(q, t_q, do, dt_o) of BLOCK_N queries, None where there is none."""
     t_q, do, dt_o = None, None, None
-    q = load_rows(IN.q, b, h, first, start, n, BLOCK_N, D, UNIT)
+    q = load_rows(IN.q, b, h, first, start, n, BLOCK_N, D, UNIT, STREAM)
     if IN.t_q is not None:
-        t_q = load_rows(IN.t_q, b, h, first, start, n, BLOCK_N, D, UNIT)
+        t_q = load_rows(IN.t_q, b, h, first, start, n, BLOCK_N, D, UNIT, STREAM)
     if CO.do is not None:
-        do = load_rows(CO.do, b, h, first, start, n, BLOCK_N, D_V, UNIT)
+        do = load_rows(CO.do, b, h, first, start, n, BLOCK_N, D_V, UNIT, STREAM)
     if CO.dt_o is not None:
-        dt_o = load_rows(CO.dt_o, b, h, first, start, n, BLOCK_N, D_V, UNIT)
+        dt_o = load_rows(CO.dt_o, b, h, first, start, n, BLOCK_N, D_V, UNIT, STREAM)
     return q, t_q, do, dt_o
 
 
 @triton.jit
 def load_keys(
     IN, b, h, first, start, m,
-    BLOCK_M: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, UNIT: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
     """(k, t_k, v, t_v) of BLOCK_M keys, None where there is none."""
     t_k, t_v = None, None
-    k = load_rows(IN.k, b, h, first, start, m, BLOCK_M, D, UNIT)
-    v = load_rows(IN.v, b, h, first, start, m, BLOCK_M, D_V, UNIT)
+    k = load_rows(IN.k, b, h, first, start, m, BLOCK_M, D, UNIT, STREAM)
+    v = load_rows(IN.v, b, h, first, start, m, BLOCK_M, D_V, UNIT, STREAM)
     if IN.t_k is not None:
-        t_k = load_rows(IN.t_k, b, h, first, start, m, BLOCK_M, D, UNIT)
+        t_k = load_rows(IN.t_k, b, h, first, start, m, BLOCK_M, D, UNIT, STREAM)
     if IN.t_v is not None:
-        t_v = load_rows(IN.t_v, b, h, first, start, m, BLOCK_M, D_V, UNIT)
+        t_v = load_rows(IN.t_v, b, h, first, start, m, BLOCK_M, D_V, UNIT, STREAM)
     return k, t_k, v, t_v
 
 
 @triton.jit
-def logits(q, k, IN, at, scale, BY_KEYS: tl.constexpr, PRECISION: tl.constexpr):
-    """S under the mask, in units of log 2."""
-    _, _, i, j, n, _ = at
-    s = cross(tl.zeros((i + j).shape, tl.float32), q, k, BY_KEYS, PRECISION) * (scale * LOG2_E)
+def logits(s, IN, at, scale):
+    """S under the mask, in units of log 2, from s = q kᵀ."""
+    _, _, i, _, n, _ = at
+    s *= scale * LOG2_E
     if IN.mask is not None:
         if IN.mask.ptr.dtype.element_ty == tl.int1:
             s = tl.where(_load_mask(IN.mask, at, 0), s, float("-inf"))
@@ -123,7 +123,8 @@ def logits(q, k, IN, at, scale, BY_KEYS: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def add_tile(
-    acc, query, key, rows, IN, OUT, P, first_n, at, limits, scale, BY_KEYS: tl.constexpr, PRECISION: tl.constexpr
+    acc, query, key, rows, IN, OUT, P, first_n, at, limits, scale,
+    BY_KEYS: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
     """Add a tile's share to (dk, dt_k, dv, dt_v) BY_KEYS, else to (dq, dt_q, (), ()); () is a gradient nobody needs.
 
@@ -133,17 +134,27 @@ def add_tile(
     q, t_q, do, dt_o = query
     k, t_k, v, t_v = key
     lse, rest, mu, delta, delta_t = rows
-    dx, dt_x, dv, dt_v = acc
     d_mask, dt_mask = OUT
     if BY_KEYS:
-        x, t_x = q, t_q
+        others = (q, t_q, do, dt_o)
     else:
-        x, t_x = k, t_k
-    USES_S: tl.constexpr = (len(dx) > 0) or (d_mask is not None)
-    USES_T: tl.constexpr = USES_S or (len(dt_x) > 0) or (dt_mask is not None)
-    MOVES_V: tl.constexpr = (len(dv) > 0) and (dt_o is not None)
+        others = (k, t_k, do, dt_o)
+    USES_S: tl.constexpr = (len(acc[0]) > 0) or (d_mask is not None)
+    USES_T: tl.constexpr = USES_S or (len(acc[1]) > 0) or (dt_mask is not None)
+    MOVES_V: tl.constexpr = (len(acc[2]) > 0) and (dt_o is not None)
+    # What is held is used as soon as possible, to free registers. What is streamed is loaded once for two products,
+    # and the sums over tiles come last: before a loop over columns, the compiler would put off all but their loads.
+    HELD: tl.constexpr = STREAM == 0
+    MOVES: tl.constexpr = (delta_t is not None) and (USES_S or MOVES_V)
+    JOINT: tl.constexpr = (delta_t is not None) and (dt_o is not None) and USES_S and not HELD
 
-    s = logits(q, k, IN, at, scale, BY_KEYS, PRECISION) - _statistic(lse, P, first_n, at, BY_KEYS)
+    _, _, i, j, _, _ = at
+    zero = tl.zeros((i + j).shape, tl.float32)
+    if HELD or not MOVES:
+        s = add_cross(zero, q, k, BY_KEYS, PRECISION, D, STREAM)
+    else:
+        s, t = add_crosses(zero, zero, q, k, t_q, t_k, BY_KEYS, PRECISION, D, STREAM)
+    s = logits(s, IN, at, scale) - _statistic(lse, P, first_n, at, BY_KEYS)
     if rest is not None:
         s -= _statistic(rest, P, first_n, at, BY_KEYS)
     if limits is not None:
@@ -151,43 +162,66 @@ def add_tile(
         if cut:
             s = tl.where(seen(at, low, high), s, float("-inf"))
     p = tl.exp2(s)
-    p_low = as_operand(p, q[0], PRECISION)
-    if (len(dt_v) > 0) and (dt_o is not None):
-        dt_v = add_dot(dt_v, p_low, dt_o, PRECISION)
-    if (len(dv) > 0) and (do is not None):
-        dv = add_dot(dv, p_low, do, PRECISION)
+    p_low, pz_low, d_t_low, d_s_low = as_operand(p, q, PRECISION), None, None, None
+    if HELD:
+        acc = _add_products(acc, others, p_low, None, None, None, PRECISION, D, D_V, STREAM)
 
-    zero = tl.zeros(p.shape, tl.float32)
     d_s = zero
     if delta_t is not None:
-        if USES_S or MOVES_V:
-            z = _moved_logits(zero, q, k, t_q, t_k, IN, at, scale, BY_KEYS, PRECISION)
-            z -= _statistic(mu, P, first_n, at, BY_KEYS)
+        if MOVES:
+            if HELD:
+                t = zero
+                if t_q is not None:
+                    t = add_cross(t, t_q, k, BY_KEYS, PRECISION)
+                if t_k is not None:
+                    t = add_cross(t, q, t_k, BY_KEYS, PRECISION)
+            z = _moved_logits(t, IN, at, scale) - _statistic(mu, P, first_n, at, BY_KEYS)
         if MOVES_V:
-            dv = add_dot(dv, as_operand(p * z, q[0], PRECISION), dt_o, PRECISION)
+            pz_low = as_operand(p * z, q, PRECISION)
+            if HELD:
+                acc = _add_products(acc, others, None, pz_low, None, None, PRECISION, D, D_V, STREAM)
         if USES_T:
             w = zero
-            if dt_o is not None:
-                w = cross(w, dt_o, v, BY_KEYS, PRECISION)
+            if JOINT:
+                w, g = add_crosses(zero, zero, dt_o, v, do, t_v, BY_KEYS, PRECISION, D_V, STREAM)
+            elif dt_o is not None:
+                w = add_cross(zero, dt_o, v, BY_KEYS, PRECISION, D_V, STREAM)
             d_t = p * (w - _statistic(delta_t, P, first_n, at, BY_KEYS))
             if dt_mask is not None:
                 _store_mask(dt_mask, d_t, P, at)
-            d_t_low = as_operand(d_t, q[0], PRECISION)
-            dt_x = add_dot(dt_x, d_t_low, x, PRECISION)
-            if t_x is not None:
-                dx = add_dot(dx, d_t_low, t_x, PRECISION)
+            d_t_low = as_operand(d_t, q, PRECISION)
+            if HELD:
+                acc = _add_products(acc, others, None, None, d_t_low, None, PRECISION, D, D_V, STREAM)
         if USES_S:
             d_s = d_t * z
     if USES_S:
-        g = zero
-        if do is not None:
-            g = cross(g, do, v, BY_KEYS, PRECISION)
-        if (dt_o is not None) and (t_v is not None):
-            g = cross(g, dt_o, t_v, BY_KEYS, PRECISION)
+        if not JOINT:
+            g = zero
+            if do is not None:
+                g = add_cross(g, do, v, BY_KEYS, PRECISION, D_V, STREAM)
+            if (dt_o is not None) and (t_v is not None):
+                g = add_cross(g, dt_o, t_v, BY_KEYS, PRECISION, D_V, STREAM)
         d_s += p * (g - _statistic(delta, P, first_n, at, BY_KEYS))
         if d_mask is not None:
             _store_mask(d_mask, d_s, P, at)
-        dx = add_dot(dx, as_operand(d_s, q[0], PRECISION), x, PRECISION)
+        d_s_low = as_operand(d_s, q, PRECISION)
+        if HELD:
+            acc = _add_products(acc, others, None, None, None, d_s_low, PRECISION, D, D_V, STREAM)
+    if not HELD:
+        acc = _add_products(acc, others, p_low, pz_low, d_t_low, d_s_low, PRECISION, D, D_V, STREAM)
+    return acc
+
+
+@triton.jit
+def _add_products(
+    acc, others, p, pz, d_t, d_s,
+    PRECISION: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, STREAM: tl.constexpr,
+):  # fmt: skip
+    """What P, P_t, dT and dS add to the gradients; None adds nothing, and is not needed or comes at another time."""
+    dx, dt_x, dv, dt_v = acc
+    x, t_x, do, dt_o = others
+    dt_v, dv = add_pair(dt_v, dv, p, pz, dt_o, do, PRECISION, D_V, STREAM)
+    dt_x, dx = add_pair(dt_x, dx, d_t, d_s, x, t_x, PRECISION, D, STREAM)
     return dx, dt_x, dv, dt_v
 
 
@@ -201,21 +235,8 @@ def _statistic(x, P, first_n, at, BY_KEYS: tl.constexpr):
 
 
 @triton.jit
-def cross(acc, of_n, of_m, BY_KEYS: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + of_n of_mᵀ, one row a query; BY_KEYS its transpose, one row a key."""
-    if BY_KEYS:
-        return add_dot_transposed(acc, of_m, of_n, PRECISION)
-    else:
-        return add_dot_transposed(acc, of_n, of_m, PRECISION)
-
-
-@triton.jit
-def _moved_logits(t, q, k, t_q, t_k, IN, at, scale, BY_KEYS: tl.constexpr, PRECISION: tl.constexpr):
-    """T, from t = 0."""
-    if t_q is not None:
-        t = cross(t, t_q, k, BY_KEYS, PRECISION)
-    if t_k is not None:
-        t = cross(t, q, t_k, BY_KEYS, PRECISION)
+def _moved_logits(t, IN, at, scale):
+    """T, from t = t_q kᵀ + q t_kᵀ."""
     t *= scale
     if IN.t_mask is not None:
         t += _load_mask(IN.t_mask, at, 0).to(tl.float32)
@@ -248,10 +269,10 @@ def _store_mask(ptr, x, P, at):
 
 
 @triton.jit
-def store_gradient(ptr, first, live, x, factor, D: tl.constexpr):
+def store_gradient(ptr, first, live, x, factor, D: tl.constexpr, STREAM: tl.constexpr):
     """Write the live rows of factor x; nothing where nobody needs them."""
     if ptr is not None:
         tile = ()
         for i in tl.static_range(len(x)):
             tile = tile + (x[i] * factor,)
-        store_rows(ptr, first, live, tile, D)
+        store_rows(ptr, first, live, tile, D, STREAM)

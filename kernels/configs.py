@@ -28,12 +28,21 @@ SHIPPED = Path(__file__).with_name("configs.json")
 
 
 class Config(NamedTuple):
-    """One launch of an attention kernel: tiles of BLOCK_N queries by BLOCK_M keys."""
+    """One launch of an attention kernel: tiles of BLOCK_N queries by BLOCK_M keys.
+
+    stream: how many columns of a row the matmuls load at a time; 0 is all of them, once, to be held.
+    """
 
     block_n: int
     block_m: int
     num_warps: int
     num_stages: int
+    stream: int = 0
+
+    def options(self) -> dict[str, int]:
+        """What a launch is told of it."""
+        blocks = {"BLOCK_N": self.block_n, "BLOCK_M": self.block_m, "STREAM": self.stream}
+        return {**blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 class NormConfig(NamedTuple):
@@ -195,7 +204,7 @@ def read(path: Path) -> tuple[Entry, ...]:
 
 def _parse(line: dict[str, Any]) -> Entry:
     entry = Entry(**{**line, "config": Config(*line["config"])})
-    numbers = [entry.arch, entry.bits, entry.d, *entry.config]
+    numbers = [entry.arch, entry.bits, entry.d, *(entry.config if entry.config.stream else entry.config[:-1])]
     if not all(type(x) is int and x > 0 for x in numbers):
         raise ValueError(f"expected positive integers, got {numbers}")
     if entry.kernel not in KERNELS or entry.mask not in MASKS or not set(entry.tangents) <= set(TANGENTS):

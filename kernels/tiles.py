@@ -1,7 +1,8 @@
 """Row tiles of any width: a tile that is 72 wide is a tuple of a 64-wide and a 16-wide part.
 
 Triton's tiles are powers of two. Padding a head dim of 72 to 128 would cost 1.78x the work; as 64 + 16, with the last 8
-columns masked, it costs 1.11x. The helpers here take and return such tuples, and the kernels never look inside.
+columns masked, it costs 1.11x. The helpers here take and return such tuples, and the kernels never look inside. With
+STREAM nothing but sums is such a tuple: rows are loaded where they are multiplied, STREAM columns at a time.
 """
 
 # mypy: allow-untyped-defs
@@ -33,11 +34,14 @@ class Described(NamedTuple):
 
 
 @triton.constexpr_function
-def column_parts(width: int) -> tuple[tuple[int, int], ...]:
+def column_parts(width: int, stream: int = 0) -> tuple[tuple[int, int], ...]:
     """Cover `width` <= 256 columns by at most three powers of two from 16 to 128, as (first column, part width).
 
     Only the last may reach beyond `width`: 72 -> ((0, 64), (64, 16)), 96 -> ((0, 64), (64, 32)), 128 -> ((0, 128),).
+    Of rows that are streamed all parts have the width `stream`.
     """
+    if stream:
+        return tuple((first, stream) for first in range(0, width, stream))
     narrowest = 16  # the least summed dimension of a tensor-core matmul
     while True:
         parts: list[tuple[int, int]] = []
@@ -77,32 +81,56 @@ def describable(x: torch.Tensor) -> bool:
     return aligned and x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and x.numel() > 0
 
 
-def described(x: torch.Tensor | None, rows: int) -> Described | None:
-    """A 4-D tensor for kernels that load that many of its rows at a time."""
+def described(x: torch.Tensor | None, rows: int, stream: int = 0) -> Described | None:
+    """A 4-D tensor for kernels that load that many of its rows at a time; one descriptor does if they are streamed."""
     if x is None:
         return None
     strides = [16 if size == 1 else s for size, s in zip(x.shape[:-1], x.stride()[:-1])] + [1]
-    blocks = [[1, 1, rows, width] for _, width in column_parts(x.shape[-1])]
+    widths = [stream] if stream else [width for _, width in column_parts(x.shape[-1])]
+    blocks = [[1, 1, rows, width] for width in widths]
     return Described(tuple(TensorDescriptor(x, list(x.shape), strides, block) for block in blocks))
 
 
 @triton.jit
-def load_rows(x, b, h, first, start, n, ROWS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr):
+def load_rows(
+    x, b, h, first, start, n, ROWS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, STREAM: tl.constexpr = 0
+):  # fmt: skip
     """Rows start ... start + ROWS - 1 of a sequence of n, whose row 0 is row `first` of head h of sample b.
 
-    Rows from n on and columns from D on are zero.
+    Rows from n on and columns from D on are zero. With STREAM nothing is loaded yet: what comes back says from where
+    the products below load STREAM columns at a time, each time anew.
     """
     PARTS: tl.constexpr = column_parts(D)
     tile = ()
     if len(x) == 1:  # Described
-        for i in tl.static_range(len(PARTS)):
-            tile = tile + (x.parts[i].load([b, h, start, PARTS[i][0]]).reshape(ROWS, PARTS[i][1]),)
+        if STREAM:
+            tile = (x.parts[0], b, h, start)
+        else:
+            for i in tl.static_range(len(PARTS)):
+                tile = tile + (x.parts[i].load([b, h, start, PARTS[i][0]]).reshape(ROWS, PARTS[i][1]),)
     else:
         rows = start + tl.arange(0, ROWS)
         head = (b.to(tl.int64) * x.stride_b + h.to(tl.int64) * x.stride_h + first.to(tl.int64) * x.stride_n) * UNIT
-        for i in tl.static_range(len(PARTS)):
-            tile = tile + (_load_part(x, head, rows, rows < n, PARTS[i][0], PARTS[i][1], D, UNIT),)
+        if STREAM:
+            tile = (x.ptr + head + rows.to(tl.int64)[:, None] * x.stride_n * UNIT, x.stride_d, (rows < n)[:, None])
+        else:
+            for i in tl.static_range(len(PARTS)):
+                tile = tile + (_load_part(x, head, rows, rows < n, PARTS[i][0], PARTS[i][1], D, UNIT),)
     return tile
+
+
+@triton.jit
+def _load_columns(rows, first, D: tl.constexpr, STREAM: tl.constexpr):
+    """STREAM columns of streamed rows, from column `first` on."""
+    if len(rows) == 4:  # Described
+        source, b, h, start = rows
+        return source.load([b, h, start, first]).reshape(source.block_shape[2], STREAM)
+    else:
+        ptrs, stride, mask = rows
+        cols = first + tl.arange(0, STREAM)
+        if D % STREAM > 0:
+            mask = mask & (cols[None, :] < D)
+        return tl.load(ptrs + cols[None, :] * stride, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -116,9 +144,18 @@ def _load_part(x, head, rows, live, FIRST: tl.constexpr, WIDTH: tl.constexpr, D:
 
 
 @triton.jit
-def store_rows(ptr, first_row, live, x, D: tl.constexpr):
+def _columns(rows, i, D: tl.constexpr, STREAM: tl.constexpr):
+    """Part i of the columns, which is there, or is loaded now."""
+    if STREAM:
+        return _load_columns(rows, i * STREAM, D, STREAM)
+    else:
+        return rows[i]
+
+
+@triton.jit
+def store_rows(ptr, first_row, live, x, D: tl.constexpr, STREAM: tl.constexpr = 0):
     """Write the live rows of x to rows first_row, first_row + 1, ... of a contiguous (..., D) tensor."""
-    PARTS: tl.constexpr = column_parts(D)
+    PARTS: tl.constexpr = column_parts(D, STREAM)
     for i in tl.static_range(len(PARTS)):
         _store_part(ptr + first_row * D, live, x[i], PARTS[i][0], PARTS[i][1], D)
 
@@ -134,9 +171,9 @@ def _store_part(ptr, live, x, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.co
 
 
 @triton.jit
-def zeros(ROWS: tl.constexpr, D: tl.constexpr):
+def zeros(ROWS: tl.constexpr, D: tl.constexpr, STREAM: tl.constexpr = 0):
     """A float32 accumulator (ROWS, D)."""
-    PARTS: tl.constexpr = column_parts(D)
+    PARTS: tl.constexpr = column_parts(D, STREAM)
     tile = ()
     for i in tl.static_range(len(PARTS)):
         tile = tile + (_zero_part(ROWS, PARTS[i][1]),)
@@ -149,20 +186,64 @@ def _zero_part(ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def add_dot_transposed(acc, x, y, PRECISION: tl.constexpr):
-    """acc + x yᵀ: the parts are of the summed dimension, acc is one plain tile."""
-    for i in tl.static_range(len(x)):
-        acc = tl.dot(x[i], y[i].T, acc, input_precision=PRECISION)
+def add_cross(
+    acc, x, y, TURNED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr = 0, STREAM: tl.constexpr = 0
+):  # fmt: skip
+    """acc + x yᵀ, TURNED acc + y xᵀ: the parts are of the summed dimension, acc is one plain tile."""
+    if STREAM:
+        for first in tl.range(0, D, STREAM):
+            x_i, y_i = _load_columns(x, first, D, STREAM), _load_columns(y, first, D, STREAM)
+            acc = _add_dot(acc, x_i, y_i, TURNED, PRECISION)
+    else:
+        for i in tl.static_range(len(x)):
+            acc = _add_dot(acc, x[i], y[i], TURNED, PRECISION)
     return acc
 
 
 @triton.jit
-def add_dot(acc, p, y, PRECISION: tl.constexpr):
-    """acc + p y: the parts are of the output's columns, p is one plain tile."""
-    tile = ()
-    for i in tl.static_range(len(acc)):
-        tile = tile + (tl.dot(p, y[i], acc[i], input_precision=PRECISION),)
-    return tile
+def add_crosses(
+    a, b, x, y, t_x, t_y, TURNED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, STREAM: tl.constexpr
+):  # fmt: skip
+    """(a + x yᵀ, b + t_x yᵀ + x t_yᵀ) of streamed rows, loaded once for both; None is left out."""
+    for first in tl.range(0, D, STREAM):
+        x_i, y_i = _load_columns(x, first, D, STREAM), _load_columns(y, first, D, STREAM)
+        a = _add_dot(a, x_i, y_i, TURNED, PRECISION)
+        if t_x is not None:
+            b = _add_dot(b, _load_columns(t_x, first, D, STREAM), y_i, TURNED, PRECISION)
+        if t_y is not None:
+            b = _add_dot(b, x_i, _load_columns(t_y, first, D, STREAM), TURNED, PRECISION)
+    return a, b
+
+
+@triton.jit
+def _add_dot(acc, x, y, TURNED: tl.constexpr, PRECISION: tl.constexpr):
+    if TURNED:
+        return tl.dot(y, x.T, acc, input_precision=PRECISION)
+    else:
+        return tl.dot(x, y.T, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def add_pair(first, second, a, b, x, y, PRECISION: tl.constexpr, D: tl.constexpr, STREAM: tl.constexpr):
+    """(first + a x, second + a y + b x), part by part so that one of x serves both; () and None are left out."""
+    PARTS: tl.constexpr = column_parts(D, STREAM)
+    new_first, new_second = (), ()
+    for i in tl.static_range(len(PARTS)):
+        if (x is not None) and (((len(first) > 0) and (a is not None)) or ((len(second) > 0) and (b is not None))):
+            x_i = _columns(x, i, D, STREAM)
+        if len(first) > 0:
+            sum_i = first[i]
+            if (a is not None) and (x is not None):
+                sum_i = tl.dot(a, x_i, sum_i, input_precision=PRECISION)
+            new_first = new_first + (sum_i,)
+        if len(second) > 0:
+            sum_i = second[i]
+            if (a is not None) and (y is not None):
+                sum_i = tl.dot(a, _columns(y, i, D, STREAM), sum_i, input_precision=PRECISION)
+            if (b is not None) and (x is not None):
+                sum_i = tl.dot(b, x_i, sum_i, input_precision=PRECISION)
+            new_second = new_second + (sum_i,)
+    return new_first, new_second
 
 
 @triton.jit
@@ -172,7 +253,13 @@ def as_operand(x, other, PRECISION: tl.constexpr):
         bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
         return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     else:
-        return x.to(other.dtype)
+        return x.to(_element_type(other[0].dtype))
+
+
+@triton.constexpr_function
+def _element_type(dtype: Any) -> Any:
+    """Of a tile, or of the pointers to it."""
+    return dtype.element_ty if dtype.is_ptr() else dtype
 
 
 @triton.jit

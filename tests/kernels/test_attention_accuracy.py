@@ -99,7 +99,7 @@ def test_what_the_accuracy_rests_on(old: str, new: str, v_offset: float, worse: 
         ("h_dot = (h_dot - step * e_dot) * decay", "h_dot = h_dot * decay"),
         ("e * (z - step[:, None])", "e * z"),
         ("a = add_scaled_rows(scale_rows(a, decay), -step * decay, o)", "a = scale_rows(a, decay)"),
-        ("o = add_dot(scale_rows(o, decay), e_low, v, PRECISION)", "o = add_dot(o, e_low, v, PRECISION)"),
+        ("o = scale_rows(o, decay)", "pass"),
     ],
 )
 def test_a_wrong_kernel_is_found(old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

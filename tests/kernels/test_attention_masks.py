@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastdistill import reference
+from fastdistill.eager import attention as eager
 from fastdistill.testing import cast, reference_jvp, relative_error
 from tests.kernels.attention_cases import CAUSAL, UNLIMITED, assert_dead, check, inputs, normal, packed_inputs, run
 from tests.kernels.device import DEVICE
@@ -50,16 +51,27 @@ def test_a_query_that_sees_no_key_gives_zeros(kind: str) -> None:
     assert_dead(outputs, dead)
 
 
-def test_a_row_of_lowest_floats_is_no_dead_row() -> None:
-    """Libraries mask with finfo.min: such keys are hidden by any other key, but alone weigh the same, as in PyTorch."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_of_lowest_floats_is_no_dead_row(dtype: torch.dtype) -> None:
+    """Libraries mask with finfo.min: such keys are hidden by any other key, but alone weigh the same, as in PyTorch.
+
+    Its lse is finfo.min, as that of the plain implementation is, beside the -inf of a row that is dead.
+    """
     primals, tangents = inputs("v", n=20, m=40, d=16)
-    mask = torch.zeros(1, 1, 20, 40, device=DEVICE)
-    mask[..., 3, :] = mask[..., 4, 7:] = torch.finfo(torch.float32).min
+    mask = torch.zeros(1, 1, 20, 40, device=DEVICE, dtype=dtype)
+    mask[..., 3, :] = mask[..., 4, 7:] = torch.finfo(dtype).min
+    mask[..., 5, :] = -math.inf
     primals["attn_mask"] = mask
     outputs = run(primals, tangents)
-    truth, t_truth = reference_jvp(reference.attention, cast(primals, torch.float64), cast(tangents, torch.float64))
+    exact = cast(primals, torch.float64)
+    truth, t_truth = reference_jvp(reference.attention, exact, cast(tangents, torch.float64))
     assert relative_error(outputs.o, truth) < 5e-6
     assert relative_error(outputs.t_o, t_truth) < 5e-6
+    lse = reference.attention_lse(exact["q"], exact["k"], exact["attn_mask"])
+    plain = run(primals, tangents, module=eager)
+    for found in (outputs.lse, plain.lse):
+        torch.testing.assert_close(found.double(), lse, rtol=1e-6, atol=1e-5)
+    assert (outputs.lse[..., 3] == torch.finfo(dtype).min).all() and (outputs.lse[..., 5] == -math.inf).all()
 
 
 @pytest.mark.parametrize("lower_right", [False, True], ids=["upper left", "lower right"])
