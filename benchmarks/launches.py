@@ -147,10 +147,10 @@ def op_rows(dtype_name: str, device: str, sizes: Sizes) -> list[dict[str, Any]]:
             ways["ours, Triton"] = (case.ours, "triton")
         for way, (op, impl) in ways.items():
             forward = partial(pushed, op, primals, tangents)
-            with counted(impl) as of_forward:
+            with counted(impl, device) as of_forward:
                 outs = forward()
             backward = pulled(outs, primals, tangents)
-            with counted(impl) as of_backward:
+            with counted(impl, device) as of_backward:
                 backward()
             timed = device == "cuda" and (way != WAYS[1] or not case.triton)  # with a GPU, ours is Triton's
             for direction, run, found in (("forward", forward, of_forward), ("backward", backward, of_backward)):
@@ -222,7 +222,7 @@ def block_rows(sizes: Sizes, device: str) -> list[dict[str, Any]]:
     rows = []
     for rope in (False, True):
         for way, (run, impl) in block_ways(rope, sizes, device).items():
-            with torch.autocast(device, torch.bfloat16), counted(impl) as kernels:
+            with torch.autocast(device, torch.bfloat16), counted(impl, device) as kernels:
                 run()
             names = [kernel.name for kernel in kernels]
             kinds = {
@@ -281,9 +281,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=Sizes().batch, help="samples, of the ops")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="in a sample")
     parser.add_argument("--width", type=int, default=WIDTH, help="of a token")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/launches", help="without its suffix")
     args = parser.parse_args(arguments)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = args.device
     sizes = Sizes(args.batch, args.tokens, args.width, HEADS)
     torch.manual_seed(0)
     rows = [row for dtype in DTYPES for row in op_rows(dtype, device, sizes)]

@@ -157,7 +157,7 @@ def test_the_program_writes_both_files_and_speeds_where_there_are_any(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new folder" / "launches"
-    launches.main(["--batch", "1", "--tokens", "4", "--width", "64", "--out", str(out)])
+    launches.main(["--device", "cpu", "--batch", "1", "--tokens", "4", "--width", "64", "--out", str(out)])
     assert "GB/s: not yet measured" in out.with_suffix(".md").read_text() == capsys.readouterr().out[:-1]
     table = json.loads(out.with_suffix(".json").read_text())
     timed = [row | {"gb_per_s": 1234.5} for row in table["ops"]]
