@@ -1,7 +1,7 @@
 """What the kernels take on GPUs that need not be there: registers, spills, shared memory, tensor-core instructions.
 
-    python -m benchmarks.aot_table                  # every shipped config, ten minutes, or less where little changed
-    python -m benchmarks.aot_table --arch 90        # only these architectures, only on the screen
+    python -m fastdistill.benchmarks.aot_table            # every shipped config, ten minutes, or less if little changed
+    python -m fastdistill.benchmarks.aot_table --arch 90  # only these architectures, only on the screen
 
 Triton compiles for any architecture; only running needs the GPU. Each attention config is compiled for the costliest
 call that it serves. The program fails if one spills, wants more memory than there is, or leaves the tensor cores idle.
@@ -29,8 +29,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import ty_to_cpp
 
-from benchmarks import aot_ops
 from fastdistill import tune
+from fastdistill.benchmarks import aot_ops
 from fastdistill.kernels import activation, attention, attention_backward, configs, norm, norm_backward, qk_norm_rope
 from fastdistill.kernels.configs import Config
 from fastdistill.tune import Case

@@ -19,7 +19,9 @@ from unittest import mock
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from triton.runtime.jit import JITFunction
 
+from fastdistill.kernels import configs
 from fastdistill.ops._dual import DualOp
 
 TORCH_ONLY = ("linear",)  # there is no kernel of ours, and impl="triton" is refused
@@ -123,10 +125,6 @@ def counted(impl: str, device: str = "cpu") -> Iterator[list[Kernel]]:
 @contextmanager
 def _launches_noted(kernels: list[Kernel], device: str) -> Iterator[None]:
     """Triton's launches are noted. On a GPU they also happen; on the CPU it is as if there were a Hopper."""
-    from triton.runtime.jit import JITFunction
-
-    from fastdistill.kernels import configs
-
     launch = JITFunction.run
 
     def note(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:

@@ -26,20 +26,28 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nn": {"ops"},
     "models": {"ops", "nn"},
     "paths": set(),
-    "times": set(),
+    "couplings": set(),
+    "times": {"paths"},
     "samplers": {"paths", "times"},
     "objectives": {"paths", "times", "samplers", "jvp"},
     "eval.exact": {"paths"},
-    "train": {"api", "jvp", "nn", "models", "paths", "times", "samplers", "objectives", "eval.exact"},
+    "train": {"api", "jvp", "nn", "models", "paths", "couplings", "times", "samplers", "objectives", "eval.exact"},
     "eval": {"api", "models", "paths", "times", "samplers", "train", "eval.exact"},
     "demo": {"api", "models", "paths", "times", "samplers", "train", "eval", "eval.exact"},
     "tune": {"kernels", "eager"},
-    "cli": {"api", "models", "samplers", "train", "eval", "demo"},
+    "benchmarks": {"api", "reference", "testing", "eager", "ops", "models", "objectives", "benchmarks.counting"},
+    "benchmarks.aot_ops": {"kernels", "tune"},
+    "benchmarks.aot_table": {"kernels", "tune", "benchmarks.aot_ops"},
+    "benchmarks.counting": {"ops", "kernels"},
+    "cli": {"api", "models", "samplers", "train", "eval", "demo", "benchmarks"},
 }
 # These are about the kernels themselves and need Triton from the start.
-NEED_TRITON = {"kernels", "tune"}
-# These may use the packages of the extra `train`; all others use torch, the kernels Triton too, and nothing else.
-APPLICATIONS = {"train", "eval", "demo", "cli"}
+NEED_TRITON = {"kernels", "tune", "benchmarks.aot_ops", "benchmarks.aot_table", "benchmarks.counting"}
+# These may use the packages of an extra; all others use torch, the kernels Triton too, and nothing else.
+APPLICATIONS = {"train", "eval", "demo", "benchmarks", "cli"}
+
+# What a layer may import besides, inside the function that needs it: optional packages, which have an extra.
+LAZY: dict[str, set[str]] = {"couplings": {"ot", "scipy"}, "samplers": {"numpy", "scipy"}}
 
 # What a fresh `import fastdistill` must not load: none of it is needed before somebody asks for it.
 HEAVY = ["triton", "matplotlib", "pydantic", "scipy", "sklearn", "tensorboard", "torch._inductor", "tyro"]
@@ -96,6 +104,8 @@ def violations(module: str, code: str, is_package: bool = False) -> list[str]:
                 found.append(f"{where} at its top level; kernels are imported by the function that needs them")
         elif top == "triton" and layer not in NEED_TRITON:
             found.append(f"{where}; only the kernels do")
+        elif top in LAZY.get(layer, set()) and node in lazy:
+            continue
         elif top not in {"torch", "triton", *sys.stdlib_module_names} and layer not in APPLICATIONS:
             found.append(f"{where}; {layer} uses torch alone")
     return found
@@ -135,6 +145,8 @@ def test_every_module_imports_only_what_its_layer_may() -> None:
         ("fastdistill.objectives.meanflow", "import fastdistill as fd", "objectives may import"),
         ("fastdistill.objectives.meanflow", "from ..models.dit import DiT", "objectives may import"),
         ("fastdistill.samplers", "from fastdistill import train", "samplers may import"),
+        ("fastdistill.samplers", "import scipy", "uses torch alone"),
+        ("fastdistill.paths", "def f():\n    import scipy", "uses torch alone"),
         ("fastdistill.models.dit", "import yaml", "uses torch alone"),
         ("fastdistill.unheard_of", "import torch", "a new layer"),
     ],
@@ -149,6 +161,7 @@ def test_a_planted_import_is_found(module: str, code: str, complaint: str) -> No
 def test_what_the_layers_allow_is_not_reported() -> None:
     """Siblings, lower layers, torch, the standard library, and kernels imported where they are needed."""
     assert not violations("fastdistill.kernels.norm", "import math, torch, triton\nfrom . import attention")
+    assert not violations("fastdistill.samplers", "def f():\n    from scipy.integrate import solve_ivp")
     assert not violations("fastdistill.ops.norm", "def f():\n    from fastdistill.kernels import norm")
     assert not violations("fastdistill.models", "from .dit import DiT\nfrom fastdistill.nn import RMSNorm", True)
 
@@ -174,7 +187,8 @@ def test_import_loads_nothing_heavy() -> None:
     assert loaded == ""
 
 
-def test_kernels_is_a_symlink_to_a_folder_without_init() -> None:
-    """As a namespace package, kernels/ never shadows another package of that name."""
-    assert os.readlink(ROOT / "fastdistill" / "kernels") == "../kernels"
-    assert not (ROOT / "kernels" / "__init__.py").exists()
+@pytest.mark.parametrize("name", ["kernels", "benchmarks"])
+def test_the_link_leads_to_a_folder_without_init(name: str) -> None:
+    """As a namespace package, it never shadows another package of that name."""
+    assert os.readlink(ROOT / "fastdistill" / name) == f"../{name}"
+    assert not (ROOT / name / "__init__.py").exists()

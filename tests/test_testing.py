@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from fastdistill.testing import (
     MemoryRecorder,
     assert_accurate,
     cast,
+    errors_against,
     make_packed,
     make_qkv,
     reference_jvp,
@@ -132,3 +135,18 @@ def test_the_recorder_counts_storages_once_and_while_they_live() -> None:
     with MemoryRecorder() as memory:
         reference.attention(*make_qkv(1, 1, 64, 8))
     assert memory.largest == 64 * 64
+
+
+def test_errors_against_is_the_same_rule_in_numbers() -> None:
+    """Shares of the largest truth; an error passes as a number exactly where the assertion lets it pass."""
+    truth = torch.tensor([4.0, -2.0], dtype=torch.float64)
+    baseline = (truth + torch.tensor([0.0, 0.5], dtype=torch.float64)).float()
+    for off, passes in ((0.9, True), (1.1, False), (float("nan"), False)):
+        actual = (truth + torch.tensor([off, 0.0], dtype=torch.float64)).float()
+        error, allowed = errors_against(actual, truth, baseline)
+        assert allowed == pytest.approx(2 * 0.5 / 4 + 2 * torch.finfo(torch.float32).eps)
+        assert (error <= allowed) is passes
+        with nullcontext() if passes else pytest.raises(AssertionError):
+            assert_accurate(actual, truth, baseline, name="x")
+    assert errors_against(torch.zeros(3), truth, baseline)[0] == float("inf")
+    assert errors_against(torch.zeros(2), 0 * truth, baseline * 0)[0] == 0.0

@@ -115,6 +115,7 @@ def train_step(state: dict[str, Any], config: TrainConfig, dataset: Dataset, run
     times = generator_at(config.seed, "times", step)
     with mixed_precision(state):
         loss, metrics = config.method.loss(net, batch, times, state["teacher"])
+        metrics.pop("rows", None)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.optim.clip_norm)
     refuse_non_finite(step + 1, {"loss": loss.detach(), "grad_norm": norm}, run)

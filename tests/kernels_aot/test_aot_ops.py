@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import triton
 
-from benchmarks import aot_ops, aot_table
-from benchmarks.aot_table import Task
+from fastdistill.benchmarks import aot_ops, aot_table
+from fastdistill.benchmarks.aot_table import Task
 
 TASKS = [task for task in aot_table.shipped() if task.case.kernel in aot_ops.SIZES]
 WITH, _, RECORDED = aot_table.recorded()

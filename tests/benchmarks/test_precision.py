@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import precision
-from benchmarks.environment import ROOT
-from benchmarks.precision import CAPS, NETWORKS, WAYS
+from fastdistill.benchmarks import precision
+from fastdistill.benchmarks.environment import RESULTS
+from fastdistill.benchmarks.precision import CAPS, NETWORKS, WAYS
 
-RECORDED = json.loads((ROOT / "benchmarks/results/precision.json").read_text(encoding="utf-8"))["results"]
+RECORDED = json.loads((RESULTS / "precision.json").read_text(encoding="utf-8"))["results"]
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -27,7 +27,7 @@ def test_the_recorded_table_is_complete_and_within_the_caps() -> None:
     """Every way of every network and seed; the Markdown is that of the JSON."""
     assert len(RECORDED) == len(WAYS) * len(NETWORKS) * len(precision.SEEDS)
     assert not precision.beyond_caps(RECORDED)
-    assert precision.table(RECORDED) == (ROOT / "benchmarks/results/precision.md").read_text(encoding="utf-8")
+    assert precision.table(RECORDED) == (RESULTS / "precision.md").read_text(encoding="utf-8")
 
 
 def test_an_error_beyond_its_cap_is_found() -> None:
@@ -40,7 +40,9 @@ def test_an_error_beyond_its_cap_is_found() -> None:
 def test_another_function_ends_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is measured against plain modules that compute something else."""
     modulated = precision.PlainDiT.__call__.__globals__["modulated"]
-    monkeypatch.setattr("benchmarks.plain_dit.modulated", lambda x, scale, shift: modulated(x, scale, shift) + 1e-9)
+    monkeypatch.setattr(
+        "fastdistill.benchmarks.plain_dit.modulated", lambda x, scale, shift: modulated(x, scale, shift) + 1e-9
+    )
     with pytest.raises(SystemExit, match="parity failed"):
         precision.errors(NETWORKS["RoPE, QK-norm"], seed=0, size=4)
 
