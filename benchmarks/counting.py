@@ -16,11 +16,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from triton.runtime.jit import JITFunction
 
+from fastdistill.kernels import configs
 from fastdistill.ops._dual import DualOp
 
 TORCH_ONLY = ("linear",)  # there is no kernel of ours, and impl="triton" is refused
@@ -111,23 +112,19 @@ def size(x: Tensor) -> int:
 
 
 @contextmanager
-def counted(impl: str) -> Iterator[list[Kernel]]:
-    """The kernels that run inside, with our ops as `impl`."""
+def counted(impl: str, device: str = "cpu") -> Iterator[list[Kernel]]:
+    """The kernels that run inside on tensors of that device, with our ops as `impl`."""
     counter = Counter(impl)
     with ExitStack() as stack:
         if impl == "triton":
-            stack.enter_context(_launches_noted(counter.kernels))
+            stack.enter_context(_launches_noted(counter.kernels, device))
         stack.enter_context(counter)
         yield counter.kernels
 
 
 @contextmanager
-def _launches_noted(kernels: list[Kernel]) -> Iterator[None]:
-    """Triton's launches are noted. Tensors on a GPU are also worked on; without one it is as if there were a Hopper."""
-    from triton.runtime.jit import JITFunction
-
-    from fastdistill.kernels import configs
-
+def _launches_noted(kernels: list[Kernel], device: str) -> Iterator[None]:
+    """Triton's launches are noted. On a GPU they also happen; on the CPU it is as if there were a Hopper."""
     launch = JITFunction.run
 
     def note(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -135,11 +132,11 @@ def _launches_noted(kernels: list[Kernel]) -> Iterator[None]:
         different = {(x.data_ptr(), x.shape, x.stride()): x for x in tensors}  # descriptors are parts of one tensor
         name = f"{self.fn.__module__.rpartition('.')[2]}.{self.__name__.strip('_').removesuffix('_kernel')}"
         kernels.append(Kernel(name, sum(map(size, different.values()))))
-        if any(x.is_cuda for x in tensors):
+        if device != "cpu":
             launch(self, *args, grid=grid, warmup=warmup, **options)
 
     with ExitStack() as stack:
-        if not torch.cuda.is_available():
+        if device == "cpu":
             stack.enter_context(configs.forced(90, {}))
         stack.enter_context(mock.patch.object(JITFunction, "run", note))
         yield

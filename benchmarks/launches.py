@@ -1,10 +1,10 @@
 """What an op and a DiT block cost on memory: kernels launched and bytes moved, by torch.func.jvp and by ours.
 
-    OMP_NUM_THREADS=1 python -m fastdistill.benchmarks.launches      # two minutes on a CPU: results/launches.json, .md
+    OMP_NUM_THREADS=1 python -m fastdistill.benchmarks.launches    # a minute on a CPU: results/launches.json and .md
 
-`benchmarks.counting` says what is counted. "Backward" is that of a loss of output and tangent, to all inputs and to
-their tangents. The floor is one kernel that reads every input once and writes every result once. Where there is a GPU,
-ours is also timed: GB/s of the floor's bytes, against those of a copy on the same GPU.
+`fastdistill.benchmarks.counting` says what is counted. "Backward" is that of a loss of output and tangent, to all
+inputs and to their tangents. The floor is one kernel that reads every input once and writes every result once. Where
+there is a GPU, ours is also timed: GB/s of the floor's bytes, against those of a copy on the same GPU.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastdistill as fd
-from fastdistill import tune
+from fastdistill.benchmarks.clock import Clock, CudaClock
 from fastdistill.benchmarks.counting import counted, size
-from fastdistill.benchmarks.environment import ROOT, fingerprint
+from fastdistill.benchmarks.environment import RESULTS, ceilings, fingerprint
 from fastdistill.benchmarks.plain_dit import modulated, plain_block, turned
 from fastdistill.models.dit import DiTBlock
 from fastdistill.testing import relative_error
@@ -133,8 +133,8 @@ def pulled(results: Tensors, primals: Tensors, tangents: Tensors) -> Callable[[]
     return lambda: torch.autograd.grad(results, (*primals, *tangents), cotangents, retain_graph=True)
 
 
-def op_rows(dtype_name: str, device: str, sizes: Sizes) -> list[dict[str, Any]]:
-    """A row for each op, way and direction."""
+def op_rows(dtype_name: str, device: str, sizes: Sizes, clock: Clock | None = None) -> list[dict[str, Any]]:
+    """A row for each op, way and direction, timed if there is a clock."""
     dtype, rows = DTYPES[dtype_name], []
     for name, case in cases(sizes, dtype, device).items():
         primals, tangents = draw(case, dtype, device)
@@ -147,12 +147,12 @@ def op_rows(dtype_name: str, device: str, sizes: Sizes) -> list[dict[str, Any]]:
             ways["ours, Triton"] = (case.ours, "triton")
         for way, (op, impl) in ways.items():
             forward = partial(pushed, op, primals, tangents)
-            with counted(impl) as of_forward:
+            with counted(impl, device) as of_forward:
                 outs = forward()
             backward = pulled(outs, primals, tangents)
-            with counted(impl) as of_backward:
+            with counted(impl, device) as of_backward:
                 backward()
-            timed = device == "cuda" and (way != WAYS[1] or not case.triton)  # with a GPU, ours is Triton's
+            timed = clock if way != WAYS[1] or not case.triton else None  # on a GPU, ours is Triton's
             for direction, run, found in (("forward", forward, of_forward), ("backward", backward, of_backward)):
                 row = {
                     "op": name,
@@ -164,25 +164,19 @@ def op_rows(dtype_name: str, device: str, sizes: Sizes) -> list[dict[str, Any]]:
                     "floor": least[direction] / per,
                     "names": [kernel.name for kernel in found],
                 }
-                rows.append(row | (speed(run, least[direction]) if timed else {}))
+                rows.append(row | (speed(run, least[direction], timed) if timed else {}))
     return rows
 
 
-def speed(run: Callable[[], object], least: int) -> dict[str, float]:
+def speed(run: Callable[[], Tensors], least: int, clock: Clock) -> dict[str, float]:
     """On a GPU: the median time, GB/s as if the floor's bytes had been moved, and the kernels that really ran."""
-    milliseconds = statistics.median(tune.cuda_times(run, 100))
+    timed = clock.warm_up(run)
+    seconds = statistics.median(clock.sample(timed) for _ in range(20))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
     ran = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return {"ms": milliseconds, "gb_per_s": least / milliseconds * 1e-6, "kernels_profiled": len(ran)}
-
-
-def copy_bandwidth() -> float:
-    """GB/s of a large copy on this GPU, counting bytes read and written."""
-    source = torch.randn(1 << 28, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / statistics.median(tune.cuda_times(lambda: target.copy_(source))) * 1e-6
+    return {"ms": 1e3 * seconds, "gb_per_s": 1e-9 * least / seconds, "kernels_profiled": len(ran)}
 
 
 def block_ways(rope: bool, sizes: Sizes, device: str) -> dict[str, tuple[Callable[[], Any], str]]:
@@ -222,7 +216,7 @@ def block_rows(sizes: Sizes, device: str) -> list[dict[str, Any]]:
     rows = []
     for rope in (False, True):
         for way, (run, impl) in block_ways(rope, sizes, device).items():
-            with torch.autocast(device, torch.bfloat16), counted(impl) as kernels:
+            with torch.autocast(device, torch.bfloat16), counted(impl, device) as kernels:
                 run()
             names = [kernel.name for kernel in kernels]
             kinds = {
@@ -241,10 +235,9 @@ def tables(rows: Sequence[dict[str, Any]], blocks: Sequence[dict[str, Any]], cop
     sizes = Sizes()
     bandwidth = "GB/s: not yet measured." if copy is None else f"GB/s: of a copy, {copy:.0f}."
     legend = (
-        "Counted by `python -m fastdistill.benchmarks.launches` at the sizes of DiT-XL/2 "
-        f"({sizes.batch} x {TOKENS} "
-        f"tokens, width {WIDTH}, {HEADS} heads). A cell is kernels · bytes an element. PyTorch's kernels are those that its "
-        f"dispatcher runs; Triton's are launches, with PyTorch's kernels beside them. {bandwidth}"
+        f"Counted by `python -m fastdistill.benchmarks.launches` at the sizes of DiT-XL/2 ({sizes.batch} x {TOKENS} "
+        f"tokens, width {WIDTH}, {HEADS} heads). A cell is kernels · bytes an element. PyTorch's kernels are those "
+        f"that its dispatcher runs; Triton's are launches, with PyTorch's kernels beside them. {bandwidth}"
     )
     text = [legend, ""]
     for direction, title in (("forward", "Output and tangent"), ("backward", "Gradients of both")):
@@ -282,14 +275,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=Sizes().batch, help="samples, of the ops")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="in a sample")
     parser.add_argument("--width", type=int, default=WIDTH, help="of a token")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/launches", help="without its suffix")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS / "launches", help="without its suffix")
     args = parser.parse_args(arguments)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = args.device
     sizes = Sizes(args.batch, args.tokens, args.width, HEADS)
     torch.manual_seed(0)
-    rows = [row for dtype in DTYPES for row in op_rows(dtype, device, sizes)]
+    clock = CudaClock() if device == "cuda" else None
+    rows = [row for dtype in DTYPES for row in op_rows(dtype, device, sizes, clock)]
     blocks = block_rows(sizes._replace(batch=1), device)
-    copy = copy_bandwidth() if device == "cuda" else None
+    copy = None if clock is None else ceilings(torch.device(device), clock)["copy_gbs"]
     results = {"environment": fingerprint(), "sizes": sizes._asdict(), "copy_gb_per_s": copy}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     lines = json.dumps(results | {"ops": rows, "blocks": blocks}).replace('{"op"', '\n{"op"')

@@ -1,6 +1,6 @@
 """What 16 bits cost a tangent: errors of u and of its tangent t_u against float64, 12 blocks, one policy a row.
 
-    OMP_NUM_THREADS=1 python -m fastdistill.benchmarks.precision     # two minutes on a CPU: results/precision.json, .md
+    OMP_NUM_THREADS=1 python -m fastdistill.benchmarks.precision    # a minute on a CPU: results/precision.json and .md
 
 Every way computes the same function of the same weights, which are numbers of bfloat16, at the same point and along the
 same direction. The program fails where ours is beyond the caps of the project, or where plain PyTorch in float64
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import fastdistill as fd
-from fastdistill.benchmarks.environment import ROOT, fingerprint
+from fastdistill.benchmarks.environment import RESULTS, fingerprint
 from fastdistill.benchmarks.plain_dit import PlainDiT, awakened, setting
 from fastdistill.models import DiT, create
 from fastdistill.testing import relative_error
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, write the JSON and the table, fail beyond the caps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=SIZE, help="of the latents")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/precision", help="without its suffix")
+    parser.add_argument("--out", type=Path, default=RESULTS / "precision", help="without its suffix")
     args = parser.parse_args(arguments)
     rows = [
         {"network": name, "seed": seed, "way": way, "error_u": u, "error_t_u": t_u}

@@ -6,7 +6,7 @@
 #   benchmarks/run_gpu.sh dit        a suite of `fastdistill bench` against everything that is installed: $OUT/dit.json;
 #                                    so, too, video, mmdit, norms, block, step, scaling
 #   benchmarks/run_gpu.sh compiled   the same cases by torch.compile, half a minute each: added to those files
-#   benchmarks/run_gpu.sh launches   the ops between attentions: kernels, bytes, GB/s of a copy's: $OUT/launches.*
+#   benchmarks/run_gpu.sh launches   kernels, bytes and GB/s of every op between attentions: $OUT/launches.json and .md
 #   benchmarks/run_gpu.sh merge      all of $OUT as one file in $RESULTS, ready to be committed
 #
 # A suite goes on where its file ends: where time was short, run the same piece again with the same OUT.
@@ -110,11 +110,14 @@ merge() {
 }
 
 launches() {
-    timeout "$BUDGET" "$PYTHON" -m fastdistill.benchmarks.launches --batch 32 --out "$OUT/launches" 2>&1 | tee "$OUT/launches.log"
+    local options=(--batch 32)
+    [ -z "${SMOKE:-}" ] || options=(--device cpu --batch 1 --tokens 4 --width 64)
+    timeout "$BUDGET" "$PYTHON" -m fastdistill.benchmarks.launches "${options[@]}" --out "$OUT/launches" 2>&1 |
+        tee "$OUT/launches.log"
 }
 
 case "${1:-}" in
-    parity | tune | compiled | launches | merge) prepare; "$1" ;;
+    parity | tune | compiled | merge | launches) prepare; "$1" ;;
     dit | video | mmdit | norms | block | step | scaling) prepare; suite "$1" ;;
     *) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit 2 ;;
 esac

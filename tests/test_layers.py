@@ -35,15 +35,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "eval": {"api", "models", "paths", "times", "samplers", "train", "eval.exact"},
     "demo": {"api", "models", "paths", "times", "samplers", "train", "eval", "eval.exact"},
     "tune": {"kernels", "eager"},
-    "benchmarks": {"api", "reference", "testing", "eager", "ops", "models", "objectives"},
+    "benchmarks": {"api", "reference", "testing", "eager", "ops", "models", "objectives", "benchmarks.counting"},
+    "benchmarks.aot_ops": {"kernels", "tune"},
     "benchmarks.aot_table": {"kernels", "tune", "benchmarks.aot_ops"},
-    "benchmarks.aot_ops": {"kernels", "tune", "benchmarks"},
-    "benchmarks.counting": {"kernels", "ops"},
-    "benchmarks.launches": {"api", "models", "ops", "testing", "tune", "benchmarks", "benchmarks.counting"},
+    "benchmarks.counting": {"ops", "kernels"},
     "cli": {"api", "models", "samplers", "train", "eval", "demo", "benchmarks"},
 }
 # These are about the kernels themselves and need Triton from the start.
-NEED_TRITON = {"kernels", "tune"} | {f"benchmarks.{name}" for name in ("aot_table", "aot_ops", "counting", "launches")}
+NEED_TRITON = {"kernels", "tune", "benchmarks.aot_ops", "benchmarks.aot_table", "benchmarks.counting"}
 # These may use the packages of an extra; all others use torch, the kernels Triton too, and nothing else.
 APPLICATIONS = {"train", "eval", "demo", "benchmarks", "cli"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,8 +18,9 @@ from torch.autograd import DeviceType
 
 import fastdistill as fd
 from fastdistill.benchmarks import launches
+from fastdistill.benchmarks.clock import CpuClock
 from fastdistill.benchmarks.counting import counted, size
-from fastdistill.benchmarks.environment import ROOT
+from fastdistill.benchmarks.environment import RESULTS
 from fastdistill.benchmarks.launches import DTYPES, WAYS, Sizes
 
 SMALL = Sizes(batch=2, tokens=32, width=64, heads=4)
@@ -145,7 +147,7 @@ def test_a_block_that_computes_something_else_is_refused(monkeypatch: pytest.Mon
 
 def test_the_recorded_tables_are_complete_and_those_of_the_counts() -> None:
     """Every op in both dtypes; kernels of ours as here; the Markdown is that of the JSON."""
-    path = ROOT / "benchmarks/results/launches"
+    path = RESULTS / "launches"
     table = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     copy = table["copy_gb_per_s"]
     assert launches.tables(table["ops"], table["blocks"], copy) == path.with_suffix(".md").read_text(encoding="utf-8")
@@ -157,7 +159,7 @@ def test_the_program_writes_both_files_and_speeds_where_there_are_any(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new folder" / "launches"
-    launches.main(["--batch", "1", "--tokens", "4", "--width", "64", "--out", str(out)])
+    launches.main(["--device", "cpu", "--batch", "1", "--tokens", "4", "--width", "64", "--out", str(out)])
     assert "GB/s: not yet measured" in out.with_suffix(".md").read_text() == capsys.readouterr().out[:-1]
     table = json.loads(out.with_suffix(".json").read_text())
     timed = [row | {"gb_per_s": 1234.5} for row in table["ops"]]
@@ -167,9 +169,10 @@ def test_the_program_writes_both_files_and_speeds_where_there_are_any(
 
 def test_a_time_becomes_gigabytes_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock and a profiler that need no GPU."""
-    monkeypatch.setattr(launches.tune, "cuda_times", lambda run, *_: [run() or 2.0])
+    ticks = itertools.count(0.0, 0.002)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     events = [SimpleNamespace(device_type=kind) for kind in (DeviceType.CPU, DeviceType.CUDA, DeviceType.CUDA)]
     profiler = nullcontext(SimpleNamespace(events=lambda: events))
     monkeypatch.setattr(torch.profiler, "profile", lambda activities: profiler)
-    assert launches.speed(lambda: None, 6_000_000) == {"ms": 2.0, "gb_per_s": 3.0, "kernels_profiled": 2}
+    found = launches.speed(lambda: (), 6_000_000, CpuClock(timer=lambda: next(ticks)))
+    assert found == pytest.approx({"ms": 2.0, "gb_per_s": 3.0, "kernels_profiled": 2})

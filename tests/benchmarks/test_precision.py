@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from fastdistill.benchmarks import precision
-from fastdistill.benchmarks.environment import ROOT
+from fastdistill.benchmarks.environment import RESULTS
 from fastdistill.benchmarks.precision import CAPS, NETWORKS, WAYS
 
-RECORDED = json.loads((ROOT / "benchmarks/results/precision.json").read_text(encoding="utf-8"))["results"]
+RECORDED = json.loads((RESULTS / "precision.json").read_text(encoding="utf-8"))["results"]
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -27,7 +27,7 @@ def test_the_recorded_table_is_complete_and_within_the_caps() -> None:
     """Every way of every network and seed; the Markdown is that of the JSON."""
     assert len(RECORDED) == len(WAYS) * len(NETWORKS) * len(precision.SEEDS)
     assert not precision.beyond_caps(RECORDED)
-    assert precision.table(RECORDED) == (ROOT / "benchmarks/results/precision.md").read_text(encoding="utf-8")
+    assert precision.table(RECORDED) == (RESULTS / "precision.md").read_text(encoding="utf-8")
 
 
 def test_an_error_beyond_its_cap_is_found() -> None:
