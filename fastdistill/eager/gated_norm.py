@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdistill.eager.norm import _fresh, _gradient, _sum, norm_backward, norm_forward
+from fastdistill.eager.norm import _fresh, _sum, norm_backward, norm_forward
 
 
 def gated_norm_forward(
