@@ -31,16 +31,16 @@ def block_size(device: torch.device) -> int:
     return BLOCK_SIZE["cpu"] * torch.get_num_threads() if device.type == "cpu" else BLOCK_SIZE["cuda"]
 
 
-def row_blocks(x: Tensor) -> list[At]:
+def row_blocks(x: Tensor, *, by_sample: bool = False) -> list[At]:
     """Where the blocks of x (B, T, ...) lie: some b with all their t, or some t of one b; one empty `At` if it is one.
 
-    Rows, the last dimension, are never cut.
+    Rows, the last dimension, are never cut. `by_sample`: no block has more than one b.
     """
     size, inner = block_size(x.device), math.prod(x.shape[2:])
-    if x.numel() <= size:
+    if x.numel() <= size and not by_sample:
         return [()]
     rows = max(1, size // inner)
-    if rows >= x.shape[1]:
+    if rows >= x.shape[1] and not by_sample:
         return [(part, slice(None)) for part in _cuts(x.shape[0], rows // x.shape[1])]
     return [(slice(b, b + 1), part) for b in range(x.shape[0]) for part in _cuts(x.shape[1], rows)]
 

@@ -16,7 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdistill.eager._rows import Gradients, Rows, accumulator_dtype, memory, part, row_blocks
+from fastdistill.eager._rows import At, Gradients, Rows, accumulator_dtype, memory, part, row_blocks
+
+MOST_OFFSET = 1.0  # means up to so many standard deviations cost PyTorch's kernel no digits
+LEAST_SAMPLE = 1 << 14  # elements of a sample from which on a kernel for each is worth its launch
 
 
 def norm_forward(
@@ -75,7 +78,7 @@ def forward_block(
     """(y, t_y, mean, rstd) of some rows, in `dtype`; t_y may be a mere t_shift, in its shape and memory."""
     width, rows, mean = x.shape[-1], x.to(dtype), None
     if rms:
-        rstd = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_().div_(width).add_(eps).rsqrt_()
+        rstd = rows.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
         xh = rows * rstd
     else:
         # A large common offset leaves a rounding of the mean in every entry, which the tangent would see as a slope:
@@ -118,9 +121,28 @@ def norm_backward(
         raise ValueError("dy: expected a tensor where dt_y is None, got None")
     arguments = (dy, dt_y, x, t_x, weight, t_weight, bias, t_bias, scale, t_scale, shift, t_shift, mean, rstd)
     grads = Gradients((x, weight, bias, scale, shift), needs, x, (dy, dt_y))
-    for at in row_blocks(x):
-        grads.put(backward_block(*(part(a, at) for a in arguments), rms=rms, needs=needs), at)
+    blocks, centred = plan(x, scale, shift, mean, rstd, primal=dt_y is None)
+    if not centred and scale is None and shift is None and x.dtype == rstd.dtype:
+        blocks = [()]  # one kernel, without a temporary
+    for at in blocks:
+        grads.put(backward_block(*(part(a, at) for a in arguments), rms=rms, needs=needs, centred=centred), at)
     return grads.results()
+
+
+def plan(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, mean: Tensor | None, rstd: Tensor, *, primal: bool
+) -> tuple[list[At], bool]:
+    """The blocks of a backward pass, and whether their rows have to be centred.
+
+    PyTorch's kernel for the primal backward of LayerNorm has no need of it, but its error grows with |mean| rstd; what
+    that is, only a CPU says without waiting. For the kernel a modulation that is one vector for a block is a weight.
+    """
+    if not primal or mean is None:
+        return row_blocks(x), True
+    centred = x.device.type != "cpu" or x.numel() == 0 or float((mean * rstd).abs().max()) > MOST_OFFSET
+    modulations = [a for a in (scale, shift) if a is not None]
+    vectors = all(a.shape[1] == 1 for a in modulations) and any(a.shape[0] > 1 for a in modulations)
+    return row_blocks(x, by_sample=vectors and x.shape[1] * x.shape[2] >= LEAST_SAMPLE), centred
 
 
 def backward_block(
@@ -141,11 +163,15 @@ def backward_block(
     *,
     rms: bool,
     needs: tuple[bool, ...],
+    centred: bool = True,
 ) -> tuple[Tensor | None, ...]:
     """The ten gradients at some rows, in float32 or better; those of parameters may still want to be summed.
 
     None is zero, or was not asked for; some that were not asked for may be there. They may be the cotangents.
+    Without `centred`, LayerNorm's primal backward takes x as it is: see `plan`.
     """
+    if dt_y is None and dy is not None and mean is not None and _are_vectors(scale, shift):
+        return *_native_backward(dy, x, weight, bias, scale, mean, rstd, needs, centred), *[None] * 5
     if dt_y is None:
         cotangent, t_cotangent, t_x, t_weight, t_bias, t_scale = dy, None, None, None, None, None
         wants = [(need, False) for need in needs[:5]]
@@ -173,6 +199,43 @@ def backward_block(
         found[3] = _affine(of_y, _affine(_Pair(core.xh, t_xh), weights, _pair(bias, t_bias, dtype)))
     of_value, of_tangent = zip(*((None, None) if pair is None else pair for pair in found), strict=True)
     return (*of_value, *of_tangent) if dt_y is None else (*of_tangent, *of_value)
+
+
+def _are_vectors(*modulations: Tensor | None) -> bool:
+    return all(a is None or a.shape[:2] == (1, 1) for a in modulations)
+
+
+def _native_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    needs: tuple[bool, ...],
+    centred: bool,
+) -> tuple[Tensor | None, ...]:
+    """The primal backward of a LayerNorm by PyTorch's kernel, whose weight is weight (1 + scale): five gradients."""
+    dtype, mean, rstd = rstd.dtype, mean.unsqueeze(-1), rstd.unsqueeze(-1)
+    rows = x.to(dtype)
+    if centred:
+        rows, mean = rows - mean, torch.zeros_like(mean)
+    weight, bias = (None if a is None else a.to(dtype) for a in (weight, bias))
+    factor = None if scale is None else 1 + scale.to(dtype).flatten()
+    gamma = factor if weight is None else weight if factor is None else weight * factor
+    parameters = any(needs[1:5])
+    if gamma is None and parameters:
+        gamma = rows.new_ones(rows.shape[-1])
+    dx, along, total = torch.ops.aten.native_layer_norm_backward(
+        dy.to(dtype), rows, rows.shape[-1:], mean, rstd, gamma, gamma, (needs[0], parameters, parameters)
+    )
+    if not parameters:
+        return dx, None, None, None, None
+    dweight, dbias = (along, total) if factor is None else (along * factor, total * factor)
+    dscale = along if weight is None else along * weight
+    dscale = dscale if bias is None else torch.addcmul(dscale, total, bias)
+    return dx, dweight, dbias, dscale[None, None], total[None, None]
 
 
 class _Normed:
