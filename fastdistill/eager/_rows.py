@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def part(x: Tensor | None, at: At) -> Tensor | None:
     return x[tuple(slice(None) if size == 1 else where for size, where in zip(x.shape, at))]
 
 
-def elements(*tensors: Tensor | None) -> Iterator[list[Tensor | None]]:
+def elements(*tensors: Tensor | None) -> Iterator[list[Any]]:
     """Blocks of tensors of one shape, any strides, and None for what isn't there."""
     given = [x for x in tensors if x is not None]
     if given[0].numel() <= block_size(given[0].device):

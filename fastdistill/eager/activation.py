@@ -37,11 +37,11 @@ def activation_forward(
         return phi(x, kind).contiguous(), None if t_x is None else along(t_x, x, kind).contiguous()
     y, t_y = _empty(x), None if t_x is None and t_up is None else _empty(x)
     for block in elements(x, t_x, up, t_up, y, t_y):
-        _values(*block, kind)
+        _values(*block, kind=kind)
     return y, t_y
 
 
-def _values(x: Any, t_x: Tensor | None, up: Tensor | None, t_up: Tensor | None, y: Any, t_y: Any, kind: str) -> None:
+def _values(x: Any, t_x: Tensor | None, up: Tensor | None, t_up: Tensor | None, y: Any, t_y: Any, *, kind: str) -> None:
     """Write y = phi(x) up and its tangent."""
     x, up = _wide(x), None if up is None else _wide(up)
     if t_x is None:
@@ -77,7 +77,7 @@ def activation_backward(
         return one, *(torch.zeros_like(x) if need else None for need in needs[1:])
     results = [_empty(x) if need else None for need in needs]
     for block in elements(dy, dt_y, x, t_x, up, t_up, *results):
-        _gradients(*block, kind)
+        _gradients(*block, kind=kind)
     return tuple(results)
 
 
@@ -92,6 +92,7 @@ def _gradients(
     dup: Tensor | None,
     dt_x: Tensor | None,
     dt_up: Tensor | None,
+    *,
     kind: str,
 ) -> None:
     """Write those gradients that are wanted. h is the cotangent of phi' t_x, g that of phi."""

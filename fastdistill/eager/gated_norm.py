@@ -51,8 +51,8 @@ def gated_norm_forward(
     y, t_y = (Rows(x.shape, h.dtype, x.device) for _ in range(2))
     mean, rstd = (Rows(x.shape[:-1], dtype, x.device) for _ in range(2))
     for at in row_blocks(x):
-        parts = [part(a, at) for a in arguments]
-        of_r = _residual(*parts[:6], dtype)
+        parts: list[Any] = [part(a, at) for a in arguments]
+        of_r = _residual(*parts[:6], dtype=dtype)
         of_y = forward_block(*of_r, *parts[6:], eps=eps, rms=rms, dtype=dtype)
         for result, found in zip((r, t_r, y, t_y, mean, rstd), (*of_r, *of_y), strict=True):
             if found is not None:
@@ -103,8 +103,9 @@ def gated_norm_backward(
     grads = Gradients((x, h, gate, weight, bias, scale, shift), needs, x, (dr, dt_r, dy, dt_y))
     blocks, centred = plan(x, scale, shift, mean, rstd, primal=dt_r is None and dt_y is None)
     for at in blocks:
-        parts = [part(a, at) for a in (*arguments, *of_norm)]
-        grads.put(_gradients(*parts[:10], parts[10:], rms, needs, centred, rstd.dtype), at)
+        parts: list[Any] = [part(a, at) for a in (*arguments, *of_norm)]
+        options: dict[str, Any] = {"rms": rms, "needs": needs, "centred": centred, "dtype": rstd.dtype}
+        grads.put(_gradients(*parts[:10], of_norm=parts[10:], **options), at)
     return grads.results()
 
 
@@ -119,6 +120,7 @@ def _gradients(
     t_h: Tensor | None,
     gate: Tensor | None,
     t_gate: Tensor | None,
+    *,
     of_norm: Sequence[Tensor | None],
     rms: bool,
     needs: tuple[bool, ...],
@@ -130,7 +132,7 @@ def _gradients(
     found: Sequence[Tensor | None] = [None] * 10
     if dy is not None or dt_y is not None:
         wanted = (before or t_before, *needs[3:7], dt_y is not None and (before or t_before), *needs[10:])
-        of_r = _residual(x, t_x, h, t_h, gate, t_gate, dtype)
+        of_r = _residual(x, t_x, h, t_h, gate, t_gate, dtype=dtype)
         found = backward_block(dy, dt_y, *of_r, *of_norm, rms=rms, needs=wanted, centred=centred)
     dr, dt_r = (_sum(found[i], None if d is None else d.to(dtype)) for i, d in ((0, dr), (5, dt_r)))
     rows, t_rows, factor, t_factor = (None if a is None else a.to(dtype) for a in (h, t_h, gate, t_gate))
@@ -149,6 +151,7 @@ def _residual(
     t_h: Tensor | None,
     gate: Tensor | None,
     t_gate: Tensor | None,
+    *,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """r and its tangent, in `dtype`."""

@@ -261,7 +261,9 @@ class _Normed:
             return torch.addcmul(u, self.xh, self.along(u) if along is None else along, value=-1).mul_(self.rstd)
         shape, zero = self.rows.shape[-1:], torch.zeros_like(self.rstd)
         only_input = (True, False, False)
-        return torch.ops.aten.native_layer_norm_backward(u, self.rows, shape, zero, self.rstd, None, None, only_input)[0]
+        return torch.ops.aten.native_layer_norm_backward(u, self.rows, shape, zero, self.rstd, None, None, only_input)[
+            0
+        ]
 
 
 class _Pair(NamedTuple):
