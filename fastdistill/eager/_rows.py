@@ -1,6 +1,6 @@
 """Elementwise and rowwise work in blocks that stay in the cache, and what collects their results.
 
-A large temporary costs more than the arithmetic on it: some 3 ns an element where a pass over a block in the cache takes
+A large temporary costs more than the arithmetic on it: 3 ns an element where a pass over a block in the cache takes
 0.2 to 0.5 ns (benchmarks/results/NOTES.md). So whatever needs temporaries runs block by block, and only results
 are large. On a GPU blocks are few, and bound the memory of the temporaries.
 """
