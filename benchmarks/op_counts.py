@@ -57,7 +57,9 @@ class OpCounter(MemoryRecorder):
         with self:  # which PyTorch switches off in this method: on again, for what the op dispatches itself
             if func.namespace == "fastdistill":
                 return torch.library.get_kernel(func, "CPU").call_boxed(CPU, *args, **kwargs)
-            result = func.decompose(*args, **kwargs)
+            # What has a kernel of its own runs that, whatever PyTorch could also compose it of.
+            own = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU")
+            result = NotImplemented if own else func.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
         result = super().__torch_dispatch__(func, types, args, kwargs)

@@ -7,10 +7,14 @@ dgate is the sum of h∘dr; the tangents' by the product rule.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fastdistill.eager.norm import _fresh, _gradient, _sum, norm_backward, norm_forward
+from fastdistill.eager._rows import Gradients, Rows, accumulator_dtype, memory, part, row_blocks
+from fastdistill.eager.norm import _sum, backward_block, forward_block, plan
 
 
 def gated_norm_forward(
@@ -40,13 +44,23 @@ def gated_norm_forward(
 
     Equivalent to: `torch.func.jvp(reference.gated_residual_ada_norm, (x, h, gate, ...), (t_x, t_h, t_gate, ...))`.
     """
-    r, t_r = _residual(x, t_x, h, t_h, gate, t_gate)
-    of_norm = (weight, t_weight, bias, t_bias, scale, t_scale, shift, t_shift)
-    y, t_y, mean, rstd = norm_forward(r, t_r, *of_norm, eps=eps, rms=rms)
-    if t_y is not None:
-        t_r = x.new_zeros(x.shape) if t_r is None else _fresh(t_r, x)
-        t_y = t_y.to(h.dtype)
-    return r.to(x.dtype).contiguous(), t_r, y.to(h.dtype), t_y, mean, rstd
+    dtype = accumulator_dtype(x, h)
+    arguments = (x, t_x, h, t_h, gate, t_gate, weight, t_weight, bias, t_bias, scale, t_scale, shift, t_shift)
+    taken = {memory(a) for a in arguments if a is not None}
+    r, t_r = (Rows(x.shape, x.dtype, x.device) for _ in range(2))
+    y, t_y = (Rows(x.shape, h.dtype, x.device) for _ in range(2))
+    mean, rstd = (Rows(x.shape[:-1], dtype, x.device) for _ in range(2))
+    for at in row_blocks(x):
+        parts: list[Any] = [part(a, at) for a in arguments]
+        of_r = _residual(*parts[:6], dtype=dtype)
+        of_y = forward_block(*of_r, *parts[6:], eps=eps, rms=rms, dtype=dtype)
+        for result, found in zip((r, t_r, y, t_y, mean, rstd), (*of_r, *of_y), strict=True):
+            if found is not None:
+                result.put(found, at, taken)
+    if t_y.whole is not None and t_r.whole is None:
+        t_r.whole = x.new_zeros(x.shape)
+    assert r.whole is not None and y.whole is not None and rstd.whole is not None
+    return r.whole, t_r.whole, y.whole, t_y.whole, mean.whole, rstd.whole
 
 
 def gated_norm_backward(
@@ -84,34 +98,77 @@ def gated_norm_backward(
         raise ValueError("dr: expected a tensor where dt_r, dy and dt_y are None, got None")
     if dt_r is None and dt_y is None:
         t_x = t_h = t_gate = t_weight = t_bias = t_scale = t_shift = None
-    r, t_r = _residual(x, t_x, h, t_h, gate, t_gate)
-    of_norm = (weight, t_weight, bias, t_bias, scale, t_scale, shift, t_shift)
+    arguments = (dr, dt_r, dy, dt_y, x, t_x, h, t_h, gate, t_gate)
+    of_norm = (weight, t_weight, bias, t_bias, scale, t_scale, shift, t_shift, mean, rstd)
+    grads = Gradients((x, h, gate, weight, bias, scale, shift), needs, x, (dr, dt_r, dy, dt_y))
+    blocks, centred = plan(x, scale, shift, mean, rstd, primal=dt_r is None and dt_y is None)
+    for at in blocks:
+        parts: list[Any] = [part(a, at) for a in (*arguments, *of_norm)]
+        options: dict[str, Any] = {"rms": rms, "needs": needs, "centred": centred, "dtype": rstd.dtype}
+        grads.put(_gradients(*parts[:10], of_norm=parts[10:], **options), at)
+    return grads.results()
+
+
+def _gradients(
+    dr: Tensor | None,
+    dt_r: Tensor | None,
+    dy: Tensor | None,
+    dt_y: Tensor | None,
+    x: Tensor | None,
+    t_x: Tensor | None,
+    h: Tensor | None,
+    t_h: Tensor | None,
+    gate: Tensor | None,
+    t_gate: Tensor | None,
+    *,
+    of_norm: Sequence[Tensor | None],
+    rms: bool,
+    needs: tuple[bool, ...],
+    centred: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, ...]:
+    """The fourteen gradients at some rows; None is zero, or was not asked for."""
     before, t_before = any(needs[:3]), any(needs[7:10])
-    found: list[Tensor | None] = [None] * 10
+    found: Sequence[Tensor | None] = [None] * 10
     if dy is not None or dt_y is not None:
         wanted = (before or t_before, *needs[3:7], dt_y is not None and (before or t_before), *needs[10:])
-        found = list(norm_backward(dy, dt_y, r, t_r, *of_norm, mean, rstd, rms=rms, needs=wanted))
-    dr, dt_r = (_sum(found[i], None if d is None else d.to(r.dtype)) for i, d in ((0, dr), (5, dt_r)))
-    rows, t_rows, factor, t_factor = (None if a is None else a.to(r.dtype) for a in (h, t_h, gate, t_gate))
+        of_r = _residual(x, t_x, h, t_h, gate, t_gate, dtype=dtype)
+        found = backward_block(dy, dt_y, *of_r, *of_norm, rms=rms, needs=wanted, centred=centred)
+    dr, dt_r = (_sum(found[i], None if d is None else d.to(dtype)) for i, d in ((0, dr), (5, dt_r)))
+    rows, t_rows, factor, t_factor = (None if a is None else a.to(dtype) for a in (h, t_h, gate, t_gate))
     dh, dt_h = (d if factor is None else _product(d, factor) for d in (dr, dt_r))
     dh = _sum(dh, _product(dt_r, t_factor))
-    dgate, dt_gate = _sum(_product(dr, rows), _product(dt_r, t_rows)), _product(dt_r, rows)
-    grads = [dr, dh, dgate, *found[1:5], dt_r, dt_h, dt_gate, *found[6:]]
-    likes = [x, h, gate, weight, bias, scale, shift] * 2
-    return tuple(_gradient(grad, like, need) for grad, like, need in zip(grads, likes, needs, strict=True))
+    dgate = dt_gate = None
+    if gate is not None:
+        dgate, dt_gate = _sum(_product(dr, rows), _product(dt_r, t_rows)), _product(dt_r, rows)
+    return (dr, dh, dgate, *found[1:5], dt_r, dt_h, dt_gate, *found[6:])
 
 
 def _residual(
-    x: Tensor, t_x: Tensor | None, h: Tensor, t_h: Tensor | None, gate: Tensor | None, t_gate: Tensor | None
+    x: Any,
+    t_x: Tensor | None,
+    h: Any,
+    t_h: Tensor | None,
+    gate: Tensor | None,
+    t_gate: Tensor | None,
+    *,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    """r and its tangent, in float32 or better."""
-    dtype = torch.promote_types(torch.promote_types(x.dtype, h.dtype), torch.float32)
+    """r and its tangent, in `dtype`."""
     x, h = x.to(dtype), h.to(dtype)
     t_x, t_h, gate, t_gate = (None if a is None else a.to(dtype) for a in (t_x, t_h, gate, t_gate))
-    t_r = _sum(t_x, _product(t_gate, h))
-    if gate is None:
-        return x + h, _sum(t_r, t_h)
-    return torch.addcmul(x, gate, h), _sum(t_r, _product(gate, t_h))
+    r = x + h if gate is None else torch.addcmul(x, gate, h)
+    t_r = _sum_of_product(t_x, t_gate, h)
+    if gate is None or t_h is None:
+        return r, _sum(t_r, t_h)
+    return r, _sum_of_product(t_r, gate, t_h)
+
+
+def _sum_of_product(x: Tensor | None, factor: Tensor | None, y: Tensor) -> Tensor | None:
+    """x + factor * y, where None is zero."""
+    if factor is None:
+        return x
+    return factor * y if x is None else torch.addcmul(x, factor, y)
 
 
 def _product(x: Tensor | None, y: Tensor | None) -> Tensor | None:

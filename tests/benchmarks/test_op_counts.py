@@ -80,6 +80,13 @@ def test_composite_ops_count_as_what_they_do() -> None:
     assert count(lambda: out.baddbmm_(x3, w3))["matmul_flops"] == 2 * 2 * 4 * 8 * 16
 
 
+def test_an_op_with_a_kernel_and_a_decomposition_counts_as_the_kernel() -> None:
+    """SiLU's backward could be composed of seven ops, but on a CPU it is one: u and x read, a result written."""
+    x, u = torch.randn(2, 64)
+    found = count(lambda: torch.ops.aten.silu_backward(u, x))
+    assert (found["aten_ops"], found["bytes_moved"]) == (1, 3 * x.nbytes)
+
+
 def test_one_more_pass_over_the_data_is_seen() -> None:
     """The gate can fail: an op that does what it did and then a copy counts more of everything but flops."""
     (q, k, v), tangents = (make_qkv(1, 2, 64, 16, seed=seed) for seed in (0, 1))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdistill import reference
+from fastdistill.eager import _rows
 from fastdistill.eager import activation as eager
 from fastdistill.testing import assert_accurate, cast, reference_jvp, reference_vjp, relative_error
 
@@ -103,6 +104,20 @@ def test_halves_of_a_packed_projection_and_a_transposed_tangent_match_autodiff()
     primals["x"], primals["up"] = torch.randn(3, 7, 80).chunk(2, -1)
     tangents["x"] = torch.randn(3, 40, 7).mT
     check("silu", primals, tangents)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "halves", "transposed"])
+@pytest.mark.parametrize("kind", PHI)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_several_blocks_match_autodiff(kind: str, gated: bool, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 100 of 840 elements: flat ones, and rows of what isn't contiguous."""
+    monkeypatch.setattr(_rows, "block_size", lambda device: 100)
+    primals, tangents = problem(gated, dtype="bf16")
+    if layout == "halves":
+        primals |= dict(zip(primals, torch.randn(3, 7, 80).bfloat16().chunk(2, -1)))
+    if layout == "transposed":
+        tangents["x"] = torch.randn(3, 40, 7).bfloat16().mT
+    check(kind, primals, tangents)
 
 
 @pytest.mark.parametrize(("dtype", "cap"), [("fp64", 1e-12), ("fp32", 1e-6), ("bf16", 3e-3), ("fp16", 4e-4)])

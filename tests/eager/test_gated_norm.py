@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fastdistill.eager import _rows, norm
 from fastdistill.eager import gated_norm as eager
 from tests.eager.gated_norm_cases import (
     ALL_NAMES,
@@ -54,6 +55,18 @@ def test_every_subset_of_cotangents_matches_autodiff(cotangents: tuple[str, ...]
 def test_every_modulation_matches_autodiff(modulation: tuple[int, int]) -> None:
     """Gate, scale and shift for each sample, each token, each position, and one for all."""
     check(eager, Case(parts=MODULATED, modulation=modulation))
+
+
+@pytest.mark.parametrize("cotangents", [("dr", "dy"), ("dy",), COTANGENTS], ids="+".join)
+@pytest.mark.parametrize("modulation", [(2, 1), (2, 5), (1, 1)])
+@pytest.mark.parametrize("size", [1, 120, 300], ids=lambda size: f"blocks of {size}")
+def test_several_blocks_match_autodiff(
+    cotangents: tuple[str, ...], modulation: tuple[int, int], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row in each, three rows of one sample, a sample."""
+    monkeypatch.setattr(_rows, "block_size", lambda device: size)
+    monkeypatch.setattr(norm, "LEAST_SAMPLE", 1)
+    check(eager, Case(modulation=modulation, cotangents=cotangents))
 
 
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])

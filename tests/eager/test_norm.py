@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdistill import reference
+from fastdistill.eager import _rows
 from fastdistill.eager import norm as eager
 from fastdistill.testing import assert_accurate, cast, reference_jvp, reference_vjp, relative_error
 
@@ -141,6 +142,34 @@ def test_every_subset_of_tangents_matches_autodiff(tangents: tuple[str, ...], rm
 def test_every_modulation_matches_autodiff(modulation: tuple[int, int], dtype: str) -> None:
     """A scale and shift for each image, each token, each position, and one for all."""
     check(Case(modulation=modulation, dtype=dtype, parts=("scale", "shift"), tangents=("x", "scale", "shift")))
+
+
+@pytest.mark.parametrize("modulation", [(3, 1), (3, 7), (1, 7), (1, 1)])
+@pytest.mark.parametrize("size", [1, 120, 300], ids=lambda size: f"blocks of {size}")
+@pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
+@pytest.mark.parametrize("least", [1, 1 << 14], ids=["samples", "across samples"])
+def test_several_blocks_match_autodiff(
+    modulation: tuple[int, int], size: int, rms: bool, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row in each, three rows of one sample, several samples; kernels for a sample each where samples are large."""
+    monkeypatch.setattr(_rows, "block_size", lambda device: size)
+    monkeypatch.setattr(eager, "LEAST_SAMPLE", least)
+    check(Case(rms=rms, modulation=modulation, dtype="fp64"))
+    check(Case(rms=rms, modulation=modulation, dtype="bf16", parts=("scale", "shift")))
+    check(Case(rms=rms, parts=(), transposed=True))
+
+
+@pytest.mark.parametrize("parts", [(), ("weight", "bias"), ("scale", "shift")], ids=lambda names: "+".join(names))
+def test_gradients_of_rows_with_a_large_mean_keep_their_digits(parts: tuple[str, ...]) -> None:
+    """1000 times the spread, where PyTorch's kernel alone is 1e-5 off in dx: we centre the rows for it."""
+    primals, _ = problem(Case(parts=parts, width=384), offset=0.0)
+    x = primals["x"]
+    assert x is not None
+    primals["x"] = 30 + 0.03 * x
+    dy, fn = torch.randn(x.shape), specification(False)
+    truths = reference_vjp(fn, cast(primals, torch.float64), {}, dy.double(), None)
+    dx = backward(dy, None, primals, dict.fromkeys(NAMES), False)["x"]
+    assert dx is not None and relative_error(dx, truths["x"]) < 3e-6
 
 
 @pytest.mark.parametrize("width", [1, 33, 1152])
