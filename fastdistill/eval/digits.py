@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill.eval.classifier import cached_classifier
-from fastdistill.eval.metrics import frechet_distance, nearest_neighbour_ratio, precision_recall, sliced_wasserstein
+from fastdistill.eval.metrics import (
+    frechet_distance,
+    nearest_neighbour_ratio,
+    precision_recall,
+    sliced_wasserstein,
+    two_sample_accuracy,
+)
 from fastdistill.train import TrainConfig
 from fastdistill.train.data import Digits, generator_at
 from fastdistill.train.methods import FlowMatching
@@ -61,13 +67,16 @@ class DigitJudge:
     def check(self, x: Tensor) -> Row:
         """What a Fréchet distance can't tell: precision, recall, and whether images x are copies of the training set.
 
-        Precision and recall are those of the classifier's features. The nearest-neighbour ratio, in pixels, is 1 for
-        images as far from the training set as unseen digits are, and 0 for copies.
+        Precision, recall and the two-sample accuracy `c2st` (0.5: can't be told from real ones) are those of the
+        classifier's features. The nearest-neighbour ratio, in pixels, is 1 for images as far from the training set as
+        unseen digits are, and 0 for copies.
         """
-        precision, recall = precision_recall(self.classifier.features(x), self.classifier.features(self.x))
+        features, real = self.classifier.features(x), self.classifier.features(self.x)
+        precision, recall = precision_recall(features, real)
         train, held_out = self.digits.x.flatten(1), self.digits.held_out_x.flatten(1)
         ratio = nearest_neighbour_ratio(x.flatten(1), train, held_out)
-        return {"precision": precision, "recall": recall, "nearest_neighbour_ratio": ratio}
+        c2st = two_sample_accuracy(features, real)
+        return {"precision": precision, "recall": recall, "c2st": c2st, "nearest_neighbour_ratio": ratio}
 
     def references(self, count: int | None = None, *, seed: int = 0) -> dict[str, Row]:
         """The same four numbers for what is no network's work, `count` images each.
