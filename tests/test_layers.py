@@ -26,11 +26,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nn": {"ops"},
     "models": {"ops", "nn"},
     "paths": set(),
+    "couplings": set(),
     "times": set(),
     "samplers": {"paths", "times"},
     "objectives": {"paths", "times", "samplers", "jvp"},
     "eval.exact": {"paths"},
-    "train": {"api", "jvp", "nn", "models", "paths", "times", "samplers", "objectives", "eval.exact"},
+    "train": {"api", "jvp", "nn", "models", "paths", "couplings", "times", "samplers", "objectives", "eval.exact"},
     "eval": {"api", "models", "paths", "times", "samplers", "train", "eval.exact"},
     "demo": {"api", "models", "paths", "times", "samplers", "train", "eval", "eval.exact"},
     "tune": {"kernels", "eager"},
@@ -40,6 +41,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 NEED_TRITON = {"kernels", "tune"}
 # These may use the packages of the extra `train`; all others use torch, the kernels Triton too, and nothing else.
 APPLICATIONS = {"train", "eval", "demo", "cli"}
+
+# What a layer may import besides, inside the function that needs it: optional packages, which have an extra.
+LAZY: dict[str, set[str]] = {"couplings": {"ot", "scipy"}, "samplers": {"numpy", "scipy"}}
 
 # What a fresh `import fastdistill` must not load: none of it is needed before somebody asks for it.
 HEAVY = ["triton", "matplotlib", "pydantic", "scipy", "sklearn", "tensorboard", "torch._inductor", "tyro"]
@@ -96,6 +100,8 @@ def violations(module: str, code: str, is_package: bool = False) -> list[str]:
                 found.append(f"{where} at its top level; kernels are imported by the function that needs them")
         elif top == "triton" and layer not in NEED_TRITON:
             found.append(f"{where}; only the kernels do")
+        elif top in LAZY.get(layer, set()) and node in lazy:
+            continue
         elif top not in {"torch", "triton", *sys.stdlib_module_names} and layer not in APPLICATIONS:
             found.append(f"{where}; {layer} uses torch alone")
     return found
@@ -135,6 +141,8 @@ def test_every_module_imports_only_what_its_layer_may() -> None:
         ("fastdistill.objectives.meanflow", "import fastdistill as fd", "objectives may import"),
         ("fastdistill.objectives.meanflow", "from ..models.dit import DiT", "objectives may import"),
         ("fastdistill.samplers", "from fastdistill import train", "samplers may import"),
+        ("fastdistill.samplers", "import scipy", "uses torch alone"),
+        ("fastdistill.paths", "def f():\n    import scipy", "uses torch alone"),
         ("fastdistill.models.dit", "import yaml", "uses torch alone"),
         ("fastdistill.unheard_of", "import torch", "a new layer"),
     ],
@@ -149,6 +157,7 @@ def test_a_planted_import_is_found(module: str, code: str, complaint: str) -> No
 def test_what_the_layers_allow_is_not_reported() -> None:
     """Siblings, lower layers, torch, the standard library, and kernels imported where they are needed."""
     assert not violations("fastdistill.kernels.norm", "import math, torch, triton\nfrom . import attention")
+    assert not violations("fastdistill.samplers", "def f():\n    from scipy.integrate import solve_ivp")
     assert not violations("fastdistill.ops.norm", "def f():\n    from fastdistill.kernels import norm")
     assert not violations("fastdistill.models", "from .dit import DiT\nfrom fastdistill.nn import RMSNorm", True)
 

@@ -1,4 +1,4 @@
-"""The exact solutions prove themselves: every identity of a flow map, on three paths, to 1e-10 in float64."""
+"""The exact solutions prove themselves: every identity of a flow map, on every path, to 1e-10 in float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.func import jvp
 
 from fastdistill.eval.exact import Gaussian, GaussianMixture, Ring
-from fastdistill.paths import Cosine, Linear, Path
+from fastdistill.paths import EDM, FM, ICFM, OTCFM, VE, VPSI, Cosine, Linear, Path, TrigFlow, convert
 
 EXACT = 1e-10
 ROWS, WIDTH = 20, 5
@@ -30,8 +30,9 @@ class Bent(Path):
         return (2 - t).sqrt() - t / (2 * (2 - t).sqrt())
 
 
-PATHS = [pytest.param(path, id=type(path).__name__) for path in (Linear(), Cosine(), Bent())]
-
+INDEPENDENT = (Linear(), Cosine(), Bent(), FM(0.1), ICFM(0.3), VPSI(0.2), TrigFlow(0.5), EDM(0.1, 5.0), VE(0.1, 5.0))
+PATHS = [pytest.param(path, id=type(path).__name__) for path in INDEPENDENT]
+ALL = [*PATHS, pytest.param(OTCFM(), id="OTCFM"), pytest.param(OTCFM(0.3), id="OTCFM-noised")]
 
 EYE = torch.eye(WIDTH, dtype=torch.float64)
 
@@ -71,7 +72,7 @@ def test_velocity_is_the_conditional_mean_of_the_path_derivative(path: Path, x: 
     assert largest(law.velocity(x, t) - (da * law.mean + (x - a * law.mean) @ gain)) < EXACT
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ALL)
 def test_flow_map_satisfies_every_identity(path: Path, x: Tensor, times: tuple[Tensor, Tensor, Tensor]) -> None:
     law, (t, m, s) = gaussian(path), times
     v, one, gap = law.velocity(x, t), torch.ones_like(t), (t - s)[:, None]
@@ -87,11 +88,73 @@ def test_flow_map_satisfies_every_identity(path: Path, x: Tensor, times: tuple[T
     assert largest(u - (v - gap * du_dt)) < EXACT, "MeanFlow: u = v - (t - s) D_v u"
 
 
-def test_average_velocity_where_times_meet_is_the_velocity(x: Tensor) -> None:
-    law, t = gaussian(Linear()), torch.rand(ROWS, dtype=torch.float64)
-    assert torch.equal(law.average_velocity(x, t, t), law.velocity(x, t))
-    near = law.average_velocity(x, t, t - 1e-6)
-    assert largest(near - law.velocity(x, t)) < 1e-3
+@pytest.mark.parametrize("path", ALL)
+def test_average_velocity_is_accurate_where_times_meet(path: Path, x: Tensor) -> None:
+    """The velocity at s = t, its first-order expansion near by, and MeanFlow's identity at every distance.
+
+    A quotient of differences would be off by 1e-16 / 1e-9 there.
+    """
+    law, t = gaussian(path), 0.1 + 0.8 * torch.rand(ROWS, dtype=torch.float64)
+    one, v = torch.ones_like(t), law.velocity(x, t)
+    scale = v.abs().max().item()
+    assert largest(law.average_velocity(x, t, t) - v) < 1e-13 * scale
+    for gap in (0.0, 1e-12, 1e-9, 1e-6, 1e-3):
+        s = t - gap
+        u, du_dt = jvp(lambda x, t: law.average_velocity(x, t, s), (x, t), (v, one))  # noqa: B023
+        assert largest(u - (v - gap * du_dt)) < 1e-12 * scale, gap
+        assert largest(u - v) < 200 * scale * gap + 1e-12 * scale
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_average_velocity_of_the_mixture_is_accurate_where_times_meet(path: Path, x: Tensor) -> None:
+    mixture, t = GaussianMixture(torch.randn(3, WIDTH).double(), 0.5, path), 0.2 + 0.7 * torch.rand(ROWS).double()
+    v = mixture.velocity(x, t)
+    assert largest(mixture.average_velocity(x, t, t, 3) - v) < 1e-13 * v.abs().max().item()
+    near = mixture.average_velocity(x, t, t - 1e-9, 3)
+    assert 0 < largest(near - v) < 1e-6 * v.abs().max().item()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_data_and_score_are_those_of_the_joint_gaussian(path: Path, x: Tensor) -> None:
+    """E[x0 | x_t] by conditioning, and the score by autograd of the log density."""
+    covariance, t = random_covariance(), torch.full((ROWS,), 0.37, dtype=torch.float64)
+    law = Gaussian(torch.randn(WIDTH, dtype=torch.float64), covariance, path)
+    a, b = path.alpha(t[0]), path.beta(t[0])
+    total = a**2 * covariance + b**2 * EYE
+    offset = x - a * law.mean
+    assert largest(law.data(x, t) - (law.mean + offset @ torch.linalg.solve(total, a * covariance))) < EXACT
+    log_density = torch.distributions.MultivariateNormal(a * law.mean, total).log_prob
+    assert largest(law.score(x, t) - torch.func.grad(lambda x: log_density(x).sum())(x)) < EXACT
+    assert largest(law.score(x, t) - convert(path, x, t, law.velocity(x, t), "v", "score")) < EXACT
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.3])
+def test_law_under_optimal_transport_is_that_of_transported_pairs(sigma: float, x: Tensor) -> None:
+    """Pairs x0 = m + S^(1/2) x1: x_t and x1 - x0 are jointly Gaussian, so v is their regression."""
+    covariance, t = random_covariance(), torch.tensor(0.37, dtype=torch.float64)
+    values, axes = torch.linalg.eigh(covariance)
+    root = axes * values.sqrt() @ axes.T
+    law = Gaussian(torch.randn(WIDTH, dtype=torch.float64), covariance, OTCFM(sigma))
+    across = (1 - t) * root + t * EYE
+    gain = (EYE - root) @ across @ torch.linalg.inv(across @ across + sigma**2 * EYE)
+    truth = -law.mean + (x - (1 - t) * law.mean) @ gain.T
+    assert largest(law.velocity(x, t) - truth) < EXACT
+    independent = Gaussian(law.mean, covariance, ICFM(sigma)).velocity(x, t)
+    assert largest(independent - truth) > 0.1
+    if sigma == 0:  # straight: the velocity is constant along the flow
+        x0 = law.flow_map(x, torch.ones(ROWS).double(), torch.zeros(ROWS).double())
+        assert largest(x0 - (law.mean + x @ root)) < EXACT
+        assert largest(law.velocity((1 - t) * x0 + t * x, t) - (x - x0)) < EXACT
+
+
+def test_samples_of_the_gaussian_have_its_moments() -> None:
+    law = gaussian(Linear())
+    x0 = law.sample(200_000, torch.Generator().manual_seed(1))
+    assert torch.equal(x0, law.sample(200_000, torch.Generator().manual_seed(1)))
+    assert x0.dtype == torch.float64
+    assert largest(x0.mean(0) - law.mean) < 0.02
+    white = (x0 - law.mean) @ torch.linalg.inv(torch.linalg.cholesky(law.covariance)).T
+    assert largest(white.T.cov() - EYE) < 0.02
 
 
 def test_single_point_is_the_gaussian_without_covariance(x: Tensor) -> None:
@@ -163,3 +226,11 @@ def test_bad_laws_are_refused_by_name() -> None:
         GaussianMixture(torch.zeros(3), 0.1)
     with pytest.raises(ValueError, match=r"^std: .* got 0"):
         Ring(std=0)
+    with pytest.raises(ValueError, match=r"^path: .* got OTCFM"):
+        Ring(path=OTCFM())
+    with pytest.raises(ValueError, match=r"^covariance: expected a symmetric"):
+        Gaussian(torch.zeros(2), torch.tensor([[1.0, 0.5], [0.0, 1.0]]))
+    with pytest.raises(ValueError, match=r"^covariance: expected a symmetric"):
+        Gaussian(torch.zeros(2), -torch.eye(2))
+    with pytest.raises(ValueError, match=r"^steps: .* got 0"):
+        Ring().flow_map(torch.zeros(1, 2), torch.ones(1), torch.zeros(1), 0)

@@ -1,0 +1,135 @@
+"""What a method is to the trainer: settings, the times it draws, the call of its objective, its sampler.
+
+A method is one small class of settings. Its fields carry the names of its objective's keywords, so that the base class
+can pass them on: what is left to write are the times. See `fastdistill.objectives.OBJECTIVES` for what each takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fastdistill import objectives
+from fastdistill.objectives import Guidance, Objective
+from fastdistill.paths import Path
+from fastdistill.train.data import Batch
+from fastdistill.train.settings import Settings
+
+if TYPE_CHECKING:
+    from fastdistill.train.critic import Critic
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Metrics = dict[str, Any]  # detached scalars by name, and under "rows" and "terms" what diagnostics look at
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that a method may look at in one training step."""
+
+    net: nn.Module
+    batch: Batch
+    generator: torch.Generator
+    """For times and whatever else the step draws; on the CPU, a function of the seed and the step."""
+    step: int
+    """Steps done before this one."""
+    steps: int
+    """Steps of the whole run."""
+    path: Path
+    teacher: nn.Module | None = None
+    weak_teacher: nn.Module | None = None
+    target: nn.Module | None = None
+    """The averaged network that stands on the stop-gradient side; None: the network itself, detached."""
+    weighting: nn.Module | None = None
+    """The learned log-variance, weighting(t, s) -> (B,)."""
+    critic: Critic | None = None
+    """The second network of the methods that have one."""
+
+    @property
+    def rows(self) -> int:
+        """Rows in the batch."""
+        return len(self.batch.x0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batch lies."""
+        return self.batch.x0.device
+
+
+class GuidanceSettings(Settings):
+    """Classifier-free guidance inside the target velocity."""
+
+    scale: float = Field(1.0, gt=0)
+    """Effective scale; 1 is none. It is MeanFlow's omega / (1 - kappa)."""
+    kappa: float = Field(0.0, ge=0, lt=1)
+    """How much of the student's own conditional estimate replaces the noisy data velocity. Only without a teacher."""
+    interval: tuple[Share, Share] = (0.0, 1.0)
+    """The times [t_a, t_b] that are guided."""
+
+    @property
+    def active(self) -> bool:
+        """Whether the target differs from the plain velocity."""
+        return self.scale != 1 or self.kappa != 0
+
+    def build(self, null: int) -> Guidance | None:
+        """The objective's argument; `null` is the label that stands for "no label"."""
+        if not self.active:
+            return None
+        return Guidance(omega=self.scale * (1 - self.kappa), kappa=self.kappa, interval=self.interval, null=null)
+
+
+class MethodSettings(Settings):
+    """What the trainer asks of every method. A subclass gives its fields, and `draw_times`."""
+
+    name: str
+    sample_steps: int = Field(1, ge=1)
+    """Steps of the sample grids."""
+
+    learns_velocity: ClassVar[bool] = True
+    """Whether u(x, t, t) becomes the velocity: then a run can be a teacher."""
+    has_critic: ClassVar[bool] = False
+    """Whether it trains a second network beside the first."""
+
+    @property
+    def objective(self) -> Objective:
+        """Its row of the registry."""
+        return objectives.get(self.name)
+
+    def loss(self, context: Context) -> tuple[Tensor, Metrics]:
+        """The objective on one batch, at times drawn from the step's generator."""
+        batch = context.batch
+        times = self.draw_times(context)
+        keywords = self.keywords(context)
+        return self.objective.function(
+            context.net, batch.x0, batch.x1, *times, y=batch.y, path=context.path, **keywords
+        )
+
+    def draw_times(self, context: Context) -> tuple[Tensor, ...]:
+        """The times of a batch, in the order in which the objective takes them."""
+        raise TypeError(f"{type(self).__name__} draws no times")
+
+    def keywords(self, context: Context) -> dict[str, Any]:
+        """The objective's keywords: those of this class's fields and of the context's parts that it takes."""
+        takes = self.objective.takes
+        given = {name: getattr(self, name) for name in type(self).model_fields if name in takes}
+        for name in ("teacher", "weak_teacher", "target", "weighting", "generator"):
+            if name in takes:
+                given[name] = getattr(context, name)
+        if isinstance(given.get("guidance"), GuidanceSettings):
+            given["guidance"] = given["guidance"].build(context.batch.null)
+        return given
+
+    @property
+    def guidance_settings(self) -> GuidanceSettings | None:
+        """The guidance of its target, where it has one."""
+        guidance = getattr(self, "guidance", None)
+        return guidance if isinstance(guidance, GuidanceSettings) else None
+
+
+def ramp(context: Context, steps: int, limit: float = 1.0) -> float:
+    """A warm-up factor that grows linearly from 0 to `limit` over the first `steps` steps; 0 steps: `limit` at once."""
+    return limit if steps == 0 else min(limit, context.step / steps)
