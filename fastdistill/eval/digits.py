@@ -24,7 +24,7 @@ from fastdistill.eval.metrics import (
 )
 from fastdistill.train import TrainConfig
 from fastdistill.train.data import Digits, generator_at
-from fastdistill.train.methods import FlowMatching
+from fastdistill.train.sampling import Sampling, draw
 
 Row = dict[str, float]
 
@@ -126,28 +126,26 @@ def evaluate_network(
     steps: Sequence[int],
     *,
     count: int | None = None,
-    guidance: float | None = None,
+    how: Sampling = Sampling(),
     seed: int = 0,
 ) -> tuple[dict[str, Row], dict[str, Row]]:
     """Generate with each number of steps, always from the same noise; the rows and the checks, by number of steps.
 
     Args:
         net, config: as `load_run` returns them.
-        steps: of the run's own sampler.
+        steps: of the sampler.
         count: of images; None: as many as there are real digits.
-        guidance: classifier-free guidance scale of flow matching; None: the configuration's.
+        how: which sampler, guidance and gamma.
     """
-    device, null = next(net.parameters()).device, judge.digits.num_classes
-    if guidance is None:
-        guidance = config.method.sample_guidance if isinstance(config.method, FlowMatching) else 1.0
+    device = next(net.parameters()).device
     labels = judge.labels(count)
     y = labels.to(device)
     x1 = torch.randn(len(y), *judge.x.shape[1:], generator=generator_at(seed, "evaluate")).to(device)
-    config.method.sample(net, x1[:8], y[:8], 1, guidance, null)  # pays for what a first call sets up
+    draw(net, config, x1[:8], y[:8], 1, how)  # pays for what a first call sets up
     rows, checks = {}, {}
     for number in steps:
         started = time.perf_counter()
-        x = config.method.sample(net, x1, y, number, guidance, null).cpu()
+        x = draw(net, config, x1, y, number, how, seed=seed).cpu()
         rows[str(number)] = judge.measure(x, labels, time.perf_counter() - started)
         checks[str(number)] = judge.check(x)
     return rows, checks

@@ -5,6 +5,5 @@ from __future__ import annotations
 from fastdistill.models.dit import DiT
 from fastdistill.models.mlp import MLP
 from fastdistill.models.presets import PRESETS, Preset, count_parameters, create
-from fastdistill.models.weighting import LogVariance
 
-__all__ = ["MLP", "PRESETS", "DiT", "LogVariance", "Preset", "count_parameters", "create"]
+__all__ = ["MLP", "PRESETS", "DiT", "Preset", "count_parameters", "create"]

@@ -284,7 +284,7 @@ class ICFM(_Noised):
     """Independent conditional flow matching: p_t(x | x0, x1) = N((1 - t) x0 + t x1, sigma^2 I), v = x1 - x0.
 
     sigma = 0 is rectified flow, the linear path.
-    Source: Tong et al. 2023, arXiv:2302.00482, section 3.2.2 (independent coupling), with time reversed.
+    Source: Tong et al. 2023, arXiv:2302.00482, section 3.2, with time reversed.
     """
 
 
@@ -295,7 +295,7 @@ class OTCFM(_Noised):
     The path itself is ICFM's; what couples the pairs is `fastdistill.couplings.optimal_transport`, before
     `interpolate`. `alpha` and `beta` describe x_t given x0 for an *independent* x1: with the coupling x1 is no longer
     unit noise given x0, so that the path's score and noise predictions don't follow from them.
-    Source: Tong et al. 2023, arXiv:2302.00482, section 3.2.3; Pooladian et al. 2023, arXiv:2304.14772.
+    Source: Tong et al. 2023, arXiv:2302.00482, section 3.2; Pooladian et al. 2023, arXiv:2304.14772.
     """
 
     coupling: ClassVar[str] = "optimal_transport"

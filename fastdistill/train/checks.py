@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 
 from fastdistill import models
-from fastdistill.objectives import OBJECTIVES
 from fastdistill.train.config import TrainConfig, model_arguments, model_differences, parse_config, read_yaml
 from fastdistill.train.data import DATASETS
 from fastdistill.train.methods import METHODS
@@ -34,7 +33,6 @@ def check_config(config: TrainConfig) -> None:
     _check_teachers(config)
     _check_path(config)
     _check_guidance(config, classes)
-    config.method.check(config)
     _check_model(config)
     _check_device(config)
     if config.out.exists() and not config.out.is_dir():
@@ -43,24 +41,24 @@ def check_config(config: TrainConfig) -> None:
 
 def _check_teachers(config: TrainConfig) -> None:
     """A teacher where the method needs one, and none where it has no use for it."""
-    method, objective = config.method, config.method.objective
+    method, objective = config.method, config.method.objective()
     for role in ("teacher", "weak_teacher"):
         given, what = getattr(config, role) is not None, role.replace("_", " ")
         takes = role in objective.takes or (role == "teacher" and method.makes_pairs)
         if given and not takes:
-            able = sorted(name for name in METHODS if role in OBJECTIVES[METHODS[name].objective_name()].takes)
+            able = sorted(name for name, other in METHODS.items() if role in other.objective().takes)
             raise ConfigError(
                 f"{role}: {method.name} learns without a {what}; remove it, or choose a method.name that follows one: "
                 f"{', '.join(able)}"
             )
-        if not given and (role in objective.needs or (role == "teacher" and method.needs_teacher)):
+        if not given and (role in objective.needs or (role == "teacher" and method.makes_pairs)):
             raise ConfigError(
                 f"{role}: {method.name} needs a {what}: {MAKE_A_TEACHER.format(data=config.data.name)}"
             )
 
 
 def _check_path(config: TrainConfig) -> None:
-    method, fits = config.method, config.method.objective.paths
+    method, fits = config.method, config.method.objective().paths
     path = config.path.build()
     if fits is not None and config.path.name not in fits:
         raise ConfigError(
@@ -75,11 +73,11 @@ def _check_guidance(config: TrainConfig, classes: int) -> None:
     method = config.method
     guidance = method.guidance_settings
     if guidance is not None:
-        name, active = "method.guidance", guidance.active
+        name, active = "method.guidance", guidance.active and config.weak_teacher is None
         if guidance.kappa and config.teacher is not None:
             raise ConfigError("method.guidance.kappa: a teacher guides itself, so expected 0 with `teacher`")
     else:
-        name, active = "method.sample_guidance", getattr(method, "sample_guidance", 1.0) != 1
+        name, active = "method.sample_guidance", method.sample_guidance != 1
     if active and not classes:
         raise ConfigError(f"{name}: {config.data.name} has no labels to guide by, so expected scale 1")
     if active and not config.data.label_dropout and config.teacher is None:
@@ -139,8 +137,8 @@ def _check_one_teacher(config: TrainConfig, role: str) -> None:
     teacher = parse_config(read_yaml(run / "config.yaml"), f"{role}: {run}")
     if teacher.data.name != config.data.name:
         raise ConfigError(f"{role}: {run} learnt {teacher.data.name}, and data.name is {config.data.name}")
-    if not teacher.method.learns_velocity:
-        able = ", ".join(name for name, method in METHODS.items() if method.learns_velocity)
+    if "velocity" not in teacher.method.learns:
+        able = ", ".join(name for name, method in METHODS.items() if "velocity" in method.learns)
         raise ConfigError(
             f"{role}: {run} learnt {teacher.method.name}, whose network knows no velocity to follow; "
             f"expected a run of {able}"
@@ -151,7 +149,8 @@ def _check_one_teacher(config: TrainConfig, role: str) -> None:
             f"a velocity holds on its own path only"
         )
     guidance = config.method.guidance_settings
-    if guidance is not None and guidance.active and not teacher.data.label_dropout:
+    by_labels = guidance is not None and guidance.active and config.weak_teacher is None
+    if by_labels and not teacher.data.label_dropout:
         raise ConfigError(f"method.guidance: {run} can't guide, for it was trained without data.label_dropout")
     if role == "teacher" and config.init_from_teacher and model_differences(config, teacher):
         raise ConfigError(

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from fastdistill import models
+from fastdistill.objectives.metric import LogVariance
 from fastdistill.train.checkpoint import CheckpointError, read_checkpoint, read_newest_checkpoint, set_aside_newer
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.critic import Critic
@@ -44,7 +45,7 @@ def new_state(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     if config.init_from_teacher:
         net.load_state_dict(frozen["teacher"].state_dict())
     method, optim = config.method, config.optim
-    weighting = models.LogVariance().to(device) if getattr(method, "learned_weight", False) else None
+    weighting = LogVariance().to(device) if getattr(method, "learned_weight", False) else None
     optimizer = make_optimizer([net, *([weighting] if weighting else [])], config, optim.lr)
     decay = getattr(method, "target_ema", None)
     return {

@@ -7,14 +7,15 @@ can pass them on: what is left to write are the times. See `fastdistill.objectiv
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from fastdistill import objectives
-from fastdistill.objectives import Guidance, Objective
+from fastdistill.objectives import Objective
+from fastdistill.objectives.velocity import Autoguidance, Guidance
 from fastdistill.paths import Path
 from fastdistill.train.data import Batch
 from fastdistill.train.settings import Settings
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Sampler = Literal["euler", "heun", "adaptive", "average_velocity", "consistency", "gamma"]
+Learnt = Literal["velocity", "map", "end"]
 Metrics = dict[str, Any]  # detached scalars by name, and under "rows" and "terms" what diagnostics look at
 
 
@@ -35,6 +38,7 @@ class Context:
     batch: Batch
     generator: torch.Generator
     """For times and whatever else the step draws; on the CPU, a function of the seed and the step."""
+    seed: int
     step: int
     """Steps done before this one."""
     steps: int
@@ -61,10 +65,12 @@ class Context:
 
 
 class GuidanceSettings(Settings):
-    """Classifier-free guidance inside the target velocity."""
+    """Guidance inside the target velocity: by the labels, or by a weak teacher where there is one."""
 
     scale: float = Field(1.0, gt=0)
-    """Effective scale; 1 is none. It is MeanFlow's omega / (1 - kappa)."""
+    """Effective scale; 1 is none. It is MeanFlow's omega / (1 - kappa), and AYF's lambda."""
+    scale_to: float | None = Field(None, gt=0)
+    """Each row gets a scale of its own, uniform from `scale` to this, and the network is told: needs model.guidance."""
     kappa: float = Field(0.0, ge=0, lt=1)
     """How much of the student's own conditional estimate replaces the noisy data velocity. Only without a teacher."""
     interval: tuple[Share, Share] = (0.0, 1.0)
@@ -73,13 +79,23 @@ class GuidanceSettings(Settings):
     @property
     def active(self) -> bool:
         """Whether the target differs from the plain velocity."""
-        return self.scale != 1 or self.kappa != 0
+        return self.scale != 1 or self.kappa != 0 or self.scale_to is not None
 
-    def build(self, null: int) -> Guidance | None:
-        """The objective's argument; `null` is the label that stands for "no label"."""
+    def draw_scale(self, context: Context) -> float | Tensor:
+        """The scale of all rows, or (B,) of each."""
+        if self.scale_to is None:
+            return self.scale
+        share = torch.rand(context.rows, generator=context.generator).to(context.device)
+        return self.scale + (self.scale_to - self.scale) * share
+
+    def build(self, context: Context) -> Guidance | Autoguidance | None:
+        """The objective's argument."""
+        if context.weak_teacher is not None:
+            return Autoguidance(self.draw_scale(context), self.interval)
         if not self.active:
             return None
-        return Guidance(omega=self.scale * (1 - self.kappa), kappa=self.kappa, interval=self.interval, null=null)
+        omega = self.draw_scale(context) * (1 - self.kappa)
+        return Guidance(omega=omega, kappa=self.kappa, interval=self.interval, null=context.batch.null)
 
 
 class MethodSettings(Settings):
@@ -88,23 +104,33 @@ class MethodSettings(Settings):
     name: str
     sample_steps: int = Field(1, ge=1)
     """Steps of the sample grids."""
+    sampler: Sampler | None = None
+    """Of all samples; None: the method's own, see `fastdistill explain`."""
+    sample_gamma: Share = 0.5
+    """Of the sampler gamma: how much of the noise is new at each step."""
+    sample_guidance: float = Field(1.0, ge=0)
+    """Guidance scale of samples, where the network can still be guided; 1 is none."""
 
-    learns_velocity: ClassVar[bool] = True
-    """Whether u(x, t, t) becomes the velocity: then a run can be a teacher."""
+    learns: ClassVar[tuple[Learnt, ...]] = ("velocity", "map")
+    """What u(x, t, s) becomes: the velocity at s = t (then a run can be a teacher), the map to any s, that to s = 0."""
     has_critic: ClassVar[bool] = False
     """Whether it trains a second network beside the first."""
+    makes_pairs: ClassVar[bool] = False
+    """Whether its data are noise and where a teacher's flow takes it, rather than data and fresh noise."""
+    learned_from: ClassVar[str | None] = None
+    """The objective's name, where it isn't the method's own."""
 
-    @property
-    def objective(self) -> Objective:
+    @classmethod
+    def objective(cls) -> Objective:
         """Its row of the registry."""
-        return objectives.get(self.name)
+        return objectives.get(cls.learned_from or cls.model_fields["name"].default)
 
     def loss(self, context: Context) -> tuple[Tensor, Metrics]:
         """The objective on one batch, at times drawn from the step's generator."""
         batch = context.batch
         times = self.draw_times(context)
         keywords = self.keywords(context)
-        return self.objective.function(
+        return self.objective().function(
             context.net, batch.x0, batch.x1, *times, y=batch.y, path=context.path, **keywords
         )
 
@@ -114,13 +140,13 @@ class MethodSettings(Settings):
 
     def keywords(self, context: Context) -> dict[str, Any]:
         """The objective's keywords: those of this class's fields and of the context's parts that it takes."""
-        takes = self.objective.takes
+        takes = self.objective().takes
         given = {name: getattr(self, name) for name in type(self).model_fields if name in takes}
         for name in ("teacher", "weak_teacher", "target", "weighting", "generator"):
             if name in takes:
                 given[name] = getattr(context, name)
         if isinstance(given.get("guidance"), GuidanceSettings):
-            given["guidance"] = given["guidance"].build(context.batch.null)
+            given["guidance"] = given["guidance"].build(context)
         return given
 
     @property
@@ -128,6 +154,11 @@ class MethodSettings(Settings):
         """The guidance of its target, where it has one."""
         guidance = getattr(self, "guidance", None)
         return guidance if isinstance(guidance, GuidanceSettings) else None
+
+    @property
+    def conditions_on_guidance(self) -> bool:
+        """Whether the network is told a scale of guidance."""
+        return self.guidance_settings is not None and self.guidance_settings.scale_to is not None
 
 
 def ramp(context: Context, steps: int, limit: float = 1.0) -> float:
