@@ -11,6 +11,7 @@ from t = 1 to 0, or the times themselves, falling. Samplers run in the caller's 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -273,10 +274,10 @@ def intervals(steps: Steps) -> list[tuple[float, float]]:
             raise ValueError(f"steps: expected at least 1, got {steps}")
         return [((steps - i) / steps, (steps - i - 1) / steps) for i in range(steps)]
     times = [float(t) for t in steps]
-    falling = all(t > s for t, s in zip(times, times[1:]))
+    falling = all(t > s for t, s in itertools.pairwise(times))
     if len(times) < 2 or not falling or not (times[0] <= 1 and times[-1] >= 0):
         raise ValueError(f"steps: expected two or more falling times in [0, 1], got {times}")
-    return list(zip(times, times[1:]))
+    return list(itertools.pairwise(times))
 
 
 def _jump(net: Net, x: Tensor, t: float, s: float, y: Tensor | None, g: float | Tensor | None) -> Tensor:

@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"ops", "nn"},
     "paths": set(),
     "couplings": set(),
-    "times": set(),
+    "times": {"paths"},
     "samplers": {"paths", "times"},
     "objectives": {"paths", "times", "samplers", "jvp"},
     "eval.exact": {"paths"},

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
-from fastdistill.times import LogitNormal, TimeSampler, Uniform, distinct_rows, pair_times
+from fastdistill import times
+from fastdistill.paths import EDM, LINEAR, VE, Cosine, Path, TrigFlow
+from fastdistill.times import (
+    ArctanLogNormal,
+    LogitNormal,
+    LogNormalLevel,
+    TimeSampler,
+    Uniform,
+    distinct_rows,
+    pair_times,
+)
+
+COUNT = 100_000
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("sampler", [LogitNormal(), Uniform()])
+@pytest.mark.parametrize("sampler", [LogitNormal(), Uniform(), ArctanLogNormal(), LogNormalLevel(EDM())])
 def test_times_are_a_function_of_the_generator_seed(sampler: TimeSampler) -> None:
     assert torch.equal(sampler(64, seeded(3)), sampler(64, seeded(3)))
     assert not torch.equal(sampler(64, seeded(3)), sampler(64, seeded(4)))
@@ -70,6 +84,161 @@ def test_a_second_law_moves_the_ends_towards_the_data() -> None:
     assert (s <= t).all()
 
 
+def near(draws: Tensor, mean: float, std: float) -> bool:
+    """Whether draws have a normal law's moments, to five of their own deviations."""
+    off = 5 * std / math.sqrt(len(draws))
+    return abs(draws.mean().item() - mean) < off and abs(draws.std().item() - std) < off
+
+
+def test_arctan_log_normal_has_its_law_before_the_arctan() -> None:
+    t = ArctanLogNormal(-0.8, 1.6, 0.5)(COUNT, seeded()).double()
+    assert t.min() >= 0
+    assert t.max() <= 1
+    assert near((0.5 * (0.5 * math.pi * t).tan()).log(), -0.8, 1.6)
+
+
+def test_arctan_log_normal_is_the_level_law_of_trigflow() -> None:
+    """sCM's angle: sigma = sigma_data tan(a) is the noise level of its path."""
+    by_angle = ArctanLogNormal(-1.0, 1.4, 0.5)(1000, seeded(2))
+    by_level = LogNormalLevel(TrigFlow(0.5), -1.0, 1.4)(1000, seeded(2))
+    torch.testing.assert_close(by_angle, by_level)
+
+
+@pytest.mark.parametrize("path", [LINEAR, Cosine(), EDM(1e-5, 1e5), VE(1e-5, 1e5)], ids=repr)
+def test_level_law_is_log_normal_in_the_noise_level_of_any_path(path: Path) -> None:
+    t = LogNormalLevel(path, -1.1, 2.0)(COUNT, seeded())
+    assert t.dtype == torch.float32
+    assert near(times.level_of_time(path, t).log(), -1.1, 2.0)
+    levels = torch.tensor([1e-3, 0.5, 7.0, 50.0])
+    torch.testing.assert_close(
+        times.level_of_time(path, times.time_of_level(path, levels)).float(), levels, rtol=1e-4, atol=0
+    )
+
+
+def test_triangle_is_uniform_and_so_is_its_diagonal() -> None:
+    """Moments of the uniform law on a triangle: E t = 2/3, E s = 1/3, E ts = 1/4; the diagonal's E t = 1/2."""
+    t, s = times.triangle_times(COUNT, 0.5, generator=seeded())
+    off = 5 / math.sqrt(COUNT // 2)
+    assert (s[: COUNT // 2] < t[: COUNT // 2]).all()
+    assert torch.equal(s[COUNT // 2 :], t[COUNT // 2 :])
+    upper_t, upper_s, diagonal = t[: COUNT // 2], s[: COUNT // 2], t[COUNT // 2 :]
+    assert abs(upper_t.mean() - 2 / 3) < off
+    assert abs(upper_s.mean() - 1 / 3) < off
+    assert abs((upper_t * upper_s).mean() - 1 / 4) < off
+    assert abs(diagonal.mean() - 1 / 2) < off
+    assert abs(diagonal.square().mean() - 1 / 3) < off
+
+
+def test_gaps_have_their_law_and_starts_are_uniform_below() -> None:
+    t, s = times.gap_times(COUNT, LogitNormal(-0.8, 1.0), generator=seeded())
+    assert (s <= t).all()
+    assert s.min() >= 0
+    assert t.max() <= 1
+    gap = (t - s).double()
+    assert near(gap.logit(), -0.8, 1.0)
+    place = s / (1 - gap)
+    assert abs(place.mean() - 0.5) < 0.01
+    assert abs(((place - 0.5) * (gap - gap.mean())).mean()) < 0.002, "independent of the gap"
+    t, s = times.gap_times(64, Uniform(), 0.25, generator=seeded())
+    assert (s[:16] < t[:16]).all()
+    assert torch.equal(s[16:], t[16:])
+
+
+def test_dyadic_times_lie_on_their_grid() -> None:
+    t, delta = times.dyadic_times(COUNT, 0.5, generator=seeded())
+    half = COUNT // 2
+    steps, counts = (2 * delta[:half]).unique(return_counts=True)
+    assert steps.tolist() == [2.0**-k for k in range(6, -1, -1)]
+    assert (counts / half - 1 / 7).abs().max() < 0.01
+    slots = t[:half] / (2 * delta[:half])
+    assert torch.equal(slots, slots.round())
+    assert (t[:half] - 2 * delta[:half] >= 0).all()
+    assert t.max() <= 1
+    ends = t[:half][delta[:half] == 0.25]
+    assert abs((ends == 1.0).float().mean() - 0.5) < 0.05, "both halves, as often"
+    assert (delta[half:] == 0).all()
+    assert abs(t[half:].mean() - 0.5) < 0.01
+    assert times.dyadic_times(8, 1.0, finest=2, generator=seeded())[1].unique().tolist() == [0.5]
+
+
+@pytest.mark.parametrize("path", [LINEAR, Cosine(), EDM()], ids=repr)
+def test_imm_times_are_ordered_shared_in_groups_and_a_fixed_step_of_noise_apart(path: Path) -> None:
+    t, r, s = times.imm_times(4000, 4, path=path, k=7, generator=seeded())
+    for value in (t, r, s):
+        assert value.dtype == torch.float32
+        groups = value.reshape(-1, 4)
+        assert torch.equal(groups, groups[:, :1].expand(-1, 4))
+    assert (s <= r).all()
+    assert (r <= t).all()
+    assert t.max() <= 0.994
+    assert (r < t).float().mean() > 0.99
+    low, high = times.level_of_time(path, torch.tensor([0.0, 0.994]))
+    inside = r > s
+    steps = (times.level_of_time(path, t) - times.level_of_time(path, r))[inside]
+    assert inside.sum() > 100
+    scale = times.level_of_time(path, t)[inside]
+    assert ((steps - (high - low) / 2**7).abs() < 1e-4 * (1 + scale)).all()
+    wider = times.imm_middle(t, s, path=path, k=3)
+    assert (wider <= r).all()
+    assert (wider < r).any()
+
+
+def test_neighbours_are_one_slot_apart_and_even_or_weighted() -> None:
+    t, r = times.neighbour_times(COUNT, 18, generator=seeded())
+    slots = (r * 17).round()
+    torch.testing.assert_close(t - r, torch.full((COUNT,), 1 / 17))
+    assert (torch.bincount(slots.long(), minlength=17) / COUNT - 1 / 17).abs().max() < 0.005
+    assert (t.max().item(), r.min().item()) == (1, 0)
+    path = EDM()
+    t, r = times.neighbour_times(COUNT, 11, log_normal=(-1.1, 2.0), generator=seeded())
+    levels = path.beta(torch.linspace(0, 1, 11, dtype=torch.float64))
+    mass = torch.erf((levels.log() + 1.1) / (2.0 * math.sqrt(2))).diff()
+    found = torch.bincount((r * 10).round().long(), minlength=10) / COUNT
+    assert (found - mass / mass.sum()).abs().max() < 0.005
+    assert (times.neighbour_times(9, 2)[0] == 1).all()
+
+
+def test_numbers_of_points_follow_the_papers_schedules() -> None:
+    assert [times.ct_points(k, 800) for k in (0, 800)] == [2, 151]
+    assert times.ct_points(200, 800) == math.ceil(math.sqrt((151**2 - 4) / 4 + 4) - 1) + 1
+    assert [times.ict_points(k, 800) for k in (0, 99, 100, 200, 699, 700, 800)] == [11, 11, 21, 41, 641, 1281, 1281]
+    assert [times.ect_stage(k, 80) for k in (0, 9, 10, 79, 80)] == [0, 0, 1, 7, 7]
+
+
+def test_ect_levels_are_the_papers_and_approach_each_other() -> None:
+    sigma = torch.tensor([0.01, 1.0, 10.0, 80.0], dtype=torch.float64)
+    sigmoid = 1 / (1 + sigma.exp())
+    torch.testing.assert_close(times.ect_level(sigma, 3), sigma * (1 - (1 + 8 * sigmoid) / 16))
+    assert times.ect_level(sigma, 0)[0] == 0
+    gaps = [(sigma - times.ect_level(sigma, stage, q=4)) / sigma for stage in (2, 3)]
+    torch.testing.assert_close(gaps[0], 4 * gaps[1])
+    t, r = times.ect_times(COUNT, 7, generator=seeded())
+    assert (r < t).all()
+    level, start = (times.level_of_time(EDM(), value) for value in (t, r))
+    expected = times.ect_level(level, 7).clamp_min(0.002)
+    assert ((start - expected).abs() < 1e-4 * level + 1e-5).all()
+    first = times.ect_times(COUNT, 0, generator=seeded())[1]
+    assert 0.5 < (first == 0).float().mean() < 0.99
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        lambda generator: times.triangle_times(64, 0.5, generator=generator),
+        lambda generator: times.gap_times(64, LogitNormal(), generator=generator),
+        lambda generator: times.dyadic_times(64, generator=generator),
+        lambda generator: times.imm_times(64, generator=generator),
+        lambda generator: times.neighbour_times(64, 10, generator=generator),
+        lambda generator: times.ect_times(64, 2, generator=generator),
+    ],
+)
+def test_joint_laws_are_functions_of_the_generator_seed(law: Callable[[torch.Generator], tuple[Tensor, ...]]) -> None:
+    first, again, other = law(seeded(3)), law(seeded(3)), law(seeded(4))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert all(value.shape == (64,) and value.dtype == torch.float32 for value in first)
+
+
 def test_bad_settings_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"^std: .* > 0, got 0"):
         LogitNormal(0.0, 0.0)
@@ -79,3 +248,34 @@ def test_bad_settings_are_refused_by_name() -> None:
         Uniform(0.5, 0.5)
     with pytest.raises(ValueError, match=r"^distinct: .* got 1.5"):
         pair_times(8, Uniform(), 1.5)
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: ArctanLogNormal(sigma_data=0), r"^sigma_data: .* got 0"),
+        (lambda: ArctanLogNormal(std=-1), r"^std: "),
+        (lambda: LogNormalLevel(EDM(), math.inf), r"^mean: "),
+        (lambda: times.triangle_times(8, 1.5), r"^distinct: "),
+        (lambda: times.gap_times(8, Uniform(), -0.1), r"^distinct: "),
+        (lambda: times.dyadic_times(8, finest=100), r"^finest: expected a power of 2, at least 2, got 100"),
+        (lambda: times.dyadic_times(8, finest=1), r"^finest: "),
+        (lambda: times.imm_times(10, 4), r"^group: expected a divisor of the batch, 10, got 4"),
+        (lambda: times.imm_times(8, 0), r"^group: "),
+        (lambda: times.imm_times(8, high=1.0), r"^low, high: .* finite noise level, got 0.0, 1.0"),
+        (lambda: times.imm_times(8, low=0.5, high=0.4), r"^low, high: "),
+        (lambda: times.imm_times(8, k=-1), r"^k: "),
+        (lambda: times.neighbour_times(8, 1), r"^points: expected at least 2, got 1"),
+        (lambda: times.neighbour_times(8, 10, log_normal=(0.0, 0.0)), r"^std: "),
+        (lambda: times.neighbour_times(8, 10, log_normal=(900.0, 0.1)), r"^log_normal: "),
+        (lambda: times.ct_points(9, 8), r"^step: expected in \[0, 8\], got 9"),
+        (lambda: times.ict_points(1, 8, start=5, end=4), r"^start, end: "),
+        (lambda: times.ect_times(8, -1), r"^stage: "),
+        (lambda: times.ect_times(8, 1, q=1.0), r"^q: "),
+        (lambda: times.ect_times(8, 1, low=0.0), r"^low: "),
+        (lambda: times.ect_stage(9, 8), r"^step, total, stages: "),
+    ],
+)
+def test_bad_settings_of_joint_laws_are_refused_by_name(draw: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw()

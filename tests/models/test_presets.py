@@ -31,7 +31,7 @@ def test_the_largest_has_exactly_the_parameters_of_dit_xl_2() -> None:
     assert count_parameters(net) == 675_129_632 - 16 * 1153 - 256 * 1152 + (1152**2 + 258 * 1152)
 
 
-@pytest.mark.parametrize("name", ["mlp-ring", "dit-digits"])
+@pytest.mark.parametrize("name", ["mlp-ring", "mlp-digits", "dit-digits"])
 def test_small_presets_map_a_batch_to_its_own_shape(name: str) -> None:
     net = create(name)
     x = torch.randn(4, 2) if name == "mlp-ring" else torch.randn(4, 1, 8, 8)
@@ -61,7 +61,7 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 
 def test_unknown_overrides_are_named_with_what_is_accepted() -> None:
-    with pytest.raises(ValueError, match=r"overrides: 'mlp-ring' takes dim, width, depth, got heads, pos"):
+    with pytest.raises(ValueError, match=r"overrides: 'mlp-ring' takes dim, width, depth, num_classes, guidance, got heads, pos"):
         create("mlp-ring", pos="rope", heads=2)
 
 

@@ -10,7 +10,8 @@ import yaml
 
 from fastdistill import models
 from fastdistill.train import ConfigError, TrainConfig, load_config, shipped_configs
-from fastdistill.train.config import changed_fields, check_config, model_arguments, to_yaml
+from fastdistill.train.checks import check_config
+from fastdistill.train.config import changed_fields, model_arguments, to_yaml
 from tests.train.conftest import MakeConfig, tiny_fields
 
 
@@ -41,12 +42,12 @@ def written(tmp_path: Path, **changes: Any) -> Path:
             {"method": {"times": {"law": "gaussian"}}},
             ["method.times.law:", "'logit_normal', 'uniform'", "got 'gaussian'"],
         ),
-        ({"method": {"name": "meanflo"}}, ["method.name:", "'flow_matching', 'meanflow'", "got 'meanflo'"]),
+        ({"method": {"name": "meanflo"}}, ["method.name:", "'flow_matching', 'meanflow'", "got 'meanflo'; did you mean 'meanflow'?"]),
         ({"precision": "fp8"}, ["precision:", "'auto', 'fp32' or 'bf16'", "got 'fp8'"]),
         ({"data": {"name": "cifar"}}, ["data.name:", "'digits' or 'ring'", "got 'cifar'"]),
         ({"data": None}, ["data:", "got None"]),
         ({"model": {"preset": "dit-xxl"}}, ["model.preset:", "mlp-ring", "dit-s/2", "got 'dit-xxl'"]),
-        ({"model": {"heads": 4}}, ["model: 'mlp-ring' takes dim, width, depth, got heads"]),
+        ({"model": {"heads": 4}}, ["model: 'mlp-ring' takes dim, width, depth, num_classes, guidance, got heads"]),
         ({"data": {"label_dropout": 0.1}}, ["data.label_dropout:", "ring has no labels"]),
         ({"method": {"guidance": {"scale": 2.0}}}, ["method.guidance:", "ring has no labels"]),
         ({"init_from_teacher": True}, ["init_from_teacher:", "teacher"]),
@@ -99,7 +100,7 @@ def test_impossible_combinations_on_digits_are_refused(tiny_digits: MakeConfig) 
     """What each field allows by itself and all of them together don't."""
     meanflow = {"name": "meanflow", "guidance": {"scale": 2.0}}
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"teacher": Path("x")}, "teacher: flow_matching learns from data alone"),
+        ({"teacher": Path("x")}, "teacher: flow_matching learns without a teacher; .*meanflow"),
         (
             {"method": {"name": "flow_matching", "sample_guidance": 2.0}, "data": {"name": "digits"}},
             "sample_guidance: needs",
@@ -184,4 +185,5 @@ def test_channels_and_classes_follow_from_the_data(tiny_digits: MakeConfig) -> N
         "mlp_ratio": 4.0,
         "qk_norm": False,
         "pos": "sincos",
+        "guidance": False,
     }

@@ -62,5 +62,5 @@ def test_what_a_run_cannot_serve_is_named(tiny: MakeConfig, tiny_digits: MakeCon
         generate(net, ring, 1, label=0)
     with pytest.raises(ConfigError, match="guidance: the run never learnt"):
         generate(net, undropped, 1, guidance=2.0)
-    with pytest.raises(ConfigError, match="guidance: a MeanFlow network has its guidance built in"):
+    with pytest.raises(ConfigError, match="guidance: a meanflow network has its guidance built in"):
         generate(net, meanflow, 1, guidance=2.0)

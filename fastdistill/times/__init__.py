@@ -1,0 +1,50 @@
+"""Laws of the training times: t alone, pairs (t, s) with 0 <= s <= t <= 1, and what single methods need.
+
+Every draw takes a `torch.Generator`, so that a batch is a pure function of the generator's seed. Numbers are drawn
+on the generator's device and then moved, so that a CPU generator gives the same times on every device.
+"""
+
+from __future__ import annotations
+
+from fastdistill.times.discrete import ct_points, ect_level, ect_stage, ect_times, ict_points, neighbour_times
+from fastdistill.times.laws import (
+    ArctanLogNormal,
+    LogitNormal,
+    LogNormalLevel,
+    TimeSampler,
+    Uniform,
+    level_of_time,
+    time_of_level,
+)
+from fastdistill.times.pairs import (
+    distinct_rows,
+    dyadic_times,
+    gap_times,
+    imm_middle,
+    imm_times,
+    pair_times,
+    triangle_times,
+)
+
+__all__ = [
+    "ArctanLogNormal",
+    "LogNormalLevel",
+    "LogitNormal",
+    "TimeSampler",
+    "Uniform",
+    "ct_points",
+    "distinct_rows",
+    "dyadic_times",
+    "ect_level",
+    "ect_stage",
+    "ect_times",
+    "gap_times",
+    "ict_points",
+    "imm_middle",
+    "imm_times",
+    "level_of_time",
+    "neighbour_times",
+    "pair_times",
+    "time_of_level",
+    "triangle_times",
+]

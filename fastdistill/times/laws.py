@@ -1,0 +1,130 @@
+"""Laws of one training time t in [0, 1]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastdistill.paths import Path
+
+
+class TimeSampler(Protocol):
+    """Draws `batch` times in [0, 1], float32, shape (batch,)."""
+
+    def __call__(
+        self, batch: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class LogitNormal:
+    """sigmoid(N(mean, std^2)). Source: Esser et al. 2024, arXiv:2403.03206, section 3.1; mean -0.4 is MeanFlow's."""
+
+    mean: float = -0.4
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_normal(self.mean, self.std)
+
+    def __call__(
+        self, batch: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> Tensor:
+        return torch.sigmoid(self.mean + self.std * draw(torch.randn, batch, generator, device))
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Uniform on [low, high)."""
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high <= 1:
+            raise ValueError(f"low, high: expected 0 <= low < high <= 1, got {self.low}, {self.high}")
+
+    def __call__(
+        self, batch: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> Tensor:
+        return self.low + (self.high - self.low) * draw(torch.rand, batch, generator, device)
+
+
+@dataclass(frozen=True)
+class ArctanLogNormal:
+    """t = (2 / pi) atan(e^N(mean, std^2) / sigma_data).
+
+    sCM's law of its angle, for mean -1, std 1.4 and its sigma_data; FACM's for mean -0.8, std 1.6 and sigma_data 1.
+    Source: Lu and Song 2024 (sCM), arXiv:2410.11081, section 4; Peng et al. 2025 (FACM), arXiv:2507.03738.
+    """
+
+    mean: float = -1.0
+    std: float = 1.4
+    sigma_data: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_normal(self.mean, self.std)
+        if not (math.isfinite(self.sigma_data) and self.sigma_data > 0):
+            raise ValueError(f"sigma_data: expected a finite number > 0, got {self.sigma_data}")
+
+    def __call__(
+        self, batch: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> Tensor:
+        sigma = torch.exp(self.mean + self.std * draw(torch.randn, batch, generator, device))
+        return torch.atan(sigma / self.sigma_data) / (0.5 * math.pi)
+
+
+@dataclass(frozen=True)
+class LogNormalLevel:
+    """The time at which a path's noise level beta / alpha is e^N(mean, std^2), or the path's nearer end.
+
+    With `EDM()`: EDM's law for mean -1.2, std 1.2; ECT's and iCT's for mean -1.1, std 2.
+    Source: Karras et al. 2022 (EDM), arXiv:2206.00364, table 1; Geng et al. 2025 (ECT), arXiv:2406.14548.
+    """
+
+    path: Path
+    mean: float = -1.1
+    std: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_normal(self.mean, self.std)
+
+    def __call__(
+        self, batch: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> Tensor:
+        level = torch.exp(self.mean + self.std * draw(torch.randn, batch, generator, device))
+        return time_of_level(self.path, level)
+
+
+def level_of_time(path: Path, t: Tensor) -> Tensor:
+    """The noise level beta / alpha of a path at t, float64, any shape; infinite where alpha is 0."""
+    t = t.double()
+    return path.beta(t) / path.alpha(t)
+
+
+def time_of_level(path: Path, level: Tensor) -> Tensor:
+    """The time, float32, at which a path's beta / alpha is `level` >= 0, or its nearer end; any shape."""
+    return path.time_at(torch.atan(level.double())).float()
+
+
+def check_normal(mean: float, std: float) -> None:
+    """Raise a ValueError by name unless these are the parameters of a normal law."""
+    if not math.isfinite(mean):
+        raise ValueError(f"mean: expected a finite number, got {mean}")
+    if not (math.isfinite(std) and std > 0):
+        raise ValueError(f"std: expected a finite number > 0, got {std}")
+
+
+def draw(
+    law: Callable[..., Tensor],
+    batch: int,
+    generator: torch.Generator | None,
+    device: torch.device | str | None,
+) -> Tensor:
+    """Draw (batch,) float32 numbers on the generator's device and move them."""
+    source = device if generator is None else generator.device
+    return law(batch, generator=generator, device=source, dtype=torch.float32).to(source if device is None else device)
