@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as its name's ending says; a PNG with a palette of its own, at a third of the size."""
+    """Write a figure as its name's ending says."""
     with rc_context(SVG):
         if path.suffix == ".svg":
             figure.savefig(path, metadata={"Date": None})
@@ -59,6 +59,12 @@ def save(figure: Figure, path: Path) -> None:
                 path, optimize=True
             )
     print(f"{path} {path.stat().st_size / 1024:.0f} KB")
+
+
+def save_png(png: bytes, path: Path) -> None:
+    """Write a PNG with a palette of its own, at about a third of the size."""
+    image = Image.open(io.BytesIO(png)).convert("RGB").quantize(COLORS_PER_PNG, dither=Image.Dither.NONE)
+    image.save(path, optimize=True)
 
 
 def noise(count: int, seed: int = 0) -> Tensor:
