@@ -2,8 +2,8 @@
 
     python -m benchmarks.evidence_tables        # write both again from docs/evidence/summary.json
 
-A summary is {"ring": COMPARISON, "digits": COMPARISON}, each as `fastdistill.compare` returns it, with `gates`, `mutants`
-and `plots` beside what that holds. A data set that was not measured is absent.
+A summary is {"ring": COMPARISON, "digits": COMPARISON}, each as `fastdistill.compare` returns it, with `gates`,
+`mutants` and `plots` beside what that holds. A data set that was not measured is absent.
 """
 
 from __future__ import annotations

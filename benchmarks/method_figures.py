@@ -16,22 +16,21 @@ from typing import Any
 
 import torch
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from benchmarks import run_figures
 from benchmarks.environment import ROOT
+from benchmarks.run_figures import modes_of, plane
 from fastdistill import samplers
 from fastdistill.eval.exact import Ring
 from fastdistill.eval.figures import FAINT, INK
+from fastdistill.train.methods import METHODS
 
 FOLDER = ROOT / "docs" / "figures"
-# One hue a mode, going around as the ring does; the first and the fifth are the student's and the teacher's.
-MODES = ("#2c6e8f", "#4f9a94", "#8aae6a", "#c9a94a", "#b07d4f", "#a9502f", "#8a5a83", "#5a6aa0")
 EXACT, EULER, JUMP = "#c9c9c3", "#b07d4f", "#2c6e8f"
-LIMIT = 3.2
 COLORS_PER_PNG = 96
 # Fixed ids and no date, so that the same figure is the same file.
 SVG: dict[str, Any] = {"svg.hashsalt": "fastdistill", "svg.fonttype": "path"}
@@ -41,10 +40,30 @@ def main() -> None:
     """Draw what can be drawn, and print each file with its size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder (default: %(default)s)")
+    parser.add_argument("--runs", type=Path, help="finished runs, as `make evidence` leaves them in runs/evidence")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name, draw in (("paths.png", draw_paths), ("jumps.png", draw_jumps)):
-        save(draw(), args.out / name)
+    draw_all(args.out, args.runs)
+
+
+def draw_all(out: Path, runs: Path | None = None) -> None:
+    """Write into `out` the figures of exact flows and, of the runs that are finished, those of networks."""
+    out.mkdir(parents=True, exist_ok=True)
+    save(draw_paths(), out / "paths.png")
+    save(draw_jumps(), out / "jumps.png")
+    if runs is None:
+        return
+    ring, digits = (find_runs(runs / data / "seed0") for data in ("ring", "digits"))
+    if ring:
+        save(run_figures.draw_ring_methods(ring), out / "ring_methods.png")
+    if {"flow_matching", "reflow"} <= set(ring):
+        save(run_figures.draw_reflow(ring["flow_matching"], ring["reflow"]), out / "reflow.png")
+    if digits:
+        save(run_figures.draw_digit_methods(digits), out / "digits_methods.png")
+
+
+def find_runs(folder: Path) -> dict[str, Path]:
+    """The finished runs of a folder by method, in the order of the registry."""
+    return {name: folder / name for name in METHODS if (folder / name / "export" / "ema.safetensors").is_file()}
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -70,12 +89,6 @@ def save_png(png: bytes, path: Path) -> None:
 def noise(count: int, seed: int = 0) -> Tensor:
     """Standard normal points (count, 2) in float64."""
     return torch.randn(count, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def modes_of(x: Tensor) -> list[str]:
-    """The colour of the nearest mode of each point (N, 2)."""
-    means = Ring().means.to(x)
-    return [MODES[i] for i in torch.cdist(x, means).argmin(1).tolist()]
 
 
 def trajectories(velocity: Callable[[Tensor, Tensor], Tensor], x1: Tensor, steps: int = 200) -> Tensor:
@@ -149,16 +162,6 @@ def euler_stops(ring: Ring, x1: Tensor, number: int) -> Tensor:
 
     samplers.euler(recording, x1, number)
     return torch.stack(stops)
-
-
-def plane(figure: Figure, place: tuple[float, float, float, float], limit: float = LIMIT) -> Axes:
-    """Square axes of the plane without frame or ticks."""
-    axes = figure.add_axes(place)
-    axes.set_xlim(-limit, limit)
-    axes.set_ylim(-limit, limit)
-    axes.set_aspect("equal")
-    axes.set_axis_off()
-    return axes
 
 
 if __name__ == "__main__":
