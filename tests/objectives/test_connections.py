@@ -6,20 +6,33 @@ that must break it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdistill.eval.exact import Gaussian, Ring
+from fastdistill.eval.exact import Gaussian
 from fastdistill.jvp import jvp
-from fastdistill.paths import LINEAR, Cosine, Linear, Path
+from fastdistill.objectives import (
+    alpha_flow,
+    ayf_emd,
+    ayf_lmd,
+    consistency,
+    facm,
+    flow_matching,
+    imm,
+    meanflow,
+    scm,
+    shortcut,
+)
+from fastdistill.objectives.imm import imm_weight
+from fastdistill.paths import LINEAR, Cosine
 from fastdistill.samplers import Net
 
-Field = Callable[..., Tensor]
 ROWS, WIDTH = 48, 3
-PATHS = [pytest.param(path, id=type(path).__name__) for path in (Linear(), Cosine())]
 
 
 class SmallNet(nn.Module):
@@ -52,14 +65,15 @@ def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @pytest.fixture
 def law() -> Gaussian:
-    return gaussian(LINEAR)
-
-
-def gaussian(path: Path) -> Gaussian:
     generator = torch.Generator().manual_seed(2)
     factor = torch.randn(WIDTH, WIDTH, dtype=torch.float64, generator=generator)
     mean = torch.randn(WIDTH, dtype=torch.float64, generator=generator)
-    return Gaussian(mean, factor @ factor.T / WIDTH + 0.2 * torch.eye(WIDTH, dtype=torch.float64), path)
+    return Gaussian(mean, factor @ factor.T / WIDTH + 0.2 * torch.eye(WIDTH, dtype=torch.float64))
+
+
+@pytest.fixture
+def teacher(law: Gaussian) -> Net:
+    return lambda x, t, s, y=None: law.velocity(x, t)
 
 
 def gradient(loss: Tensor, net: nn.Module) -> Tensor:
@@ -82,91 +96,277 @@ def along(net: Net, x: Tensor, t: Tensor, s: Tensor, w: Tensor, tangent_grad: bo
     return jvp(lambda x, t, s: jump(net, x, t, s), (x, t, s), (w, 1.0, None), tangent_grad=tangent_grad)
 
 
-def consistency_gradient(net: SmallNet, x: Tensor, t: Tensor, s: Tensor, w: Tensor, weight: Tensor) -> Tensor:
+def consistency_gradient(net: SmallNet, x: Tensor, t: Tensor, s: Tensor, w: Tensor, weight: Any = 1.0) -> Tensor:
     """The mean over rows of weight (df/dtheta)^T [D_w f]: continuous consistency towards s."""
     f, df_dt = along(net, x, t, s, w)
-    return gradient((weight[:, None] * f * df_dt).sum() / len(x), net)
+    return gradient((weight * (f * df_dt).sum(1)).mean(), net)
 
 
-# 10. The three identities, on exact solutions
+def of(objective: Callable[..., tuple[Tensor, Any]], net: SmallNet, *arguments: Tensor, **options: Any) -> Tensor:
+    """The gradient of an objective."""
+    return gradient(objective(net, *arguments, **options)[0], net)
 
 
-def residuals(
-    map_of: Callable[..., Tensor], velocity: Callable[..., Tensor], x: Tensor, t: Tensor, s: Tensor
-) -> Tensor:
-    """Root mean squares of the Eulerian, Lagrangian and semigroup residuals of a flow map."""
-    v, m = velocity(x, t), 0.3 * t + 0.7 * s
-    _, start = torch.func.jvp(lambda x, t: map_of(x, t, s), (x, t), (v, torch.ones_like(t)))[:2]
-    f, end = torch.func.jvp(lambda s: map_of(x, t, s), (s,), (torch.ones_like(s),))[:2]
-    both = map_of(map_of(x, t, m), m, s)
-    return torch.stack([r.square().mean().sqrt() for r in (start, end - velocity(f, s), both - f)])
+def falls_in_proportion(error: Callable[[float], float], large: float = 1e-2) -> bool:
+    """Whether an error is of first order in a step: small, and a tenth for a tenth of the step."""
+    first, second = error(large), error(0.1 * large)
+    return first < 0.2 and 0.08 < second / first < 0.12
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_exact_flow_map_satisfies_all_three_identities(path: Path, batch: tuple[Tensor, ...]) -> None:
-    law, (x0, x1, t, s) = gaussian(path), batch
-    x = path.interpolate(x0, x1, t)
-    assert residuals(law.flow_map, law.velocity, x, t, s).max() < 1e-10
+# 1. Continuous consistency is the limit of discrete consistency: of grad L / (2 (t - r))
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_each_identity_notices_a_map_that_is_not_the_flow(path: Path, batch: tuple[Tensor, ...]) -> None:
-    """A map that goes 10 % too far breaks all three; the one that never moves, only the Lagrangian one."""
-    law, (x0, x1, t, s) = gaussian(path), batch
-    x = path.interpolate(x0, x1, t)
+@pytest.mark.parametrize("distilled", [False, True], ids=["training", "distillation"])
+def test_discrete_consistency_tends_to_continuous_consistency(
+    net: SmallNet, batch: tuple[Tensor, ...], teacher: Net, distilled: bool
+) -> None:
+    x0, x1, t, s = batch
+    x, options = LINEAR.interpolate(x0, x1, t), {"teacher": teacher} if distilled else {}
+    w = teacher(x, t=t, s=t, y=None) if distilled else x1 - x0
+    limit = consistency_gradient(net, x, t, 0 * s, w)
 
-    def too_far(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        return x + 1.1 * (law.flow_map(x, t, s) - x)
+    def error(gap: float, divisor: float = 2.0) -> float:
+        return away(of(consistency, net, x0, x1, t, t - gap, **options) / (divisor * gap), limit)
 
-    assert residuals(too_far, law.velocity, x, t, s).min() > 1e-3
-    still = residuals(lambda x, t, s: x + 0 * s[:, None], law.velocity, x, t, s)
-    assert still[2] == 0
-    assert still[:2].min() > 0.1
-
-
-def test_the_rings_flow_map_satisfies_the_identities_to_the_error_of_its_integrator(batch: tuple[Tensor, ...]) -> None:
-    ring, (_, _, t, s) = Ring(), batch
-    x = torch.randn(ROWS, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    assert residuals(ring.flow_map, ring.velocity, x, t, s).max() < 1e-6
-    assert residuals(ring.flow_map, lambda x, t: 1.1 * ring.velocity(x, t), x, t, s)[:2].min() > 1e-2
+    assert falls_in_proportion(error)
+    assert error(1e-3, divisor=1.0) > 0.9, "grad L / (t - r) has twice the limit"
 
 
-# The conditional velocity for the marginal one: right with a detached tangent, biased with the full gradient
+def test_without_the_stop_gradient_there_is_no_such_limit(net: SmallNet, batch: tuple[Tensor, ...]) -> None:
+    """Both gradients then cancel to first order, and the quotient goes to zero."""
+    x0, x1, t, s = batch
+    x, gap = LINEAR.interpolate(x0, x1, t), 1e-3
+    difference = jump(net, x, t, 0 * s) - jump(net, LINEAR.interpolate(x0, x1, t - gap), t - gap, 0 * s)
+    full = gradient(difference.square().sum(1).mean(), net) / (2 * gap)
+    assert full.norm() < 0.05 * consistency_gradient(net, x, t, 0 * s, x1 - x0).norm()
 
 
-def conditional_excess(law: Gaussian, t: float, s: float, count: int = 4000) -> tuple[Tensor, Tensor]:
-    """Mean squares of the Eulerian residual with v_hat minus with v, and of (df/dx)(v_hat - v)."""
-    x0, x1 = whitened(law, count)
-    times = [torch.full((count,), value, dtype=torch.float64) for value in (t, s)]
-    x, v_hat = LINEAR.interpolate(x0, x1, times[0]), x1 - x0
-    v = law.velocity(x, times[0])
-
-    def residual(w: Tensor) -> Tensor:
-        one = torch.ones_like(times[0])
-        return torch.func.jvp(lambda x, t: law.flow_map(x, t, times[1]), (x, times[0]), (w, one))[1]
-
-    spread = torch.func.jvp(lambda x: law.flow_map(x, *times), (x,), (v_hat - v,))[1]
-    return residual(v_hat).square().mean() - residual(v).square().mean(), spread.square().mean()
+def test_scm_without_its_stabilisers_is_continuous_consistency(
+    net: SmallNet, batch: tuple[Tensor, ...], teacher: Net
+) -> None:
+    """With weight 1 / t, as df/dtheta = -t dF/dtheta; 2 / WIDTH as it averages squares over elements."""
+    x0, x1, t, s = batch
+    x = LINEAR.interpolate(x0, x1, t)
+    limit = consistency_gradient(net, x, t, 0 * s, teacher(x, t=t, s=t, y=None), 1 / t) * 2 / WIDTH
+    plain: dict[str, Any] = {"teacher": teacher, "c": None}
+    assert away(of(scm, net, x0, x1, t, **plain), limit) < 1e-10
+    assert away(of(scm, net, x0, x1, t, **plain, warmup=0.5), limit) > 1e-2
+    assert away(of(scm, net, x0, x1, t, teacher=teacher), limit) > 1e-2, "with the normalised tangent"
 
 
-def whitened(law: Gaussian, count: int) -> tuple[Tensor, Tensor]:
-    """Data and noise whose joint sample mean and covariance are exactly the law's and the normal's."""
-    raw = torch.randn(count, 2 * WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    raw = raw - raw.mean(0)
-    white = raw @ torch.linalg.inv(torch.linalg.cholesky(raw.T @ raw / count)).T
-    values, axes = torch.linalg.eigh(law_covariance(law))
-    return law.mean + white[:, :WIDTH] * values.sqrt() @ axes.T, white[:, WIDTH:]
+def test_scm_on_the_trigonometric_path_is_continuous_consistency_there(
+    net: SmallNet, batch: tuple[Tensor, ...]
+) -> None:
+    """With k = cot of the angle: g = cos D_w f, and df/dtheta = -sin dF/dtheta (times as angles)."""
+    x0, x1, t, s = batch
+    path, angle = Cosine(), 0.5 * math.pi * t
+    x, w = path.interpolate(x0, x1, t), path.velocity(x0, x1, t)
+    per_angle = 2 / math.pi
+    limit = consistency_gradient(net, x, t, 0 * s, w, per_angle * angle.cos() / angle.sin()) * 2 / WIDTH
+    assert away(of(scm, net, x0, x1, t, path=path, c=None), limit) < 1e-10
+    assert away(of(scm, net, x0, x1, t, path=path, c=None, parameterization="average"), limit) > 1e-2
 
 
-def law_covariance(law: Gaussian) -> Tensor:
-    """Read from the flow map, whose derivative from noise to data is the root of the covariance."""
-    one, zero = torch.ones(WIDTH, dtype=torch.float64), torch.zeros(WIDTH, dtype=torch.float64)
-    root = law.flow_map(torch.eye(WIDTH, dtype=torch.float64), one, zero) - law.mean
-    return root @ root.T
+# 2, 3, 4. AYF-EMD: its own limit, flow matching as s -> t, continuous consistency at s = 0, MeanFlow
 
 
-def test_the_full_gradient_also_punishes_the_derivative_of_the_map(law: Gaussian) -> None:
-    """E|D_v_hat f|^2 = E|D_v f|^2 + E|(df/dx)(v_hat - v)|^2: the last term is positive at the exact solution."""
-    excess, spread = conditional_excess(law, 0.8, 0.2)
-    torch.testing.assert_close(excess, spread, rtol=1e-8, atol=1e-10)
-    assert spread > 0.1
+def test_ayf_emd_is_the_limit_of_its_discrete_loss(net: SmallNet, batch: tuple[Tensor, ...], teacher: Net) -> None:
+    """w = 1 / d^2, so that w' = w d = 1 / d; the limit is of grad L / (2 epsilon), and ayf_emd has twice of it."""
+    x0, x1, t, s = batch
+    x, d = LINEAR.interpolate(x0, x1, t), t - s
+    v, limit = teacher(x, t=t, s=t, y=None), 0.5 * of(ayf_emd, net, x0, x1, t, s, teacher=teacher, c=None)
+
+    def error(epsilon: float, power: int = 2) -> float:
+        start = t + epsilon * (s - t)
+        goal = jump(net, x - (epsilon * d)[:, None] * v, start, s).detach()
+        loss = (d**-power * (jump(net, x, t, s) - goal).square().sum(1)).mean()
+        return away(gradient(loss, net) / (2 * epsilon), limit)
+
+    assert falls_in_proportion(error)
+    assert error(1e-3, power=1) > 0.3
+
+
+def test_ayf_lmd_is_the_limit_of_its_discrete_loss(net: SmallNet, batch: tuple[Tensor, ...], teacher: Net) -> None:
+    """Compared at the end: the map to s' = s + epsilon (t - s), and from there one Euler step of the teacher to s."""
+    x0, x1, t, s = batch
+    x, d = LINEAR.interpolate(x0, x1, t), t - s
+    limit = 0.5 * of(ayf_lmd, net, x0, x1, t, s, teacher=teacher, c=None)
+
+    def error(epsilon: float, sign: float = 1.0) -> float:
+        end = s + epsilon * d
+        f = jump(net, x, t, end).detach()
+        goal = f - sign * (epsilon * d)[:, None] * teacher(f, t=end, s=end, y=None)
+        loss = ((jump(net, x, t, s) - goal).square().sum(1) / d**2).mean()
+        return away(gradient(loss, net) / (2 * epsilon), limit)
+
+    assert falls_in_proportion(error)
+    assert error(1e-3, sign=-1.0) > 0.3, "the teacher's step goes down in time"
+
+
+def test_ayf_emd_tends_to_flow_matching_as_s_tends_to_t(net: SmallNet, batch: tuple[Tensor, ...], teacher: Net) -> None:
+    """For w = 1 / d^2 alone: times d, i.e. w = 1 / d, the gradient vanishes instead."""
+    x0, x1, t, _ = batch
+    x = LINEAR.interpolate(x0, x1, t)
+    residual = net(x, t, t) - teacher(x, t=t, s=t, y=None)
+    limit = gradient(residual.square().sum(1).mean(), net)
+
+    def error(d: float, power: int = 0) -> float:
+        return away(d**power * of(ayf_emd, net, x0, x1, t, t - d, teacher=teacher, c=None), limit)
+
+    assert falls_in_proportion(error)
+    assert error(1e-3, power=1) > 0.9
+    assert error(1e-3, power=-1) > 100
+
+
+def test_at_s_equal_t_meanflow_is_flow_matching(net: SmallNet, batch: tuple[Tensor, ...]) -> None:
+    x0, x1, t, s = batch
+    expected = WIDTH * of(flow_matching, net, x0, x1, t)
+    assert away(of(meanflow, net, x0, x1, t, t, p=0.0), expected) < 1e-10
+    assert away(of(meanflow, net, x0, x1, t, s, p=0.0), expected) > 1e-2
+
+
+def test_ayf_emd_at_s_0_is_continuous_consistency(net: SmallNet, batch: tuple[Tensor, ...], teacher: Net) -> None:
+    x0, x1, t, s = batch
+    x = LINEAR.interpolate(x0, x1, t)
+    limit = 2 * consistency_gradient(net, x, t, 0 * s, teacher(x, t=t, s=t, y=None), 1 / t)
+    options: dict[str, Any] = {"teacher": teacher, "c": None}
+    assert away(of(ayf_emd, net, x0, x1, t, 0 * s, **options), limit) < 1e-10
+    assert away(WIDTH * of(scm, net, x0, x1, t, **options), limit) < 1e-10
+    assert away(of(ayf_emd, net, x0, x1, t, s, **options), limit) > 1e-2
+
+
+def test_meanflows_gradient_is_that_of_ayf_emd_at_weight_1_over_d(
+    net: SmallNet, batch: tuple[Tensor, ...], teacher: Net
+) -> None:
+    expected = of(ayf_emd, net, *batch, teacher=teacher, c=None)
+    assert away(of(meanflow, net, *batch, teacher=teacher, p=0.0), expected) < 1e-12
+    for mutant in ({"warmup": 0.9, "c": None}, {"c": 0.1}):
+        assert away(of(ayf_emd, net, *batch, teacher=teacher, **mutant), expected) > 1e-2
+    d = batch[2] - batch[3]
+    x = LINEAR.interpolate(*batch[:3])
+    w = teacher(x, t=batch[2], s=batch[2], y=None)
+    assert away(2 * consistency_gradient(net, x, *batch[2:], w, 1 / d), expected) < 1e-10
+    assert away(2 * consistency_gradient(net, x, *batch[2:], w), expected) > 0.1, "at another weight it is not"
+
+
+# 5. FACM's consistency term is MeanFlow's at s = 0
+
+
+def test_facm_is_meanflow_at_s_0(net: SmallNet, batch: tuple[Tensor, ...], teacher: Net) -> None:
+    """Without clamp, with the whole tangent (p large), a weight that is flat (c large), and an anchor that is met."""
+    x0, x1, _, _ = batch
+    t, c = torch.full((ROWS,), 0.7, dtype=torch.float64), 1e8
+
+    def anchored(x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
+        return teacher(x, t=t, s=s, y=y) if torch.equal(t, s) else net(x, t, s)
+
+    def term(**options: Any) -> Tensor:
+        given = {"p": 1e3, "c": c, "clamp": 1e6} | options
+        loss, _ = facm(anchored, x0, x1, t, teacher=teacher, **given)
+        return gradient(loss, net) * c**0.5 * WIDTH / math.cos(0.5 * math.pi * 0.3)
+
+    expected = of(meanflow, net, x0, x1, t, 0 * t, teacher=teacher, p=0.0)
+    assert away(term(), expected) < 1e-6
+    assert away(term(p=0.5), expected) > 0.1, "its target takes a share of the tangent only"
+    assert away(term(clamp=0.1), expected) > 0.1
+    assert away(term(), of(meanflow, net, x0, x1, t, 0.5 * t, teacher=teacher, p=0.0)) > 1e-2
+
+
+# 6. The same zero, another gradient: stop-gradient against full
+
+
+def test_full_and_stopped_gradients_vanish_together_and_differ_elsewhere(
+    net: SmallNet, batch: tuple[Tensor, ...], law: Gaussian
+) -> None:
+    x0, x1, t, s = batch
+    x, d = LINEAR.interpolate(x0, x1, t), (t - s)[:, None]
+    v = law.velocity(x, t)
+    bend = nn.Linear(WIDTH, WIDTH, bias=False).double()
+
+    def full(model: Net, owner: nn.Module, end: bool) -> Tensor:
+        if end:
+            f, rate = jvp(lambda s: jump(model, x, t, s), (s,), (1.0,), tangent_grad=True)
+            return gradient((rate - law.velocity(f, s)).square().sum(1).mean(), owner)
+        return gradient(along(model, x, t, s, v, tangent_grad=True)[1].square().sum(1).mean(), owner)
+
+    def stopped(model: Net, owner: nn.Module, end: bool) -> Tensor:
+        options: dict[str, Any] = {"teacher": lambda x, t, s, y=None: law.velocity(x, t), "c": None}
+        return gradient((ayf_lmd if end else ayf_emd)(model, x0, x1, t, s, **options)[0], owner)
+
+    for end in (False, True):
+        a, b = (kind(net, net, end) for kind in (full, stopped))
+        assert torch.nn.functional.cosine_similarity(a, b, dim=0) < 0.99
+        for size, vanish in ((0.0, True), (0.3, False)):
+            nn.init.constant_(bend.weight, size)
+            exact = lambda x, t, s, y=None: law.average_velocity(x, t, s) + bend(x) * t[:, None]  # noqa: E731
+            norms = [float(kind(exact, bend, end).norm()) for kind in (full, stopped)]
+            assert max(norms) < 1e-10 if vanish else min(norms) > 1e-2
+    assert d.min() > 0
+
+
+def test_full_gradient_is_the_limit_without_stop_gradient(
+    net: SmallNet, batch: tuple[Tensor, ...], law: Gaussian
+) -> None:
+    """grad L / epsilon^2 tends to the gradient of E d^2 |D_v f|^2, without a factor 2."""
+    x0, x1, t, s = batch
+    x, d = LINEAR.interpolate(x0, x1, t), t - s
+    v = law.velocity(x, t)
+    rate = along(net, x, t, s, v, tangent_grad=True)[1]
+    limit = gradient((d**2 * rate.square().sum(1)).mean(), net)
+
+    def error(epsilon: float, factor: float = 1.0) -> float:
+        moved = jump(net, x - (epsilon * d)[:, None] * v, t - epsilon * d, s)
+        loss = (jump(net, x, t, s) - moved).square().sum(1).mean()
+        return away(gradient(loss, net) / (factor * epsilon**2), limit)
+
+    assert falls_in_proportion(error)
+    assert error(1e-3, factor=2.0) > 0.4
+
+
+# 7. alpha-Flow's ends
+
+
+def test_alpha_flow_goes_from_flow_matching_to_meanflow(net: SmallNet, batch: tuple[Tensor, ...]) -> None:
+    """With a flat weight (c large) its gradient is a^2 / c times that of the residual over a."""
+    x0, x1, t, s = batch
+    c, w = 1e8, x1 - x0
+    end = of(meanflow, net, *batch, p=0.0)
+    start = gradient((net(LINEAR.interpolate(x0, x1, t), t, s) - w).square().sum(1).mean(), net)
+
+    def scaled(a: float) -> Tensor:
+        return of(alpha_flow, net, *batch, alpha=a, c=c) * c / (a**2 or 1)
+
+    assert away(scaled(1.0), start) < 1e-6
+    assert falls_in_proportion(lambda a: away(scaled(a), end))
+    assert away(scaled(0.0), end) < 1e-6
+    assert away(scaled(0.5), end) > 1e-2
+    assert away(scaled(1.0), end) > 0.03
+
+
+# 8. Shortcut's error in f is d^2 times its error in u
+
+
+def test_shortcuts_error_of_the_map_is_d_squared_times_that_of_the_velocity(
+    net: SmallNet, batch: tuple[Tensor, ...]
+) -> None:
+    x0, x1, t, s = batch
+    x, m, d = LINEAR.interpolate(x0, x1, t), 0.5 * (t + s), t - s
+    of_map = (jump(net, x, t, s) - jump(net, jump(net, x, t, m), m, s)).square().sum(1)
+    of_velocity = WIDTH * shortcut(net, x0, x1, t, 0.5 * d)[1]["rows"]["raw_error"]
+    torch.testing.assert_close(of_map.detach(), d**2 * of_velocity, rtol=1e-8, atol=1e-14)
+    assert ((of_map - d * of_velocity).abs() > 0.2 * of_map).all()
+
+
+# 9, 10. One particle of IMM is a consistency model
+
+
+def test_imm_with_one_particle_is_consistency_with_the_norm_unsquared(net: SmallNet, batch: tuple[Tensor, ...]) -> None:
+    """Laplace's kernel at a small sharpness k: MMD^2 = 2 (1 - exp(-k n / D)), about 2 k n / D for the norm n."""
+    x0, x1, _, _ = batch
+    t = torch.full((ROWS,), 0.8, dtype=torch.float64)
+    r, k = t - 0.2, 1e-6
+    given = of(imm, net, x0, x1, t, r, 0 * t, group=1, sharpness=k) * WIDTH / (2 * k * imm_weight(LINEAR, t)[0])
+    assert away(given, of(consistency, net, x0, x1, t, r, distance="huber", c=1e-9)) < 1e-5
+    assert away(given, of(consistency, net, x0, x1, t, r, distance="l2")) > 0.1
+    several = of(imm, net, x0, x1, t, r, 0 * t, group=4, sharpness=k) * WIDTH / (2 * k * imm_weight(LINEAR, t)[0])
+    assert away(several, given) > 0.1, "with four particles it compares laws"
