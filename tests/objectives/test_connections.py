@@ -357,7 +357,7 @@ def test_shortcuts_error_of_the_map_is_d_squared_times_that_of_the_velocity(
     assert ((of_map - d * of_velocity).abs() > 0.2 * of_map).all()
 
 
-# 9, 10. One particle of IMM is a consistency model
+# 9. One particle of IMM is a consistency model
 
 
 def test_imm_with_one_particle_is_consistency_with_the_norm_unsquared(net: SmallNet, batch: tuple[Tensor, ...]) -> None:
