@@ -2,30 +2,95 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+import torch
 from torch import Tensor
 
+from fastdistill.paths import Path
 
-def check_batch(x0: Tensor, x1: Tensor, t: Tensor, s: Tensor | None = None, y: Tensor | None = None) -> None:
+
+def check_batch(
+    x0: Tensor, x1: Tensor, t: Tensor, s: Tensor | None = None, y: Tensor | None = None, *, end: str = "s"
+) -> None:
     """Raise a ValueError that names the first argument that doesn't fit the others.
 
     Shapes: x0 and x1 alike, (B, ...); t, s and y (B,). Times must satisfy 0 <= s <= t <= 1. They are read on the CPU
     only: on a GPU that would stall the queue at every step, and the laws of `fastdistill.times` guarantee it.
+
+    Args:
+        end: what the method calls its second time.
     """
     if x0.ndim < 2 or len(x0) == 0:
         raise ValueError(f"x0: expected shape (B, ...) with at least one row, got {tuple(x0.shape)}")
     if x1.shape != x0.shape:
         raise ValueError(f"x1: expected the shape of x0, {tuple(x0.shape)}, got {tuple(x1.shape)}")
-    for name, value in (("t", t), ("s", s), ("y", y)):
+    for name, value in (("t", t), (end, s), ("y", y)):
         if value is not None and value.shape != x0.shape[:1]:
             raise ValueError(f"{name}: expected shape ({len(x0)},), one entry a row, got {tuple(value.shape)}")
-    if not t.is_cpu:
-        return
-    _check_times("t", t, 0.0, 1.0, "in [0, 1]")
+    check_times("t", t, 0.0, 1.0, "in [0, 1]")
     if s is not None:
-        _check_times("s", s, 0.0, t, "in [0, t]")
+        check_times(end, s, 0.0, t, "in [0, t]")
 
 
-def _check_times(name: str, value: Tensor, low: float, high: Tensor | float, meaning: str) -> None:
-    fits = (value >= low) & (value <= high)
+def check_times(name: str, value: Tensor, low: float, high: Tensor | float, meaning: str) -> None:
+    """Refuse times outside [low, high], on the CPU."""
+    if value.is_cpu:
+        _refuse(name, value, (value >= low) & (value <= high), meaning)
+
+
+def check_apart(t: Tensor, r: Tensor, name: str = "r") -> None:
+    """Refuse r that isn't earlier than t in every row, on the CPU: a discretised method learns from the gap."""
+    if r.is_cpu:
+        _refuse(name, r, r < t, "in [0, t), earlier than t")
+
+
+def check_after_data(t: Tensor) -> None:
+    """Refuse t = 0, on the CPU: a method that always goes to the data has nothing to learn there."""
+    if t.is_cpu:
+        _refuse("t", t, t > 0, "in (0, 1]")
+
+
+def check_share(name: str, value: object, low: float = 0.0) -> None:
+    """Refuse all but one plain number in [low, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number in [{low:g}, 1], got {_kind(value)}")
+    if not low <= value <= 1:
+        raise ValueError(f"{name}: expected a number in [{low:g}, 1], got {value}")
+
+
+def check_positive(**numbers: float) -> None:
+    """Refuse a number that isn't finite and > 0, by its keyword."""
+    for name, value in numbers.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Refuse a name that isn't one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def check_present(name: str, value: object, method: str, what: str) -> None:
+    """Refuse None for what a method can't do without."""
+    if value is None:
+        raise ValueError(f"{name}: expected {what}, which {method} needs, got None")
+
+
+def check_starts_at_data(path: Path, method: str, advice: str) -> None:
+    """Refuse a path whose state at t = 0 isn't the data itself."""
+    zero = torch.zeros((), dtype=torch.float64)
+    alpha, beta = float(path.alpha(zero)), float(path.beta(zero))
+    if abs(alpha - 1) > 1e-6 or abs(beta) > 1e-6:
+        found = f"got {type(path).__name__} with alpha(0) = {alpha:g}, beta(0) = {beta:g}"
+        raise ValueError(f"path: {method} expects x_0 to be the data, {found}; {advice}")
+
+
+def _refuse(name: str, value: Tensor, fits: Tensor, meaning: str) -> None:
     if not bool(fits.all()):
         raise ValueError(f"{name}: expected times {meaning}, got {value[~fits][0].item()}")
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
