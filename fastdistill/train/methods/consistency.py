@@ -29,7 +29,7 @@ class Consistency(MethodSettings):
     """Discrete consistency: neighbouring times of one trajectory must lead to the same data; CD with a teacher, else CT."""
 
     name: Literal["consistency"] = "consistency"
-    distance_name: Literal["l2", "huber"] = "huber"
+    distance: Literal["l2", "huber"] = "huber"
     """Between the two ends. A perceptual network of one's own goes to fastdistill.objectives.consistency."""
     c: float = Field(0.03, gt=0)
     """Of the Pseudo-Huber distance; iCT takes 0.00054 times the root of the elements of a row."""
