@@ -9,6 +9,7 @@ from __future__ import annotations
 from fastdistill.times.discrete import ct_points, ect_level, ect_stage, ect_times, ict_points, neighbour_times
 from fastdistill.times.laws import (
     ArctanLogNormal,
+    Constant,
     LogitNormal,
     LogNormalLevel,
     TimeSampler,
@@ -28,6 +29,7 @@ from fastdistill.times.pairs import (
 
 __all__ = [
     "ArctanLogNormal",
+    "Constant",
     "LogNormalLevel",
     "LogitNormal",
     "TimeSampler",

@@ -55,6 +55,23 @@ class Uniform:
 
 
 @dataclass(frozen=True)
+class Constant:
+    """One time for all: t = 1 trains a generator of one step."""
+
+    value: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.value <= 1:
+            raise ValueError(f"value: expected a time in [0, 1], got {self.value}")
+
+    def __call__(
+        self, batch: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> Tensor:
+        source = generator.device if device is None and generator is not None else device
+        return torch.full((batch,), self.value, device=source, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
 class ArctanLogNormal:
     """t = (2 / pi) atan(e^N(mean, std^2) / sigma_data).
 

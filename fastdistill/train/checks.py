@@ -33,6 +33,7 @@ def check_config(config: TrainConfig) -> None:
     _check_teachers(config)
     _check_path(config)
     _check_guidance(config, classes)
+    config.method.check(config)
     _check_model(config)
     _check_device(config)
     if config.out.exists() and not config.out.is_dir():
@@ -60,6 +61,9 @@ def _check_teachers(config: TrainConfig) -> None:
 def _check_path(config: TrainConfig) -> None:
     method, fits = config.method, config.method.objective().paths
     path = config.path.build()
+    for field, keyword in (("learned_weight", "weighting"), ("target_ema", "target")):
+        if getattr(method, field) and keyword not in method.objective().takes:
+            raise ConfigError(f"method.{field}: {method.name} has no use for it; remove it")
     if fits is not None and config.path.name not in fits:
         raise ConfigError(
             f"path.name: {method.name} fits the paths {', '.join(sorted(fits))}, got {config.path.name!r}; "

@@ -111,7 +111,7 @@ def attribute(
 
 def why_flat(method: MethodSettings) -> str | None:
     """Why this method's loss tells little, for whoever watches it; None where it tells enough."""
-    if getattr(method, "learned_weight", False):
+    if method.learned_weight:
         return (
             "the loss is weighted by a learned variance, exp(-w) e + w: it falls below zero, and says how well the "
             "error is foreseen. Watch raw_error."

@@ -25,7 +25,7 @@ from fastdistill.train.data import DATASETS, Batch, Dataset, drop_labels, genera
 from fastdistill.train.diagnostics import attribute, measure, why_flat
 from fastdistill.train.files import intact
 from fastdistill.train.logging import RunLog, peak_memory, save_samples
-from fastdistill.train.methods import Context
+from fastdistill.train.methods import Context, ScoreMethod
 from fastdistill.train.pairs import Pairs, make_pairs
 from fastdistill.train.run import export_network, open_run
 from fastdistill.train.sampling import sample_grid
@@ -130,8 +130,8 @@ def train_step(state: dict[str, Any], config: TrainConfig, dataset: Dataset | Pa
         if average is not None:
             average.update_parameters(net)
     if state["critic"] is not None:
-        with mixed_precision(state):
-            metrics |= state["critic"].update(context)
+        assert isinstance(config.method, ScoreMethod)
+        metrics |= state["critic"].update(context, config.method, mixed_precision(state))
     state["step"] = step + 1
     return metrics
 

@@ -21,7 +21,9 @@ from fastdistill.objectives.metric import LogVariance
 from fastdistill.train.checkpoint import CheckpointError, read_checkpoint, read_newest_checkpoint, set_aside_newer
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.critic import Critic
+from fastdistill.train.data import DATASETS
 from fastdistill.train.files import sha256
+from fastdistill.train.methods import ScoreMethod
 from fastdistill.train.run import build_network, load_run
 from fastdistill.train.settings import ConfigError
 
@@ -45,16 +47,16 @@ def new_state(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     if config.init_from_teacher:
         net.load_state_dict(frozen["teacher"].state_dict())
     method, optim = config.method, config.optim
-    weighting = LogVariance().to(device) if getattr(method, "learned_weight", False) else None
+    weighting = LogVariance().to(device) if method.learned_weight else None
     optimizer = make_optimizer([net, *([weighting] if weighting else [])], config, optim.lr)
-    decay = getattr(method, "target_ema", None)
+    decay = method.target_ema
     return {
         "step": 0,
         "net": net,
         "ema": average_of(net, ramped_ema(optim.ema)),
         "target": average_of(net, get_ema_multi_avg_fn(decay)) if decay is not None else None,
         "weighting": weighting,
-        "critic": Critic(frozen["teacher"], config) if method.has_critic else None,
+        "critic": make_critic(frozen["teacher"], config),
         "optimizer": optimizer,
         "scheduler": warm_up(optimizer, optim.warmup_steps),
         "device": device,
@@ -62,6 +64,13 @@ def new_state(config: TrainConfig, device: torch.device) -> dict[str, Any]:
         "path": config.path.build(),
         **frozen,
     }
+
+
+def make_critic(teacher: nn.Module, config: TrainConfig) -> Critic | None:
+    """The second network of a method that has one."""
+    if not isinstance(config.method, ScoreMethod):
+        return None
+    return Critic(teacher, config.method.critic, DATASETS[config.data.name].shape, config.optim.betas)
 
 
 def make_optimizer(modules: Sequence[nn.Module], config: TrainConfig, lr: float) -> torch.optim.AdamW:

@@ -40,6 +40,10 @@ def test_small_presets_map_a_batch_to_its_own_shape(name: str) -> None:
     assert count_parameters(net) < 2_000_000
 
 
+def test_the_digits_mlp_has_the_size_that_its_results_are_quoted_for() -> None:
+    assert count_parameters(create("mlp-digits")) == pytest.approx(610_000, rel=0.01)
+
+
 def test_every_preset_rebuilds_from_its_config() -> None:
     with torch.device("meta"):
         for name in PRESETS:

@@ -17,16 +17,19 @@ from fastdistill import objectives
 from fastdistill.objectives import Objective
 from fastdistill.objectives.velocity import Autoguidance, Guidance
 from fastdistill.paths import Path
+from fastdistill.times import distinct_rows
 from fastdistill.train.data import Batch
 from fastdistill.train.settings import Settings
 
 if TYPE_CHECKING:
+    from fastdistill.train.config import TrainConfig
     from fastdistill.train.critic import Critic
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Sampler = Literal["euler", "heun", "adaptive", "average_velocity", "consistency", "gamma"]
 Learnt = Literal["velocity", "map", "end"]
+PARTS = ("teacher", "weak_teacher", "target", "weighting", "generator")  # what the context gives by keyword
 Metrics = dict[str, Any]  # detached scalars by name, and under "rows" and "terms" what diagnostics look at
 
 
@@ -102,6 +105,10 @@ class MethodSettings(Settings):
     """What the trainer asks of every method. A subclass gives its fields, and `draw_times`."""
 
     name: str
+    learned_weight: bool = False
+    """Weigh the times by a learned variance, where the objective takes one."""
+    target_ema: Decay | None = None
+    """Decay of the averaged network on the stop-gradient side, where there is one; None: the network itself, detached."""
     sample_steps: int = Field(1, ge=1)
     """Steps of the sample grids."""
     sampler: Sampler | None = None
@@ -127,27 +134,30 @@ class MethodSettings(Settings):
 
     def loss(self, context: Context) -> tuple[Tensor, Metrics]:
         """The objective on one batch, at times drawn from the step's generator."""
-        batch = context.batch
+        batch, objective = context.batch, self.objective()
         times = self.draw_times(context)
-        keywords = self.keywords(context)
-        return self.objective().function(
-            context.net, batch.x0, batch.x1, *times, y=batch.y, path=context.path, **keywords
-        )
+        given = {name: value for name, value in self.keywords(context).items() if name in objective.takes}
+        return objective.function(context.net, batch.x0, batch.x1, *times, y=batch.y, path=context.path, **given)
 
     def draw_times(self, context: Context) -> tuple[Tensor, ...]:
         """The times of a batch, in the order in which the objective takes them."""
         raise TypeError(f"{type(self).__name__} draws no times")
 
     def keywords(self, context: Context) -> dict[str, Any]:
-        """The objective's keywords: those of this class's fields and of the context's parts that it takes."""
-        takes = self.objective().takes
-        given = {name: getattr(self, name) for name in type(self).model_fields if name in takes}
-        for name in ("teacher", "weak_teacher", "target", "weighting", "generator"):
-            if name in takes:
-                given[name] = getattr(context, name)
-        if isinstance(given.get("guidance"), GuidanceSettings):
-            given["guidance"] = given["guidance"].build(context)
+        """Keywords for the objective, of which those are passed that it takes: fields by their names, and the context.
+
+        A subclass adds what it computes from the step.
+        """
+        given = {name: getattr(self, name) for name in type(self).model_fields}
+        given |= {name: getattr(context, name) for name in PARTS}
+        if self.guidance_settings is not None:
+            given["guidance"] = self.guidance_settings.build(context)
+        if "distinct" in given:
+            given["distinct_rows"] = distinct_rows(context.rows, given["distinct"])
         return given
+
+    def check(self, config: TrainConfig) -> None:
+        """Raise a ConfigError for what the fields don't allow together, or with the rest of the configuration."""
 
     @property
     def guidance_settings(self) -> GuidanceSettings | None:

@@ -1,0 +1,99 @@
+"""What trains beside a generator of DMD: the network of its samples' own score, and a discriminator.
+
+Both learn from samples without gradient, several times for each step of the generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from fastdistill.objectives.flow_matching import flow_matching
+from fastdistill.paths import LINEAR, Path
+from fastdistill.samplers import Net
+
+Discriminator = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # discriminator(x_tau, tau, y) -> logits (B,)
+
+
+@dataclass(frozen=True)
+class CriticSchedule:
+    """How often each network is updated: the critic in every step, the generator in every `updates`-th.
+
+    Args:
+        updates: critic updates a generator update. DMD2 takes 5.
+        warmup: steps at the start in which only the critic learns.
+
+    Source: Yin et al. 2024 (DMD2), arXiv:2405.14867, section 4.2 (two time-scale update rule).
+    """
+
+    updates: int = 5
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        if self.updates < 1:
+            raise ValueError(f"updates: expected at least 1, got {self.updates}")
+        if self.warmup < 0:
+            raise ValueError(f"warmup: expected >= 0, got {self.warmup}")
+
+    def trains_generator(self, step: int) -> bool:
+        """Whether the generator is updated after the critic in `step`, counted from 0."""
+        return step >= self.warmup and (step - self.warmup + 1) % self.updates == 0
+
+
+def fake_score_loss(
+    fake: Net, samples: Tensor, noise: Tensor, tau: Tensor, *, y: Tensor | None = None, path: Path = LINEAR
+) -> tuple[Tensor, dict[str, Any]]:
+    """The denoising loss of the fake-score network: flow matching on the generator's samples, detached here.
+
+    Equivalent to:
+        flow_matching(fake, samples.detach(), noise, tau, y=y, path=path)
+
+    Args:
+        samples, noise: (B, ...). tau: (B,), of the law that the generator's loss takes.
+
+    Source: Yin et al. 2024 (DMD), arXiv:2311.18828, equation 6, here of the velocity.
+    """
+    return flow_matching(fake, samples.detach(), noise, tau, y=y, path=path)
+
+
+def gan_critic_loss(
+    gan: Discriminator,
+    x0: Tensor,
+    samples: Tensor,
+    noise: Tensor,
+    tau: Tensor,
+    *,
+    y: Tensor | None = None,
+    path: Path = LINEAR,
+) -> Tensor:
+    """The discriminator's loss softplus(D(samples)) + softplus(-D(x0)), both noised alike to tau; a scalar.
+
+    Args:
+        x0, samples, noise: (B, ...); no gradient reaches the samples. tau: (B,).
+
+    Source: Goodfellow et al. 2014, arXiv:1406.2661, equation 1; noised, as in DMD2, arXiv:2405.14867, section 4.3.
+    """
+    false = _logits(gan, path.interpolate(samples.detach(), noise, tau), tau, y)
+    true = _logits(gan, path.interpolate(x0, noise, tau), tau, y)
+    return (softplus(false) + softplus(-true)).mean()
+
+
+def gan_generator_loss(
+    gan: Discriminator, samples: Tensor, noise: Tensor, tau: Tensor, *, y: Tensor | None = None, path: Path = LINEAR
+) -> Tensor:
+    """The generator's loss softplus(-D(samples)), samples noised to tau; a scalar with gradient by the samples.
+
+    Source: Goodfellow et al. 2014, arXiv:1406.2661, section 3 (the non-saturating form).
+    """
+    return softplus(-_logits(gan, path.interpolate(samples, noise, tau), tau, y)).mean()
+
+
+def _logits(gan: Discriminator, x: Tensor, tau: Tensor, y: Tensor | None) -> Tensor:
+    logits = gan(x, tau, y)
+    if logits.shape != x.shape[:1]:
+        raise ValueError(f"gan: expected logits of shape ({len(x)},), one a row, got {tuple(logits.shape)}")
+    return logits
