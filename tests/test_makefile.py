@@ -40,7 +40,7 @@ def test_help_lists_every_target_a_person_calls(clone: Path) -> None:
     done = make(clone)
     assert done.returncode == 0
     assert all(
-        f"make {target} " in done.stdout for target in ("setup", "demo", "test", "bench", "aot", "lint", "clean")
+        f"make {target} " in done.stdout for target in ("setup", "demo", "test", "bench", "aot", "evidence", "lint", "clean")
     )
 
 

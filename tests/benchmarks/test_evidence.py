@@ -101,14 +101,16 @@ def test_a_mutants_tangent_is_wrong_and_its_output_right(mutant: Any) -> None:
 
 
 def test_gates_pass_and_fail_by_the_one_step_map_error() -> None:
-    good, bad = (0.2, 0.2, 0.2, 0.2), (0.7, 0.2, 0.2, 0.2)
-    result = ring(flow_matching=method(bad), meanflow=method(good), ect=method(bad))
+    good, bad, worse = (0.2, 0.2, 0.2, 0.2), (0.7, 0.2, 0.2, 0.2), (1.0, 0.2, 0.2, 0.2)
+    result = ring(flow_matching=method(bad), meanflow=method(good), ect=method(bad), imm=method(bad), dmd=method(worse))
     result["mutants"] = {"meanflow, wrong sign": 1.2, "scm, wrong sign": 0.1}
     verdicts = {gate["gate"]: gate["passed"] for gate in evidence.judge_gates(result)}
     assert verdicts == {
         "meanflow below 0.45 in one step": True,
         "flow_matching, the control, above 0.6 in one step": True,
         "ect below 0.45 in one step": False,
+        "imm below SW2 0.45 in one step": True,
+        "dmd below SW2 0.45 in one step": False,
         "the mutant meanflow, wrong sign above 0.45": True,
         "the mutant scm, wrong sign above 0.45": False,
     }
