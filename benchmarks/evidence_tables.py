@@ -26,13 +26,14 @@ NO_TABLE = "Not yet measured: `make evidence` fills this block."
 DATA = ("ring", "digits")
 # By data set: the metric that ranks methods, and what a table shows at every number of steps and at one step.
 Column = tuple[str, str, int]  # the metric, its name, digits after the point
-HEADLINE: dict[str, Column] = {"ring": ("map_error", "map error", 3), "digits": ("frechet", "Fréchet distance", 1)}
+# (Map errors are of one step only: a sampler that renoises on the way leaves the trajectory on purpose.)
+HEADLINE: dict[str, Column] = {"ring": ("sliced_wasserstein", "SW2", 3), "digits": ("frechet", "Fréchet distance", 1)}
 EVERY: dict[str, list[Column]] = {
-    "ring": [("map_error", "map error", 3), ("sliced_wasserstein", "SW2", 3)],
+    "ring": [("sliced_wasserstein", "SW2", 3)],
     "digits": [("frechet", "Fréchet", 1)],
 }
 ONE_STEP: dict[str, list[Column]] = {
-    "ring": [],
+    "ring": [("map_error", "map error", 3)],
     "digits": [
         ("accuracy", "accuracy", 3),
         ("c2st", "C2ST", 3),

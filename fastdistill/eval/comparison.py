@@ -14,7 +14,7 @@ from fastdistill.eval.evaluate import HEADINGS, format_value, row_name
 from fastdistill.eval.report import inline
 from fastdistill.train.files import replacing, write_text
 
-MAIN = {"ring": ("map_error", "sliced_wasserstein"), "digits": ("frechet", "accuracy")}
+MAIN = {"ring": ("sliced_wasserstein", "map_error"), "digits": ("frechet", "accuracy")}
 NUMBERS = ("1", "2", "4", "8")
 CONTROL = "flow_matching"
 
