@@ -76,20 +76,43 @@ def test_ends_of_the_paths_that_have_others(path: Path, start: tuple[float, floa
     assert abs(path.prior(torch.ones(1, 1).double()).item() - end[1]) < 1e-12 * max(end[1], 1)
 
 
+def derivative_error(path: Path) -> float:
+    """How far d_alpha and d_beta are from autograd's derivatives."""
+    one = torch.ones_like(TIMES)
+    pairs = ((path.alpha, path.d_alpha), (path.beta, path.d_beta))
+    return max(relative(rate(TIMES), jvp(value, (TIMES,), (one,))[1]) for value, rate in pairs)
+
+
+def velocity_error(path: Path, ends: tuple[Tensor, Tensor]) -> float:
+    """How far the velocity is from the time derivative of the state, at fixed noise where the path adds some."""
+    x0, x1 = ends
+    fixed = {"noise": torch.randn_like(x0)} if path.stochastic else {}
+    dx_dt = jvp(lambda t: path.interpolate(x0, x1, t, **fixed), (TIMES,), (torch.ones_like(TIMES),))[1]
+    return relative(path.velocity(x0, x1, TIMES), dx_dt)
+
+
 @NAMES
 def test_schedule_derivatives_are_those_of_autograd(path: Path) -> None:
-    for value, rate in ((path.alpha, path.d_alpha), (path.beta, path.d_beta)):
-        truth = jvp(value, (TIMES,), (torch.ones_like(TIMES),))[1]
-        assert relative(rate(TIMES), truth) < 1e-13
+    assert derivative_error(path) < 1e-13
 
 
 @NAMES
 def test_velocity_is_the_time_derivative_of_the_state(path: Path, ends: tuple[Tensor, Tensor]) -> None:
-    """At fixed noise, where the path adds some."""
-    x0, x1 = ends
-    fixed = {"noise": torch.randn_like(x0)} if path.stochastic else {}
-    dx_dt = jvp(lambda t: path.interpolate(x0, x1, t, **fixed), (TIMES,), (torch.ones_like(TIMES),))[1]
-    assert relative(path.velocity(x0, x1, TIMES), dx_dt) < 1e-13
+    assert velocity_error(path, ends) < 1e-13
+
+
+@NAMES
+@pytest.mark.parametrize("rate", ["d_alpha", "d_beta"])
+def test_a_wrong_derivative_is_seen(path: Path, rate: str, ends: tuple[Tensor, Tensor]) -> None:
+    """Off by a percent or two of the path's scale, in either schedule, on every path: the gates above can fail."""
+    right = getattr(type(path), rate)
+    wrong = {rate: lambda self, t: 1.02 * right(self, t) + 0.01}
+    mutant = type("Mutant", (type(path),), wrong)
+    planted = object.__new__(mutant)
+    planted.__dict__.update(path.__dict__)
+    assert derivative_error(planted) > 1e-4
+    if not hasattr(path, "pair"):  # a noised path takes its velocity from its pair
+        assert velocity_error(planted, ends) > 1e-5
 
 
 @PAIRS
@@ -237,7 +260,9 @@ def test_noise_levels_beyond_a_path_give_its_nearer_end() -> None:
 
 
 @pytest.mark.parametrize("target", [pytest.param(path, id=name) for name, path in INDEPENDENT.items()])
-@pytest.mark.parametrize("source", [Linear(), TrigFlow(0.5), EDM(0.002, 200.0)], ids=repr)
+@pytest.mark.parametrize(
+    "source", [Linear(), TrigFlow(0.5), EDM(0.002, 200.0), USER, ICFM(0.01)], ids=lambda path: type(path).__name__
+)
 def test_a_flow_carried_to_another_path_is_the_flow_of_the_same_data_there(source: Path, target: Path) -> None:
     """Velocity and average velocity against the closed forms on the target's own path, far, near and at s = t."""
     mean, covariance = torch.tensor([0.4, -1.0]).double(), torch.tensor([[0.5, 0.2], [0.2, 0.3]]).double()

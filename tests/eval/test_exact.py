@@ -72,20 +72,85 @@ def test_velocity_is_the_conditional_mean_of_the_path_derivative(path: Path, x: 
     assert largest(law.velocity(x, t) - (da * law.mean + (x - a * law.mean) @ gain)) < EXACT
 
 
-@pytest.mark.parametrize("path", ALL)
-def test_flow_map_satisfies_every_identity(path: Path, x: Tensor, times: tuple[Tensor, Tensor, Tensor]) -> None:
-    law, (t, m, s) = gaussian(path), times
+def broken_identities(law: Gaussian, x: Tensor, times: tuple[Tensor, Tensor, Tensor]) -> set[str]:
+    """The names of the identities that a law breaks by more than rounding."""
+    t, m, s = times
     v, one, gap = law.velocity(x, t), torch.ones_like(t), (t - s)[:, None]
     f = law.flow_map(x, t, s)
-    assert largest(law.flow_map(x, t, t) - x) < EXACT, "boundary: f(x, t, t) = x"
-    assert largest(law.flow_map(law.flow_map(x, t, m), m, s) - f) < EXACT, "semigroup"
-    assert largest(law.flow_map(f, s, t) - x) < EXACT, "inverse"
     df_dt = jvp(lambda x, t: law.flow_map(x, t, s), (x, t), (v, one))[1]
-    assert largest(df_dt) < EXACT, "Eulerian: D_v f = 0"
     df_ds = jvp(lambda s: law.flow_map(x, t, s), (s,), (one,))[1]
-    assert largest(df_ds - law.velocity(f, s)) < EXACT, "Lagrangian: d_s f = v(f, s)"
     u, du_dt = jvp(lambda x, t: law.average_velocity(x, t, s), (x, t), (v, one))[:2]
-    assert largest(u - (v - gap * du_dt)) < EXACT, "MeanFlow: u = v - (t - s) D_v u"
+    errors = {
+        "boundary: f(x, t, t) = x": law.flow_map(x, t, t) - x,
+        "semigroup": law.flow_map(law.flow_map(x, t, m), m, s) - f,
+        "inverse": law.flow_map(f, s, t) - x,
+        "Eulerian: D_v f = 0": df_dt,
+        "Lagrangian: d_s f = v(f, s)": df_ds - law.velocity(f, s),
+        "definition: u = (x - f) / (t - s)": u - (x - f) / gap,
+        "MeanFlow: u = v - (t - s) D_v u": u - (v - gap * du_dt),
+    }
+    return {name for name, error in errors.items() if not largest(error) < EXACT}
+
+
+@pytest.mark.parametrize("path", ALL)
+def test_flow_map_satisfies_every_identity(path: Path, x: Tensor, times: tuple[Tensor, Tensor, Tensor]) -> None:
+    assert broken_identities(gaussian(path), x, times) == set()
+
+
+class WrongSign(Gaussian):
+    """Time runs backwards."""
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        return -super().velocity(x, t)
+
+
+class FullRate(Gaussian):
+    """The factor 1/2 before dC/dt is missing."""
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        drift = self.path.d_alpha(t)[:, None] * self.mean
+        return drift + 2 * (super().velocity(x, t) - drift)
+
+
+class NoRoot(Gaussian):
+    """C_s / C_t without its root: it maps the laws wrongly, and yet satisfies the boundary and the semigroup."""
+
+    def flow_map(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        half = super().flow_map(x, t, s)
+        a_s, a_t = self.path.alpha(s)[:, None], self.path.alpha(t)[:, None]
+        return super().flow_map(half - a_s * self.mean + a_t * self.mean, t, s)
+
+
+class SwappedTimes(Gaussian):
+    """u(x, s, t) for u(x, t, s)."""
+
+    def average_velocity(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return super().average_velocity(x, s, t)
+
+
+class Instantaneous(Gaussian):
+    """v for u."""
+
+    def average_velocity(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return self.velocity(x, t)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("mutant", "broken"),
+    [
+        (WrongSign, {"Eulerian", "Lagrangian", "MeanFlow"}),
+        (FullRate, {"Eulerian", "Lagrangian", "MeanFlow"}),
+        (NoRoot, {"Eulerian", "Lagrangian", "definition"}),
+        (SwappedTimes, {"definition", "MeanFlow"}),
+        (Instantaneous, {"definition", "MeanFlow"}),
+    ],
+)
+def test_planted_errors_break_the_identities_that_are_about_them(
+    mutant: type[Gaussian], broken: set[str], path: Path, x: Tensor, times: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    law = mutant(torch.randn(WIDTH, dtype=torch.float64), random_covariance(), path)
+    assert {name.partition(":")[0] for name in broken_identities(law, x, times)} == broken
 
 
 @pytest.mark.parametrize("path", ALL)

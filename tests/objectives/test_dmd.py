@@ -79,7 +79,8 @@ def test_loss_has_delta_as_its_gradient_and_no_other_network_has_one() -> None:
     torch.testing.assert_close(dsamples, delta / 12)
     torch.testing.assert_close(loss.detach(), 0.5 * delta.square().mean())
     factors = [torch.ones((), dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    nets = [lambda x, t, s, y=None, a=a, law=law_at(i / 5): a * law.velocity(x, t) for i, a in enumerate(factors)]
+    laws = [law_at(shift) for shift in (0.0, 0.2, 0.4)]
+    nets = [lambda x, t, s, y=None, a=a, law=law: a * law.velocity(x, t) for a, law in zip(factors, laws)]
     x0, x1, t = batch(16)
     loss, _ = dmd(nets[0], x0, x1, t, teacher=nets[1], fake=nets[2])
     loss.backward()
@@ -247,6 +248,10 @@ def test_bad_arguments_are_refused_by_name() -> None:
         call(t=t[:3])
     with pytest.raises(ValueError, match=r"^path: .* got OTCFM"):
         call(path=OTCFM())
+    for name in ("teacher", "fake"):
+        networks: dict[str, Any] = {"teacher": net, "fake": net, name: None}
+        with pytest.raises(ValueError, match=rf"^{name}: expected a network, which matching of scores needs, got None"):
+            dmd(net, x0, x1, t, **networks)
     with pytest.raises(ValueError, match=r"^y: expected labels for guidance"):
         call(guidance=Guidance(omega=2.0, null=3))
     with pytest.raises(ValueError, match=r"^backward_simulation: expected falling times that start at 1, got \[0.9\]"):
