@@ -76,9 +76,7 @@ def adaptive(
     try:
         from scipy.integrate import solve_ivp
     except ImportError as error:
-        raise ImportError(
-            "adaptive: expected scipy, which isn't installed: pip install fastdistill[adaptive]"
-        ) from error
+        raise ImportError("adaptive: expected scipy, which isn't installed: pip install scipy") from error
     grid = intervals(steps)
 
     def rate(t: float, state: Any) -> Any:
@@ -309,6 +307,11 @@ def _less_noise(path: Path, s: float, factor: float) -> float:
 
 def _renoise(path: Path, r: float, s: float) -> tuple[float, float]:
     """The law of x_s given x_r and no more, for r < s: N(shrink x_r, added^2 I)."""
+    if path.coupling != "independent":
+        raise ValueError(
+            f"path: fresh noise expects one whose x0 and x1 are independent, got {type(path).__name__}, coupled by "
+            f"{path.coupling}; average_velocity and the samplers of velocities fit it"
+        )
     (alpha, beta), (alpha_s, beta_s) = _level(path, r), _level(path, s)
     shrink = alpha_s / alpha
     return shrink, math.sqrt(max(beta_s**2 - (shrink * beta) ** 2, 0.0))

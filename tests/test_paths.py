@@ -260,7 +260,9 @@ def test_noise_levels_beyond_a_path_give_its_nearer_end() -> None:
 
 
 @pytest.mark.parametrize("target", [pytest.param(path, id=name) for name, path in INDEPENDENT.items()])
-@pytest.mark.parametrize("source", [Linear(), TrigFlow(0.5), EDM(0.002, 200.0)], ids=repr)
+@pytest.mark.parametrize(
+    "source", [Linear(), TrigFlow(0.5), EDM(0.002, 200.0), USER, ICFM(0.01)], ids=lambda path: type(path).__name__
+)
 def test_a_flow_carried_to_another_path_is_the_flow_of_the_same_data_there(source: Path, target: Path) -> None:
     """Velocity and average velocity against the closed forms on the target's own path, far, near and at s = t."""
     mean, covariance = torch.tensor([0.4, -1.0]).double(), torch.tensor([[0.5, 0.2], [0.2, 0.3]]).double()

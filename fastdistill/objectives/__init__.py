@@ -1,51 +1,69 @@
-"""Training objectives: plain functions (net, x0, x1, t[, s], **options) -> (loss, metrics), one method a file.
+"""Training objectives: plain functions (net, x0, x1, *times, **options) -> (loss, metrics), one method a file.
 
 `OBJECTIVES` says of each by name what it needs, so that a trainer treats them all alike:
 
     objective = objectives.get(name)
-    times = (t, s) if objective.two_times else (t,)
     loss, metrics = objective.function(net, x0, x1, *times, y=y, **options)
+
+`objective.times` names the times and `objective.takes` the keywords. What all of them share:
+
+    net         called as net(x, t=t, s=s, y=y) -> u (B, ...), the average velocity from t to s; with g=g (B,) where the
+                guidance scale differs by row. Networks of other conventions: `fastdistill.objectives.adapters`.
+    x0, x1      data and noise, (B, ...), of one shape; the state is path.interpolate(x0, x1, t).
+    t, s, r     (B,), 0 <= s <= t <= 1, 0 being data and 1 noise.
+    y           (B,) int64 labels, or None.
+    teacher     a network whose u(x, t, t) is the velocity; None: the conditional velocity of the data stands for it.
+    guidance    `Guidance` or `Autoguidance` inside that velocity, in target and tangent alike.
+    target      the network of a stopped bracket, e.g. an EMA; None is `net` itself.
+    weighting   a learned log-variance, `metric.LogVariance`: exp(-a) error + a.
+    jvp         jvp(fn, primals, tangents) -> (out, t_out), `fastdistill.jvp` by default.
+
+The loss is a scalar with gradient. Metrics are detached: scalars `loss`, `raw_error` (the mean square residual before any
+weight) and, where they exist, `tangent_norm` and `distinct_share`; and under "rows" a dict of (B,) tensors for diagnostics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-from torch import Tensor
-
+from fastdistill.objectives.alpha_flow import alpha_flow
+from fastdistill.objectives.ayf import ayf_emd, ayf_lmd
+from fastdistill.objectives.consistency import consistency
+from fastdistill.objectives.ect import ect
+from fastdistill.objectives.esd import esd
+from fastdistill.objectives.facm import facm
 from fastdistill.objectives.flow_matching import flow_matching
+from fastdistill.objectives.improved_meanflow import improved_meanflow
+from fastdistill.objectives.lsd import lsd
 from fastdistill.objectives.meanflow import meanflow
-from fastdistill.objectives.velocity import Guidance
+from fastdistill.objectives.metric import LogVariance
+from fastdistill.objectives.psd import psd
+from fastdistill.objectives.rcm import rcm
+from fastdistill.objectives.registry import OBJECTIVES, Objective, get
+from fastdistill.objectives.scm import scm
+from fastdistill.objectives.shortcut import shortcut
+from fastdistill.objectives.tvm import tvm
+from fastdistill.objectives.velocity import Autoguidance, Guidance
 
-__all__ = ["OBJECTIVES", "Guidance", "Objective", "flow_matching", "get", "meanflow"]
-
-
-@dataclass(frozen=True)
-class Objective:
-    """A method and what it needs.
-
-    Args:
-        function: called as function(net, x0, x1, t, y=y, ...), or (net, x0, x1, t, s, y=y, ...).
-        two_times: it takes s after t, and the options `distinct_rows` and `jvp`.
-        takes_teacher: it takes the options `teacher` and `guidance`.
-        options: its own hyperparameters, by keyword.
-    """
-
-    function: Callable[..., tuple[Tensor, dict[str, Tensor]]]
-    two_times: bool
-    takes_teacher: bool
-    options: tuple[str, ...] = ()
-
-
-OBJECTIVES = {
-    "flow_matching": Objective(flow_matching, two_times=False, takes_teacher=False),
-    "meanflow": Objective(meanflow, two_times=True, takes_teacher=True, options=("p", "c")),
-}
-
-
-def get(name: str) -> Objective:
-    """The objective called `name`; ValueError lists the names there are."""
-    if name not in OBJECTIVES:
-        raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {name!r}")
-    return OBJECTIVES[name]
+__all__ = [
+    "OBJECTIVES",
+    "Autoguidance",
+    "Guidance",
+    "LogVariance",
+    "Objective",
+    "alpha_flow",
+    "ayf_emd",
+    "ayf_lmd",
+    "consistency",
+    "ect",
+    "esd",
+    "facm",
+    "flow_matching",
+    "get",
+    "improved_meanflow",
+    "lsd",
+    "meanflow",
+    "psd",
+    "rcm",
+    "scm",
+    "shortcut",
+    "tvm",
+]

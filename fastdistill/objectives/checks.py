@@ -94,3 +94,27 @@ def _refuse(name: str, value: Tensor, fits: Tensor, meaning: str) -> None:
 
 def _kind(value: object) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_deterministic(path: Path, method: str, advice: str) -> None:
+    """Refuse a path whose states at two times don't share all their noise."""
+    if path.stochastic:
+        raise ValueError(f"path: {method} expects states that share their noise, got {path}; {advice}")
+
+
+def check_keeps_data(path: Path, t: Tensor) -> None:
+    """Refuse, on the CPU, a time at which the path is noise alone, so that its noise level is infinite."""
+    if t.is_cpu and not bool((path.alpha(t) > 1e-12).all()):
+        raise ValueError("t: expected times at which the path holds some data, alpha(t) > 0, got one with alpha = 0")
+
+
+def check_midpoint(value: Tensor | float, rows: int) -> None:
+    """Refuse a midpoint that isn't one number, or one a row, in (0, 1); tensors are read on the CPU only."""
+    if isinstance(value, Tensor):
+        if value.shape not in ((), (rows,)):
+            raise ValueError(f"midpoint: expected a number or shape ({rows},), got {tuple(value.shape)}")
+        fits = not value.is_cpu or bool(((value > 0) & (value < 1)).all())
+    else:
+        fits = 0 < value < 1
+    if not fits:
+        raise ValueError(f"midpoint: expected in (0, 1), got {value}")

@@ -60,7 +60,8 @@ def dmd(
         little: it has no minimum at a match of single samples.
 
     Raises:
-        ValueError: an argument whose shape doesn't fit, a path with coupled pairs, or t off the generator's times.
+        ValueError: an argument whose shape doesn't fit, a network that is None, a path with coupled pairs, or t off the
+            generator's times.
 
     Source: Yin et al. 2024 (DMD), arXiv:2311.18828, equations 7 and 8; DMD2, arXiv:2405.14867, sections 4.2 to 4.5.
     """
@@ -157,6 +158,9 @@ def _gradient(
     guidance: Guidance | None,
 ) -> tuple[Tensor, Tensor]:
     """delta, and the difference that it normalises."""
+    for name, network in (("teacher", teacher), ("fake", fake)):
+        if network is None:
+            raise ValueError(f"{name}: expected a network, which matching of scores needs, got None")
     x = path.interpolate(samples, noise, tau)
     v_teacher = target_velocity(teacher, x, x, tau, y=y, teacher=teacher, guidance=guidance)
     v_fake = fake(x, t=tau, s=tau, y=y).to(x.dtype)

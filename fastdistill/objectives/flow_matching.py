@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from fastdistill.objectives.checks import check_batch
+from fastdistill.objectives.identities import evaluate
+from fastdistill.objectives.metric import Weighting, WeightOfTime, squared, weigh, weight_of_time
+from fastdistill.objectives.rows import Metrics, measure
 from fastdistill.paths import LINEAR, Path
 from fastdistill.samplers import Net
 
@@ -19,8 +20,9 @@ def flow_matching(
     *,
     y: Tensor | None = None,
     path: Path = LINEAR,
-    weight: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    weighting: Weighting | None = None,
+    weight: WeightOfTime = None,
+) -> tuple[Tensor, Metrics]:
     """The loss E w(t) ||u(x_t, t, t) - v_hat||^2, averaged over rows and elements, and its metrics.
 
     For each t the minimiser is the marginal velocity v = E[v_hat | x_t], so that any w > 0 keeps the optimum of a
@@ -30,18 +32,20 @@ def flow_matching(
         net: called as net(x, t=t, s=t, y=y).
         x0, x1: data and noise, (B, ...), alike in shape.
         t: (B,) in [0, 1]; y: (B,) int64 labels, or None.
-        weight: w(t), elementwise; None is 1.
+        weighting: a learned log-variance, see `metric.weigh`.
+        weight: w(t): a name of `metric.WEIGHTS`, which explains them, or a function of t, elementwise; None is 1.
 
     Returns:
-        The scalar loss, and detached scalars: `loss`, `raw_error` (mean square, unweighted).
+        The scalar loss, and detached: `loss`, `raw_error` (mean square, unweighted), "rows".
 
     Raises:
-        ValueError: an argument whose shape doesn't fit, or, on the CPU, a time outside [0, 1].
+        ValueError: an argument whose shape doesn't fit, an unknown weight, or, on the CPU, a time outside [0, 1].
 
+    Equivalent to: meanflow with s = t in all rows and p = 0, but averaged over elements.
     Source: Lipman et al. 2023, arXiv:2210.02747, theorem 2 (conditional flow matching).
     """
     check_batch(x0, x1, t, y=y)
-    u = net(path.interpolate(x0, x1, t), t=t, s=t, y=y)
-    error = (u - path.velocity(x0, x1, t)).square().flatten(1).mean(1)
-    loss = error.mean() if weight is None else (weight(t) * error).mean()
-    return loss, {"loss": loss.detach(), "raw_error": error.detach().mean()}
+    residual = evaluate(net, path.interpolate(x0, x1, t), t, t, y) - path.velocity(x0, x1, t)
+    error, w = squared(residual, "mean"), weight_of_time(weight, path, t)
+    loss = weigh(error if w is None else w * error, weighting, t, t).mean()
+    return loss, measure(loss, residual, t, t)

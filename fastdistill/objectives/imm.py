@@ -56,11 +56,14 @@ def imm(
         either sign for "u").
 
     Raises:
-        ValueError: an argument whose shape doesn't fit, or, on the CPU, times out of order or unequal in a group.
+        ValueError: an argument whose shape doesn't fit, a path that adds noise to coupled pairs, or, on the CPU,
+            times out of order or unequal in a group.
 
     Source: Zhou et al. 2025 (IMM), arXiv:2503.07565, equations 7 and 12 and algorithm 1.
     """
     check_batch(x0, x1, t, s, y)
+    if path.stochastic and path.coupling != "independent":
+        raise ValueError(f"path: expected sigma = 0 with coupled pairs, got {path}, on which noise can't be shared")
     _check_groups(t, r, s, group)
     x_t = path.interpolate(x0, x1, t)
     x_r = _ddim(path, x_t, x0, t, r)

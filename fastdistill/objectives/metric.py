@@ -48,7 +48,7 @@ def pseudo_huber(residual: Tensor, c: float) -> Tensor:
     return (squared(residual) + c**2).sqrt() - c
 
 
-def distance(
+def row_distance(
     a: Tensor, b: Tensor, name: str, c: float, perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
 ) -> Tensor:
     """How far a is from b in each row, (B,).

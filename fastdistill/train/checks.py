@@ -6,21 +6,26 @@ work.
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
 
 from fastdistill import models
+from fastdistill.objectives.metric import LogVariance
 from fastdistill.train.config import TrainConfig, model_arguments, model_differences, parse_config, read_yaml
-from fastdistill.train.data import DATASETS
-from fastdistill.train.methods import METHODS
+from fastdistill.train.critic import Critic
+from fastdistill.train.data import DATASETS, Batch, generator_at
+from fastdistill.train.methods import METHODS, Context, ScoreMethod
 from fastdistill.train.settings import ConfigError
 
 MAKE_A_TEACHER = "a finished run, e.g. of `fastdistill train {data}-flow`, as --teacher runs/{data}-flow"
 
 
 def check_config(config: TrainConfig) -> None:
-    """Refuse what each field allows by itself and all of them together don't. Builds nothing.
+    """Refuse what each field allows by itself and all of them together don't.
+
+    The objective is called once, on a network of a few numbers: nothing else is built.
 
     Raises:
         ConfigError: naming the fields.
@@ -36,6 +41,7 @@ def check_config(config: TrainConfig) -> None:
     config.method.check(config)
     _check_model(config)
     _check_device(config)
+    _try_objective(config)
     if config.out.exists() and not config.out.is_dir():
         raise ConfigError(f"out: {config.out} is a file; expected a folder")
 
@@ -109,6 +115,37 @@ def _check_model(config: TrainConfig) -> None:
         raise ConfigError(
             f"model.guidance: {config.method.name} gives the network a guidance scale; expected --model.guidance True"
         )
+
+
+def _try_objective(config: TrainConfig) -> None:
+    """Call the objective once, on random rows and the smallest network: what it refuses, it refuses here."""
+    method, dataset, seed = config.method, DATASETS[config.data.name], generator_at(config.seed, "trial")
+    rows, classes = config.data.batch, dataset.num_classes
+    with torch.random.fork_rng(devices=[]):
+        net = models.MLP(
+            dim=math.prod(dataset.shape), width=2, depth=1, num_classes=classes, guidance=method.conditions_on_guidance
+        )
+        critic = Critic(net, method.critic, dataset.shape, (0.9, 0.95)) if isinstance(method, ScoreMethod) else None
+        x0, x1 = torch.randn(2, rows, *dataset.shape, generator=seed).unbind()
+        y = torch.randint(classes + 1, (rows,), generator=seed) if classes else None
+        context = Context(
+            net=net,
+            batch=Batch(x0, x1, y, classes),
+            generator=seed,
+            seed=config.seed,
+            step=0,
+            steps=config.steps,
+            path=config.path.build(),
+            teacher=net if config.teacher is not None else None,
+            weak_teacher=net if config.weak_teacher is not None else None,
+            target=net if method.target_ema is not None else None,
+            weighting=LogVariance() if method.learned_weight else None,
+            critic=critic,
+        )
+        try:
+            method.loss(context)
+        except ValueError as error:
+            raise ConfigError(f"method.name: {method.name} can't be trained so: {error}") from error
 
 
 def _check_device(config: TrainConfig) -> None:

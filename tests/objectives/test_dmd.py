@@ -248,6 +248,10 @@ def test_bad_arguments_are_refused_by_name() -> None:
         call(t=t[:3])
     with pytest.raises(ValueError, match=r"^path: .* got OTCFM"):
         call(path=OTCFM())
+    for name in ("teacher", "fake"):
+        networks: dict[str, Any] = {"teacher": net, "fake": net, name: None}
+        with pytest.raises(ValueError, match=rf"^{name}: expected a network, which matching of scores needs, got None"):
+            dmd(net, x0, x1, t, **networks)
     with pytest.raises(ValueError, match=r"^y: expected labels for guidance"):
         call(guidance=Guidance(omega=2.0, null=3))
     with pytest.raises(ValueError, match=r"^backward_simulation: expected falling times that start at 1, got \[0.9\]"):

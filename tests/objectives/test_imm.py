@@ -11,7 +11,7 @@ from torch.func import grad
 
 from fastdistill.eval.exact import Gaussian
 from fastdistill.objectives.imm import imm, imm_weight, mmd2
-from fastdistill.paths import EDM, FM, ICFM, LINEAR, Cosine, Path
+from fastdistill.paths import EDM, FM, ICFM, LINEAR, OTCFM, Cosine, Path
 from fastdistill.samplers import Net
 from fastdistill.times import imm_times
 
@@ -190,5 +190,8 @@ def test_bad_arguments_are_refused_by_name() -> None:
         imm(net, x0, x1, t, r, s, group=1, statistic="u")
     with pytest.raises(ValueError, match=r"^statistic: expected 'v' or 'u', got 'w'"):
         imm(net, x0, x1, t, r, s, statistic="w")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^path: expected sigma = 0 with coupled pairs, got OTCFM\(sigma=0.1\)"):
+        imm(net, x0, x1, t, r, s, path=OTCFM(0.1))
+    assert imm(net, x0, x1, t, r, s, path=OTCFM())[0].isfinite()
     with pytest.raises(ValueError, match=r"^a: expected >= 1, got 0.5"):
         imm(net, x0, x1, t, r, s, a=0.5)

@@ -241,6 +241,8 @@ def test_metrics_show_what_the_adaptive_loss_hides() -> None:
     assert metrics[1]["raw_error"] > 5000 * metrics[0]["raw_error"]
     _, linear = meanflow(lambda x, t, s, y: 3.0 * t[:, None] + 0 * x, *arguments)
     assert linear["tangent_norm"].item() == pytest.approx(3.0)
+    rows = linear.pop("rows")
+    assert all(value.shape == (ROWS,) and not value.requires_grad for value in rows.values())
     assert all(value.ndim == 0 and not value.requires_grad for value in linear.values())
 
 

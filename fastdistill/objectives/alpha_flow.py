@@ -1,0 +1,79 @@
+"""alpha-Flow: from trajectory flow matching (alpha = 1) to MeanFlow (alpha = 0), without a jvp on the way."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdistill.jvp import jvp as fused_jvp
+from fastdistill.objectives.checks import check_batch, check_positive, check_share
+from fastdistill.objectives.identities import Jvp, evaluate
+from fastdistill.objectives.meanflow import meanflow
+from fastdistill.objectives.metric import squared
+from fastdistill.objectives.rows import Metrics, measure
+from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows, target_velocity
+from fastdistill.paths import LINEAR, Path, expand_time
+from fastdistill.samplers import Net
+
+
+def alpha_flow(
+    net: Net,
+    x0: Tensor,
+    x1: Tensor,
+    t: Tensor,
+    s: Tensor,
+    *,
+    y: Tensor | None = None,
+    path: Path = LINEAR,
+    teacher: Net | None = None,
+    weak_teacher: Net | None = None,
+    guidance: Guidance | Autoguidance | None = None,
+    target: Net | None = None,
+    alpha: float = 1.0,
+    c: float = 1e-3,
+    distinct_rows: int | None = None,
+    jvp: Jvp = fused_jvp,
+) -> tuple[Tensor, Metrics]:
+    """The loss alpha e / ([e] + c), e = ||u - [alpha w + (1 - alpha) u_target(x - D w, t - D, s)]||^2, D = alpha (t - s).
+
+    alpha goes from 1, where all (t, s) regress w, to 0, where it is MeanFlow; the paper takes a sigmoid of the step,
+    clamped: below 0.005 it is 0. At alpha = 0 the residual is that of its limit, by one jvp along (w, 1, 0), and the
+    weight 1 / ([e] + c). Errors are summed over the elements of a row and averaged over rows; rows with s = t are
+    flow matching at any alpha.
+
+    Args:
+        alpha: a number in [0, 1], computed from the step by the caller.
+        target: the network of the bracket, e.g. an EMA; None is `net` itself. Unused at alpha = 0.
+        c: the offset of the weight, in units of the summed error.
+        The other arguments are those of `meanflow`.
+
+    Returns:
+        The loss and metrics; `raw_error` is the mean square of the residual over alpha, comparable at all alpha, and
+        `tangent_norm` is there at alpha = 0 only.
+
+    Raises:
+        ValueError: alpha outside [0, 1], and as `meanflow`. TypeError: an alpha that is no plain number.
+
+    Equivalent to: meanflow(p=1, c=c) at alpha = 0; alpha = 1/2 is Shortcut's midpoint with w for its first half.
+    Source: Zhang et al. 2025, arXiv:2510.20771, equation 9 and section 4.
+    """
+    check_batch(x0, x1, t, s, y)
+    check_share("alpha", alpha)
+    check_positive(c=c)
+    if alpha == 0:
+        return meanflow(
+            net, x0, x1, t, s, y=y, path=path, teacher=teacher, weak_teacher=weak_teacher, guidance=guidance, c=c,
+            distinct_rows=distinct_rows, jvp=jvp,
+        )  # fmt: skip
+    x, g = path.interpolate(x0, x1, t), scale_rows(guidance)
+    w = target_velocity(
+        net, x, path.velocity(x0, x1, t), t, y=y, teacher=teacher, weak_teacher=weak_teacher, guidance=guidance
+    )
+    step = alpha * (t - s)
+    with torch.no_grad():
+        after = evaluate(target or net, x - expand_time(step, x) * w, t - step, s, y, g)
+        goal = alpha * w + (1 - alpha) * after
+    residual = evaluate(net, x, t, s, y, g) - goal
+    error = squared(residual)
+    loss = (alpha * error / (error.detach() + c)).mean()
+    return loss, measure(loss, residual / alpha, t, s)

@@ -1,0 +1,60 @@
+"""Easy consistency tuning: consistency training that starts from a diffusion model and closes the gap in stages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdistill.objectives.checks import check_apart, check_batch, check_deterministic, check_keeps_data
+from fastdistill.objectives.identities import flow_map
+from fastdistill.objectives.metric import Weighting, pseudo_huber, weigh
+from fastdistill.objectives.rows import Metrics, measure
+from fastdistill.paths import LINEAR, Path, expand_time
+from fastdistill.samplers import Net
+
+
+def ect(
+    net: Net,
+    x0: Tensor,
+    x1: Tensor,
+    t: Tensor,
+    r: Tensor,
+    *,
+    y: Tensor | None = None,
+    path: Path = LINEAR,
+    target: Net | None = None,
+    weighting: Weighting | None = None,
+    c: float = 1e-6,
+) -> tuple[Tensor, Metrics]:
+    """The loss ||f(x_t, t, 0) - [f(x_r, r, 0)]|| / (sigma(t) - sigma(r)), averaged over rows, and its metrics.
+
+    Both states share x0 and x1. sigma = beta / alpha is the noise level, so that the loss is the same on every path: the
+    paper's own is "edm". The norm is over all elements of a row (summed squares, not squared after), smoothed below
+    `c`. Rows with r = 0 are plain denoising. Dropout must draw the same numbers in both calls: the caller's `net` and
+    `target` see to that, or use none.
+
+    Args:
+        r: (B,), the next time towards the data, 0 <= r < t; the stages of `fastdistill.times.ect_times` let it approach t.
+        target: the network of the bracket; None is `net` itself, as in the paper.
+        c: the constant of the Pseudo-Huber form sqrt(e + c^2) - c, > 0.
+
+    Returns:
+        The loss; `raw_error` is the mean square of the difference over t - r.
+
+    Raises:
+        ValueError: r not below t; a path with noise of its own; on the CPU, a time at which the path holds no data.
+
+    Equivalent to: consistency(distance="huber", c=c, weight=lambda t, r: 1 / (sigma(t) - sigma(r))).
+    Source: Geng et al. 2024, arXiv:2406.14548, algorithm 1 and section 3.
+    """
+    check_batch(x0, x1, t, r, y, end="r")
+    check_apart(t, r)
+    check_deterministic(path, "ect", "use path 'edm' or 'linear'")
+    check_keeps_data(path, t)
+    x, s = path.interpolate(x0, x1, t), torch.zeros_like(t)
+    with torch.no_grad():
+        goal = flow_map(target or net, path.interpolate(x0, x1, r), r, s, y)
+    residual = flow_map(net, x, t, s, y) - goal
+    gap = path.beta(t) / path.alpha(t) - path.beta(r) / path.alpha(r)
+    loss = weigh(pseudo_huber(residual, c) / gap, weighting, t, r).mean()
+    return loss, measure(loss, residual / expand_time(t - r, x), t, s)

@@ -1,0 +1,79 @@
+"""Improved MeanFlow: the average velocity turned into an instantaneous one, regressed on a target without the network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdistill.jvp import jvp as fused_jvp
+from fastdistill.objectives.checks import check_batch
+from fastdistill.objectives.identities import Jvp, eulerian, eulerian_residual, evaluate
+from fastdistill.objectives.metric import adaptive
+from fastdistill.objectives.rows import Metrics, measure, pick, split_rows
+from fastdistill.objectives.velocity import Autoguidance, Guidance, own_velocity, scale_rows, target_velocity
+from fastdistill.paths import LINEAR, Path
+from fastdistill.samplers import Net
+
+
+def improved_meanflow(
+    net: Net,
+    x0: Tensor,
+    x1: Tensor,
+    t: Tensor,
+    s: Tensor,
+    *,
+    y: Tensor | None = None,
+    path: Path = LINEAR,
+    teacher: Net | None = None,
+    weak_teacher: Net | None = None,
+    guidance: Guidance | Autoguidance | None = None,
+    velocity_head: Net | None = None,
+    p: float = 1.0,
+    c: float = 1e-2,
+    distinct_rows: int | None = None,
+    jvp: Jvp = fused_jvp,
+) -> tuple[Tensor, Metrics]:
+    """The loss A(p, c) of V - w with V = u + (t - s) [du/dt], plus that of the velocity head, averaged over rows.
+
+    The tangent runs along the *predicted* velocity, so that V is a function of x_t alone and its regression is a true
+    one: the noise of v_hat is in the target only. Their mean is one velocity, which the network meets at its solution;
+    that is why this method may use two. Gradients flow through u and not through du/dt. Errors are summed over the
+    elements of a row. The paper's share of rows with s = t is 50 %.
+
+    Args:
+        velocity_head: velocity_head(x, t=t, s=t, y=y) predicts w and gives the tangent's direction; it is trained with
+            the same metric. None: the direction is the network's own u(x, t, t).
+        guidance: `Guidance.improved(scale, null)` is the paper's; a (B,) scale reaches the network as `g`, which is then
+            also the tangent's condition.
+        The other arguments, and the metrics, are those of `meanflow`.
+
+    Returns:
+        The loss and the metrics of `meanflow`; with a head also `head_error`, its mean square.
+
+    Raises:
+        ValueError: as `meanflow`.
+
+    Equivalent to: meanflow whose tangent runs along u(x, t, t), up to the order of the terms of its residual.
+    Source: Geng et al. 2025, arXiv:2512.02012, algorithm 1 and equation 12.
+    """
+    check_batch(x0, x1, t, s, y)
+    x, g = path.interpolate(x0, x1, t), scale_rows(guidance)
+    w = target_velocity(
+        net, x, path.velocity(x0, x1, t), t, y=y, teacher=teacher, weak_teacher=weak_teacher, guidance=guidance
+    )
+    far, near = split_rows(t, s, distinct_rows)
+    x_far, t_far, s_far, w_far, y_far, g_far = pick(far, x, t, s, w, y, g)
+    x_near, t_near, w_near, y_near, g_near = pick(near, x, t, w, y, g)
+    parts, du_dt = [], x[:0]
+    if len(t_far):
+        v = own_velocity(velocity_head or net, x_far, t_far, y=y_far, g=g_far)
+        u, du_dt = eulerian(net, x_far, t_far, s_far, v, y=y_far, g=g_far, jvp=jvp)
+        parts.append(eulerian_residual(u, du_dt, w_far, t_far, s_far))
+    if len(t_near):
+        parts.append(evaluate(net, x_near, t_near, t_near, y_near, g_near) - w_near)
+    residual, times = torch.cat(parts), (torch.cat((t_far, t_near)), torch.cat((s_far, t_near)))
+    loss, extra = adaptive(residual, p, c).mean(), {}
+    if velocity_head is not None:
+        of_head = evaluate(velocity_head, x, t, t, y, g) - w
+        loss, extra = loss + adaptive(of_head, p, c).mean(), {"head_error": of_head.detach().square().mean()}
+    return loss, measure(loss, residual, *times, tangent=du_dt, distinct=len(t_far)) | extra

@@ -1,0 +1,78 @@
+"""rCM: continuous consistency with a score term on the network's own samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastdistill.jvp import jvp as fused_jvp
+from fastdistill.objectives.checks import check_present
+from fastdistill.objectives.identities import Jvp, flow_map
+from fastdistill.objectives.metric import Weighting, squared
+from fastdistill.objectives.rows import Metrics
+from fastdistill.objectives.scm import scm
+from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows
+from fastdistill.paths import LINEAR, Path
+from fastdistill.samplers import Net
+
+ScoreGradient = Tensor | Callable[[Tensor, Tensor | None], Tensor]
+
+
+def rcm(
+    net: Net,
+    x0: Tensor,
+    x1: Tensor,
+    t: Tensor,
+    *,
+    y: Tensor | None = None,
+    path: Path = LINEAR,
+    teacher: Net | None = None,
+    weak_teacher: Net | None = None,
+    guidance: Guidance | Autoguidance | None = None,
+    weighting: Weighting | None = None,
+    warmup: float = 1.0,
+    parameterization: str = "velocity",
+    c: float | None = 0.1,
+    score_gradient: ScoreGradient | None = None,
+    score_weight: float = 0.01,
+    jvp: Jvp = fused_jvp,
+) -> tuple[Tensor, Metrics]:
+    """The loss of `scm` + score_weight ||G - [G - delta]||^2 / 2 at one-step samples G = f(beta(1) x1, 1, 0).
+
+    delta is a direction on samples that raises the divergence from the data's law, such as DMD's difference of the fake
+    and the real prediction: consistency covers all modes, the score term sharpens them. Both terms are averaged over
+    elements and rows.
+
+    Args:
+        score_gradient: needed: delta of the shape of x1, or score_gradient(G, y) -> delta, called without gradient.
+        score_weight: of the second term; the paper's is 0.01.
+        The other arguments are those of `scm`.
+
+    Returns:
+        The loss and the metrics of `scm`, with `score_loss`, the second term unweighted.
+
+    Raises:
+        ValueError: no score_gradient, or one of another shape; a negative score_weight; and as `scm`.
+
+    Equivalent to: scm(...) + score_weight dmd(...), which own their networks.
+    Source: Zheng et al. 2025, arXiv:2510.08431, equation 11 and algorithm 1.
+    """
+    check_present("score_gradient", score_gradient, "rcm", "a tensor like x1 or score_gradient(samples, y)")
+    if not 0 <= score_weight < float("inf"):
+        raise ValueError(f"score_weight: expected a finite number >= 0, got {score_weight}")
+    loss, metrics = scm(
+        net, x0, x1, t, y=y, path=path, teacher=teacher, weak_teacher=weak_teacher, guidance=guidance,
+        weighting=weighting, warmup=warmup, parameterization=parameterization, c=c, jvp=jvp,
+    )  # fmt: skip
+    one = torch.ones_like(t)
+    samples = flow_map(net, path.prior(x1), one, torch.zeros_like(t), y, scale_rows(guidance))
+    with torch.no_grad():
+        delta = score_gradient(samples.detach(), y) if callable(score_gradient) else score_gradient
+    assert delta is not None
+    if delta.shape != x1.shape:
+        raise ValueError(f"score_gradient: expected shape {tuple(x1.shape)}, got {tuple(delta.shape)}")
+    score_loss = 0.5 * squared(samples - (samples - delta).detach(), "mean").mean()
+    loss = loss + score_weight * score_loss
+    return loss, metrics | {"loss": loss.detach(), "score_loss": score_loss.detach()}

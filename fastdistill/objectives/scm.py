@@ -1,0 +1,86 @@
+"""sCM: continuous consistency, with tangent normalisation and warm-up."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdistill.jvp import jvp as fused_jvp
+from fastdistill.objectives.checks import check_after_data, check_batch, check_choice, check_share, check_starts_at_data
+from fastdistill.objectives.identities import Jvp, eulerian
+from fastdistill.objectives.metric import Weighting, normalise_tangent, squared, weigh
+from fastdistill.objectives.rows import Metrics, measure
+from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows, target_velocity
+from fastdistill.paths import LINEAR, Path, expand_time
+from fastdistill.samplers import Net
+
+
+def scm(
+    net: Net,
+    x0: Tensor,
+    x1: Tensor,
+    t: Tensor,
+    *,
+    y: Tensor | None = None,
+    path: Path = LINEAR,
+    teacher: Net | None = None,
+    weak_teacher: Net | None = None,
+    guidance: Guidance | Autoguidance | None = None,
+    weighting: Weighting | None = None,
+    warmup: float = 1.0,
+    parameterization: str = "velocity",
+    c: float | None = 0.1,
+    jvp: Jvp = fused_jvp,
+) -> tuple[Tensor, Metrics]:
+    """The loss ||F - [F + g]||^2, averaged over elements and rows, g the normalised rate of f(x_t, t, 0) along the flow.
+
+    With k = beta' / W and W = alpha beta' - beta alpha', F is defined by f = k x - beta F, and
+        g = k (k (w / W - F) + warmup (D_w f / W - k (w / W - F))),  then  g / (||g|| + c).
+    On the linear path W = k = 1 and F = u. On the trigonometric paths k = cos and this is sCM's
+        g = -cos^2 (F - w) - warmup cos sin (x + dF/dt)
+    with states in units of sigma_data and times as angles. The network is u on every path: F is made from it inside, so
+    that its tangent is the chain rule's; wrap an F-network with `adapters.trigflow`. All rows go to s = 0.
+
+    Args:
+        t: (B,) in (0, 1].
+        teacher: consistency distillation along its (guided) velocity; None is consistency training, w = v_hat.
+        warmup: the share r of the tangent, a number in [0, 1]; the paper raises it from 0 to 1 over 10,000 steps.
+        parameterization: "velocity" as above; "average": F = u and k = 1 on every path, the linear path's own form.
+        c: the tangent normalisation's constant, in units of F, the norm being summed over a row (the paper's 0.1 is in
+            units of sigma_data F); None leaves g as it is.
+        weighting: the learned log-variance, called as weighting(t, 0).
+
+    Returns:
+        The loss; `raw_error` is the mean square of g at warmup 1, before normalisation; `tangent_norm` is that of du/dt.
+
+    Raises:
+        ValueError: t = 0, a warmup outside [0, 1], a path that doesn't start at the data for "velocity", and as meanflow.
+
+    Equivalent to: consistency in the limit r -> t; facm's second term up to weight and clamp; ayf_emd at s = 0.
+    Source: Lu and Song 2025, arXiv:2410.11081, equations 6 and 8, algorithm 1.
+    """
+    check_batch(x0, x1, t, y=y)
+    check_after_data(t)
+    check_share("warmup", warmup)
+    check_choice("parameterization", parameterization, ("velocity", "average"))
+    x, s, g_rows = path.interpolate(x0, x1, t), torch.zeros_like(t), scale_rows(guidance)
+    w = target_velocity(
+        net, x, path.velocity(x0, x1, t), t, y=y, teacher=teacher, weak_teacher=weak_teacher, guidance=guidance
+    )
+    u, du_dt = eulerian(net, x, t, s, w, y=y, g=g_rows, jvp=jvp)
+    time = expand_time(t, x)
+    rate = (w - u - time * du_dt).detach()  # D_w f
+    f_net, k, scale = u, 1.0, 1.0
+    if parameterization == "velocity":
+        check_starts_at_data(path, "parameterization='velocity'", "use 'average', or path 'linear', 'cosine' or 'trig'")
+        beta, d_beta = path.beta(time), path.d_beta(time)
+        scale = path.alpha(time) * d_beta - beta * path.d_alpha(time)
+        k = d_beta / scale
+        f_net = ((k - 1) * x + time * u) / beta
+    own = k * (w / scale - f_net.detach())
+    direction = k * (own + warmup * (rate / scale - own))
+    if c is not None:
+        direction = normalise_tangent(direction, c)
+    error = squared(f_net - (f_net + direction).detach(), "mean")
+    loss = weigh(error, weighting, t, s).mean()
+    return loss, measure(loss, k * rate / scale, t, s, tangent=du_dt)

@@ -1,0 +1,71 @@
+"""Shortcut models: flow matching, and jumps of 2 delta that agree with two jumps of delta."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdistill.objectives.checks import check_batch, check_times
+from fastdistill.objectives.identities import evaluate, semigroup_target
+from fastdistill.objectives.metric import Weighting, squared, weigh
+from fastdistill.objectives.rows import Metrics, measure, pick, split_rows
+from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows, target_velocity
+from fastdistill.paths import LINEAR, Path
+from fastdistill.samplers import Net
+
+
+def shortcut(
+    net: Net,
+    x0: Tensor,
+    x1: Tensor,
+    t: Tensor,
+    delta: Tensor,
+    *,
+    y: Tensor | None = None,
+    path: Path = LINEAR,
+    teacher: Net | None = None,
+    weak_teacher: Net | None = None,
+    guidance: Guidance | Autoguidance | None = None,
+    target: Net | None = None,
+    weighting: Weighting | None = None,
+    distinct_rows: int | None = None,
+) -> tuple[Tensor, Metrics]:
+    """The loss ||u(x_t, t, t - 2 delta) - [(u(x_t, t, t - delta) + u(x', t - delta, t - 2 delta)) / 2]||^2 on rows with
+    delta > 0, and ||u(x_t, t, t) - w||^2 on the others; averaged over elements and rows.
+
+    x' is where the first half ends. The error is one of velocities, which is the flow map's over (2 delta)^2. The paper
+    splits off 1/8 of the rows and draws delta from powers of two down to 1/128 (`fastdistill.times`), t from multiples.
+
+    Args:
+        delta: (B,), half of the jump, 0 <= 2 delta <= t.
+        target: the network of the bracket, an EMA in the paper; None is `net` itself.
+        distinct_rows: the number of leading rows with delta > 0; None finds them by value.
+        The other arguments are those of `meanflow`; guidance acts on the rows with delta = 0, and the jumps inherit it.
+
+    Returns:
+        The loss and the metrics; there is no tangent.
+
+    Raises:
+        ValueError: on the CPU, 2 delta outside [0, t], and as `meanflow`.
+
+    Equivalent to: psd with midpoint = 1/2, unweighted.
+    Source: Frans et al. 2025, arXiv:2410.12557, algorithm 1 and equation 5.
+    """
+    check_batch(x0, x1, t, delta, y, end="delta")
+    check_times("delta", delta, 0.0, t / 2, "in [0, t/2], half of the jump")
+    x, rows, s = path.interpolate(x0, x1, t), scale_rows(guidance), (t - 2 * delta).clamp_min(0)
+    far, near = split_rows(t, t - delta, distinct_rows)
+    x_far, t_far, s_far, y_far, g_far = pick(far, x, t, s, y, rows)
+    parts = []
+    if len(t_far):
+        goal = semigroup_target(target or net, x_far, t_far, s_far, 0.5, y=y_far, g=g_far)
+        parts.append(evaluate(net, x_far, t_far, s_far, y_far, g_far) - goal)
+    w = target_velocity(
+        net, x, path.velocity(x0, x1, t), t, y=y, teacher=teacher, weak_teacher=weak_teacher, guidance=guidance
+    )
+    x_near, t_near, w_near, y_near, g_near = pick(near, x, t, w, y, rows)
+    if len(t_near):
+        parts.append(evaluate(net, x_near, t_near, t_near, y_near, g_near) - w_near)
+    residual, t, s = torch.cat(parts), torch.cat((t_far, t_near)), torch.cat((s_far, t_near))
+    loss = weigh(squared(residual, "mean"), weighting, t, s).mean()
+    return loss, measure(loss, residual, t, s, distinct=len(t_far))

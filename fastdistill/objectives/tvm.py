@@ -1,0 +1,66 @@
+"""Terminal velocity matching: the velocity at which a jump ends is the flow's own there."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastdistill.jvp import jvp as fused_jvp
+from fastdistill.objectives.checks import check_batch
+from fastdistill.objectives.identities import Jvp, evaluate, lagrangian
+from fastdistill.objectives.metric import Weighting, squared, weigh
+from fastdistill.objectives.rows import Metrics, measure
+from fastdistill.objectives.velocity import Autoguidance, Guidance, own_velocity, scale_rows, target_velocity
+from fastdistill.paths import LINEAR, Path, expand_time
+from fastdistill.samplers import Net
+
+
+def tvm(
+    net: Net,
+    x0: Tensor,
+    x1: Tensor,
+    t: Tensor,
+    s: Tensor,
+    *,
+    y: Tensor | None = None,
+    path: Path = LINEAR,
+    teacher: Net | None = None,
+    weak_teacher: Net | None = None,
+    guidance: Guidance | Autoguidance | None = None,
+    target: Net | None = None,
+    weighting: Weighting | None = None,
+    jvp: Jvp = fused_jvp,
+) -> tuple[Tensor, Metrics]:
+    """The loss ||d/ds f(x_t, t, s) - [u_target(f, s, s)]||^2 + ||u(x_s, s, s) - w||^2, averaged over elements and rows.
+
+    d/ds f = u - (t - s) du/ds by one jvp along (0, 0, 1), and gradients flow through that derivative: `jvp` is called with
+    tangent_grad=True. x_s is on the path at s with the same x0 and x1, and w is the velocity there. Every row has both
+    terms; s = t is allowed and rare. In the paper the target is an EMA of rate 0.99, and the network's normalisation
+    layers are RMSNorm throughout, for the second derivative's sake.
+
+    Args:
+        target: the network of the bracket; None is `net` itself.
+        weighting: a learned log-variance of (t, s) on the first term.
+        The other arguments are those of `meanflow`.
+
+    Returns:
+        The loss; `raw_error` is the mean square of the first residual, `anchor_error` that of the second.
+
+    Raises:
+        ValueError: as `meanflow`.
+
+    Equivalent to: lsd with both terms on every row, its diagonal learnt at s.
+    Source: Zhou et al. 2025, arXiv:2511.19797, equations 11 to 13.
+    """
+    check_batch(x0, x1, t, s, y)
+    x, rows = path.interpolate(x0, x1, t), scale_rows(guidance)
+    u, du_ds = lagrangian(net, x, t, s, y=y, g=rows, jvp=jvp, tangent_grad=True)
+    d = expand_time(t - s, x)
+    terminal = u - d * du_ds - own_velocity(target or net, (x - d * u).detach(), s, y=y, g=rows)
+    x_s = path.interpolate(x0, x1, s)
+    w = target_velocity(
+        net, x_s, path.velocity(x0, x1, s), s, y=y, teacher=teacher, weak_teacher=weak_teacher, guidance=guidance
+    )
+    anchor = evaluate(net, x_s, s, s, y, rows) - w
+    loss = (weigh(squared(terminal, "mean"), weighting, t, s) + squared(anchor, "mean")).mean()
+    metrics = measure(loss, terminal, t, s, tangent=du_ds)
+    return loss, metrics | {"anchor_error": anchor.detach().square().mean()}
