@@ -23,12 +23,11 @@ from fastdistill.objectives import (
     consistency,
     facm,
     flow_matching,
-    imm,
     meanflow,
     scm,
     shortcut,
 )
-from fastdistill.objectives.imm import imm_weight
+from fastdistill.objectives.imm import imm, imm_weight
 from fastdistill.paths import LINEAR, Cosine
 from fastdistill.samplers import Net
 
