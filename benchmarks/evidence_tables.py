@@ -21,6 +21,13 @@ Summary = Mapping[str, Any]
 EVIDENCE, ARTICLE = ROOT / "docs" / "evidence", ROOT / "docs" / "methods.md"
 STEPS = ("1", "2", "4", "8")
 BLOCK = re.compile(r"(<!-- compare:begin ([\w ]+) -->\n)(.*?)(<!-- compare:end \2 -->)", re.DOTALL)
+FIGURE = re.compile(r"(<!-- figure:begin (\w+) -->\n)(.*?)(<!-- figure:end \2 -->)", re.DOTALL)
+FIGURES = {
+    "reflow": "Trajectories before and after ReFlow, and where one Euler step ends",
+    "ring_methods": "The ring by each method in 1, 2, 4 and 8 steps, in the colours of where the exact flow ends",
+    "digits_methods": "Digits by each method in 1, 2, 4 and 8 steps, from the same noise",
+}
+NOT_DRAWN = "*Not yet drawn: `make evidence` does.*"
 NOT_YET = "**Measured.** Not yet measured."
 NO_TABLE = "Not yet measured: `make evidence` fills this block."
 DATA = ("ring", "digits")
@@ -57,10 +64,11 @@ def read_summary(folder: Path = EVIDENCE) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def fill_article(text: str, summary: Summary) -> str:
+def fill_article(text: str, summary: Summary, figures: Path = ARTICLE.parent / "figures") -> str:
     """The article with every marked block written anew; everything else stays as it is.
 
-    A block names the methods that it is about, or `table` for the closing table.
+    A block names the methods that it is about, or `table` for the closing table; or a figure, which is shown once it has
+    been drawn.
     """
 
     def block(match: re.Match[str]) -> str:
@@ -68,7 +76,13 @@ def fill_article(text: str, summary: Summary) -> str:
         content = closing_tables(summary) if names == ["table"] else measured(names, summary)
         return f"{match[1]}{content}\n{match[4]}"
 
-    return BLOCK.sub(block, text)
+    def figure(match: re.Match[str]) -> str:
+        name = match[2]
+        drawn = (figures / f"{name}.png").is_file()
+        content = f"![{FIGURES[name]}](figures/{name}.png)" if drawn else NOT_DRAWN
+        return f"{match[1]}{content}\n{match[4]}"
+
+    return FIGURE.sub(figure, BLOCK.sub(block, text))
 
 
 def measured(names: Sequence[str], summary: Summary) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from benchmarks import evidence_tables as tables
 from tests.benchmarks.summaries import method, ring, small
 
@@ -59,3 +61,13 @@ def test_page_shows_gates_plots_and_what_it_ran_on() -> None:
     assert "![quality](ring_quality.png)" in page
     assert "Measured on: python 3.12; torch 2.13." in page
     assert "Not yet measured." in tables.evidence_page({})
+
+
+def test_a_figure_is_shown_once_it_is_drawn(tmp_path: Path) -> None:
+    text = "<!-- figure:begin reflow -->\n<!-- figure:end reflow -->\n"
+    before = tables.fill_article(text, {}, tmp_path)
+    assert tables.NOT_DRAWN in before
+    (tmp_path / "reflow.png").touch()
+    after = tables.fill_article(before, {}, tmp_path)
+    assert tables.NOT_DRAWN not in after
+    assert "](figures/reflow.png)" in after
