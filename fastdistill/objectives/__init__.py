@@ -18,8 +18,8 @@
     weighting   a learned log-variance, `metric.LogVariance`: exp(-a) error + a.
     jvp         jvp(fn, primals, tangents) -> (out, t_out), `fastdistill.jvp` by default.
 
-The loss is a scalar with gradient. Metrics are detached: scalars `loss`, `raw_error` (the mean square residual before any
-weight) and, where they exist, `tangent_norm` and `distinct_share`; and under "rows" a dict of (B,) tensors for diagnostics.
+The loss is a scalar with gradient. Metrics are detached: scalars `loss`, `raw_error` (the mean square residual before
+any weight) and, where they exist, `tangent_norm` and `distinct_share`; and under "rows" a dict of (B,) tensors.
 """
 
 from __future__ import annotations

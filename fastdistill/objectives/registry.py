@@ -47,7 +47,7 @@ class Objective:
         sampler: the name of its default sampler in `fastdistill.samplers.SAMPLERS`.
         needs: the keywords it can't do without.
         paths: the names of the paths that it fits; None is all.
-        takes, options: all its keywords, and its own with their defaults; None reads both from the function.
+        takes, options: all its keywords, and its own with their defaults, both read from the function.
     """
 
     function: Callable[..., tuple[Tensor, dict[str, Any]]]
@@ -60,17 +60,16 @@ class Objective:
     sampler: str
     needs: frozenset[str] = frozenset()
     paths: frozenset[str] | None = None
-    takes: frozenset[str] = field(default=None)  # type: ignore[assignment]  # filled below
-    options: Mapping[str, Any] = field(default=None)  # type: ignore[assignment]
+    takes: frozenset[str] = field(init=False)
+    options: Mapping[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
+        missing = inspect.Parameter.empty
         parameters = inspect.signature(self.function).parameters.values()
         keywords = {item.name: item.default for item in parameters if item.kind is item.KEYWORD_ONLY}
-        if self.takes is None:
-            object.__setattr__(self, "takes", frozenset(keywords))
-        if self.options is None:
-            own = {name: None if value is inspect.Parameter.empty else value for name, value in keywords.items()}
-            object.__setattr__(self, "options", {name: own[name] for name in own if name not in SHARED})
+        object.__setattr__(self, "takes", frozenset(keywords))
+        own = {name: value for name, value in keywords.items() if name not in SHARED and value is not missing}
+        object.__setattr__(self, "options", own)
         if self.identity not in IDENTITIES:
             raise ValueError(f"identity: expected one of {', '.join(IDENTITIES)}, got {self.identity!r}")
         if unknown := self.needs - self.takes:
@@ -128,7 +127,7 @@ OBJECTIVES: dict[str, Objective] = {
     "consistency": Objective(
         consistency, "semigroup", ("t", "r"),
         tangent="none",
-        formula="λ(t, r) dist(f(x_t, t, 0), [f⁻(x_r, r, 0)]); x_r by the teacher's flow (CD) or from the same x0, x1 (CT)",
+        formula="λ(t, r) dist(f(x_t, t, 0), [f⁻(x_r, r, 0)]); x_r by the teacher's flow (CD) or from x0, x1 (CT)",
         sources=("Song et al. 2023, arXiv:2303.01469, algorithms 2 and 3", "Song and Dhariwal 2024, arXiv:2310.14189"),
         reduction="l2 and huber sum over elements; s = 0 in all rows",
         sampler="consistency",
