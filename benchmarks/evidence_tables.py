@@ -67,8 +67,8 @@ def read_summary(folder: Path = EVIDENCE) -> dict[str, Any]:
 def fill_article(text: str, summary: Summary, figures: Path = ARTICLE.parent / "figures") -> str:
     """The article with every marked block written anew; everything else stays as it is.
 
-    A block names the methods that it is about, or `table` for the closing table; or a figure, which is shown once it has
-    been drawn.
+    A block names the methods that it is about, or `table` for the closing table; or a figure, which is shown once it is
+    drawn.
     """
 
     def block(match: re.Match[str]) -> str:

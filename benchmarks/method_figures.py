@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from benchmarks import evidence_tables as tables
 from benchmarks import run_figures
 from benchmarks.environment import ROOT
 from benchmarks.run_figures import modes_of, plane
@@ -43,6 +44,9 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help="finished runs, as `make evidence` leaves them in runs/evidence")
     args = parser.parse_args()
     draw_all(args.out, args.runs)
+    if args.out == FOLDER:  # the article shows what is there
+        text = tables.ARTICLE.read_text(encoding="utf-8")
+        tables.ARTICLE.write_text(tables.fill_article(text, tables.read_summary()), encoding="utf-8")
 
 
 def draw_all(out: Path, runs: Path | None = None) -> None:
