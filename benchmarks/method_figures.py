@@ -12,10 +12,8 @@ import argparse
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from matplotlib import rc_context
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from PIL import Image
@@ -24,7 +22,7 @@ from torch import Tensor
 from benchmarks import evidence_tables as tables
 from benchmarks import run_figures
 from benchmarks.environment import ROOT
-from benchmarks.run_figures import modes_of, plane
+from benchmarks.run_figures import dots, modes_of, plane
 from fastdistill import samplers
 from fastdistill.eval.exact import Ring
 from fastdistill.eval.figures import FAINT, INK
@@ -33,8 +31,6 @@ from fastdistill.train.methods import METHODS
 FOLDER = ROOT / "docs" / "figures"
 EXACT, EULER, JUMP = "#c9c9c3", "#b07d4f", "#2c6e8f"
 COLORS_PER_PNG = 96
-# Fixed ids and no date, so that the same figure is the same file.
-SVG: dict[str, Any] = {"svg.hashsalt": "fastdistill", "svg.fonttype": "path"}
 
 
 def main() -> None:
@@ -71,16 +67,10 @@ def find_runs(folder: Path) -> dict[str, Path]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as its name's ending says."""
-    with rc_context(SVG):
-        if path.suffix == ".svg":
-            figure.savefig(path, metadata={"Date": None})
-        else:
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png")
-            Image.open(buffer).convert("RGB").quantize(COLORS_PER_PNG, dither=Image.Dither.NONE).save(
-                path, optimize=True
-            )
+    """Write a figure as a PNG, and say its size."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    save_png(buffer.getvalue(), path)
     print(f"{path} {path.stat().st_size / 1024:.0f} KB")
 
 
@@ -116,7 +106,7 @@ def draw_paths(count: int = 1600) -> Figure:
         axes = plane(figure, (place / 5 + 0.004, 0.0, 0.192, 0.87))
         now = round((1 - t) * (len(path) - 1))
         axes.add_collection(tails(path[max(0, now - 30) : now + 1, :120], colors[:120]))
-        axes.scatter(*path[now].T.numpy(), s=2.2, c=colors, linewidths=0, alpha=0.75, rasterized=True)
+        dots(axes, path[now], s=2.2, c=colors, linewidths=0, alpha=0.75)
         name = {1.0: "t = 1, noise", 0.0: "t = 0, data"}.get(t, f"t = {t:g}")
         axes.set_title(name, color=INK, fontsize=10, pad=4)
     return figure
@@ -137,15 +127,15 @@ def draw_jumps(steps: tuple[int, ...] = (1, 2, 4)) -> Figure:
     figure = Figure(figsize=(9.6, 3.45), dpi=160, facecolor="white")
     for place, number in enumerate(steps):
         axes = plane(figure, (place / 3 + 0.006, 0.07, 0.32, 0.83), limit=2.75)
-        axes.scatter(*data.T.numpy(), s=1.0, color="#e4e3dd", linewidths=0, zorder=0, rasterized=True)
+        dots(axes, data, s=1.0, c="#e4e3dd", linewidths=0, zorder=0)
         axes.add_collection(LineCollection(list(path.transpose(0, 1).numpy()), colors=EXACT, linewidths=1.4, zorder=1))
         times = torch.linspace(1, 0, number + 1, dtype=torch.float64)
         stops = path[((1 - times) * (len(path) - 1)).round().long()]
         for stops_of, color, width in ((euler_stops(ring, x1, number), EULER, 1.0), (stops, JUMP, 1.3)):
             lines = list(stops_of.transpose(0, 1).numpy())
             axes.add_collection(LineCollection(lines, colors=color, linewidths=width, zorder=2, alpha=0.9))
-            axes.scatter(*stops_of[-1].T.numpy(), s=15, color=color, linewidths=0.6, edgecolors="white", zorder=4)
-        axes.scatter(*x1.T.numpy(), s=9, color=INK, linewidths=0, zorder=3)
+            dots(axes, stops_of[-1], s=15, c=color, linewidths=0.6, edgecolors="white", zorder=4)
+        dots(axes, x1, s=9, c=INK, linewidths=0, zorder=3)
         axes.set_title(f"{number} step{'s' * (number > 1)}", color=INK, fontsize=10, pad=4)
     for x, color, text in ((0.21, EXACT, "trajectory of the flow"), (0.43, EULER, "Euler"), (0.55, JUMP, "flow map")):
         figure.text(x, 0.025, "●  ", color=color, fontsize=8, ha="right")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -40,6 +41,11 @@ def plane(figure: Figure, place: tuple[float, float, float, float], limit: float
     return axes
 
 
+def dots(axes: Axes, x: Tensor, **style: Any) -> None:
+    """Points (N, 2), with the keywords of `Axes.scatter`."""
+    axes.scatter(x[:, 0].numpy(), x[:, 1].numpy(), **style)
+
+
 @torch.no_grad()
 def draw_ring_methods(runs: Mapping[str, Path], count: int = 700) -> Figure:
     """Every method at each number of steps from the same noise, each point in the colour of where the exact flow ends.
@@ -63,7 +69,7 @@ def draw_ring_methods(runs: Mapping[str, Path], count: int = 700) -> Figure:
             x = draw(net, config, x1, None, number)
             corner = (left + label + size * index) / width
             axes = plane(figure, (corner, bottom / height, size / width, size / height), limit=3.0)
-            axes.scatter(*x.T.numpy(), s=1.6, c=modes_of(exact), linewidths=0, alpha=0.8)
+            dots(axes, x, s=1.6, c=modes_of(exact), linewidths=0, alpha=0.8)
             distance = f"{compare(x, exact, 0.0)['sliced_wasserstein']:.2f}"
             box = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.8}
             axes.text(0, 0, distance, ha="center", va="center", fontsize=6.5, color=INK, bbox=box)
@@ -84,9 +90,9 @@ def draw_reflow(before: Path, after: Path, count: int = 60, parts: int = 64) -> 
         axes = plane(figure, (0.5 * place + 0.01, 0.06, 0.48, 0.84), limit=2.9)
         lines = list(stops.transpose(0, 1).numpy())
         axes.add_collection(LineCollection(lines, colors=colors, linewidths=0.9, alpha=0.75))
-        axes.scatter(*stops[-1].T.numpy(), s=9, c=colors, linewidths=0)
+        dots(axes, stops[-1], s=9, c=colors, linewidths=0)
         one = samplers.euler(samplers.guided(net), x1, 1)
-        axes.scatter(*one.T.numpy(), s=16, marker="x", c=colors, linewidths=0.9)
+        dots(axes, one, s=16, marker="x", c=colors, linewidths=0.9)
         axes.set_title(f"{name}: straightness S = {straightness(stops):.2f}", fontsize=10, color=INK, pad=4)
     words = "lines: trajectories from noise to dots    crosses: one Euler step from the same noise"
     figure.text(0.5, 0.025, words, ha="center", fontsize=8.5, color=FAINT)
