@@ -38,7 +38,7 @@ def explain(name: str | None = None) -> str:
         "formula": objective.formula,
         "identity": objective.identity,
         "tangent": objective.tangent,
-        "times": objective.times,
+        "times": ", ".join(objective.times),
         "reduction": objective.reduction,
         "path": "any" if objective.paths is None else ", ".join(sorted(objective.paths)),
         "needs": needs(method, objective),
@@ -60,7 +60,7 @@ def table() -> str:
         objective = method.objective()
         needed = [need for need in ("teacher", "second network", "pairs") if need in _short_needs(method, objective)]
         rows.append(
-            [name, objective.identity, _first(objective.times), ", ".join(needed) or "-", objective.sampler,
+            [name, objective.identity, ", ".join(objective.times), ", ".join(needed) or "-", objective.sampler,
              ", ".join(method.learns)]
         )  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -110,10 +110,6 @@ def sources(given: str | Sequence[str]) -> str:
 def _short_needs(method: type[MethodSettings], objective: Objective) -> set[str]:
     found = {"teacher"} if follows(method, objective) else set()
     return found | ({"second network"} if method.has_critic else set()) | ({"pairs"} if method.makes_pairs else set())
-
-
-def _first(text: str) -> str:
-    return text.split(";")[0].split(":")[0]
 
 
 def _entry(key: str, value: str) -> str:

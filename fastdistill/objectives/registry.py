@@ -12,10 +12,12 @@ from torch import Tensor
 from fastdistill.objectives.alpha_flow import alpha_flow
 from fastdistill.objectives.ayf import ayf_emd, ayf_lmd
 from fastdistill.objectives.consistency import consistency
+from fastdistill.objectives.dmd import dmd
 from fastdistill.objectives.ect import ect
 from fastdistill.objectives.esd import esd
 from fastdistill.objectives.facm import facm
 from fastdistill.objectives.flow_matching import flow_matching
+from fastdistill.objectives.imm import imm
 from fastdistill.objectives.improved_meanflow import improved_meanflow
 from fastdistill.objectives.lsd import lsd
 from fastdistill.objectives.meanflow import meanflow
@@ -226,6 +228,23 @@ OBJECTIVES: dict[str, Objective] = {
         sampler="consistency",
         needs=frozenset({"score_gradient"}),
         paths=FROM_DATA,
+    ),
+    "imm": Objective(
+        imm, "moment", ("t", "r", "s"),
+        tangent="none",
+        formula="w(t) MMD²(f(x_t, t, s), [f⁻(x_r, r, s)]) over groups of rows, x_r by DDIM from (x_t, x0), s <= r < t",
+        sources=("Zhou et al. 2025, arXiv:2503.07565, equations 7 and 12, algorithm 1",),
+        reduction="the kernel averages over elements; s < r < t in all rows, equal within a group of M = 4",
+        sampler="average_velocity",
+    ),
+    "dmd": Objective(
+        dmd, "score", ("t",),
+        tangent="none",
+        formula="½ ‖G − [G − δ]‖², G = f(x_t, t, 0), δ = (x̂0_fake − x̂0_teacher)/mean|G − x̂0_teacher| at x_τ",
+        sources=("Yin et al. 2024, arXiv:2311.18828, equations 7 and 8", "Yin et al. 2024 (DMD2), arXiv:2405.14867"),
+        reduction="mean over elements; s = 0 in all rows",
+        sampler="consistency",
+        needs=frozenset({"teacher", "fake"}),
     ),
 }  # fmt: skip
 

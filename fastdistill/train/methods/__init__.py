@@ -8,7 +8,7 @@ from pydantic import Field
 
 from fastdistill.train.methods.base import Context, GuidanceSettings, MethodSettings, Metrics, Share
 from fastdistill.train.methods.consistency import ECT, FACM, SCM, Consistency
-from fastdistill.train.methods.distribution import DMD, IMM, CriticSettings, ScoreMethod
+from fastdistill.train.methods.distribution import DMD, IMM, RCM, CriticSettings, ScoreMethod
 from fastdistill.train.methods.flow_maps import AYFEMD, AYFLMD, ESD, LSD, PSD, TVM, Shortcut
 from fastdistill.train.methods.regression import AlphaFlow, FlowMatching, ImprovedMeanFlow, MeanFlow, ReFlow
 from fastdistill.train.methods.times import LogitNormalTimes, Times, UniformTimes
@@ -49,6 +49,7 @@ _Kinds = (
     | TVM
     | IMM
     | DMD
+    | RCM
 )
 Method = Annotated[_Kinds, Field(discriminator="name")]
 METHODS: dict[str, type[MethodSettings]] = {kind.model_fields["name"].default: kind for kind in get_args(_Kinds)}

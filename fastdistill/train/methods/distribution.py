@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from fastdistill.objectives.dmd import simulate
+from fastdistill.objectives.dmd import dmd_gradient, simulate
+from fastdistill.objectives.velocity import Guidance
 from fastdistill.paths import expand_time
 from fastdistill.times import Uniform, imm_times
+from fastdistill.train.methods.consistency import SCM
 from fastdistill.train.methods.base import Context, GuidanceSettings, Learnt, MethodSettings
 from fastdistill.train.settings import ConfigError, Settings
 
@@ -139,3 +142,42 @@ class DMD(ScoreMethod):
 
     def draw_times(self, context: Context) -> tuple[Tensor, ...]:
         return (self.draw_starts(context, context.generator),)
+
+
+class RCM(SCM, ScoreMethod):
+    """rCM: continuous consistency, which covers all modes, with a score term on one-step samples, which sharpens them."""
+
+    name: Literal["rcm"] = "rcm"
+    score_weight: float = Field(0.01, ge=0)
+    """Of the score term."""
+
+    learns: ClassVar[tuple[Learnt, ...]] = ("end",)
+
+    def check(self, config: TrainConfig) -> None:
+        super().check(config)
+        if config.teacher is None:
+            raise ConfigError("teacher: rcm needs a teacher, whose score its samples are compared with")
+        if self.generator_times != (1.0,):
+            raise ConfigError("method.generator_times: rcm makes its samples in one step, so expected [1]")
+        if self.critic.gan:
+            raise ConfigError("method.critic.gan: rcm has no discriminator; expected False, or method.name dmd")
+
+    def keywords(self, context: Context) -> dict[str, Any]:
+        return super().keywords(context) | {"score_gradient": partial(self.score_gradient, context)}
+
+    def score_gradient(self, context: Context, samples: Tensor, y: Tensor | None) -> Tensor:
+        """The direction in which samples (B, ...) leave the data's law, by the teacher's score and their own."""
+        assert context.critic is not None and context.teacher is not None
+        noise = torch.randn(samples.shape, generator=context.generator).to(samples)
+        tau = self.critic.law()(len(samples), context.generator, samples.device)
+        guidance = self.guidance.build(context)
+        return dmd_gradient(
+            samples,
+            noise,
+            tau,
+            teacher=context.teacher,
+            fake=context.critic.fake,
+            y=y,
+            path=context.path,
+            guidance=guidance if isinstance(guidance, Guidance) else None,
+        )

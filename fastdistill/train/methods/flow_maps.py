@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -87,6 +88,8 @@ class SelfDistillation(MethodSettings):
     """Share of the rows with s < t."""
     learned_weight: bool = True
     """Weigh the times by a learned variance."""
+    guidance: GuidanceSettings = GuidanceSettings()
+    """Guidance inside the diagonal's velocity, which the map follows."""
 
     def draw_times(self, context: Context) -> tuple[Tensor, ...]:
         return triangle_times(context.rows, self.distinct, generator=context.generator, device=context.device)
@@ -108,6 +111,15 @@ class PSD(SelfDistillation):
     """Progressive self-distillation: a jump must equal two jumps that meet on the way."""
 
     name: Literal["psd"] = "psd"
+    meeting: Literal["middle", "uniform"] = "middle"
+    """Where the two jumps meet: half-way, or anywhere."""
+
+    def keywords(self, context: Context) -> dict[str, Any]:
+        midpoint: float | Tensor = 0.5
+        if self.meeting == "uniform":
+            drawn = torch.rand(context.rows, generator=context.generator)
+            midpoint = drawn.clamp(1e-3, 1 - 1e-3).to(context.device)
+        return super().keywords(context) | {"midpoint": midpoint}
 
 
 class TVM(MethodSettings):
