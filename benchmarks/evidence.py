@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -172,6 +173,7 @@ def mutated(job: Job) -> Iterator[None]:
         return
     right = objectives.OBJECTIVES[job.method]
 
+    @functools.wraps(right.function)  # with its signature, from which the trainer reads what it takes
     def function(*arguments: Any, **keywords: Any) -> Any:
         return right.function(*arguments, **keywords | {"jvp": MUTANTS[job.name][1]})
 

@@ -83,7 +83,9 @@ def test_a_mutant_is_its_method_with_another_tangent_for_as_long_as_it_runs(name
     job = Job("ring", 0, name)
     right = objectives.OBJECTIVES[job.method]
     with evidence.mutated(job):
-        assert objectives.get(job.method).function is not right.function
+        mutant = objectives.get(job.method)
+        assert mutant.function is not right.function
+        assert mutant.takes == right.takes
     assert objectives.OBJECTIVES[job.method] is right
 
 
