@@ -70,7 +70,9 @@ def compare(
     chosen = list(methods if methods is not None else METHODS)
     for name in chosen:
         if name not in METHODS:
-            raise ConfigError(f"methods: expected names of {', '.join(METHODS)}; got {name!r}, {nearest(name, METHODS)}")
+            raise ConfigError(
+                f"methods: expected names of {', '.join(METHODS)}; got {name!r}, {nearest(name, METHODS)}"
+            )
     out = Path(out or f"runs/compare-{data}")
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not numbers or not chosen:
@@ -94,7 +96,7 @@ def compare(
 
 
 def configure(name: str, data: str, folder: Path, overrides: Sequence[str]) -> TrainConfig:
-    """The run of a method in a folder that its siblings share; it follows the teacher there where its recipe has one."""
+    """The run of a method, in a folder that its siblings share; it follows the teacher there if its recipe has one."""
     arguments = ["--method.name", name, *overrides]
     config = load_config(data, arguments, out=folder / name)
     if config.teacher is None:

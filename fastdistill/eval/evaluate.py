@@ -49,7 +49,8 @@ def evaluate(
 
     Returns:
         What was written: `data`, `method`, `sampler`, `samples`, `straightness` where the network knows a velocity,
-        `steps` and `references`, both {name: {metric: value}}, and for digits `checks`. See `fastdistill.eval.digits` and `fastdistill.eval.ring` for the metrics.
+        `steps` and `references`, both {name: {metric: value}}, and for digits `checks`. See
+        `fastdistill.eval.digits` and `fastdistill.eval.ring` for the metrics.
 
     Raises:
         ValueError: an argument outside these rules, by name.

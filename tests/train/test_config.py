@@ -42,7 +42,10 @@ def written(tmp_path: Path, **changes: Any) -> Path:
             {"method": {"times": {"law": "gaussian"}}},
             ["method.times.law:", "'logit_normal', 'uniform'", "got 'gaussian'"],
         ),
-        ({"method": {"name": "meanflo"}}, ["method.name:", "'flow_matching', 'reflow', 'meanflow'", "got 'meanflo'; did you mean 'meanflow'?"]),
+        (
+            {"method": {"name": "meanflo"}},
+            ["method.name:", "'flow_matching', 'reflow', 'meanflow'", "got 'meanflo'; did you mean 'meanflow'?"],
+        ),
         ({"precision": "fp8"}, ["precision:", "'auto', 'fp32' or 'bf16'", "got 'fp8'"]),
         ({"data": {"name": "cifar"}}, ["data.name:", "'digits' or 'ring'", "got 'cifar'"]),
         ({"data": None}, ["data:", "got None"]),
