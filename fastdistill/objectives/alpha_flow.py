@@ -34,7 +34,7 @@ def alpha_flow(
     distinct_rows: int | None = None,
     jvp: Jvp = fused_jvp,
 ) -> tuple[Tensor, Metrics]:
-    """The loss alpha e / ([e] + c), e = ||u - [alpha w + (1 - alpha) u_target(x - D w, t - D, s)]||^2, D = alpha (t - s).
+    """The loss a e / ([e] + c), e = ||u - [a w + (1 - a) u_target(x - D w, t - D, s)]||^2, a = alpha, D = a (t - s).
 
     alpha goes from 1, where all (t, s) regress w, to 0, where it is MeanFlow; the paper takes a sigmoid of the step,
     clamped: below 0.005 it is 0. At alpha = 0 the residual is that of its limit, by one jvp along (w, 1, 0), and the

@@ -31,7 +31,7 @@ def ayf_emd(
     c: float | None = 0.1,
     jvp: Jvp = fused_jvp,
 ) -> tuple[Tensor, Metrics]:
-    """The loss ||u - [u - g / (||g|| + c)]||^2, g = (u - w) + warmup (t - s) D_w u, averaged over rows, and its metrics.
+    """The loss ||u - [u - g / (||g|| + c)]||^2, g = (u - w) + warmup (t - s) D_w u, averaged over rows.
 
     w is the teacher's velocity, guided by `Autoguidance(scale, interval)` with the weak teacher (a (B,) scale, lambda ~
     U[1, 3] in the paper, reaches the network as `g`) or by labels; the tangent runs along it. Errors are summed over
@@ -49,7 +49,8 @@ def ayf_emd(
     Raises:
         ValueError: no teacher, a warmup outside [0, 1], and as `meanflow`.
 
-    Equivalent to: meanflow's gradient at p = 0, warmup = 1 and c = None; flow matching as s -> t; scm ("average") at s = 0.
+    Equivalent to: meanflow at p = 0 in its gradient, with warmup = 1 and c = None; flow matching as s -> t; scm
+        ("average") at s = 0.
     Source: Sabour et al. 2025, arXiv:2506.14603, theorem 3.2, section 3.3 and algorithm 1.
     """
     check_batch(x0, x1, t, s, y)

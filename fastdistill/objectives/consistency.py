@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def consistency(
             x_r = path.interpolate(x0, x1, r)
         elif isinstance(solver, str):
             check_choice("solver", solver, ("heun", "euler"))
-            follow = {"y": y, "teacher": teacher, "weak_teacher": weak_teacher, "guidance": guidance}
+            follow: dict[str, Any] = {"y": y, "teacher": teacher, "weak_teacher": weak_teacher, "guidance": guidance}
             step = expand_time(t - r, x)
             v = target_velocity(net, x, None, t, **follow)
             x_r = x - step * v

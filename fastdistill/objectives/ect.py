@@ -28,13 +28,13 @@ def ect(
 ) -> tuple[Tensor, Metrics]:
     """The loss ||f(x_t, t, 0) - [f(x_r, r, 0)]|| / (sigma(t) - sigma(r)), averaged over rows, and its metrics.
 
-    Both states share x0 and x1. sigma = beta / alpha is the noise level, so that the loss is the same on every path: the
-    paper's own is "edm". The norm is over all elements of a row (summed squares, not squared after), smoothed below
-    `c`. Rows with r = 0 are plain denoising. Dropout must draw the same numbers in both calls: the caller's `net` and
-    `target` see to that, or use none.
+    Both states share x0 and x1. sigma = beta / alpha is the noise level, so that the loss is the same on every path, of
+    which the paper's own is "edm". The norm is over all elements of a row (summed squares, not squared after), smoothed
+    below `c`. Rows with r = 0 are plain denoising. Dropout must draw the same numbers in both calls: the caller's `net`
+    and `target` see to that, or use none.
 
     Args:
-        r: (B,), the next time towards the data, 0 <= r < t; the stages of `fastdistill.times.ect_times` let it approach t.
+        r: (B,), the next time towards the data, 0 <= r < t; `fastdistill.times.ect_times` lets it approach t by stages.
         target: the network of the bracket; None is `net` itself, as in the paper.
         c: the constant of the Pseudo-Huber form sqrt(e + c^2) - c, > 0.
 

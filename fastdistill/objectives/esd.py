@@ -32,10 +32,10 @@ def esd(
     distinct_rows: int | None = None,
     jvp: Jvp = fused_jvp,
 ) -> tuple[Tensor, Metrics]:
-    """The loss ||u(x_t, t, t) - w||^2 on rows with s = t, ||u - [v - (t - s) D_v u]||^2 on the others, with v = [u(x_t, t, t)].
+    """The loss ||u(x_t, t, t) - w||^2 on rows with s = t, ||u - [v - (t - s) D_v u]||^2 on the others.
 
-    One jvp along (v, 1, 0); the bracket has no gradient. Averaged over elements and rows. v has no noise of the data in
-    it, unlike MeanFlow's w.
+    v = u(x_t, t, t) is the own diagonal, without the data's noise that MeanFlow's w has. One jvp along (v, 1, 0); the
+    bracket has no gradient. Averaged over elements and rows.
 
     Args:
         teacher, guidance: what the diagonal learns, which the map then follows; as in `meanflow`.

@@ -35,7 +35,8 @@ def facm(
 
     F is the network: its consistency condition is (t, 0), where it is the average velocity to the data, its
     flow-matching condition (t, t). With (F, DF) at (t, 0), one jvp along (w, 1, 0),
-        g = [F - (w - t DF)],  target = [F] - (1 - (1 - t)^p) clamp(g, -1, 1),  e = ||F - target||^2 (mean over elements),
+        g = [F - (w - t DF)],  target = [F] - (1 - (1 - t)^p) clamp(g, -1, 1),
+        e = ||F - target||^2 (mean over elements),
         L_FM(F, w) = ||F - w||^2 (mean over elements) + 1 - cos(F, w) (over a whole row).
     Here t = 0 is the data; the paper's time runs the other way. Every row has both terms.
 

@@ -1,7 +1,7 @@
 """The three identities of a flow map, as the parts that residuals are built from.
 
-The network is the average velocity u(x, t, s) from t to s <= t; its flow map is f(x, t, s) = x - (t - s) u. With d = t - s
-and w the velocity that is followed, the exact u satisfies, on every path,
+The network is the average velocity u(x, t, s) from t to s <= t; its flow map is f(x, t, s) = x - (t - s) u. With
+d = t - s and w the velocity that is followed, the exact u satisfies, on every path,
 
     Eulerian:    D_w f = 0, i.e. u = w - d D_w u        moving the start along the flow changes nothing
     Lagrangian:  d/ds f = w(f, s)                        the end moves with the flow's own velocity
@@ -9,7 +9,7 @@ and w the velocity that is followed, the exact u satisfies, on every path,
 
 where D_w g = dg/dt + (dg/dx) w is one `jvp(g, (x, t, s), (w, 1, 0))`.
 
-Source: Boffi et al. 2025, arXiv:2406.07507 (flow map matching), propositions 2.3 to 2.5, in the other direction of time.
+Source: Boffi et al. 2025 (flow map matching), arXiv:2406.07507, section 2, in the other direction of time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Jvp = Callable[..., Any]  # jvp(fn, primals, tangents) -> (out, t_out), None bei
 
 
 def evaluate(net: Net, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None, g: Tensor | None = None) -> Tensor:
-    """u(x, t, s), the network called by name; `g` (B,) is passed on only where there is one, so that most need not take it."""
+    """u(x, t, s), the network called by name; `g` (B,) is passed on only where there is one: most don't take it."""
     return net(x, t=t, s=s, y=y) if g is None else net(x, t=t, s=s, y=y, g=g)
 
 

@@ -1,4 +1,4 @@
-"""Improved MeanFlow: the average velocity turned into an instantaneous one, regressed on a target without the network."""
+"""Improved MeanFlow: the average velocity turned into an instantaneous one, and regressed on the data's."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def improved_meanflow(
     Args:
         velocity_head: velocity_head(x, t=t, s=t, y=y) predicts w and gives the tangent's direction; it is trained with
             the same metric. None: the direction is the network's own u(x, t, t).
-        guidance: `Guidance.improved(scale, null)` is the paper's; a (B,) scale reaches the network as `g`, which is then
-            also the tangent's condition.
+        guidance: `Guidance.improved(scale, null)` is the paper's; a (B,) scale reaches the network as `g`, and thus the
+            tangent.
         The other arguments, and the metrics, are those of `meanflow`.
 
     Returns:

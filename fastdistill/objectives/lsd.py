@@ -34,8 +34,8 @@ def lsd(
 ) -> tuple[Tensor, Metrics]:
     """The loss ||u(x_t, t, t) - w||^2 on rows with s = t, ||d/ds f(x_t, t, s) - [u(f, s, s)]||^2 on the others.
 
-    d/ds f = u - (t - s) du/ds by one jvp along (0, 0, 1), and gradients flow through that derivative: `jvp` is called with
-    tangent_grad=True. Averaged over elements and rows.
+    d/ds f = u - (t - s) du/ds by one jvp along (0, 0, 1), and gradients flow through that derivative: `jvp` is called
+    with tangent_grad=True. Averaged over elements and rows.
 
     Args:
         teacher, guidance: what the diagonal learns, which the map then follows; as in `meanflow`.
@@ -49,7 +49,8 @@ def lsd(
     Raises:
         ValueError: as `meanflow`.
 
-    Equivalent to: tvm with flow matching on rows of its own; ayf_lmd with the own diagonal as teacher, and the whole gradient.
+    Equivalent to: tvm with flow matching on rows of its own; ayf_lmd with the own diagonal as teacher, and the whole
+        gradient.
     Source: Boffi et al. 2025, arXiv:2505.18825, section 3 (LSD).
     """
     check_batch(x0, x1, t, s, y)

@@ -55,7 +55,8 @@ def meanflow(
     Raises:
         ValueError: an argument whose shape doesn't fit, guidance without labels, or, on the CPU, times out of order.
 
-    Equivalent to: ayf_emd with warmup = 1 and no normalisation, its gradient weighted by [e + c]^-p; facm's second term at s = 0.
+    Equivalent to: ayf_emd with warmup = 1 and c = None, its gradient weighted by [e + c]^-p; at s = 0 facm's second
+        term, up to weight and clamp.
     Source: Geng et al. 2025, arXiv:2505.13447, algorithm 1 and section 4.
     """
     check_batch(x0, x1, t, s, y)

@@ -89,7 +89,7 @@ def weigh(error: Tensor, weighting: Weighting | None, t: Tensor, s: Tensor) -> T
     """exp(-a) error + a with a = weighting(t, s), (B,): every (t, s) then counts alike, whatever its error's size.
 
     At its optimum a is the logarithm of the expected error at (t, s). None leaves the error as it is.
-    Source: Kendall and Gal 2017, arXiv:1703.04977, equation 8; Karras et al. 2024 (EDM2), arXiv:2312.02696, appendix B.1.
+    Source: Kendall and Gal 2017, arXiv:1703.04977, equation 8; Karras et al. 2024 (EDM2), arXiv:2312.02696.
     """
     if weighting is None:
         return error
@@ -126,12 +126,12 @@ class LogVariance(nn.Module):
         return self.linear(torch.cos(times @ self.frequencies + self.phases)).squeeze(1)
 
 
-# w(t) of flow matching, by the prediction whose plain square it amounts to. With W = alpha beta' - beta alpha', an error e
-# of the velocity is an error beta e / W of the implied data and alpha e / W of the implied noise.
+# w(t) of flow matching, by the prediction whose plain square it amounts to. With W = alpha beta' - beta alpha', an
+# error e of the velocity is an error beta e / W of the implied data and alpha e / W of the implied noise.
 WEIGHTS: dict[str, str] = {
     "velocity": "1: the plain square of the velocity's error",
     "data": "(beta / W)^2: the plain square of the data prediction's error; little weight near the data",
-    "noise": "(alpha / W)^2: the plain square of the noise prediction's error (DDPM's simple loss); little near the noise",
+    "noise": "(alpha / W)^2: the plain square of the noise prediction's error (DDPM's simple loss); little near noise",
     "min_snr": "min(alpha^2 / beta^2, 5) (beta / W)^2: the noise prediction's, capped near the data (Hang et al. 2023)",
     "edm": "(beta^2 + alpha^2 / 4) 4 / W^2: EDM's, which equalises the loss of its preconditioned network at std 1/2",
 }
@@ -143,7 +143,7 @@ def weight_of_time(weight: WeightOfTime, path: Path, t: Tensor) -> Tensor | None
     For each t the minimiser is the marginal velocity, so that any w > 0 keeps the optimum of a network of unlimited
     capacity; w only spends capacity and gradient variance across noise levels. To draw t from a density p(t) is the
     same as to draw it uniformly with the weight w(t) p(t).
-    Source: Kingma and Gao 2023, arXiv:2303.00848; Hang et al. 2023, arXiv:2303.09556; Karras et al. 2022, arXiv:2206.00364.
+    Source: Kingma and Gao 2023, arXiv:2303.00848; Hang et al. 2023, arXiv:2303.09556; EDM, arXiv:2206.00364.
     """
     if weight is None or weight == "velocity":
         return None

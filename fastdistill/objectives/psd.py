@@ -31,9 +31,9 @@ def psd(
     midpoint: Tensor | float = 0.5,
     distinct_rows: int | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """The loss ||u(x_t, t, t) - w||^2 on rows with s = t, ||u - [a u(x_t, t, m) + (1 - a) u(x_m, m, s)]||^2 on the others.
+    """The loss ||u(x_t, t, t) - w||^2 on rows with s = t, ||u - [a u(x_t, t, m) + (1 - a) u(x_m, m, s)]||^2 on others.
 
-    m = t - a (t - s) and x_m = f(x_t, t, m). This is the semigroup's residual over t - s. Averaged over elements and rows.
+    m = t - a (t - s) and x_m = f(x_t, t, m): the semigroup's residual over t - s. Averaged over elements and rows.
 
     Args:
         midpoint: a, a number or (B,), in (0, 1): 1/2 is the paper's PSD-M, uniform draws its PSD-U.

@@ -32,7 +32,7 @@ def scm(
     c: float | None = 0.1,
     jvp: Jvp = fused_jvp,
 ) -> tuple[Tensor, Metrics]:
-    """The loss ||F - [F + g]||^2, averaged over elements and rows, g the normalised rate of f(x_t, t, 0) along the flow.
+    """The loss ||F - [F + g]||^2, averaged over elements and rows, g being f(x_t, t, 0)'s normalised rate on the flow.
 
     With k = beta' / W and W = alpha beta' - beta alpha', F is defined by f = k x - beta F, and
         g = k (k (w / W - F) + warmup (D_w f / W - k (w / W - F))),  then  g / (||g|| + c).
@@ -51,10 +51,11 @@ def scm(
         weighting: the learned log-variance, called as weighting(t, 0).
 
     Returns:
-        The loss; `raw_error` is the mean square of g at warmup 1, before normalisation; `tangent_norm` is that of du/dt.
+        The loss; `raw_error` is the mean square of g at warmup 1 before normalisation, `tangent_norm` that of du/dt.
 
     Raises:
-        ValueError: t = 0, a warmup outside [0, 1], a path that doesn't start at the data for "velocity", and as meanflow.
+        ValueError: t = 0, a warmup outside [0, 1], a path that doesn't start at the data for "velocity", and as
+            `meanflow`.
 
     Equivalent to: consistency in the limit r -> t; facm's second term up to weight and clamp; ayf_emd at s = 0.
     Source: Lu and Song 2025, arXiv:2410.11081, equations 6 and 8, algorithm 1.
@@ -70,7 +71,7 @@ def scm(
     u, du_dt = eulerian(net, x, t, s, w, y=y, g=g_rows, jvp=jvp)
     time = expand_time(t, x)
     rate = (w - u - time * du_dt).detach()  # D_w f
-    f_net, k, scale = u, 1.0, 1.0
+    f_net, k, scale = u, torch.ones_like(time), torch.ones_like(time)
     if parameterization == "velocity":
         check_starts_at_data(path, "parameterization='velocity'", "use 'average', or path 'linear', 'cosine' or 'trig'")
         beta, d_beta = path.beta(time), path.d_beta(time)

@@ -30,12 +30,12 @@ def tvm(
     weighting: Weighting | None = None,
     jvp: Jvp = fused_jvp,
 ) -> tuple[Tensor, Metrics]:
-    """The loss ||d/ds f(x_t, t, s) - [u_target(f, s, s)]||^2 + ||u(x_s, s, s) - w||^2, averaged over elements and rows.
+    """The loss ||d/ds f(x_t, t, s) - [u_target(f, s, s)]||^2 + ||u(x_s, s, s) - w||^2, a mean over elements and rows.
 
-    d/ds f = u - (t - s) du/ds by one jvp along (0, 0, 1), and gradients flow through that derivative: `jvp` is called with
-    tangent_grad=True. x_s is on the path at s with the same x0 and x1, and w is the velocity there. Every row has both
-    terms; s = t is allowed and rare. In the paper the target is an EMA of rate 0.99, and the network's normalisation
-    layers are RMSNorm throughout, for the second derivative's sake.
+    d/ds f = u - (t - s) du/ds by one jvp along (0, 0, 1), and gradients flow through that derivative: `jvp` is called
+    with tangent_grad=True. x_s is on the path at s with the same x0 and x1, and w is the velocity there. Every row has
+    both terms; s = t is allowed and rare. In the paper the target is an EMA of rate 0.99, and the network's
+    normalisation layers are RMSNorm throughout, for the second derivative's sake.
 
     Args:
         target: the network of the bracket; None is `net` itself.

@@ -73,8 +73,8 @@ class Autoguidance:
     """Guidance of a teacher by a weaker one: w = v_weak + scale (v - v_weak), with or without labels.
 
     Args:
-        scale: the lambda of AYF, >= 0; 1 is no guidance. As a (B,) tensor the rows have scales of their own: the student
-            is then called with g = scale (B,), which it has to embed.
+        scale: the lambda of AYF, >= 0; 1 is no guidance. As a (B,) tensor the rows have scales of their own: the
+            student is then called with g = scale (B,), which it has to embed.
         interval: the times [t_a, t_b] that are guided.
 
     Source: Karras et al. 2024, arXiv:2406.02507, equation 3; Sabour et al. 2025 (AYF), arXiv:2506.14603, section 3.3.
