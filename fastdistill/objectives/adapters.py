@@ -1,6 +1,6 @@
 """Networks of other conventions as the network that the objectives call: net(x, t=t, s=s, y=y) -> u.
 
-Each adapter converts inside the function that is differentiated, so that tangents follow by the chain rule: a network
+Each adapter converts inside the function that is differentiated, so that tangents follow by the chain rule: a net
 of (t, h = t - s) moves along (w, 1, 1) when (x, t, s) moves along (w, 1, 0), and nobody has to remember it. All take and
 pass on y, and g where it is given. They nest: `gap_conditioned(...)` inside `reversed_time(...)`, and so on.
 

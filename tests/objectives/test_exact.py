@@ -1,0 +1,184 @@
+"""Tier 0: at the exact solution of Gaussian data, on every path, each method has no residual and no gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdistill import objectives
+from fastdistill.eval.exact import Gaussian
+from fastdistill.jvp import jvp
+from fastdistill.objectives import Autoguidance, Guidance
+from fastdistill.paths import EDM, FM, ICFM, LINEAR, Cosine, Linear, Path, TrigFlow
+from tests.objectives.cases import EXACT, FROM_DATA, ROWS, TAUGHT, WIDTH, Gate, GuidedGaussians, draw_times
+
+# The straight and the two trigonometric paths, one that starts away from the data, and one whose noise grows without end.
+PATHS = [
+    pytest.param(path, id=type(path).__name__) for path in (Linear(), Cosine(), TrigFlow(), FM(0.1), EDM(0.01, 4.0, 3.0), ICFM())
+]
+
+
+def keywords_on(path: Path, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """On a path that doesn't start at the data, sCM's form is the average velocity's."""
+    starts_elsewhere = isinstance(path, FM | EDM)
+    return options | ({"parameterization": "average"} if starts_elsewhere and name in ("scm", "rcm") else {})
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", TAUGHT)
+def test_residual_and_gradient_vanish_with_the_exact_teacher(name: str, path: Path) -> None:
+    residual, gradient = Gate(name, path, taught=True, options=keywords_on(path, name, TAUGHT[name]))()
+    assert residual < EXACT
+    assert gradient < EXACT
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", FROM_DATA)
+def test_residual_and_gradient_vanish_from_data_in_one_point(name: str, path: Path) -> None:
+    """There the conditional velocity is the marginal one, so that the loss itself has its minimum for every row."""
+    residual, gradient = Gate(name, path, taught=False, options=keywords_on(path, name, FROM_DATA[name]))()
+    assert residual < EXACT
+    assert gradient < EXACT
+
+
+@pytest.mark.parametrize("name", ["scm", "rcm"])
+def test_both_parameterizations_agree_that_the_exact_solution_is_one(name: str) -> None:
+    for path in (LINEAR, Cosine(), TrigFlow()):
+        assert max(Gate(name, path, taught=True, options={"parameterization": "average"})()) < EXACT
+
+
+@pytest.mark.parametrize("name", [name for name in TAUGHT if "c" in objectives.get(name).options])
+def test_weights_and_normalisation_do_not_move_the_solution(name: str) -> None:
+    others = {"scm": {"c": None}, "rcm": {"c": None}, "ayf_emd": {"c": None}, "ayf_lmd": {"c": None}}
+    options = TAUGHT[name] | others.get(name, {"c": 10.0})
+    assert max(Gate(name, Cosine(), taught=True, options=options)()) < EXACT
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 0.9])
+def test_alpha_flow_is_exact_where_the_flow_is_straight(alpha: float) -> None:
+    """Its step along w is then the flow's; elsewhere the error is of first order in alpha."""
+    assert max(Gate("alpha_flow", LINEAR, taught=False, options={"alpha": alpha})()) < EXACT
+
+
+def test_alpha_flow_converges_to_the_exact_solution_at_first_order() -> None:
+    gate = Gate("alpha_flow", Cosine(), taught=True)
+    errors = [gate(alpha=alpha)[0] for alpha in (0.02, 0.01)]
+    assert 1.9 < errors[0] / errors[1] < 2.1
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+def test_consistency_distillation_is_as_exact_as_its_solver(solver: str, order: int) -> None:
+    """The raw error is one of the map over t - r, so of the solver's order."""
+    gate = Gate("consistency", LINEAR, taught=True)
+    errors = []
+    for gap in (0.02, 0.01):
+        gate.times["r"] = gate.times["t"] - gap
+        errors.append(gate(solver=solver)[0])
+    assert 0.9 * 2**order < errors[0] / errors[1] < 1.1 * 2**order
+
+
+# From data with noise the statement is one of expectations: the gradient vanishes
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=type(path).__name__) for path in (Linear(), TrigFlow())])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("flow_matching", {}),
+        ("flow_matching", {"weight": "edm"}),
+        ("meanflow", {"p": 0.0}),
+        ("improved_meanflow", {"p": 0.0}),
+        ("scm", {"c": None}),
+        ("scm", {"c": None, "parameterization": "average"}),
+        ("rcm", {"c": None}),
+        ("tvm", {}),
+        ("esd", {}),
+        ("lsd", {}),
+        ("psd", {}),
+        ("shortcut", {}),
+    ],
+)
+def test_expected_gradient_from_data_vanishes(name: str, options: dict[str, Any], path: Path) -> None:
+    """The residual is linear in v_hat, whose mean is v. Moments are a Gaussian's own, so that means are expectations.
+
+    Half of the methods regress v_hat on their diagonal only: there every row is on it.
+    """
+    law, x0, x1 = whitened(path)
+    objective = objectives.get(name)
+    t = torch.full((len(x0),), 0.7, dtype=torch.float64)
+    s = t.clone() if name in ("esd", "lsd", "psd") else 0.3 * t
+    times = {"t": t, "s": s, "delta": 0 * t}
+    if name == "rcm":
+        options = options | {"score_gradient": torch.zeros_like(x1)}
+
+    def gradient(factor: float) -> float:
+        slope = torch.zeros(WIDTH, WIDTH, dtype=torch.float64, requires_grad=True)
+        net = lambda x, t, s, y=None: factor * law.average_velocity(x, t, s) + x @ slope  # noqa: E731
+        loss, _ = objective.function(net, x0, x1, *(times[name] for name in objective.times), path=path, **options)
+        return torch.autograd.grad(loss, slope)[0].abs().max().item()
+
+    assert gradient(1.0) < EXACT
+    assert gradient(1.1) > 1e-3
+
+
+def whitened(path: Path) -> tuple[Gaussian, Tensor, Tensor]:
+    """A Gaussian law and (x0, x1) whose joint sample mean and covariance are exactly the law's."""
+    raw = torch.randn(400, 2 * WIDTH, dtype=torch.float64)
+    raw = raw - raw.mean(0)
+    white = raw @ torch.linalg.inv(torch.linalg.cholesky(raw.T @ raw / len(raw))).T
+    mean, factor = torch.randn(WIDTH, dtype=torch.float64), torch.randn(WIDTH, WIDTH, dtype=torch.float64)
+    return Gaussian(mean, factor @ factor.T, path), mean + white[:, :WIDTH] @ factor.T, white[:, WIDTH:]
+
+
+# Guidance is inside the one velocity
+
+
+GUIDED = ["meanflow", "improved_meanflow", "alpha_flow", "scm", "facm", "ayf_emd", "ayf_lmd"]
+
+
+def guided_gate(name: str, kind: str, by_row: bool, **keywords: Any) -> tuple[float, float]:
+    """Residual and gradient at the exact guided solution, guided by labels or by a weak teacher."""
+    path, objective, times = Cosine(), objectives.get(name), draw_times()
+    student = GuidedGaussians([0.3, 1.5, 4.0, 0.8], 2.0, path=path)
+    x0, x1 = torch.randn(2, ROWS, WIDTH, dtype=torch.float64)
+    y, plain = torch.arange(ROWS) % 3, student.unguided()
+    scale: Tensor | float = 1 + 2 * torch.rand(ROWS, dtype=torch.float64) if by_row else 2.0
+    options: dict[str, Any] = {"y": y, "path": path, "teacher": plain}
+    if kind == "labels":
+        options["guidance"] = Guidance(scale, null=3)
+    else:
+        options["guidance"] = Autoguidance(scale)
+        options["weak_teacher"] = lambda x, t, s, y: plain(x, t, s, torch.full_like(y, 3))
+    if name == "alpha_flow":
+        options["alpha"] = 0.0
+    theta = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+
+    def net(x: Tensor, t: Tensor, s: Tensor, y: Tensor, g: Tensor | None = None) -> Tensor:
+        assert (g is not None) == by_row, "the scale reaches the network where it differs by row, and only there"
+        return student(x, t, s, y, g) + theta * x.sin()
+
+    inputs = [times[key] for key in objective.times]
+    loss, metrics = objective.function(net, x0, x1, *inputs, **(options | keywords))
+    gradient = torch.autograd.grad(loss, theta)[0].abs().item()
+    return (metrics["raw_error"] + metrics.get("anchor_error", 0)).sqrt().item(), gradient
+
+
+@pytest.mark.parametrize("by_row", [False, True], ids=["one-scale", "scale-by-row"])
+@pytest.mark.parametrize("kind", ["labels", "weak"])
+@pytest.mark.parametrize("name", GUIDED)
+def test_guided_solution_is_exact(name: str, kind: str, by_row: bool) -> None:
+    assert max(guided_gate(name, kind, by_row)) < EXACT
+
+
+@pytest.mark.parametrize("name", [name for name in GUIDED if objectives.get(name).identity == "eulerian"])
+def test_guidance_in_the_target_only_is_found(name: str) -> None:
+    """The tangent runs along the teacher's plain velocity, as it does in code that guides its target alone."""
+    def plain_direction(fn: Any, primals: Any, tangents: Any) -> Any:
+        return jvp(fn, primals, (0.5 * tangents[0], 1.0, None))
+
+    residual, gradient = guided_gate(name, "labels", False, jvp=plain_direction)
+    assert residual > 0.05
+    assert gradient > 1e-4
