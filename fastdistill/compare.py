@@ -34,6 +34,7 @@ from fastdistill.train.state import new_state
 
 STEPS = {"ring": 3000, "digits": 4000}
 NUMBERS = (1, 2, 4, 8)
+TEACHER = "flow_matching"  # a method of the comparison like any other, and whom the others follow
 GRID = {"ring": 2000, "digits": 80}
 
 
@@ -70,7 +71,9 @@ def compare(
     chosen = list(methods if methods is not None else METHODS)
     for name in chosen:
         if name not in METHODS:
-            raise ConfigError(f"methods: expected names of {', '.join(METHODS)}; got {name!r}, {nearest(name, METHODS)}")
+            raise ConfigError(
+                f"methods: expected names of {', '.join(METHODS)}; got {name!r}, {nearest(name, METHODS)}"
+            )
     out = Path(out or f"runs/compare-{data}")
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not numbers or not chosen:
@@ -81,9 +84,13 @@ def compare(
     for seed in numbers:
         for name in chosen:
             if name not in failed:
-                config = configure(name, data, out / f"seed{seed}", [*budget, "--seed", str(seed)])
-                failed |= _train(config, budget, data, name)
+                arguments = [*budget, "--seed", str(seed)]
+                config = configure(name, data, out / f"seed{seed}", arguments)
+                if config.teacher is not None:
+                    _train(configure(TEACHER, data, out / f"seed{seed}", arguments))
                 runs[name].append(config)
+                if (reason := _train(config)) is not None:
+                    failed[name] = reason
     judge = DigitJudge(out) if data == "digits" else None
     summary = summarise(runs, failed, judge, samples)
     write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -94,12 +101,12 @@ def compare(
 
 
 def configure(name: str, data: str, folder: Path, overrides: Sequence[str]) -> TrainConfig:
-    """The run of a method in a folder that its siblings share; it follows the teacher there where its recipe has one."""
+    """The run of a method, in a folder that its siblings share; it follows the teacher there if its recipe has one."""
     arguments = ["--method.name", name, *overrides]
     config = load_config(data, arguments, out=folder / name)
     if config.teacher is None:
         return config
-    return load_config(data, [*arguments, "--teacher", str(folder / "flow_matching")], out=folder / name)
+    return load_config(data, [*arguments, "--teacher", str(folder / TEACHER)], out=folder / name)
 
 
 def summarise(
@@ -109,6 +116,10 @@ def summarise(
     samples: int | None = None,
 ) -> dict[str, Any]:
     """Measure all runs: what summary.json holds."""
+    measured = [configs[0] for name, configs in runs.items() if name not in failed]
+    if not measured:
+        raise NonFiniteError(f"no method finished: {'; '.join(f'{name}: {why}' for name, why in failed.items())}")
+    first = measured[0]
     rows: dict[str, Any] = {}
     references: dict[str, Any] = {}
     for name, configs in runs.items():
@@ -126,8 +137,7 @@ def summarise(
         straightness = [{"straightness": each["straightness"]} for each in found if "straightness" in each]
         if straightness:
             rows[name] |= _spread(straightness)
-    first = next(iter(runs.values()))[0]
-    net, _ = load_run(next(configs[0].out for name, configs in runs.items() if name not in failed), device="cpu")
+    net, _ = load_run(first.out, device="cpu")
     return {
         "data": first.data.name,
         "budget": {
@@ -135,7 +145,7 @@ def summarise(
             "batch": first.data.batch,
             "network": first.model.preset,
             "parameters": count_parameters(net.requires_grad_(True)),
-            "seeds": [config.seed for config in next(iter(runs.values()))],
+            "seeds": sorted({config.seed for configs in runs.values() for config in configs}),
         },
         "methods": rows,
         "references": references,
@@ -181,17 +191,15 @@ def describe_method(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _train(config: TrainConfig, budget: Sequence[str], data: str, name: str) -> dict[str, str]:
-    """Train a run, and before it its teacher; why it failed, by the method's name, or nothing."""
-    if config.teacher is not None and config.teacher.name == "flow_matching":
-        _train(configure("flow_matching", data, config.out.parent, [*budget, "--seed", str(config.seed)]), [], data, "")
+def _train(config: TrainConfig) -> str | None:
+    """Train a run to its end; why it failed, or None."""
     started = time.perf_counter()
     try:
         train(config)
     except NonFiniteError as error:
-        return {name: str(error)}
+        return str(error)
     _tell(f"{config.out}: {time.perf_counter() - started:.0f} s")
-    return {}
+    return None
 
 
 def _spread(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:

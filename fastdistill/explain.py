@@ -47,7 +47,8 @@ def explain(name: str | None = None) -> str:
         "defaults": ", ".join(f"{key} {value}" for key, value in defaults(method).items()),
         "sources": sources(objective.sources),
         "code": f"{objective.function.__module__}.{objective.function.__name__}",
-        "try": f"fastdistill train ring --method.name {name}" + " --teacher runs/ring-flow" * follows(method, objective),
+        "try": f"fastdistill train ring --method.name {name}"
+        + " --teacher runs/ring-flow" * follows(method, objective),
     }
     head = f"{name}: {summary_of(method)}"
     return "\n".join([*textwrap.wrap(head, WIDTH), "", *(_entry(key, str(value)) for key, value in lines.items())])
@@ -92,9 +93,13 @@ def defaults(method: type[MethodSettings]) -> dict[str, Any]:
     """The trainer's settings of a method and their defaults, times and guidance written out."""
     return {
         name: value
-        for name, value in method().model_dump(mode="json").items()
+        for name, value in _defaults_of(method).items()
         if name not in ("name", "sample_gamma", "sample_guidance", "sampler")
     }
+
+
+def _defaults_of(method: type[MethodSettings]) -> dict[str, Any]:
+    return method(name=method.model_fields["name"].default).model_dump(mode="json")
 
 
 def summary_of(method: type[MethodSettings]) -> str:
@@ -115,5 +120,3 @@ def _short_needs(method: type[MethodSettings], objective: Objective) -> set[str]
 def _entry(key: str, value: str) -> str:
     indent = " " * 12
     return textwrap.fill(f"{key:<12}{value}", WIDTH, subsequent_indent=indent, break_long_words=False)
-
-

@@ -32,15 +32,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "objectives": {"paths", "times", "samplers", "jvp"},
     "eval.exact": {"paths"},
     "train": {"api", "jvp", "nn", "models", "paths", "couplings", "times", "samplers", "objectives", "eval.exact"},
-    "eval": {"api", "models", "paths", "times", "samplers", "train", "eval.exact"},
+    "eval": {"api", "models", "paths", "times", "samplers", "objectives", "train", "eval.exact"},
+    "explain": {"objectives", "train"},
+    "compare": {"models", "testing", "train", "eval"},
     "demo": {"api", "models", "paths", "times", "samplers", "train", "eval", "eval.exact"},
     "tune": {"kernels", "eager"},
-    "cli": {"api", "models", "samplers", "train", "eval", "demo"},
+    "cli": {"api", "models", "samplers", "train", "eval", "demo", "explain", "compare"},
 }
 # These are about the kernels themselves and need Triton from the start.
 NEED_TRITON = {"kernels", "tune"}
 # These may use the packages of the extra `train`; all others use torch, the kernels Triton too, and nothing else.
-APPLICATIONS = {"train", "eval", "demo", "cli"}
+APPLICATIONS = {"train", "eval", "demo", "cli", "explain", "compare"}
 
 # What a layer may import besides, inside the function that needs it: optional packages, which have an extra.
 LAZY: dict[str, set[str]] = {"couplings": {"ot", "scipy"}, "samplers": {"numpy", "scipy"}}

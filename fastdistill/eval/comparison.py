@@ -90,9 +90,7 @@ def describe(summary: Mapping[str, Any]) -> str:
     heads += [f"{HEADINGS[second]}@1", "ms/step", "MiB", "teacher"]
     lines = [["", *heads]] + [[name, *cells[: len(heads)]] for name, cells in table(summary)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
-    ]
+    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
     failed = [f"{name}: {row['failed']}" for name, row in summary["methods"].items() if row["failed"]]
     return "\n".join(text + failed)
 

@@ -24,7 +24,7 @@ from fastdistill.eval.metrics import (
 )
 from fastdistill.train import TrainConfig
 from fastdistill.train.data import Digits, generator_at
-from fastdistill.train.sampling import Sampling, draw
+from fastdistill.train.sampling import OWN, Sampling, draw
 
 Row = dict[str, float]
 
@@ -126,7 +126,7 @@ def evaluate_network(
     steps: Sequence[int],
     *,
     count: int | None = None,
-    how: Sampling = Sampling(),
+    how: Sampling = OWN,
     seed: int = 0,
 ) -> tuple[dict[str, Row], dict[str, Row]]:
     """Generate with each number of steps, always from the same noise; the rows and the checks, by number of steps.

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastdistill.eval import digits, ring
-from fastdistill.train import load_run
+from fastdistill.objectives.reflow import straightness
+from fastdistill.train import TrainConfig, load_run
+from fastdistill.train.data import DATASETS, generator_at
 from fastdistill.train.files import write_text
 from fastdistill.train.sampling import Sampling
 
@@ -49,7 +52,8 @@ def evaluate(
 
     Returns:
         What was written: `data`, `method`, `sampler`, `samples`, `straightness` where the network knows a velocity,
-        `steps` and `references`, both {name: {metric: value}}, and for digits `checks`. See `fastdistill.eval.digits` and `fastdistill.eval.ring` for the metrics.
+        `steps` and `references`, both {name: {metric: value}}, and for digits `checks`. See
+        `fastdistill.eval.digits` and `fastdistill.eval.ring` for the metrics.
 
     Raises:
         ValueError: an argument outside these rules, by name.
@@ -64,6 +68,8 @@ def evaluate(
     how = Sampling(sampler, guidance, gamma).resolve(config)
     steps = steps or ((1, 2, 4, 8, 32) if how.sampler in ("euler", "heun") else (1, 2, 4, 8))
     result: dict[str, Any] = {"data": config.data.name, "method": config.method.name, "sampler": how.sampler}
+    if "velocity" in config.method.learns:
+        result["straightness"] = measure_straightness(net, config, seed)
     if config.data.name == "ring":
         count = n or 4096
         result["samples"] = count
@@ -80,9 +86,22 @@ def evaluate(
     return result
 
 
+def measure_straightness(net: nn.Module, config: TrainConfig, seed: int = 0, count: int = 512) -> float:
+    """How far the flow of a network's velocity is from straight lines at constant speed, for which it is 0.
+
+    The mean over an element of data: S of `fastdistill.objectives.reflow.straightness` over the elements of a row.
+    """
+    dataset, device = DATASETS[config.data.name], next(net.parameters()).device
+    x1 = torch.randn(count, *dataset.shape, generator=generator_at(seed, "straightness")).to(device)
+    y = torch.arange(count, device=device) % dataset.num_classes if dataset.num_classes else None
+    return float(straightness(net, x1, y, 32, path=config.path.build())) / x1[0].numel()
+
+
 def describe(result: Mapping[str, Any]) -> str:
     """What `evaluate` found, as a text table with its references."""
-    return format_table({result["method"]: result["steps"], "references": result["references"]})
+    text = format_table({result["method"]: result["steps"], "references": result["references"]})
+    straight = result.get("straightness")
+    return text if straight is None else f"{text}\n\nstraightness of its flow (0: straight lines): {straight:.3f}"
 
 
 def format_table(groups: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:

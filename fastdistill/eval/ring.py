@@ -14,7 +14,7 @@ from fastdistill.eval.metrics import sliced_wasserstein
 from fastdistill.paths import LINEAR, Path
 from fastdistill.train import TrainConfig
 from fastdistill.train.data import generator_at
-from fastdistill.train.sampling import Sampling, draw
+from fastdistill.train.sampling import OWN, Sampling, draw
 
 Row = dict[str, float]
 
@@ -26,7 +26,7 @@ def evaluate_network(
     steps: Sequence[int],
     *,
     count: int = 4096,
-    how: Sampling = Sampling(),
+    how: Sampling = OWN,
     seed: int = 0,
 ) -> dict[str, Row]:
     """Jump or integrate from noise with each number of steps, and compare with the exact flow from the same noise.
@@ -50,9 +50,7 @@ def evaluate_network(
     return rows
 
 
-def references(
-    steps: Sequence[int], *, count: int = 4096, path: Path = LINEAR, seed: int = 0
-) -> dict[str, Row]:
+def references(steps: Sequence[int], *, count: int = 4096, path: Path = LINEAR, seed: int = 0) -> dict[str, Row]:
     """The same numbers for Euler on the exact velocity, and between the flow's end and fresh data: the two floors.
 
     `euler N` is the best that N steps along instantaneous velocities can do, and `data` is what the sampling noise of

@@ -152,9 +152,7 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.linear.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    def forward(
-        self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None, *, g: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None, *, g: Tensor | None = None) -> Tensor:
         """The average velocity from t to s at x.
 
         Args:

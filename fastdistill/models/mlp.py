@@ -52,9 +52,7 @@ class MLP(nn.Module):
         self.y_embedder = nn.Embedding(num_classes + 1, width) if num_classes else None
         self.g_embedder = nn.Linear(TIME_FEATURES, width) if guidance else None
 
-    def forward(
-        self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None, *, g: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None, *, g: Tensor | None = None) -> Tensor:
         """The average velocity from t to s at x.
 
         Args:
@@ -92,5 +90,5 @@ class MLP(nn.Module):
 
 
 def guidance_time(g: Tensor | None, like: Tensor) -> Tensor:
-    """A guidance scale as a number that a time embedding takes: 1 / g, (B,); None is g = 1. It varies where g is small."""
+    """A guidance scale as a number that a time embedding takes: 1 / g, (B,), which varies where g is small; None: 1."""
     return torch.ones_like(like) if g is None else g.to(like).reciprocal()

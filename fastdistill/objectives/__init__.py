@@ -20,6 +20,7 @@
 
 The loss is a scalar with gradient. Metrics are detached: scalars `loss`, `raw_error` (the mean square residual before
 any weight) and, where they exist, `tangent_norm` and `distinct_share`; and under "rows" a dict of (B,) tensors.
+A loss composed of terms also gives these, under "terms", scalars with their graph, so that gradients can be compared.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ from __future__ import annotations
 from fastdistill.objectives.alpha_flow import alpha_flow
 from fastdistill.objectives.ayf import ayf_emd, ayf_lmd
 from fastdistill.objectives.consistency import consistency
+from fastdistill.objectives.dmd import dmd, dmd_gradient
 from fastdistill.objectives.ect import ect
 from fastdistill.objectives.esd import esd
 from fastdistill.objectives.facm import facm
 from fastdistill.objectives.flow_matching import flow_matching
+from fastdistill.objectives.imm import imm
 from fastdistill.objectives.improved_meanflow import improved_meanflow
 from fastdistill.objectives.lsd import lsd
 from fastdistill.objectives.meanflow import meanflow
@@ -53,11 +56,14 @@ __all__ = [
     "ayf_emd",
     "ayf_lmd",
     "consistency",
+    "dmd",
+    "dmd_gradient",
     "ect",
     "esd",
     "facm",
     "flow_matching",
     "get",
+    "imm",
     "improved_meanflow",
     "lsd",
     "meanflow",

@@ -26,6 +26,7 @@ from fastdistill.objectives.rcm import rcm
 from fastdistill.objectives.scm import scm
 from fastdistill.objectives.shortcut import shortcut
 from fastdistill.objectives.tvm import tvm
+from fastdistill.paths import PATHS
 
 # Keywords that mean the same in all methods: everything else that a function takes is an option of its own.
 SHARED = frozenset(
@@ -90,6 +91,7 @@ class Objective:
 
 # Paths that start at the data itself, for methods that write the consistency function as a data prediction.
 FROM_DATA = frozenset({"linear", "cosine", "trig", "icfm", "ot_cfm", "vp_si", "gaussian"})
+INDEPENDENT = frozenset(PATHS) - {"ot_cfm"}  # a score is that of x_t given x0 alone
 ALONG = "D_w u = jvp(u, (x_t, t, s), (w, 1, 0)); no gradient through it"
 AT_THE_END = "du/ds = jvp(u, (x_t, t, s), (0, 0, 1))"
 
@@ -232,19 +234,22 @@ OBJECTIVES: dict[str, Objective] = {
     "imm": Objective(
         imm, "moment", ("t", "r", "s"),
         tangent="none",
-        formula="w(t) MMD²(f(x_t, t, s), [f⁻(x_r, r, s)]) over groups of rows, x_r by DDIM from (x_t, x0), s <= r < t",
-        sources=("Zhou et al. 2025, arXiv:2503.07565, equations 7 and 12, algorithm 1",),
-        reduction="the kernel averages over elements; s < r < t in all rows, equal within a group of M = 4",
+        formula="w(t) MMD²(f(x_t, t, s), [f(x_r, r, s)]), kernel exp(−w̃ max(‖·‖, ε)/D), w̃ = 1/(t−s), "
+        "x_r = α_r x0 + (β_r/β_t)(x_t − α_t x0), r = max(s, η⁻¹(η(t) − (η_max − η_min)/2^k)), η = β/α",
+        sources=("Zhou et al. 2025, arXiv:2503.07565, equations 7, 12 and 13, algorithm 1",),
+        reduction="mean over the pairs of a group (V-statistic; U by option) of M = 4 rows; t != s in all rows",
         sampler="average_velocity",
     ),
     "dmd": Objective(
         dmd, "score", ("t",),
-        tangent="none",
-        formula="½ ‖G − [G − δ]‖², G = f(x_t, t, 0), δ = (x̂0_fake − x̂0_teacher)/mean|G − x̂0_teacher| at x_τ",
+        tangent="none; gradient through the samples alone",
+        formula="½ ‖G − [G − δ]‖², G = f(x_t, t, 0), δ = (x̂0_fake − x̂0_teacher)/mean |G − x̂0_teacher| at x_τ; "
+        "DMD2: + λ softplus(−D(x_τ)), x_t from the generator's own steps",
         sources=("Yin et al. 2024, arXiv:2311.18828, equations 7 and 8", "Yin et al. 2024 (DMD2), arXiv:2405.14867"),
         reduction="mean over elements; s = 0 in all rows",
         sampler="consistency",
         needs=frozenset({"teacher", "fake"}),
+        paths=INDEPENDENT,
     ),
 }  # fmt: skip
 

@@ -59,9 +59,7 @@ def _check_teachers(config: TrainConfig) -> None:
                 f"{', '.join(able)}"
             )
         if not given and (role in objective.needs or (role == "teacher" and method.makes_pairs)):
-            raise ConfigError(
-                f"{role}: {method.name} needs a {what}: {MAKE_A_TEACHER.format(data=config.data.name)}"
-            )
+            raise ConfigError(f"{role}: {method.name} needs a {what}: {MAKE_A_TEACHER.format(data=config.data.name)}")
 
 
 def _check_path(config: TrainConfig) -> None:
@@ -203,4 +201,6 @@ def _check_one_teacher(config: TrainConfig, role: str) -> None:
 def describe_path(config: TrainConfig) -> str:
     """A path's name and the numbers that were given for it, e.g. `fm (sigma 0.1)`."""
     numbers = config.path.model_dump(exclude={"name"}, exclude_none=True)
-    return config.path.name + (f" ({', '.join(f'{name} {value:g}' for name, value in numbers.items())})" * bool(numbers))
+    return config.path.name + (
+        f" ({', '.join(f'{name} {value:g}' for name, value in numbers.items())})" * bool(numbers)
+    )

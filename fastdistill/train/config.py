@@ -113,7 +113,7 @@ class DiagnosticsSettings(Settings):
     bins: int = Field(4, ge=1, le=16)
     """The raw error is given by bins of (t, s), so many on either axis."""
     gradients: bool = False
-    """Also the cosine between the gradients of a composed loss's terms: one more backward pass a term, at those steps."""
+    """Also the cosine between the gradients of a composed loss's terms: one more backward pass each, at those steps."""
 
 
 class TrainConfig(Settings):

@@ -72,9 +72,7 @@ class Critic:
                 loss, found = fake_score_loss(self.fake, samples, noise, tau, y=batch.y, path=context.path)
                 metrics = {"critic_loss": found["loss"]}
                 if self.gan is not None:
-                    adversarial = gan_critic_loss(
-                        self.gan, batch.x0, samples, noise, tau, y=batch.y, path=context.path
-                    )
+                    adversarial = gan_critic_loss(self.gan, batch.x0, samples, noise, tau, y=batch.y, path=context.path)
                     metrics["discriminator_loss"] = adversarial.detach()
                     loss = loss + adversarial
             loss.backward()

@@ -33,7 +33,7 @@ def measure(
 
 
 def bin_by_times(rows: Mapping[str, Tensor], bins: int) -> dict[str, Tensor]:
-    """The mean of each quantity over the rows in each bin of (t, s) that has any, e.g. `raw_error/t.50-.75/s.00-.25`."""
+    """The mean of each quantity over the rows in each bin of (t, s) with any, e.g. `raw_error/t.50-.75/s.00-.25`."""
     t, s = (rows[name].float().cpu() for name in ("t", "s"))
     cell = _bin_of(t, bins) * bins + _bin_of(s, bins)
     count = torch.bincount(cell, minlength=bins**2)

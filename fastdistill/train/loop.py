@@ -67,9 +67,10 @@ def train(config: TrainConfig) -> Path:
 
 def run_steps(state: dict[str, Any], config: TrainConfig, run: Path) -> None:
     """All steps from `state["step"]` to `config.steps`, with what happens once in a while between them."""
-    dataset: Dataset | Pairs = DATASETS[config.data.name]()
+    data = DATASETS[config.data.name]()
+    dataset: Dataset | Pairs = data
     if config.method.makes_pairs:
-        dataset = make_pairs(config, state["teacher"], state["teacher_sha256"], dataset, run)
+        dataset = make_pairs(config, state["teacher"], state["teacher_path"], state["teacher_sha256"], data, run)
     if (reason := why_flat(config.method)) is not None:
         tell(reason)
     every, show = config.log, sys.stderr.isatty()
@@ -120,7 +121,9 @@ def train_step(state: dict[str, Any], config: TrainConfig, dataset: Dataset | Pa
     norm = get_total_norm([weight.grad for weight in weights if weight.grad is not None])
     if not all(map(math.isfinite, read_metrics({"loss": loss, "norm": norm}).values())):
         where = attribute(context.batch, metrics, rows, terms, net, config.diagnostics.bins)
-        stop_non_finite(step + 1, "grad_norm" if loss.isfinite() else "loss", norm if loss.isfinite() else loss, where, run)
+        stop_non_finite(
+            step + 1, "grad_norm" if loss.isfinite() else "loss", norm if loss.isfinite() else loss, where, run
+        )
     clip_grads_with_norm_(weights, config.optim.clip_norm, norm)
     metrics |= {"grad_norm": norm, "lr": torch.tensor(optimizer.param_groups[0]["lr"])}
     optimizer.step()

@@ -16,10 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastdistill import samplers
+from fastdistill import paths
+from fastdistill.objectives.reflow import coupled_pairs
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.data import DATASETS, Dataset, epoch_rows, generator_at
 from fastdistill.train.files import intact, write_checked
+from fastdistill.train.methods import ReFlow
 
 SHARD = 2048
 
@@ -42,24 +44,28 @@ class Pairs:
         return self.x0[rows], self.x1[rows], None if self.y is None else self.y[rows]
 
 
-def make_pairs(config: TrainConfig, teacher: nn.Module, digest: str, dataset: Dataset, run: Path) -> Pairs:
+def make_pairs(
+    config: TrainConfig, teacher: nn.Module, path_of_teacher: paths.Path, digest: str, dataset: Dataset, run: Path
+) -> Pairs:
     """The pairs of a run: read where they are whole, made where not.
 
     Args:
-        config: of a run whose method has `pairs`, `pair_steps` and `pair_guidance`.
-        teacher: whose flow makes them; digest: the checksum of its weights.
+        config: of a run of ReFlow.
+        teacher: whose flow makes them, on the path that it learnt; digest: the checksum of its weights.
         dataset: for the frequencies of the labels.
         run: the run folder; the shards go into its `pairs`.
     """
-    folder, total = run / "pairs", config.method.pairs
+    method = config.method
+    assert isinstance(method, ReFlow)
+    folder, total = run / "pairs", method.pairs
     folder.mkdir(exist_ok=True)
-    settings = {name: str(getattr(config.method, name)) for name in ("pair_steps", "pair_guidance")}
-    made_by = {"teacher": digest, "seed": str(config.seed), "path": config.path.model_dump_json(), **settings}
+    settings = {"pair_steps": str(method.pair_steps), "pair_guidance": str(method.pair_guidance)}
+    made_by = {"teacher": digest, "seed": str(config.seed), **settings}
     shards = range(0, total, SHARD)
     for start in tqdm(shards, desc="pairs", unit="shard", disable=not sys.stderr.isatty()):
         path, count = folder / f"pairs_{start:08d}.safetensors", min(SHARD, total - start)
         if not (intact(path) and _metadata(path) == made_by | {"count": str(count)}):
-            tensors = _make_shard(config, teacher, dataset, start, count)
+            tensors = _make_shard(config.seed, method, teacher, path_of_teacher, dataset, start, count)
             described = made_by | {"count": str(count)}
             write_checked(path, lambda out, t=tensors, d=described: save_file(t, out, d))  # type: ignore[misc]
     return _read(dataset.name, [folder / f"pairs_{start:08d}.safetensors" for start in shards])
@@ -67,24 +73,29 @@ def make_pairs(config: TrainConfig, teacher: nn.Module, digest: str, dataset: Da
 
 @torch.no_grad()
 def _make_shard(
-    config: TrainConfig, teacher: nn.Module, dataset: Dataset, start: int, count: int
+    seed: int, method: ReFlow, teacher: nn.Module, path: paths.Path, dataset: Dataset, start: int, count: int
 ) -> dict[str, Tensor]:
     device = next(teacher.parameters()).device
-    generator = generator_at(config.seed, "pairs", start)
-    x1 = torch.randn(count, *dataset.shape, generator=generator)
+    x1 = torch.randn(count, *dataset.shape, generator=generator_at(seed, "pairs", start))
     y = None
     if dataset.num_classes:
-        _, y = dataset.batch(config.seed, start, count)
+        _, y = dataset.batch(seed, start, count)
         assert y is not None
-    method = config.method
-    velocity = samplers.guided(teacher, None if y is None else y.to(device), method.pair_guidance, dataset.num_classes)
-    x0 = samplers.heun(velocity, config.path.build().prior(x1.to(device)), method.pair_steps)
+    x0, _ = coupled_pairs(
+        teacher,
+        x1.to(device),
+        None if y is None else y.to(device),
+        method.pair_steps,
+        path=path,
+        scale=method.pair_guidance,
+        null=dataset.num_classes,
+    )
     return {"x0": x0.cpu().contiguous(), "x1": x1} | ({} if y is None else {"y": y})
 
 
-def _read(name: str, paths: list[Path]) -> Pairs:
+def _read(name: str, files: list[Path]) -> Pairs:
     parts: dict[str, list[Tensor]] = {}
-    for path in paths:
+    for path in files:
         with safetensors.safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118, it is no mapping
                 parts.setdefault(key, []).append(file.get_tensor(key))

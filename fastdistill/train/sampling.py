@@ -1,4 +1,4 @@
-"""Samples from a trained network, a pure function of the seed: by the method's own sampler, or by another it can serve."""
+"""Samples from a trained network, a pure function of the seed: by the method's own sampler, or another it can serve."""
 
 from __future__ import annotations
 
@@ -62,6 +62,9 @@ class Sampling:
         return Sampling(sampler, guidance, gamma)
 
 
+OWN = Sampling()  # the method's own way throughout
+
+
 @torch.no_grad()
 def draw(
     net: nn.Module,
@@ -69,7 +72,7 @@ def draw(
     x1: Tensor,
     y: Tensor | None,
     steps: int,
-    how: Sampling = Sampling(),
+    how: Sampling = OWN,
     *,
     seed: int = 0,
 ) -> Tensor:

@@ -42,8 +42,11 @@ def new_state(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     frozen: dict[str, Any] = {}
     for role in ("teacher", "weak_teacher"):
         run = getattr(config, role)
-        frozen[role] = load_run(run, device=device)[0] if run else None
-        frozen[f"{role}_sha256"] = sha256(run / "export" / "ema.safetensors") if run else None
+        frozen[role] = frozen[f"{role}_path"] = frozen[f"{role}_sha256"] = None
+        if run is not None:
+            frozen[role], learnt = load_run(run, device=device)
+            frozen[f"{role}_path"] = learnt.path.build()
+            frozen[f"{role}_sha256"] = sha256(run / "export" / "ema.safetensors")
     if config.init_from_teacher:
         net.load_state_dict(frozen["teacher"].state_dict())
     method, optim = config.method, config.optim

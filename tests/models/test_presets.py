@@ -65,7 +65,9 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 
 def test_unknown_overrides_are_named_with_what_is_accepted() -> None:
-    with pytest.raises(ValueError, match=r"overrides: 'mlp-ring' takes dim, width, depth, num_classes, guidance, got heads, pos"):
+    with pytest.raises(
+        ValueError, match=r"overrides: 'mlp-ring' takes dim, width, depth, num_classes, guidance, got heads, pos"
+    ):
         create("mlp-ring", pos="rope", heads=2)
 
 

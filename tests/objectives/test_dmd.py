@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from fastdistill import objectives, paths, samplers
 from fastdistill.eval.exact import Gaussian
 from fastdistill.objectives import Guidance, flow_matching
 from fastdistill.objectives.critic import CriticSchedule, fake_score_loss, gan_critic_loss, gan_generator_loss
@@ -235,6 +236,15 @@ def test_schedule_trains_the_critic_alone_and_then_both_every_fifth_step() -> No
     schedule = CriticSchedule(5, warmup=10)
     assert [step for step in range(25) if schedule.trains_generator(step)] == [14, 19, 24]
     assert all(CriticSchedule(1).trains_generator(step) for step in range(5))
+
+
+def test_registry_names_what_it_needs_and_the_paths_that_have_a_score() -> None:
+    row = objectives.get("dmd")
+    assert row.function is dmd
+    assert row.needs == {"teacher", "fake"}
+    assert row.sampler in samplers.SAMPLERS
+    assert row.paths == {name for name, path in paths.PATHS.items() if path.coupling == "independent"}
+    assert {"gan", "gan_weight", "backward_simulation"} <= set(row.options)
 
 
 def test_bad_arguments_are_refused_by_name() -> None:

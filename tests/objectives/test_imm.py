@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
+from fastdistill import objectives, samplers
 from fastdistill.eval.exact import Gaussian
 from fastdistill.objectives.imm import imm, imm_weight, mmd2
 from fastdistill.paths import EDM, FM, ICFM, LINEAR, OTCFM, Cosine, Path
@@ -164,6 +165,15 @@ def test_labels_target_and_sharpness_are_passed_on() -> None:
     by_default, _ = imm(student, x0, x1, t, r, s, y=labels, target=target)
     torch.testing.assert_close(by_number, by_function)
     torch.testing.assert_close(by_number, by_default)
+
+
+def test_registry_describes_it() -> None:
+    row = objectives.get("imm")
+    assert row.function is imm
+    assert row.times == ("t", "r", "s")
+    assert row.sampler in samplers.SAMPLERS
+    assert row.options["group"] == 4
+    assert row.options["statistic"] == "v"
 
 
 def test_bad_arguments_are_refused_by_name() -> None:

@@ -42,7 +42,10 @@ def written(tmp_path: Path, **changes: Any) -> Path:
             {"method": {"times": {"law": "gaussian"}}},
             ["method.times.law:", "'logit_normal', 'uniform'", "got 'gaussian'"],
         ),
-        ({"method": {"name": "meanflo"}}, ["method.name:", "'flow_matching', 'reflow', 'meanflow'", "got 'meanflo'; did you mean 'meanflow'?"]),
+        (
+            {"method": {"name": "meanflo"}},
+            ["method.name:", "'flow_matching', 'reflow', 'meanflow'", "got 'meanflo'; did you mean 'meanflow'?"],
+        ),
         ({"precision": "fp8"}, ["precision:", "'auto', 'fp32' or 'bf16'", "got 'fp8'"]),
         ({"data": {"name": "cifar"}}, ["data.name:", "'digits' or 'ring'", "got 'cifar'"]),
         ({"data": None}, ["data:", "got None"]),
@@ -51,7 +54,7 @@ def written(tmp_path: Path, **changes: Any) -> Path:
         ({"data": {"label_dropout": 0.1}}, ["data.label_dropout:", "ring has no labels"]),
         ({"method": {"guidance": {"scale": 2.0}}}, ["method.guidance:", "ring has no labels"]),
         ({"init_from_teacher": True}, ["init_from_teacher:", "teacher"]),
-        ({"method": {"name": "flow_matching"}, "teacher": "x"}, ["method: unknown field 'distinct'"]),
+        ({"method": {"name": "flow_matching", "distinct": 0.5}}, ["method: unknown field 'distinct'"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -92,7 +95,7 @@ def test_a_file_that_holds_no_fields_is_named(tmp_path: Path, content: str) -> N
 
 def test_an_unknown_name_lists_the_shipped_ones() -> None:
     """A misspelt name meets all right ones."""
-    with pytest.raises(ConfigError, match="digits-flow, digits-meanflow, ring"):
+    with pytest.raises(ConfigError, match="digits, digits-flow, digits-meanflow, ring, ring-flow"):
         load_config("rinng")
 
 
@@ -154,8 +157,10 @@ def test_an_override_can_mend_the_file(tmp_path: Path) -> None:
 
 def test_the_shipped_configurations_are_valid() -> None:
     """The student's too, before its teacher is trained."""
-    assert shipped_configs() == ["digits-flow", "digits-meanflow", "ring"]
+    assert shipped_configs() == ["digits", "digits-flow", "digits-meanflow", "ring", "ring-flow"]
     assert load_config("ring").data.name == "ring"
+    assert load_config("ring-flow").method.name == "flow_matching"
+    assert load_config("digits").model.preset == "mlp-digits"
     assert load_config("digits-flow").method.name == "flow_matching"
     assert load_config("digits-meanflow").teacher == Path("runs/digits-flow")
 

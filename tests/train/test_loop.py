@@ -16,8 +16,8 @@ from fastdistill.train import NonFiniteError, TrainConfig, load_config, load_run
 from fastdistill.train.checkpoint import list_checkpoints, read_checkpoint
 from fastdistill.train.data import Digits, Ring
 from fastdistill.train.loop import make_batch, make_context, mixed_precision
-from fastdistill.train.state import new_state, ramped_ema
 from fastdistill.train.methods import Context, MeanFlow
+from fastdistill.train.state import new_state, ramped_ema
 from tests.train.conftest import MakeConfig
 
 METRICS = {

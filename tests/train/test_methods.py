@@ -72,7 +72,7 @@ def test_a_method_s_settings_cover_its_objective_s_options(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["scm", "consistency", "dmd", "reflow"])
 def test_extra_state_resumes_bit_for_bit(name: str, teacher: Path, tmp_path: Path) -> None:
-    """A learned weight, an averaged target, a critic with its optimiser and discriminator, made pairs: after SIGKILL."""
+    """A learned weight, an averaged target, a critic with optimiser and discriminator, made pairs: after SIGKILL."""
     changes = {"steps": 6, "log": {"log_every": 1, "sample_every": 100, "checkpoint_every": 2}}
     whole = train(config_of(name, tmp_path / "whole", teacher, **changes))
     config = config_of(name, tmp_path / "killed", teacher, **changes)

@@ -24,6 +24,7 @@ __all__ = [
     "Method",
     "MethodSettings",
     "Metrics",
+    "ReFlow",
     "ScoreMethod",
     "Share",
     "Times",

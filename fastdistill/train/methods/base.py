@@ -108,7 +108,7 @@ class MethodSettings(Settings):
     learned_weight: bool = False
     """Weigh the times by a learned variance, where the objective takes one."""
     target_ema: Decay | None = None
-    """Decay of the averaged network on the stop-gradient side, where there is one; None: the network itself, detached."""
+    """Decay of the averaged network on the stop-gradient side, where there is one; None: the network, detached."""
     sample_steps: int = Field(1, ge=1)
     """Steps of the sample grids."""
     sampler: Sampler | None = None

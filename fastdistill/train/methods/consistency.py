@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdistill.times import ArctanLogNormal, LogNormalLevel, ct_points, ect_stage, ect_times, ict_points
 from fastdistill.times import neighbour_times as draw_neighbours
-from fastdistill.train.methods.base import Context, Decay, GuidanceSettings, Learnt, MethodSettings, ramp
+from fastdistill.train.methods.base import Context, GuidanceSettings, Learnt, MethodSettings, ramp
 from fastdistill.train.settings import ConfigError, Settings
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class LevelSettings(Settings):
 
 
 class Consistency(MethodSettings):
-    """Discrete consistency: neighbouring times of one trajectory must lead to the same data; CD with a teacher, else CT."""
+    """Discrete consistency: neighbours on a trajectory must lead to the same data; CD with a teacher, else CT."""
 
     name: Literal["consistency"] = "consistency"
     distance: Literal["l2", "huber"] = "huber"
@@ -114,19 +114,16 @@ class ArctanTimes(Settings):
 
     def draw(self, context: Context) -> Tensor:
         """Times (B,)."""
-        return ArctanLogNormal(self.mean, self.std, self.sigma_data)(
-            context.rows, context.generator, context.device
-        )
+        return ArctanLogNormal(self.mean, self.std, self.sigma_data)(context.rows, context.generator, context.device)
 
 
-class SCM(MethodSettings):
-    """Continuous-time consistency: the limit of neighbouring times, by the tangent along the flow; sCD with a teacher."""
+class ContinuousConsistency(MethodSettings):
+    """What sCM and rCM share."""
 
-    name: Literal["scm"] = "scm"
     times: ArctanTimes = ArctanTimes()
     """The law of the training times t."""
     tangent_warmup: int = Field(10_000, ge=0)
-    """Steps over which the network's own tangent enters; before it is all there, the target is nearer to the velocity."""
+    """Steps over which the network's own tangent enters; until then the target is nearer to the velocity."""
     parameterization: Literal["velocity", "average"] = "velocity"
     """What is regressed: sCM's F, on paths that start at the data, or the average velocity, on any."""
     c: float | None = Field(0.1, gt=0)
@@ -143,6 +140,12 @@ class SCM(MethodSettings):
 
     def keywords(self, context: Context) -> dict[str, Any]:
         return super().keywords(context) | {"warmup": ramp(context, self.tangent_warmup)}
+
+
+class SCM(ContinuousConsistency):
+    """Continuous consistency: the limit of neighbouring times, by the tangent along the flow; sCD with a teacher."""
+
+    name: Literal["scm"] = "scm"
 
 
 class FACM(MethodSettings):

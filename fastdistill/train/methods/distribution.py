@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -13,8 +14,8 @@ from fastdistill.objectives.dmd import dmd_gradient, simulate
 from fastdistill.objectives.velocity import Guidance
 from fastdistill.paths import expand_time
 from fastdistill.times import Uniform, imm_times
-from fastdistill.train.methods.consistency import SCM
 from fastdistill.train.methods.base import Context, GuidanceSettings, Learnt, MethodSettings
+from fastdistill.train.methods.consistency import ContinuousConsistency
 from fastdistill.train.settings import ConfigError, Settings
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class ScoreMethod(MethodSettings):
 
     def check(self, config: TrainConfig) -> None:
         times = self.generator_times
-        if not times or times[0] != 1 or times[-1] <= 0 or any(a <= b for a, b in zip(times, times[1:])):
+        if not times or times[0] != 1 or times[-1] <= 0 or any(a <= b for a, b in pairwise(times)):
             raise ConfigError(f"method.generator_times: expected falling times from 1, above 0, got {list(times)}")
         low, high = self.critic.levels
         if not 0 <= low < high <= 1:
@@ -120,9 +121,7 @@ class ScoreMethod(MethodSettings):
         if self.simulated_times is None:
             x = context.path.interpolate(batch.x0, x1, t)
         else:
-            x = simulate(
-                context.net, x1, t, self.simulated_times, y=batch.y, path=context.path, generator=generator
-            )
+            x = simulate(context.net, x1, t, self.simulated_times, y=batch.y, path=context.path, generator=generator)
         return x - expand_time(t, x) * context.net(x, t=t, s=torch.zeros_like(t), y=batch.y)
 
     def keywords(self, context: Context) -> dict[str, Any]:
@@ -144,8 +143,8 @@ class DMD(ScoreMethod):
         return (self.draw_starts(context, context.generator),)
 
 
-class RCM(SCM, ScoreMethod):
-    """rCM: continuous consistency, which covers all modes, with a score term on one-step samples, which sharpens them."""
+class RCM(ContinuousConsistency, ScoreMethod):
+    """rCM: continuous consistency, which covers all modes, and scores of one-step samples, which sharpen them."""
 
     name: Literal["rcm"] = "rcm"
     score_weight: float = Field(0.01, ge=0)

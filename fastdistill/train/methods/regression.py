@@ -11,14 +11,13 @@ from torch import Tensor
 
 from fastdistill.objectives.velocity import Autoguidance, Guidance
 from fastdistill.times import pair_times
-from fastdistill.train.methods.base import Context, Decay, GuidanceSettings, Learnt, MethodSettings, Share
+from fastdistill.train.methods.base import Context, GuidanceSettings, Learnt, MethodSettings, Share
 from fastdistill.train.methods.times import LogitNormalTimes, Times
 
 
-class FlowMatching(MethodSettings):
-    """Flow matching: the network learns the instantaneous velocity, and sampling integrates it."""
+class Instantaneous(MethodSettings):
+    """What flow matching on data and on pairs share."""
 
-    name: Literal["flow_matching"] = "flow_matching"
     times: Times = LogitNormalTimes()
     """The law of the training times t."""
     weight: Literal["velocity", "data", "noise", "min_snr", "edm"] = "velocity"
@@ -30,6 +29,12 @@ class FlowMatching(MethodSettings):
 
     def draw_times(self, context: Context) -> tuple[Tensor, ...]:
         return (self.times.sampler()(context.rows, context.generator, context.device),)
+
+
+class FlowMatching(Instantaneous):
+    """Flow matching: the network learns the instantaneous velocity, and sampling integrates it."""
+
+    name: Literal["flow_matching"] = "flow_matching"
 
 
 class PairedTimes(MethodSettings):
@@ -102,7 +107,7 @@ class AlphaFlow(PairedTimes):
         return 1.0 if value > 1 - self.snap else 0.0 if value < self.snap else value
 
 
-class ReFlow(FlowMatching):
+class ReFlow(Instantaneous):
     """ReFlow: flow matching on pairs of noise and where a teacher's flow takes it, which straightens the flow."""
 
     name: Literal["reflow"] = "reflow"
