@@ -1,7 +1,7 @@
 """What the tests of objectives share: exact networks, one gate for every method, and the errors planted against it.
 
-A gate is a method's residual (root mean square, before any weight) and its loss's gradient by small changes of the network.
-Both are zero at the exact solution.
+A gate is a method's residual (root mean square, before any weight) and its loss's gradient by small changes of the
+network. Both are zero at the exact solution.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdistill import objectives
 from fastdistill.eval.exact import Gaussian
@@ -36,7 +36,7 @@ def exact_net(law: Gaussian) -> Net:
 
 
 def point_net(law: Gaussian) -> Net:
-    """The exact average velocity for data in one point m: the noise x1 = (x - alpha m) / beta is that of the whole way."""
+    """The exact average velocity for data in one point m: the noise x1 = (x - alpha m) / beta stays all the way."""
 
     def net(x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
         path, t_x, s_x = law.path, expand_time(t, x), expand_time(s, x)
@@ -47,11 +47,12 @@ def point_net(law: Gaussian) -> Net:
 
 
 def draw_times(rows: int = ROWS) -> dict[str, Tensor]:
-    """Times of every kind by name, with 0.1 <= t <= 0.95 and s, r in (0.05 t, 0.9 t); float64."""
+    """Times by name, 0.1 <= t <= 0.95 and s, r in (0.05 t, 0.9 t), but s = t in each fourth row; float64."""
     t, share = torch.rand(2, rows, dtype=torch.float64)
     t = 0.1 + 0.85 * t
-    s = t * (0.05 + 0.85 * share)
-    return {"t": t, "s": s, "r": s, "delta": (t - s) / 2}
+    r = t * (0.05 + 0.85 * share)
+    s = torch.where(torch.arange(rows) % 4 == 3, t, r)
+    return {"t": t, "s": s, "r": r, "delta": (t - s) / 2}
 
 
 def nudged(net: Net, theta: Tensor) -> Net:
@@ -62,6 +63,21 @@ def nudged(net: Net, theta: Tensor) -> Net:
         return net(x, t=t, s=s, **rest) + bumps
 
     return changed
+
+
+class SmallNet(nn.Module):
+    """A smooth float64 network of (x, t, s) with labels, whose derivatives in all three are of order one."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.labels = nn.Embedding(4, width, dtype=torch.float64)
+        self.first = nn.Linear(WIDTH + 4, width, dtype=torch.float64)
+        self.last = nn.Sequential(nn.SiLU(), nn.Linear(width, WIDTH, dtype=torch.float64))
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
+        times = torch.stack((t, s), 1)
+        hidden = self.first(torch.cat((x, times, (2 * times).sin()), 1))
+        return self.last(hidden if y is None else hidden + self.labels(y))
 
 
 @dataclass
@@ -134,7 +150,6 @@ FROM_DATA: dict[str, dict[str, Any]] = {
 }
 EULERIAN = ["meanflow", "improved_meanflow", "alpha_flow", "scm", "facm", "ayf_emd", "esd", "rcm"]
 LAGRANGIAN = ["ayf_lmd", "lsd", "tvm"]
-BOOTSTRAPPED = ["consistency", "shortcut", "psd"]
 
 Jvp = Callable[..., Any]
 
@@ -280,3 +295,22 @@ class GuidedGaussians:
         twin = GuidedGaussians(self.variances.tolist(), 1.0, self.interval, path=self.path)
         twin.mean = self.mean
         return twin
+
+
+def gradients(loss: Tensor, net: nn.Module) -> Tensor:
+    """The loss's gradient by all weights that it reaches, as one vector."""
+    parts = torch.autograd.grad(loss, list(net.parameters()), allow_unused=True)
+    return torch.cat([part.flatten() for part in parts if part is not None])
+
+
+def random_batch() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """x0, x1 (ROWS, WIDTH) and times by name."""
+    x0, x1 = torch.randn(2, ROWS, WIDTH, dtype=torch.float64)
+    return x0, x1, draw_times()
+
+
+def assert_same_gradient(ours: Tensor, theirs: Tensor, net: nn.Module, factor: float = 1.0) -> None:
+    """The gradient of `ours` is `factor` times that of `theirs`, and not zero."""
+    a, b = gradients(ours, net), gradients(theirs, net)
+    assert b.norm() > 1e-4
+    torch.testing.assert_close(a, factor * b, rtol=1e-9, atol=1e-11)

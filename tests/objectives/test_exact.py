@@ -15,9 +15,10 @@ from fastdistill.objectives import Autoguidance, Guidance
 from fastdistill.paths import EDM, FM, ICFM, LINEAR, Cosine, Linear, Path, TrigFlow
 from tests.objectives.cases import EXACT, FROM_DATA, ROWS, TAUGHT, WIDTH, Gate, GuidedGaussians, draw_times
 
-# The straight and the two trigonometric paths, one that starts away from the data, and one whose noise grows without end.
+# The straight and the two trigonometric paths, one that starts away from the data, and one whose data never fade.
 PATHS = [
-    pytest.param(path, id=type(path).__name__) for path in (Linear(), Cosine(), TrigFlow(), FM(0.1), EDM(0.01, 4.0, 3.0), ICFM())
+    pytest.param(path, id=type(path).__name__)
+    for path in (Linear(), Cosine(), TrigFlow(), FM(0.1), EDM(0.01, 4.0, 3.0), ICFM())
 ]
 
 
@@ -176,6 +177,7 @@ def test_guided_solution_is_exact(name: str, kind: str, by_row: bool) -> None:
 @pytest.mark.parametrize("name", [name for name in GUIDED if objectives.get(name).identity == "eulerian"])
 def test_guidance_in_the_target_only_is_found(name: str) -> None:
     """The tangent runs along the teacher's plain velocity, as it does in code that guides its target alone."""
+
     def plain_direction(fn: Any, primals: Any, tangents: Any) -> Any:
         return jvp(fn, primals, (0.5 * tangents[0], 1.0, None))
 
