@@ -31,10 +31,11 @@ test: $(STAMP) ## Run the tests: first the kernels, interpreted on the CPU, then
 	$(PYTEST) --ignore=tests/kernels
 
 bench: $(STAMP) ## Run every benchmark that needs no GPU: each checks its numbers before it measures
-	set -e; for benchmark in cpu_attention driver_memory; do $(BIN)/python -m benchmarks.$$benchmark; done
+	set -e; for benchmark in cpu_attention driver_memory; do $(BIN)/python -m fastdistill.benchmarks.$$benchmark; done
+	$(ONE_THREAD) $(BIN)/fastdistill bench --suite dit,mmdit,norms,block,step,scaling --quick --device cpu
 
 aot: $(STAMP) ## Compile every kernel for GPUs that need not be there, about ten minutes: benchmarks/results/aot.md
-	$(ONE_THREAD) $(BIN)/python -m benchmarks.aot_table --jobs $(WORKERS)
+	$(ONE_THREAD) $(BIN)/python -m fastdistill.benchmarks.aot_table --jobs $(WORKERS)
 
 evidence: $(STAMP) ## Every method on the ring and on digits, three seeds each, an hour or two: docs/evidence, docs/methods.md
 	seq $(WORKERS) | $(ONE_THREAD) xargs -P $(WORKERS) -I % $(BIN)/python -m benchmarks.evidence --train-only

@@ -1,4 +1,4 @@
-"""Build steps that pyproject.toml can't say: refuse a source tree whose symlink to the kernels was lost."""
+"""Build steps that pyproject.toml can't say: refuse a source tree that lost its symlinks."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from pathlib import Path
 
 from setuptools import setup
 
-if not Path(__file__).with_name("fastdistill").joinpath("kernels").is_dir():
-    raise SystemExit(
-        "fastdistill/kernels must be a symlink to ../kernels, and here it isn't a folder. Zip archives and Windows\n"
-        "checkouts lose symlinks: clone with git (on Windows after `git config --global core.symlinks true`), or copy\n"
-        "the folder kernels/ to fastdistill/kernels, then install again."
-    )
+for name in ("kernels", "benchmarks"):
+    if not Path(__file__).with_name("fastdistill").joinpath(name).is_dir():
+        raise SystemExit(
+            f"fastdistill/{name} must be a symlink to ../{name}, and here it isn't a folder. Zip archives and\n"
+            "Windows checkouts lose symlinks: clone with git (on Windows after\n"
+            "`git config --global core.symlinks true`), or copy\n"
+            f"the folder {name}/ to fastdistill/{name}, then install again."
+        )
 
 setup()

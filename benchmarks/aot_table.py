@@ -1,7 +1,7 @@
 """What the kernels take on GPUs that need not be there: registers, spills, shared memory, tensor-core instructions.
 
-    python -m benchmarks.aot_table                  # every shipped config, ten minutes, or less where little changed
-    python -m benchmarks.aot_table --arch 90        # only these architectures, only on the screen
+    python -m fastdistill.benchmarks.aot_table            # every shipped config, ten minutes, or less if little changed
+    python -m fastdistill.benchmarks.aot_table --arch 90  # only these architectures, only on the screen
 
 Triton compiles for any architecture; only running needs the GPU. Each attention config is compiled for the costliest
 call that it serves. The program fails if one spills, wants more memory than there is, or leaves the tensor cores idle.

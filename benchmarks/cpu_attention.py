@@ -1,6 +1,6 @@
 """Attention with its tangent on a CPU: ours against `torch.func.jvp` of math SDPA, in time and memory.
 
-    python -m benchmarks.cpu_attention [--rounds 7] [--output benchmarks/results/cpu_attention.json]
+    python -m fastdistill.benchmarks.cpu_attention [--rounds 7] [--output benchmarks/results/cpu_attention.json]
 
 "forward" is o and t_o; "training" adds the gradients of o, with no graph for the tangent where the implementation can
 do without: a MeanFlow step. Every case first passes the parity gate against float64; nothing is timed on red. Rounds of
@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastdistill as fd
-from benchmarks.environment import ROOT, fingerprint
 from fastdistill import reference
+from fastdistill.benchmarks.environment import ROOT, fingerprint
 from fastdistill.eager import attention
 from fastdistill.testing import assert_accurate, make_qkv
 
@@ -151,7 +151,7 @@ def summary(samples: list[tuple[float, float]]) -> dict[str, float]:
 def peak_memory(name: str, case: Case, mode: str) -> float:
     """MiB that a run adds to the peak resident set of a fresh process, inputs aside."""
     arguments = ["--memory-of", name, str(case.n), mode]
-    command = [sys.executable, "-m", "benchmarks.cpu_attention", *arguments]
+    command = [sys.executable, "-m", "fastdistill.benchmarks.cpu_attention", *arguments]
     return float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
 

@@ -1,6 +1,6 @@
 """Linear layers and activations on the CPU: ours against `torch.func.jvp` of PyTorch's own.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.cpu_linear          # a minute; prints the tables of results/NOTES.md
+    OMP_NUM_THREADS=1 python -m fastdistill.benchmarks.cpu_linear    # a minute; prints the tables of results/NOTES.md
 
 CPU times of this process in milliseconds, the least of interleaved rounds, at the sizes of DiT blocks, float32.
 """

@@ -1,7 +1,7 @@
 """Memory held after the forward, and its peak, of a 6-block transformer: plain, torch.func.jvp, and fastdistill.jvp.
 
-    python benchmarks/driver_memory.py                 # N = 256 and 1024, table and JSON
-    python benchmarks/driver_memory.py --lengths 256
+    python -m fastdistill.benchmarks.driver_memory                 # N = 256 and 1024, table and JSON
+    python -m fastdistill.benchmarks.driver_memory --lengths 256
 
 Every way is checked against `torch.func.jvp` in float64 first: nothing is measured on red. Bytes are those of tensor
 storages alive (`fastdistill.testing.MemoryRecorder`), so that the numbers are exact and the same on every machine.

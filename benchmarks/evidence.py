@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import evidence_tables as tables
-from benchmarks.method_figures import save_png
+from fastdistill.benchmarks import evidence_tables as tables
+from fastdistill.benchmarks.method_figures import save_png
 from fastdistill import compare, objectives
 from fastdistill.eval import comparison, comparison_figures
 from fastdistill.eval.evaluate import evaluate

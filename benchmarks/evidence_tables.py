@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import ROOT
+from fastdistill.benchmarks.environment import ROOT
 from fastdistill.eval import comparison
 
 Summary = Mapping[str, Any]

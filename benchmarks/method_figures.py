@@ -19,10 +19,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from benchmarks import evidence_tables as tables
-from benchmarks import run_figures
-from benchmarks.environment import ROOT
-from benchmarks.run_figures import dots, modes_of, plane
+from fastdistill.benchmarks import evidence_tables as tables
+from fastdistill.benchmarks import run_figures
+from fastdistill.benchmarks.environment import ROOT
+from fastdistill.benchmarks.run_figures import dots, modes_of, plane
 from fastdistill import samplers
 from fastdistill.eval.exact import Ring
 from fastdistill.eval.figures import FAINT, INK

@@ -1,4 +1,4 @@
-"""The command line: train, sample, eval, explain, compare, demo, doctor.
+"""The command line: train, sample, eval, explain, compare, demo, bench, report, doctor.
 
 A mistake of the user's ends in one message and status 2, a diverged run in one message and status 1; anything else is
 a bug and shows its traceback. What is heavy is imported by the command that needs it, so that help is quick.
@@ -7,6 +7,7 @@ a bug and shows its traceback. What is heavy is imported by the command that nee
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,10 +48,22 @@ EXAMPLES = {
   fastdistill demo                                     teacher, student, runs/demo/report.html
   fastdistill demo --out runs/mine
 """,
+    "bench": """\
+  fastdistill bench --suite dit                        attention of DiT-S to XL, on the GPU
+  fastdistill bench --suite dit,norms --quick          tiny shapes on any machine: does everything run?
+  fastdistill bench --suite video --json wan.json --budget 480   again with the same file: goes on where it ended
+  fastdistill bench --suite norms --cases rms_norm --providers fastdistill 'no tangent'
+  fastdistill bench --suite scaling --list             its cases, without running them
+""",
+    "report": """\
+  fastdistill report --bench wan.json                  a page, report.html, and its pictures beside it
+  fastdistill report --bench benchmarks/results/h100_*.json --out runs/h100/report.html
+""",
     "doctor": """\
   fastdistill doctor
 """,
 }
+GATED = "What is wrong against float64 is reported as failed and not timed; what is absent is listed with its reason."
 RESUMING = "Killed at any moment and started again with the same command, a run goes on from its newest checkpoint."
 
 
@@ -137,6 +150,24 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder (default: %(default)s)")
     command.set_defaults(command=run_demo)
 
+    command = add("bench", "measure speed, memory and error against everything else that is installed", GATED)
+    command.add_argument("--suite", default="", metavar="NAME[,NAME]", help="--list shows which there are")
+    command.add_argument("--quick", action="store_true", help="tiny shapes, which say nothing about speed")
+    command.add_argument("--json", type=Path, metavar="FILE", help="what to write, and to go on from")
+    command.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="start no case after it")
+    command.add_argument("--device", choices=("cuda", "cpu"), help="(default: the GPU where there is one)")
+    command.add_argument("--dtype", help="(default: bfloat16 on a GPU, float32 on a CPU)")
+    command.add_argument("--providers", nargs="+", default=[], metavar="REGEX", help="those whose name fits one")
+    command.add_argument("--cases", metavar="REGEX", help="those whose suite/name/mode fits")
+    command.add_argument("--commit", help="of the code, where there is no repository")
+    command.add_argument("--list", action="store_true", help="print suites and cases, and measure nothing")
+    command.set_defaults(command=run_bench)
+
+    command = add("report", "draw benchmark files as a page that needs nothing beside it, and as pictures")
+    command.add_argument("--bench", metavar="FILE", type=Path, nargs="+", required=True, help="from `bench --json`")
+    command.add_argument("--out", type=Path, default=Path("report.html"), help="(default: %(default)s)")
+    command.set_defaults(command=run_report)
+
     command = add("doctor", "say what this machine has and which implementations run on it")
     command.set_defaults(command=run_doctor)
     return parser
@@ -220,6 +251,47 @@ def run_demo(args: argparse.Namespace) -> int:
 
     demo.main(args.out)
     return 0
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """Measure, or list what would be measured."""
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        return fail("pytest-benchmark is not installed; this command needs it: pip install 'fastdistill[bench]'")
+    from fastdistill.benchmarks import bench
+
+    request = bench.Request(
+        suites=[name for name in args.suite.split(",") if name],
+        quick=args.quick,
+        path=args.json,
+        budget=args.budget,
+        device=args.device,
+        dtype=args.dtype,
+        providers=args.providers,
+        pattern=args.cases,
+        commit=args.commit,
+    )
+    try:
+        if not args.list:
+            return bench.main(request)
+        print(bench.listing(request))
+    except KeyboardInterrupt:
+        return fail("stopped. With --json, the same command goes on after the last case", status=130)
+    except bench.LostError as error:
+        return fail(str(error), status=3)
+    except bench.BenchError as error:
+        return fail(str(error))
+    return 0
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """Write the page and its pictures."""
+    from fastdistill.benchmarks import report
+    from fastdistill.benchmarks.registry import BenchError
+
+    try:
+        return report.main(args.bench, args.out)
+    except BenchError as error:
+        return fail(str(error))
 
 
 def run_doctor(args: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,10 +31,8 @@ def assert_accurate(actual: Tensor, truth: Tensor, baseline: Tensor, *, name: st
     for role, tensor in (("actual", actual), ("baseline", baseline), ("truth", truth)):
         if not tensor.isfinite().all():
             raise AssertionError(f"{name}: {role} has {int((~tensor.isfinite()).sum())} non-finite entries")
-    slack = FLOAT64_SLACK if baseline.dtype == torch.float64 else 2 * torch.finfo(baseline.dtype).eps
     error, baseline_error = _largest_error(actual, truth), _largest_error(baseline, truth)
-    factor = 2 if order == 1 else 3
-    largest = float(truth.abs().max()) if truth.numel() else 0.0
+    factor, slack, largest = _rule(truth, baseline, order)
     allowed = factor * baseline_error + slack * largest
     if not error <= allowed:
         raise AssertionError(
@@ -42,11 +41,30 @@ def assert_accurate(actual: Tensor, truth: Tensor, baseline: Tensor, *, name: st
         )
 
 
+def errors_against(actual: Tensor, truth: Tensor, baseline: Tensor, order: int = 1) -> tuple[float, float]:
+    """The largest error of `actual` and the one that `assert_accurate` allows it, both as shares of max|truth|.
+
+    Where the truth is all zeros both are absolute. Of a different shape or non-finite: the error is infinite.
+    """
+    factor, slack, largest = _rule(truth, baseline, order)
+    size = largest if largest > 0 else 1.0
+    allowed = (factor * _largest_error(baseline, truth) + slack * largest) / size
+    if actual.shape != truth.shape or not actual.isfinite().all():
+        return math.inf, allowed
+    return _largest_error(actual, truth) / size, allowed
+
+
 def relative_error(actual: Tensor, truth: Tensor) -> float:
     """||actual - truth|| / ||truth|| (Frobenius, in float64); the absolute error where the truth is all zeros."""
     truth = truth.double()
     size = float(truth.norm())
     return float((actual.double() - truth).norm()) / (size if size > 0 else 1.0)
+
+
+def _rule(truth: Tensor, baseline: Tensor, order: int) -> tuple[int, float, float]:
+    """The factor of the baseline's error, the slack, and the largest |truth| that the slack multiplies."""
+    slack = FLOAT64_SLACK if baseline.dtype == torch.float64 else 2 * torch.finfo(baseline.dtype).eps
+    return 2 if order == 1 else 3, slack, float(truth.abs().max()) if truth.numel() else 0.0
 
 
 def _largest_error(actual: Tensor, truth: Tensor) -> float:

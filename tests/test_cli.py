@@ -38,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     """Commands and examples, in `python -m` fashion too."""
     text = told(["--help"], 0, capsys)
-    for command in ("train", "sample", "eval", "demo", "doctor"):
+    for command in ("train", "sample", "eval", "demo", "bench", "report", "doctor"):
         assert f"\n    {command} " in text
         assert f"  fastdistill {command}" in text
         assert "examples:\n  fastdistill" in told([command, "--help"], 0, capsys)

@@ -37,12 +37,49 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compare": {"models", "testing", "train", "eval"},
     "demo": {"api", "models", "paths", "times", "samplers", "train", "eval", "eval.exact"},
     "tune": {"kernels", "eager"},
-    "cli": {"api", "models", "samplers", "train", "eval", "demo", "explain", "compare"},
+    "benchmarks": {"api", "reference", "testing", "eager", "ops", "models", "objectives"},
+    "benchmarks.aot_table": {"kernels", "tune"},
+    "benchmarks.evidence": {
+        "benchmarks",
+        "benchmarks.evidence_tables",
+        "benchmarks.method_figures",
+        "jvp",
+        "objectives",
+        "train",
+        "eval",
+        "eval.exact",
+        "compare",
+    },
+    "benchmarks.evidence_tables": {"benchmarks", "objectives", "train", "eval", "compare"},
+    "benchmarks.method_figures": {
+        "benchmarks",
+        "benchmarks.evidence_tables",
+        "benchmarks.run_figures",
+        "paths",
+        "samplers",
+        "objectives",
+        "train",
+        "eval",
+        "eval.exact",
+        "compare",
+    },
+    "benchmarks.run_figures": {
+        "benchmarks",
+        "paths",
+        "samplers",
+        "objectives",
+        "train",
+        "eval",
+        "eval.exact",
+        "compare",
+    },
+    "cli": {"api", "models", "samplers", "train", "eval", "demo", "explain", "compare", "benchmarks"},
 }
 # These are about the kernels themselves and need Triton from the start.
-NEED_TRITON = {"kernels", "tune"}
-# These may use the packages of the extra `train`; all others use torch, the kernels Triton too, and nothing else.
-APPLICATIONS = {"train", "eval", "demo", "cli", "explain", "compare"}
+NEED_TRITON = {"kernels", "tune", "benchmarks.aot_table"}
+# These may use the packages of an extra; all others use torch, the kernels Triton too, and nothing else.
+APPLICATIONS = {"train", "eval", "demo", "benchmarks", "cli", "explain", "compare"}
+APPLICATIONS |= {layer for layer in MAY_IMPORT if layer.startswith("benchmarks.")} - NEED_TRITON
 
 # What a layer may import besides, inside the function that needs it: optional packages, which have an extra.
 LAZY: dict[str, set[str]] = {"couplings": {"ot", "scipy"}, "samplers": {"numpy", "scipy"}}
@@ -185,7 +222,8 @@ def test_import_loads_nothing_heavy() -> None:
     assert loaded == ""
 
 
-def test_kernels_is_a_symlink_to_a_folder_without_init() -> None:
-    """As a namespace package, kernels/ never shadows another package of that name."""
-    assert os.readlink(ROOT / "fastdistill" / "kernels") == "../kernels"
-    assert not (ROOT / "kernels" / "__init__.py").exists()
+@pytest.mark.parametrize("name", ["kernels", "benchmarks"])
+def test_the_link_leads_to_a_folder_without_init(name: str) -> None:
+    """As a namespace package, it never shadows another package of that name."""
+    assert os.readlink(ROOT / "fastdistill" / name) == f"../{name}"
+    assert not (ROOT / name / "__init__.py").exists()

@@ -1,4 +1,4 @@
-"""However fastdistill arrives (wheel, editable install, plain checkout), `fastdistill.kernels` can be imported."""
+"""However fastdistill arrives (wheel, editable install, plain checkout), what its symlinks lead to can be imported."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def imported_from(folder: Path, cwd: Path) -> str:
-    """Where a Python finds the kernels that sees only the standard library, `folder` and then torch and Triton.
+    """Where a Python finds the kernels, and benchmarks, that sees only its library, `folder`, then torch and Triton.
 
     `-S` leaves out this environment's .pth files, through which an editable install of fastdistill would answer.
     """
@@ -36,6 +36,7 @@ import site, sys
 site.addsitedir({str(folder)!r})
 sys.path.append({SITE_PACKAGES!r})
 import fastdistill, fastdistill.kernels
+from fastdistill.benchmarks import suites
 from fastdistill.kernels import attention
 print(attention.__file__)
 """
@@ -56,7 +57,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("checkout")
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, copy)
-    for name in ("fastdistill", "kernels"):
+    for name in ("fastdistill", "kernels", "benchmarks"):
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     return copy
 
@@ -79,14 +80,14 @@ def test_wheel_imports_the_kernels(wheel: Path, tmp_path: Path) -> None:
 
 
 def test_wheel_holds_the_package_with_its_data_and_nothing_else(wheel: Path) -> None:
-    """Every file of fastdistill and the kernels is there once, under fastdistill/; no tests, no caches."""
+    """Every file of fastdistill and what it links to is there once, under fastdistill/; no tests, caches, results."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
     expected = {
         path.relative_to(ROOT).as_posix()
-        for folder in (ROOT / "fastdistill", ROOT / "fastdistill" / "kernels")
+        for folder in (ROOT / "fastdistill", ROOT / "fastdistill" / "kernels", ROOT / "fastdistill" / "benchmarks")
         for path in folder.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and path.suffix != ".sh" and not {"__pycache__", "results"} & set(path.parts)
     }
     assert sorted(names) == sorted(expected)
 

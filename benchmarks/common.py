@@ -1,0 +1,134 @@
+"""The providers that every op has: ours by each implementation, and what plain PyTorch makes of its formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+
+from fastdistill.benchmarks import packages
+from fastdistill.benchmarks.registry import (
+    FLOOR,
+    OURS,
+    PEER,
+    Case,
+    Dual,
+    DualOp,
+    Point,
+    Provider,
+    Run,
+    Tensors,
+    by_differences,
+    by_jvp,
+    without_tangents,
+    workload,
+)
+
+IMPLEMENTATIONS = ("torch", "triton", "cuda")
+JVP, COMPILED, DIFFERENCES = "torch.func.jvp", "torch.func.jvp, compiled", "finite differences"
+Context = Callable[[], AbstractContextManager[Any]]
+Refusal = Callable[[Case], str | None]
+
+
+def common_providers(op: DualOp, device: torch.device) -> list[Provider]:
+    """Ours, forward mode of PyTorch's own ops, the same compiled, finite differences, and no tangent at all."""
+    return [
+        *ours(op, device),
+        dual_provider(JVP, PEER, lambda case: by_jvp(op.own(case))),
+        compiled(op.reference),
+        dual_provider(DIFFERENCES, PEER, lambda case: by_differences(op.own(case))),
+        plain_floor("PyTorch, no tangent", op.own),
+    ]
+
+
+def ours(op: DualOp, device: torch.device) -> list[Provider]:
+    """The explicit pair, by each implementation."""
+    return [
+        dual_provider(
+            f"fastdistill {impl}",
+            OURS,
+            partial(op.pair, impl=impl),
+            absent=packages.impl_problem(impl, device),
+        )
+        for impl in IMPLEMENTATIONS
+    ]
+
+
+def dual_provider(
+    name: str,
+    kind: str,
+    dual: Callable[[Case], Dual],
+    *,
+    absent: str | None = None,
+    refuses: Refusal = lambda case: None,
+    context: Context = nullcontext,
+) -> Provider:
+    """A provider that runs a dual function, made for each case, inside a context."""
+
+    def prepare(case: Case, data: Point) -> Run:
+        with context():
+            run = workload(dual(case), case.mode, data)
+        return inside(context, run)
+
+    return Provider(name, kind, prepare, absent, refuses)
+
+
+def inside(context: Context, run: Run) -> Run:
+    """A run within a context; the run itself where there is none."""
+    if context is nullcontext:
+        return run
+
+    def within() -> Tensors:
+        with context():
+            return run()
+
+    return within
+
+
+def compiled(formula: Callable[[Case], Callable[..., Any]], refuses: Refusal = lambda case: None) -> Provider:
+    """`torch.func.jvp` of a decomposed formula under `torch.compile`, which must enclose it."""
+
+    def refused(case: Case) -> str | None:
+        return "left out by --quick: Inductor takes half a minute a shape" if case.quick else refuses(case)
+
+    made: dict[str, Dual] = {}
+
+    def dual(case: Case) -> Dual:
+        key = f"{case.group} {sorted(case.shape.items())}"
+        if key not in made:
+            made.clear()
+            made[key] = fresh(case)
+        return made[key]
+
+    def fresh(case: Case) -> Dual:
+        torch.compiler.reset()  # each case is another shape of the same code, and dynamo gives up after a few
+        plain = by_jvp(formula(case))
+
+        def run(primals: Tensors, tangents: Sequence[Any], mixed: bool) -> tuple[Tensors, Tensors]:
+            return plain(primals, tangents, mixed)
+
+        run_compiled: Dual = torch.compile(run, dynamic=False)
+        return run_compiled
+
+    return dual_provider(COMPILED, PEER, dual, refuses=refused)
+
+
+def plain_floor(
+    name: str,
+    fn: Callable[[Case], Callable[..., Any]],
+    *,
+    absent: str | None = None,
+    refuses: Refusal = lambda case: None,
+    context: Context = nullcontext,
+) -> Provider:
+    """A function that computes no tangents, forward and primal backward: the time to compare with."""
+
+    def refused(case: Case) -> str | None:
+        return "no tangents" if case.mode == "mixed" else refuses(case)
+
+    return dual_provider(
+        name, FLOOR, lambda case: without_tangents(fn(case)), absent=absent, refuses=refused, context=context
+    )

@@ -1,0 +1,114 @@
+"""A toy op with providers that behave as told, on a clock that stands still unless a provider moves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fastdistill.benchmarks.clock import CpuClock
+from fastdistill.benchmarks.common import dual_provider, plain_floor
+from fastdistill.benchmarks.measure import Bench, Limits
+from fastdistill.benchmarks.registry import (
+    FLOOR,
+    OURS,
+    Case,
+    Dual,
+    DualOp,
+    Provider,
+    Run,
+    Tensors,
+    by_jvp,
+)
+
+CPU = torch.device("cpu")
+CASE = Case("toys", "square", "square-N4", "forward", {"n": 4, "model": "toy"}, "float32", quick=True)
+
+
+def square(x: Tensor) -> Tensor:
+    """The op."""
+    return x * x
+
+
+def squares(*, off: float = 1.0) -> Callable[[Case], Dual]:
+    """Its pair, whose tangent is off by a factor."""
+
+    def of_case(case: Case) -> Dual:
+        exact = by_jvp(square)
+
+        def dual(primals: Tensors, tangents: Sequence[Tensor | None], mixed: bool) -> tuple[Tensors, Tensors]:
+            outs, t_outs = exact(primals, tangents, mixed)
+            return outs, tuple(off * t_y for t_y in t_outs)
+
+        return dual
+
+    return of_case
+
+
+def right(name: str = "right", kind: str = OURS) -> Provider:
+    """A provider that passes the gate."""
+    return plain_floor(name, lambda case: square) if kind == FLOOR else dual_provider(name, kind, squares())
+
+
+def wrong(name: str = "wrong") -> Provider:
+    """One whose tangent is a thousandth off."""
+    return dual_provider(name, OURS, squares(off=1.001))
+
+
+def op_of(*providers: Provider, last: int | None = None) -> DualOp:
+    """The op with these providers; its last so many numbers are compared at the size that is timed."""
+    return DualOp(
+        name="square",
+        primals=("x",),
+        moving=("x",),
+        results=("y",),
+        like=("x",),
+        make=lambda case, draw: (draw(case.size("n")),),
+        reference=lambda case: square,
+        own=lambda case: square,
+        pair=lambda case, impl: squares()(case),
+        flops=lambda case, floor: 2.0 * case.size("n"),
+        small=lambda case: case.resized(n=min(4, case.size("n"))),
+        last=None if last is None else lambda name, x: x[-last:],
+        common=lambda op, device: list(providers),
+    )
+
+
+@dataclass
+class Time:
+    """A timer, and a log of who ran."""
+
+    now: float = 0.0
+    log: list[str] = field(default_factory=list)
+
+    def __call__(self) -> float:
+        return self.now
+
+    def takes(self, provider: Provider, seconds: Sequence[float]) -> Provider:
+        """The provider, each call of which takes the next of these seconds, the last one for ever."""
+        durations = self._durations(seconds)
+
+        def prepare(case: Case, data: object) -> Run:
+            run = provider.prepare(case, data)
+
+            def timed() -> Tensors:
+                self.log.append(provider.name)
+                self.now += next(durations)
+                return run()
+
+            return timed
+
+        return replace(provider, prepare=prepare)
+
+    @staticmethod
+    def _durations(seconds: Sequence[float]) -> Iterator[float]:
+        yield from seconds
+        while True:
+            yield seconds[-1]
+
+
+def bench(time: Time | None = None, **limits: float) -> Bench:
+    """On the CPU, by this timer; few rounds unless told otherwise."""
+    return Bench(CPU, CpuClock(time or Time()), limits=Limits(**{"seconds": 0.0, "least": 3, "most": 3, **limits}))  # type: ignore[arg-type]
