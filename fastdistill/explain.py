@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastdistill.objectives import Objective
+from fastdistill.train.config import flat
 from fastdistill.train.methods import METHODS, MethodSettings
 from fastdistill.train.sampling import NEEDS
 from fastdistill.train.settings import ConfigError, nearest
@@ -15,7 +16,8 @@ WIDTH = 100
 NEEDED = {
     "teacher": "a teacher: a finished run, as --teacher RUN",
     "weak_teacher": "a weak teacher: a worse run, as --weak-teacher RUN",
-    "fake": "a second network, the fake score, which the trainer keeps",
+    "fake": "a second network, the score of its own samples, which the trainer keeps",
+    "score_gradient": "a second network, the score of its own samples, which the trainer keeps",
 }
 
 
@@ -44,7 +46,7 @@ def explain(name: str | None = None) -> str:
         "needs": needs(method, objective),
         "takes": ", ".join(sorted(objective.takes)),
         "sampler": f"{objective.sampler}; its network serves {', '.join(serves(method))}",
-        "defaults": ", ".join(f"{key} {value}" for key, value in defaults(method).items()),
+        "defaults": ", ".join(f"{key}={value}" for key, value in defaults(method).items()),
         "sources": sources(objective.sources),
         "code": f"{objective.function.__module__}.{objective.function.__name__}",
         "try": f"fastdistill train ring --method.name {name}"
@@ -72,16 +74,18 @@ def table() -> str:
 def needs(method: type[MethodSettings], objective: Objective) -> str:
     """What must be there before training, in words."""
     found = [NEEDED.get(need, need) for need in sorted(objective.needs)]
+    if method.has_critic and "teacher" not in objective.needs:
+        found.append(NEEDED["teacher"])
     if method.makes_pairs:
         found.append(f"{NEEDED['teacher']}, whose flow makes the pairs")
-    if "teacher" in objective.takes and "teacher" not in objective.needs:
+    if "teacher" in objective.takes and not follows(method, objective):
         found.append("nothing; with --teacher RUN it follows the teacher's velocity instead of the data's")
     return "; ".join(found) or "nothing"
 
 
 def follows(method: type[MethodSettings], objective: Objective) -> bool:
     """Whether it can't do without a teacher."""
-    return method.makes_pairs or "teacher" in objective.needs
+    return method.makes_pairs or method.has_critic or "teacher" in objective.needs
 
 
 def serves(method: type[MethodSettings]) -> list[str]:
@@ -90,16 +94,10 @@ def serves(method: type[MethodSettings]) -> list[str]:
 
 
 def defaults(method: type[MethodSettings]) -> dict[str, Any]:
-    """The trainer's settings of a method and their defaults, times and guidance written out."""
-    return {
-        name: value
-        for name, value in _defaults_of(method).items()
-        if name not in ("name", "sample_gamma", "sample_guidance", "sampler")
-    }
-
-
-def _defaults_of(method: type[MethodSettings]) -> dict[str, Any]:
-    return method(name=method.model_fields["name"].default).model_dump(mode="json")
+    """The trainer's settings of a method that aren't off by default, by dotted name."""
+    values = flat(method(name=method.model_fields["name"].default).model_dump(mode="json"))
+    shared = ("name", "sampler", "sample_gamma", "sample_guidance")
+    return {name: value for name, value in values.items() if value is not None and name not in shared}
 
 
 def summary_of(method: type[MethodSettings]) -> str:

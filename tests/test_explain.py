@@ -34,7 +34,7 @@ def test_every_objective_has_a_method_and_the_table_has_a_line_for_each() -> Non
 
 def test_needs_are_said() -> None:
     """A teacher, pairs, a second network."""
-    assert "a teacher: a finished run" in explain("dmd")
+    assert "a teacher: a finished run" in " ".join(explain("dmd").split())
     assert "a second network" in explain("dmd")
     assert "whose flow makes the pairs" in " ".join(explain("reflow").split())
     assert "with --teacher RUN it follows" in " ".join(explain("meanflow").split())

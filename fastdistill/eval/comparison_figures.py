@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
 from fastdistill.eval.figures import FAINT, INK, png_of_figure, tidy, tile
@@ -33,6 +35,7 @@ def draw_quality(
         if reference in ("data", "held_out"):
             axes.axvline(row[metric], color=FAINT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
             axes.annotate(reference.replace("_", " "), (row[metric], -0.8), color=FAINT, fontsize=7, ha="center")
+    _plain_numbers(axes.xaxis)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set_ylim(len(rows) - 0.4, -1)
     axes.grid(axis="y", color="#eeede8")
@@ -51,6 +54,7 @@ def draw_cost(rows: Mapping[str, Any], metric: str, name: str) -> bytes:
         follows = row["settings"]["teacher"]
         axes.plot(x, y, "s" if follows else "o", color=COLORS["8" if follows else "1"], markersize=6)
         axes.annotate(method, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7.5, color=INK)
+    _plain_numbers(axes.yaxis)
     axes.plot([], [], "o", color=COLORS["1"], label="from data")
     axes.plot([], [], "s", color=COLORS["8"], label="from a teacher")
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
@@ -89,9 +93,17 @@ def draw_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], columns: in
             seen = [point for point in points if point.get(metric, 0) > 0]
             if seen:
                 axes.plot([p["step"] for p in seen], [p[metric] for p in seen], color=color, linewidth=1, label=metric)
+        _plain_numbers(axes.yaxis)
         axes.tick_params(labelsize=6)
     figure.axes[0].legend(frameon=False, fontsize=6, labelcolor=INK)
     return png_of_figure(figure)
+
+
+def _plain_numbers(axis: Axis) -> None:
+    """Numbers as they are read, and not powers of ten, on a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def _draw_panel(axes: Axes, samples: Tensor, is_points: bool) -> None:

@@ -1,7 +1,8 @@
 """Networks of other conventions as the network that the objectives call: net(x, t=t, s=s, y=y) -> u.
 
 Each adapter converts inside the function that is differentiated, so that tangents follow by the chain rule. A network
-of (t, h = t - s) moves along (w, 1, 1) when (x, t, s) moves along (w, 1, 0), and nobody has to remember it. All pass on y, and g where it is given. They nest: `gap_conditioned(...)` inside `reversed_time(...)`, and so on.
+of (t, h = t - s) moves along (w, 1, 1) when (x, t, s) moves along (w, 1, 0), and nobody has to remember it. All pass
+on y, and g where it is given. They nest: `gap_conditioned(...)` inside `reversed_time(...)`, and so on.
 
 Predictions of x0, x1, the score, the path's velocity or TrigFlow's F are one pair (x0, x1) each, with x = alpha x0 +
 beta x1. The average velocity from t to s that keeps the pair is slope(alpha) x0 + slope(beta) x1 with the mean slopes

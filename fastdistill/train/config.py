@@ -191,7 +191,7 @@ def model_differences(a: TrainConfig, b: TrainConfig) -> list[str]:
 
 def changed_fields(old: TrainConfig, new: TrainConfig) -> list[str]:
     """The dotted names of the fields that decide the weights and differ, with both values."""
-    before, after = (_flat(config.model_dump(mode="json", exclude=set(FREE_TO_CHANGE))) for config in (old, new))
+    before, after = (flat(config.model_dump(mode="json", exclude=set(FREE_TO_CHANGE))) for config in (old, new))
     missing = "nothing"
     return [
         f"{name}: {before.get(name, missing)!r} -> {after.get(name, missing)!r}"
@@ -205,8 +205,9 @@ def to_yaml(config: TrainConfig) -> str:
     return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
 
 
-def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields by their dotted names."""
+    found: dict[str, Any] = {}
     for name, value in fields.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found

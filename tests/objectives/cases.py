@@ -295,3 +295,22 @@ class GuidedGaussians:
         twin = GuidedGaussians(self.variances.tolist(), 1.0, self.interval, path=self.path)
         twin.mean = self.mean
         return twin
+
+
+def gradients(loss: Tensor, net: nn.Module) -> Tensor:
+    """The loss's gradient by all weights that it reaches, as one vector."""
+    parts = torch.autograd.grad(loss, list(net.parameters()), allow_unused=True)
+    return torch.cat([part.flatten() for part in parts if part is not None])
+
+
+def random_batch() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """x0, x1 (ROWS, WIDTH) and times by name."""
+    x0, x1 = torch.randn(2, ROWS, WIDTH, dtype=torch.float64)
+    return x0, x1, draw_times()
+
+
+def assert_same_gradient(ours: Tensor, theirs: Tensor, net: nn.Module, factor: float = 1.0) -> None:
+    """The gradient of `ours` is `factor` times that of `theirs`, and not zero."""
+    a, b = gradients(ours, net), gradients(theirs, net)
+    assert b.norm() > 1e-4
+    torch.testing.assert_close(a, factor * b, rtol=1e-9, atol=1e-11)

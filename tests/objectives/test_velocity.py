@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from fastdistill.jvp import jvp
-from fastdistill.objectives import Guidance, meanflow
-from fastdistill.objectives.velocity import target_velocity
-from fastdistill.paths import LINEAR, Cosine, Linear, Path, expand_time
+from fastdistill.objectives import Autoguidance, Guidance, meanflow
+from fastdistill.objectives.velocity import own_velocity, scale_rows, target_velocity
+from fastdistill.paths import LINEAR, Cosine, Linear, Path
 from fastdistill.samplers import Net
 from fastdistill.times import LogitNormal, pair_times
+from tests.objectives.cases import WIDTH, GuidedGaussians
 
 EXACT = 1e-10
-ROWS, WIDTH = 64, 4
+ROWS = 64
 PATHS = [pytest.param(path, id=type(path).__name__) for path in (Linear(), Cosine())]
 
 
@@ -32,60 +33,13 @@ def residual(net: Net, *arguments: Tensor, **options: Any) -> float:
     return meanflow(net, *arguments, **options)[1]["raw_error"].sqrt().item()
 
 
-class GuidedGaussians:
-    """The exact average velocity under guidance, for classes that share their mean and differ in variance.
-
-    With C_y = alpha^2 variance_y + beta^2, class y's velocity is d_alpha m + r_y (x - alpha m), r_y = (log C_y)' / 2.
-    Guided rates stay in that form, so that the flow from t to s scales x - alpha m by exp(-int_s^t r). The last class
-    is "no label", and is never guided.
-    """
-
-    def __init__(
-        self, variances: list[float], scale: float, interval: tuple[float, float] = (0.0, 1.0), path: Path = LINEAR
-    ) -> None:
-        self.variances, self.scale, self.interval, self.path = torch.tensor(variances).double(), scale, interval, path
-        self.mean = torch.randn(WIDTH, dtype=torch.float64)
-        self.null = len(variances) - 1
-
-    def __call__(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor) -> Tensor:
-        variance, path = self.variances[y], self.path
-        scale = torch.where(y == self.null, 1.0, self.scale)
-        null, guided = self.variances[self.null], (t.clamp(*self.interval), s.clamp(*self.interval))
-        extra = self._integral(variance, *guided) - self._integral(null, *guided)
-        integral = self._integral(variance, t, s) + (scale - 1) * extra
-        from_mean = x - expand_time(path.alpha(t), x) * self.mean
-        f = expand_time(path.alpha(s), x) * self.mean + expand_time((-integral).exp(), x) * from_mean
-        inside = (t >= self.interval[0]) & (t <= self.interval[1])
-        plain = self._rate(variance, t)
-        rate = torch.where(inside, plain + (scale - 1) * (plain - self._rate(null, t)), plain)
-        v = expand_time(path.d_alpha(t), x) * self.mean + expand_time(rate, x) * from_mean
-        gap = expand_time(t - s, x)
-        return torch.where(gap == 0, v, (x - f) / torch.where(gap == 0, 1, gap))
-
-    def _integral(self, variance: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """The integral of the plain rate from s to t."""
-        return 0.5 * (self._log_spread(variance, t) - self._log_spread(variance, s))
-
-    def _log_spread(self, variance: Tensor, t: Tensor) -> Tensor:
-        return (self.path.alpha(t).square() * variance + self.path.beta(t).square()).log()
-
-    def _rate(self, variance: Tensor, t: Tensor) -> Tensor:
-        a, b = self.path.alpha(t), self.path.beta(t)
-        return (a * self.path.d_alpha(t) * variance + b * self.path.d_beta(t)) / (a.square() * variance + b.square())
-
-    def unguided(self) -> GuidedGaussians:
-        twin = GuidedGaussians(self.variances.tolist(), 1.0, self.interval, self.path)
-        twin.mean = self.mean
-        return twin
-
-
 INTERVALS = [(0.0, 1.0), (0.3, 0.7)]
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("interval", INTERVALS)
 def test_guided_teacher_gives_zero_at_the_exact_guided_solution(path: Path, interval: tuple[float, float]) -> None:
-    student = GuidedGaussians([0.3, 1.5, 4.0, 0.8], 2.0, interval, path)
+    student = GuidedGaussians([0.3, 1.5, 4.0, 0.8], 2.0, interval, path=path)
     options: dict[str, Any] = {"path": path, "teacher": student.unguided(), "y": torch.arange(ROWS) % 4}
     guidance = Guidance(omega=2.0, null=3, interval=interval)
     batches = batch()
@@ -101,7 +55,7 @@ def test_guidance_from_data_gives_zero_at_the_exact_guided_solution(
 ) -> None:
     """Labelled data are one point, so that v_hat is the class's own velocity; kappa doesn't move the solution."""
     scale = 2.5
-    student = GuidedGaussians([0.0, 0.8], scale, interval, path)
+    student = GuidedGaussians([0.0, 0.8], scale, interval, path=path)
     _, x1, t, s = batch()
     x0, y = student.mean.expand(ROWS, WIDTH), torch.zeros(ROWS, dtype=torch.int64)
     guidance = Guidance(omega=scale * (1 - kappa), kappa=kappa, null=1, interval=interval)
@@ -113,7 +67,7 @@ def test_guidance_from_data_gives_zero_at_the_exact_guided_solution(
 @pytest.mark.parametrize(("scale", "least"), [(1.0, 0.0), (1.5, 0.05), (3.0, 0.2)])
 def test_guidance_in_the_target_only_has_another_solution(scale: float, least: float) -> None:
     """Measured over eight seeds: 1e-16 at scale 1, 0.15 to 0.23 at 1.5, 1.9 to 3.0 at 3."""
-    student = GuidedGaussians([0.3, 1.5, 4.0, 0.8], scale)
+    student = GuidedGaussians([0.3, 1.5, 4.0, 0.8], scale, path=LINEAR)
     teacher, y = student.unguided(), torch.arange(ROWS) % 4
 
     def plain_direction(fn: Any, primals: Any, tangents: Any) -> Any:
@@ -125,7 +79,7 @@ def test_guidance_in_the_target_only_has_another_solution(scale: float, least: f
 
 
 def test_rows_that_cannot_or_should_not_be_guided_keep_the_conditional_velocity() -> None:
-    student = GuidedGaussians([0.3, 1.5, 0.8], 2.0)
+    student = GuidedGaussians([0.3, 1.5, 0.8], 2.0, path=LINEAR)
     x, v_hat = torch.randn(2, 3, WIDTH, dtype=torch.float64)
     t, y = torch.tensor([0.5, 0.5, 0.9]).double(), torch.tensor([0, 2, 1])
     w = target_velocity(student, x, v_hat, t, y=y, guidance=Guidance(2.0, null=2, interval=(0.2, 0.8)))
@@ -146,3 +100,51 @@ def test_rows_that_cannot_or_should_not_be_guided_keep_the_conditional_velocity(
 def test_bad_guidance_is_refused_by_name(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{name}: expected"):
         Guidance(**({"null": 3} | options))
+
+
+# A weak teacher, and scales by row
+
+
+def test_autoguidance_goes_from_the_weak_teacher_through_the_teacher() -> None:
+    x = torch.randn(4, WIDTH, dtype=torch.float64)
+    t = torch.tensor([0.2, 0.5, 0.9, 0.5]).double()
+    strong, weak = (lambda x, t, s, y: x.sin()), (lambda x, t, s, y: x.cos())
+    scale = torch.tensor([1.0, 2.0, 2.0, 0.0]).double()
+    options: dict[str, Any] = {"teacher": strong, "weak_teacher": weak}
+    w = target_velocity(strong, x, None, t, guidance=Autoguidance(scale, (0.3, 0.8)), **options)
+    torch.testing.assert_close(w[0], x[0].sin(), msg="outside the interval")
+    torch.testing.assert_close(w[1], 2 * x[1].sin() - x[1].cos())
+    torch.testing.assert_close(w[2], x[2].sin(), msg="outside the interval")
+    torch.testing.assert_close(w[3], x[3].cos(), msg="scale 0 is the weak teacher")
+    assert torch.equal(scale_rows(Autoguidance(scale)), scale)
+    assert scale_rows(Autoguidance(2.0)) is None and scale_rows(None) is None
+    with pytest.raises(ValueError, match=r"^scale: expected >= 0"):
+        Autoguidance(torch.tensor([1.0, -1.0]))
+    with pytest.raises(ValueError, match=r"^teacher: expected a network, as this velocity can't come from data"):
+        target_velocity(strong, x, None, t)
+
+
+def test_improved_guidance_is_the_one_with_omega_1() -> None:
+    """v_hat + (1 - 1/scale) (u(y) - u(null)), with a scale for each row."""
+    x, v_hat = torch.randn(2, 3, WIDTH, dtype=torch.float64)
+    t, y, scale = torch.full((3,), 0.5).double(), torch.tensor([0, 1, 2]), torch.tensor([1.0, 2.0, 4.0]).double()
+    seen: list[Tensor] = []
+
+    def net(x: Tensor, t: Tensor, s: Tensor, y: Tensor, g: Tensor) -> Tensor:
+        seen.append(g)
+        return x * (1 + y)[:, None]
+
+    guidance = Guidance.improved(scale, null=3)
+    w = target_velocity(net, x, v_hat, t, y=y, guidance=guidance)
+    torch.testing.assert_close(w, v_hat + (1 - 1 / scale)[:, None] * x * (y - 3)[:, None])
+    torch.testing.assert_close(guidance.scale, scale)
+    assert torch.equal(seen[0], torch.cat((scale, scale)))
+    assert scale_rows(guidance) is not None
+
+
+def test_own_velocity_has_no_gradient() -> None:
+    weight = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    x, t = torch.randn(3, WIDTH, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
+    v = own_velocity(lambda x, t, s, y: weight * x * (t - s + 1)[:, None], x, t)
+    torch.testing.assert_close(v, x)
+    assert not v.requires_grad

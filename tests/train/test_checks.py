@@ -29,7 +29,10 @@ from tests.train.conftest import MakeConfig
         ({"path": {"name": "gaussian"}}, ["path.name: expected one of", "'gaussian'"]),
         ({"path": {"name": "linear", "sigma": 0.1}}, ["path: ", "linear", "sigma"]),
         ({"path": {"name": "fm", "sigma": -1.0}}, ["path: sigma: expected a finite number in [0, 1], got -1"]),
-        ({"path": {"name": "icfm", "sigma": 0.1}, "method": {"name": "ect"}}, ["method.name: ect", "share their noise"]),
+        (
+            {"path": {"name": "icfm", "sigma": 0.1}, "method": {"name": "ect"}},
+            ["method.name: ect", "share their noise"],
+        ),
         ({"method": {"name": "imm", "group": 3}}, ["method.group: expected a divisor of data.batch, 8, got 3"]),
         ({"method": {"name": "imm", "high": 1.0}}, ["method.name: imm can't be trained so", "finite noise level"]),
         ({"method": {"name": "shortcut", "finest": 100}}, ["method.name: shortcut", "finest: expected a power of 2"]),
@@ -93,7 +96,9 @@ def test_a_recipe_changes_its_groups_and_keeps_the_rest() -> None:
 def test_a_teacher_must_know_a_velocity_on_the_same_path(tiny: MakeConfig) -> None:
     """A consistency model knows none; and a velocity holds on its own path only."""
     ect, curved = train(tiny("ect", method={"name": "ect"}, steps=1)), {"path": {"name": "cosine"}}
-    with pytest.raises(ConfigError, match="learnt ect, whose network knows no velocity to follow; expected a run of fl"):
+    with pytest.raises(
+        ConfigError, match="learnt ect, whose network knows no velocity to follow; expected a run of fl"
+    ):
         check_teacher(tiny("s", teacher=str(ect)))
     flow = train(tiny("flow", method={"name": "flow_matching"}, steps=1, **curved))
     with pytest.raises(ConfigError, match="learnt on the path cosine, and path is linear"):
@@ -106,7 +111,7 @@ def test_guidance_that_the_network_is_told_needs_its_input(tiny_digits: MakeConf
     """With the input, the same settings train."""
     method = {"name": "improved_meanflow", "guidance": {"scale": 1.0, "scale_to": 3.0}}
     config = tiny_digits(method=method)
-    with pytest.raises(ConfigError, match="model.guidance: improved_meanflow gives the network a guidance scale"):
+    with pytest.raises(ConfigError, match=r"model.guidance: improved_meanflow gives the network a guidance scale"):
         check_config(config)
     model = {"preset": "mlp-digits", "width": 16, "depth": 1, "guidance": True}
     train(tiny_digits(method=method, model=model))

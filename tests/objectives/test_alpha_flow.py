@@ -1,0 +1,47 @@
+"""alpha-Flow between trajectory flow matching and MeanFlow."""
+
+from __future__ import annotations
+
+import torch
+
+from fastdistill.objectives import alpha_flow, meanflow
+from tests.objectives.cases import SmallNet, assert_same_gradient, gradients, random_batch
+
+
+def test_at_0_it_is_meanflow() -> None:
+    net, (x0, x1, times) = SmallNet(), random_batch()
+    ours, metrics = alpha_flow(net, x0, x1, times["t"], times["s"], alpha=0.0)
+    theirs, _ = meanflow(net, x0, x1, times["t"], times["s"], p=1.0, c=1e-3)
+    assert_same_gradient(ours, theirs, net)
+    assert "tangent_norm" in metrics
+
+
+def test_at_1_all_pairs_regress_the_velocity() -> None:
+    net, (x0, x1, times) = SmallNet(), random_batch()
+    t, s, x = times["t"], times["s"], (1 - times["t"])[:, None] * x0 + times["t"][:, None] * x1
+    error = (net(x, t, s) - (x1 - x0)).square().sum(1)
+    ours, _ = alpha_flow(net, x0, x1, t, s, alpha=1.0)
+    assert_same_gradient(ours, (error / (error.detach() + 1e-3)).mean(), net)
+
+
+def test_its_target_is_a_step_along_w_and_then_its_own_jump() -> None:
+    net, target, (x0, x1, times) = SmallNet(), SmallNet(), random_batch()
+    t, s, a, w = times["t"], times["s"], 0.3, x1 - x0
+    x, step = (1 - t)[:, None] * x0 + t[:, None] * x1, a * (t - s)
+    goal = a * w + (1 - a) * target(x - step[:, None] * w, t - step, s)
+    error = (net(x, t, s) - goal.detach()).square().sum(1)
+    ours, metrics = alpha_flow(net, x0, x1, t, s, alpha=a, target=target, c=0.1)
+    assert_same_gradient(ours, (a * error / (error.detach() + 0.1)).mean(), net)
+    torch.testing.assert_close(metrics["raw_error"], error.detach().mean() / 3 / a**2)
+
+
+def test_small_alpha_has_meanflows_gradient_where_errors_outweigh_the_offset() -> None:
+    """a e / (e + c) with e = a^2 |MeanFlow's residual|^2: its gradient tends to MeanFlow's for c << e."""
+    net, (x0, x1, times) = SmallNet(), random_batch()
+    truth = gradients(meanflow(net, x0, x1, times["t"], times["r"], p=1.0, c=1e-12)[0], net)
+    away = []
+    for alpha in (0.02, 0.01):
+        loss, _ = alpha_flow(net, x0, x1, times["t"], times["r"], alpha=alpha, c=1e-12)
+        away.append(((gradients(loss, net) - truth).norm() / truth.norm()).item())
+    assert away[1] < 0.05
+    assert 1.7 < away[0] / away[1] < 2.3

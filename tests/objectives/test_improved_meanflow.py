@@ -1,0 +1,52 @@
+"""Improved MeanFlow: the tangent's direction is predicted, by the network itself or by a head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdistill.jvp import jvp
+from fastdistill.objectives import Guidance, improved_meanflow, meanflow
+from tests.objectives.cases import ROWS, SmallNet, assert_same_gradient, gradients, random_batch
+
+
+def test_it_is_meanflow_along_the_networks_own_velocity() -> None:
+    """The two residuals are the same sum; only the direction of the jvp differs."""
+    net, (x0, x1, times) = SmallNet(), random_batch()
+    t, s = times["t"], times["s"]
+    own = net((1 - t)[:, None] * x0 + t[:, None] * x1, t, t).detach()[t != s]
+
+    def along_own(fn: Any, primals: Any, tangents: Any) -> Any:
+        return jvp(fn, primals, (own, 1.0, None))
+
+    ours, _ = improved_meanflow(net, x0, x1, t, s)
+    theirs, _ = meanflow(net, x0, x1, t, s, jvp=along_own)
+    assert_same_gradient(ours, theirs, net)
+    assert meanflow(net, x0, x1, t, s)[0] != ours
+
+
+def test_head_gives_the_direction_and_is_trained_beside() -> None:
+    net, head, (x0, x1, times) = SmallNet(), SmallNet(), random_batch()
+    t, s = times["t"], times["s"]
+    loss, metrics = improved_meanflow(net, x0, x1, t, s, velocity_head=head, p=0.0)
+    error = (head((1 - t)[:, None] * x0 + t[:, None] * x1, t, t) - (x1 - x0)).square()
+    torch.testing.assert_close(metrics["head_error"], error.mean().detach())
+    assert_same_gradient(loss, error.sum(1).mean(), head)
+    plain, _ = improved_meanflow(net, x0, x1, t, s, p=0.0)
+    assert (gradients(loss, net) - gradients(plain, net)).norm() > 1e-3, "the head's direction is another"
+
+
+def test_scales_by_row_condition_direction_and_tangent() -> None:
+    """The network is always told the scale of the very row."""
+    (x0, x1, times), y = random_batch(), torch.arange(ROWS) % 3
+    inner, scale = SmallNet(), 1 + torch.arange(ROWS, dtype=torch.float64)
+
+    def net(x: Tensor, t: Tensor, s: Tensor, y: Tensor, g: Tensor) -> Tensor:
+        rows = [round(value.item()) - 1 for value in g]
+        assert all(int(label) in (row % 3, 3) for label, row in zip(y, rows, strict=True))
+        return inner(x, t, s, y) * g[:, None].log1p()
+
+    loss, _ = improved_meanflow(net, x0, x1, times["t"], times["s"], y=y, guidance=Guidance.improved(scale, null=3))
+    assert loss.isfinite()
