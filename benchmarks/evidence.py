@@ -33,7 +33,7 @@ from fastdistill.eval import comparison, comparison_figures
 from fastdistill.eval.digits import DigitJudge
 from fastdistill.eval.evaluate import evaluate
 from fastdistill.eval.exact import Ring
-from fastdistill.eval.metrics import sliced_wasserstein
+from fastdistill.eval.metrics import precision_recall, sliced_wasserstein, two_sample_accuracy
 from fastdistill.eval.ring import exact_flow
 from fastdistill.jvp import jvp
 from fastdistill.train import NonFiniteError, TrainConfig, load_run, train
@@ -281,6 +281,8 @@ def collect(jobs: Sequence[Job], out: Path, overrides: Sequence[str] = ()) -> di
             failed = {name: why for name, why in failed.items() if name in runs}
             summary[data] = compare.summarise(runs, failed, judge, measure=measure) | {"mutants": mutants}
             add_checks(summary[data], runs)
+            if judge is not None:
+                add_references(summary[data]["references"], judge)
             if data == "ring":
                 summary[data]["references"] |= distances_between_laws()
                 summary[data]["gates"] = judge_gates(summary[data])
@@ -304,6 +306,22 @@ def add_checks(result: dict[str, Any], runs: Mapping[str, Sequence[TrainConfig]]
             continue
         for steps, quality in result["methods"][name].get("quality", {}).items():
             quality |= compare._spread([each["checks"][steps] for each in stored])
+
+
+def add_references(references: dict[str, dict[str, float]], judge: DigitJudge) -> None:
+    """More of what gives a number its meaning: the training digits against all, each class's mean, unseen digits.
+
+    Copies of the training set have the best Fréchet distance there is: their C2ST and neighbour ratio tell them. Unseen
+    digits are compared with the training digits alone, as `all` holds them.
+    """
+    digits = judge.digits
+    means = torch.stack([digits.x[digits.y == label].mean(0) for label in range(digits.num_classes)])
+    for name, x, y in (("training_digits", digits.x, digits.y), ("class_mean", means[judge.y], judge.y)):
+        references[name] = judge.measure(x, y, 0.0) | judge.check(x)
+    unseen, seen = (judge.classifier.features(x) for x in (digits.held_out_x, digits.x))
+    precision, recall = precision_recall(unseen, seen)
+    checks = {"c2st": two_sample_accuracy(unseen, seen), "precision": precision, "recall": recall}
+    references["held_out"] = references["held_out"] | checks | {"nearest_neighbour_ratio": 1.0}
 
 
 def distances_between_laws(count: int = 4096) -> dict[str, dict[str, float]]:

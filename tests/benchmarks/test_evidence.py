@@ -148,3 +148,14 @@ def test_a_measurement_is_kept_until_the_run_changes(tmp_path: Path, monkeypatch
     os.utime(weights, (4e9, 4e9))
     evidence.measure(run, (1,))
     assert calls == [(1,), (1, 2), (1,)]
+
+
+def test_references_of_digits_tell_copies_and_means_from_unseen_digits(tmp_path: Path) -> None:
+    """Copies: at no distance, and found out; means: right in class, and nothing like the digits' spread."""
+    references: dict[str, dict[str, float]] = {"held_out": {"frechet": 4.6}}
+    evidence.add_references(references, evidence.judge_in(tmp_path))
+    unseen, copies, means = (references[name] for name in ("held_out", "training_digits", "class_mean"))
+    assert copies["frechet"] < 1 < unseen["frechet"] < means["frechet"]
+    assert copies["nearest_neighbour_ratio"] == 0
+    assert copies["c2st"] < 0.1 < 0.4 < unseen["c2st"] < 0.6 < means["c2st"]
+    assert means["recall"] < 0.1 < 0.7 < unseen["recall"]
