@@ -11,7 +11,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,14 @@ def summarise(
     failed: Mapping[str, str],
     judge: DigitJudge | None,
     samples: int | None = None,
+    *,
+    measure: Callable[..., dict[str, Any]] = evaluate,
 ) -> dict[str, Any]:
-    """Measure all runs: what summary.json holds."""
+    """Measure all runs: what summary.json holds.
+
+    Args:
+        measure: called as `evaluate`, whose results it returns, from a store if it likes.
+    """
     measured = [configs[0] for name, configs in runs.items() if name not in failed]
     if not measured:
         raise NonFiniteError(f"no method finished: {'; '.join(f'{name}: {why}' for name, why in failed.items())}")
@@ -127,7 +133,7 @@ def summarise(
         if name in failed:
             continue
         _tell(f"measuring {name}")
-        found = [evaluate(config.out, NUMBERS, n=samples, judge=judge, seed=config.seed) for config in configs]
+        found = [measure(config.out, NUMBERS, n=samples, judge=judge, seed=config.seed) for config in configs]
         references = found[0]["references"]
         rows[name] |= {
             "sampler": found[0]["sampler"],

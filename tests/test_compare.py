@@ -64,7 +64,8 @@ def test_verdicts_follow_from_the_numbers(folder: Path) -> None:
     """Best where best, a teacher as a price, and a table as text."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     found = verdicts(summary)
-    best = min(summary["methods"], key=lambda name: summary["methods"][name]["quality"]["1"]["sliced_wasserstein"]["mean"])
+    rows = summary["methods"]
+    best = min(rows, key=lambda name: rows[name]["quality"]["1"]["sliced_wasserstein"]["mean"])
     assert "best at 1 step" in found[best]["pros"]
     assert "needs a teacher" in found["facm"]["cons"]
     assert "needs a teacher" not in found["esd"]["cons"]

@@ -43,7 +43,7 @@ class Sampling:
             raise ConfigError(f"sampler: expected one of {', '.join(NEEDS)}, got {sampler!r}")
         if not NEEDS[sampler] & set(method.learns):
             able = [name for name, needs in NEEDS.items() if needs & set(method.learns)]
-            raise ConfigError(f"sampler: a {method.name} network serves {', '.join(able)}, got {sampler}")
+            raise ConfigError(f"sampler: a network of {method.name} serves {', '.join(able)}, got {sampler}")
         gamma = self.gamma
         if sampler == "gamma":
             gamma = method.sample_gamma if gamma is None else gamma
@@ -57,7 +57,7 @@ class Sampling:
             raise ConfigError(f"guidance: the run never learnt what no label means, so expected 1, got {guidance}")
         if guidance != 1 and not by_pairs and not method.conditions_on_guidance:
             raise ConfigError(
-                f"guidance: a {method.name} network has its guidance built in, so expected 1, got {guidance}"
+                f"guidance: a network of {method.name} has its guidance built in, so expected 1, got {guidance}"
             )
         return Sampling(sampler, guidance, gamma)
 

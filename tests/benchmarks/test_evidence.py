@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -32,6 +33,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return config.out
 
     monkeypatch.setattr(evidence, "train", train)
+    monkeypatch.setattr(evidence, "measure", lambda *arguments, **keywords: {})
     return names
 
 
@@ -121,3 +123,39 @@ def test_gates_pass_and_fail_by_the_one_step_map_error() -> None:
 def test_floors_of_the_ring_are_small_and_not_zero() -> None:
     floors = evidence.distances_between_laws(count=2000)
     assert all(0.01 < row["sliced_wasserstein"] < 0.2 for row in floors.values())
+
+
+def test_a_measurement_is_kept_until_the_run_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A newer network, or steps that were not asked for before, are measured again."""
+    calls: list[tuple[int, ...]] = []
+
+    def evaluate(run: Path, steps: tuple[int, ...], **keywords: Any) -> dict[str, Any]:
+        calls.append(steps)
+        found = {"steps": {str(number): {"map_error": 0.1} for number in steps}}
+        (run / "summary.json").write_text(json.dumps(found))
+        return found
+
+    monkeypatch.setattr(evidence, "evaluate", evaluate)
+    run = tmp_path / "ring" / "seed0" / "meanflow"
+    (run / "export").mkdir(parents=True)
+    weights = run / "export" / "ema.safetensors"
+    weights.touch()
+    os.utime(weights, (1, 1))
+    assert evidence.measure(run, (1,)) == evidence.measure(run, (1,))
+    assert calls == [(1,)]
+    evidence.measure(run, (1, 2))
+    assert calls == [(1,), (1, 2)]
+    os.utime(weights, (4e9, 4e9))
+    evidence.measure(run, (1,))
+    assert calls == [(1,), (1, 2), (1,)]
+
+
+def test_references_of_digits_tell_copies_and_means_from_unseen_digits(tmp_path: Path) -> None:
+    """Copies: at no distance, and found out; means: right in class, and nothing like the digits' spread."""
+    references: dict[str, dict[str, float]] = {"held_out": {"frechet": 4.6}}
+    evidence.add_references(references, evidence.judge_in(tmp_path))
+    unseen, copies, means = (references[name] for name in ("held_out", "training_digits", "class_mean"))
+    assert copies["frechet"] < 1 < unseen["frechet"] < means["frechet"]
+    assert copies["nearest_neighbour_ratio"] == 0
+    assert copies["c2st"] < 0.1 < 0.4 < unseen["c2st"] < 0.6 < means["c2st"]
+    assert means["recall"] < 0.1 < 0.7 < unseen["recall"]

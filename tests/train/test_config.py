@@ -174,6 +174,36 @@ def test_a_resolved_configuration_reads_back_the_same(tiny: MakeConfig, tmp_path
     assert set(yaml.safe_load(to_yaml(config))) == set(TrainConfig.model_fields) - {"resume_from"}
 
 
+OLD_CONFIG = """
+out: runs/old
+seed: 0
+steps: 12
+data: {name: digits, batch: 128, label_dropout: 0.1}
+model: {preset: dit-digits, width: null, depth: null, heads: null, patch_size: 4, mlp_ratio: null, qk_norm: true,
+  pos: null}
+method: {name: meanflow, times: {law: uniform}, distinct: 0.75, p: 1.0, c: 1.0,
+  guidance: {scale: 1.0, kappa: 0.0, interval: [0.0, 1.0]}, sample_steps: 1}
+teacher: runs/digits-flow
+init_from_teacher: true
+optim: {lr: 0.001, betas: [0.9, 0.95], weight_decay: 0.0, warmup_steps: 100, clip_norm: 1.0, ema: 0.995}
+log: {log_every: 50, sample_every: 200, checkpoint_every: 200, keep_checkpoints: 3}
+device: auto
+precision: auto
+"""
+
+
+def test_a_run_from_before_paths_and_samplers_goes_on(tmp_path: Path) -> None:
+    """Its config.yaml loads, and no setting that decides the weights differs from those of the same command today."""
+    path = tmp_path / "config.yaml"
+    path.write_text(OLD_CONFIG, encoding="utf-8")
+    old = load_config(path)
+    assert old.path.name == "linear"
+    assert changed_fields(old, load_config("digits-meanflow")) == []
+    path.write_text(OLD_CONFIG.replace("kappa", "kapa"), encoding="utf-8")
+    with pytest.raises(ConfigError, match="did you mean 'kappa'"):
+        load_config(path)
+
+
 def test_only_fields_that_decide_the_weights_count_as_changed(tiny: MakeConfig) -> None:
     """Steps, logging and places are free to change; everything else is named with both values."""
     old = tiny()

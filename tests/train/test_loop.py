@@ -241,6 +241,22 @@ def test_nothing_is_built_before_the_configuration_is_checked(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_noise_is_coupled_to_data_where_the_path_or_the_run_says_so(tiny: MakeConfig) -> None:
+    """The same rows, in an order that brings them nearer; the data stay where they are."""
+    cpu = torch.device("cpu")
+    plain, *coupled = (
+        make_batch(Ring(), config, 3, cpu)
+        for config in (tiny(), tiny(path={"name": "ot_cfm"}), tiny(coupling="optimal_transport"))
+    )
+    for batch in coupled:
+        assert torch.equal(batch.x0, plain.x0)
+        assert not torch.equal(batch.x1, plain.x1)
+        assert torch.equal(batch.x1.sort(0).values, plain.x1.sort(0).values)
+        assert (batch.x1 - batch.x0).square().sum() < (plain.x1 - plain.x0).square().sum()
+    alone = make_batch(Ring(), tiny(path={"name": "ot_cfm"}, coupling="independent"), 3, cpu)
+    assert torch.equal(alone.x1, plain.x1)
+
+
 def test_a_finished_run_keeps_its_export_byte_for_byte(tmp_path: Path) -> None:
     """A student knows its teacher by that file; safetensors orders its metadata anew each time that it writes."""
     config = load_config("ring", ["--steps", "2", "--data.batch", "8", "--device", "cpu"], out=tmp_path / "run")

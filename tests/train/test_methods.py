@@ -14,7 +14,7 @@ from safetensors.torch import load
 from fastdistill.train import TrainConfig, generate, load_config, load_run, train
 from fastdistill.train.checkpoint import list_checkpoints, read_checkpoint
 from fastdistill.train.methods import METHODS, ScoreMethod
-from tests.train.conftest import tiny_fields
+from tests.train.conftest import MakeConfig, tiny_fields
 from tests.train.test_resume import assert_same_run, assert_same_state, killed, train_and_die
 
 # Few pairs, few steps: what a method's defaults would make long.
@@ -41,6 +41,19 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(TrainConfig.model_validate(fields | {"method": {"name": "flow_matching"}, "steps": 4}))
 
 
+@pytest.fixture(scope="module")
+def digits_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same on digits, with dropped labels."""
+    fields = tiny_fields(
+        tmp_path_factory.mktemp("teacher") / "digits",
+        data={"name": "digits", "batch": 8, "label_dropout": 0.5},
+        model={"preset": "mlp-digits", "width": 8, "depth": 1},
+        method={"name": "flow_matching"},
+        steps=2,
+    )
+    return train(TrainConfig.model_validate(fields))
+
+
 def config_of(name: str, out: Path, teacher: Path, **changes: Any) -> TrainConfig:
     """A tiny run of a method on the ring, with a teacher where it can't do without."""
     method = {"name": name, **SMALL.get(name, {})}
@@ -61,6 +74,35 @@ def test_every_method_trains_and_samples(name: str, teacher: Path, tmp_path: Pat
     net, config = load_run(run)
     for steps in (1, 2):
         assert generate(net, config, 16, steps=steps).isfinite().all()
+
+
+GUIDED = {"scale": 1.0, "scale_to": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("method", "teachers"),
+    [
+        ({"name": "improved_meanflow", "guidance": GUIDED}, ()),
+        ({"name": "meanflow", "guidance": {"scale": 2.0, "kappa": 0.5}}, ()),
+        ({"name": "ayf_emd", "guidance": GUIDED}, ("teacher", "weak_teacher")),
+        ({"name": "ayf_lmd", "guidance": {"scale": 2.0}}, ("teacher",)),
+        ({"name": "dmd", "guidance": {"scale": 2.0}, "critic": {"updates": 1, "gan": True}}, ("teacher",)),
+        ({"name": "scm", "guidance": {"scale": 2.0}}, ("teacher",)),
+        ({"name": "reflow", "pairs": 20, "pair_steps": 1, "pair_guidance": 2.0}, ("teacher",)),
+        ({"name": "imm", "group": 4}, ()),
+        ({"name": "shortcut", "distinct": 0.5, "target_ema": 0.9}, ()),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "",
+)
+def test_digits_with_labels_and_guidance(
+    method: dict[str, Any], teachers: tuple[str, ...], digits_teacher: Path, tiny_digits: MakeConfig
+) -> None:
+    """By labels, by a weak teacher, and with a scale of each row's own, which the network is told."""
+    told = "scale_to" in method.get("guidance", {})
+    model = {"preset": "mlp-digits", "width": 8, "depth": 2, "guidance": told}
+    run = train(tiny_digits(method=method, model=model, steps=2, **dict.fromkeys(teachers, str(digits_teacher))))
+    net, config = load_run(run)
+    assert generate(net, config, 10, guidance=2.0 if told else None).isfinite().all()
 
 
 @pytest.mark.parametrize("name", METHODS)
