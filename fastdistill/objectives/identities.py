@@ -101,13 +101,14 @@ def semigroup_target(
 ) -> Tensor:
     """The average velocity from t to s by two jumps of `net` that meet at m = t - fraction (t - s); (B, ...).
 
-    It is fraction u(x, t, m) + (1 - fraction) u(f(x, t, m), m, s): the semigroup identity, divided by t - s.
+    It is fraction u(x, t, m) + (1 - fraction) u(f(x, t, m), m, s): the semigroup identity, divided by t - s. In the
+    state's dtype, so that a network of lower precision loses nothing in the sum.
 
     Args:
         fraction: a number or (B,) in [0, 1].
     """
     m = t - fraction * (t - s)
-    first = evaluate(net, x, t, m, y, g)
-    second = evaluate(net, x - expand_time(t - m, x) * first, m, s, y, g)
-    part = expand_time(torch.as_tensor(fraction, dtype=t.dtype, device=t.device), x)
+    first = evaluate(net, x, t, m, y, g).to(x.dtype)
+    second = evaluate(net, x - expand_time(t - m, x) * first, m, s, y, g).to(x.dtype)
+    part = expand_time(fraction.to(x), x) if isinstance(fraction, Tensor) else fraction
     return part * first + (1 - part) * second

@@ -65,6 +65,8 @@ class Guidance:
         Equivalent to: Guidance(omega=1, kappa=1 - 1/scale, ...).
         Source: Geng et al. 2025 (improved MeanFlow), arXiv:2512.02012, section 4.3.
         """
+        if not _all(scale, lambda value: value >= 1):
+            raise ValueError(f"scale: expected >= 1, got {scale}")
         return cls(omega=1.0 + 0.0 * scale, null=null, kappa=1 - 1 / scale, interval=interval)
 
 
