@@ -37,7 +37,7 @@ def mean_square(x: Tensor) -> Tensor:
 
 
 def split_terms(errors: Tensor, distinct: int) -> dict[str, Tensor]:
-    """The two terms whose sum is `errors.mean()`, scalars with their graph: rows with s != t, and those that anchor them.
+    """The two terms whose sum is `errors.mean()`, scalars with their graph: rows with s != t, and their anchor.
 
     Args:
         errors: (B,), weighted, the `distinct` rows with s != t first.

@@ -48,7 +48,8 @@ def load_config(source: str | Path, overrides: Sequence[str] = (), *, out: Path 
             args=list(overrides),
             default=config,
             prog=f"fastdistill train {source}",
-            description=f"Train as {path.name} says, with any of its fields changed:",
+            description=f"Train as {path.name} says, by {config.method.name}, with any of its fields changed. Another "
+            f"method comes first, as --method.name {'|'.join(METHODS)}:",
             config=(tyro.conf.AvoidSubcommands,),
         )
     check_config(config)
