@@ -14,7 +14,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PYTEST     := $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench aot lint clean
+.PHONY: help setup demo test bench aot evidence lint clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -36,6 +36,11 @@ bench: $(STAMP) ## Run every benchmark that needs no GPU: each checks its number
 
 aot: $(STAMP) ## Compile every kernel for GPUs that need not be there, about ten minutes: benchmarks/results/aot.md
 	$(ONE_THREAD) $(BIN)/python -m fastdistill.benchmarks.aot_table --jobs $(WORKERS)
+
+evidence: $(STAMP) ## Every method on the ring and on digits, three seeds each, an hour or two: docs/evidence, docs/methods.md
+	seq $(WORKERS) | $(ONE_THREAD) xargs -P $(WORKERS) -I % $(BIN)/python -m fastdistill.benchmarks.evidence --train-only
+	$(ONE_THREAD) $(BIN)/python -m fastdistill.benchmarks.evidence --collect
+	$(ONE_THREAD) $(BIN)/python -m fastdistill.benchmarks.method_figures --runs runs/evidence
 
 lint: $(STAMP) ## Check style, format and types
 	$(BIN)/ruff check .

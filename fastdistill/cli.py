@@ -1,4 +1,4 @@
-"""The command line: train, sample, eval, demo, bench, report, doctor.
+"""The command line: train, sample, eval, explain, compare, demo, bench, report, doctor.
 
 A mistake of the user's ends in one message and status 2, a diverged run in one message and status 1; anything else is
 a bug and shows its traceback. What is heavy is imported by the command that needs it, so that help is quick.
@@ -11,6 +11,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import fastdistill
 
@@ -19,6 +20,8 @@ EXAMPLES = {
   fastdistill train ring                               eight Gaussians in the plane, in a minute on a CPU
   fastdistill train digits-flow                        a teacher, into runs/digits-flow
   fastdistill train digits-meanflow --steps 4000       its one-step student, with a field changed
+  fastdistill train ring-flow                          a teacher of points, and a student by another method:
+  fastdistill train ring --method.name facm --teacher runs/ring-flow
   fastdistill train my.yaml --optim.lr 3e-4 --out runs/a
   fastdistill train ring --help                        every field of that configuration
 """,
@@ -26,10 +29,20 @@ EXAMPLES = {
   fastdistill sample runs/digits-meanflow              a grid of all classes, in one step
   fastdistill sample runs/digits-flow --steps 32 --guidance 2 --label 3 --n 16 --out three.png
   fastdistill sample runs/ring --n 10000 --out points.npy
+  fastdistill sample runs/ring --steps 4 --gamma 0.5   with fresh noise between the steps
 """,
     "eval": """\
   fastdistill eval runs/digits-meanflow                into its summary.json, and as a table
   fastdistill eval runs/ring --steps 1 16 --n 10000
+  fastdistill eval runs/ring-flow --sampler heun
+""",
+    "explain": """\
+  fastdistill explain                                  a table of all methods
+  fastdistill explain meanflow                         formula, tangent, times, defaults, sources
+""",
+    "compare": """\
+  fastdistill compare --data ring                      every method on the ring, into runs/compare-ring/report.html
+  fastdistill compare --methods meanflow,facm --data digits --steps 1000 --seeds 3
 """,
     "demo": """\
   fastdistill demo                                     teacher, student, runs/demo/report.html
@@ -105,7 +118,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--n", type=_at_least(1), default=80, help="how many (default: %(default)s)")
     command.add_argument("--steps", type=_at_least(1), help="of the sampler (default: the configuration's)")
     command.add_argument("--label", type=int, help="one class for all (default: every class in turn)")
-    command.add_argument("--guidance", type=float, help="scale, for flow matching (default: the configuration's)")
+    command.add_argument("--guidance", type=float, help="scale of guidance (default: the configuration's)")
+    _add_sampler(command)
     command.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     command.add_argument("--out", type=Path, help=".png picture or .npy array (default: RUN/samples/sample.png)")
     command.set_defaults(command=run_sample)
@@ -113,9 +127,24 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("eval", "measure a run against its data, without any download")
     command.add_argument("run", metavar="RUN", type=Path, help="a run folder")
     command.add_argument("--steps", type=_at_least(1), nargs="+", help="of the sampler (default: 1 2 4 8, ...)")
+    command.add_argument("--guidance", type=float, help="scale of guidance (default: the configuration's)")
+    _add_sampler(command)
     command.add_argument("--n", type=_at_least(64), help="samples (default: as many as digits, or 4096 points)")
     command.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     command.set_defaults(command=run_eval)
+
+    command = add("explain", "say what a method is: formula, tangent, times, defaults, sources")
+    command.add_argument("method", metavar="METHOD", nargs="?", help="its name (default: a table of all)")
+    command.set_defaults(command=run_explain)
+
+    command = add("compare", "train and measure methods under one budget, and report")
+    command.add_argument("--methods", default="all", help="names with commas between, or all (default: %(default)s)")
+    command.add_argument("--data", default="ring", help="ring or digits (default: %(default)s)")
+    command.add_argument("--steps", type=_at_least(1), help="of training (default: 3000 for the ring, 4000 for digits)")
+    command.add_argument("--seeds", type=_at_least(1), default=1, help="how many (default: %(default)s)")
+    command.add_argument("--n", type=_at_least(64), help="samples a measurement (default: as `eval`)")
+    command.add_argument("--out", type=Path, help="folder (default: runs/compare-DATA)")
+    command.set_defaults(command=run_compare)
 
     command = add("demo", "train a teacher on digits, distil it to one step, and report")
     command.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder (default: %(default)s)")
@@ -168,7 +197,17 @@ def run_sample(args: argparse.Namespace) -> int:
     net, config = load_run(args.run)
     if not out.parent.is_dir():
         raise ConfigError(f"--out: {out.parent} is no folder")
-    samples = generate(net, config, args.n, label=args.label, steps=args.steps, guidance=args.guidance, seed=args.seed)
+    samples = generate(
+        net,
+        config,
+        args.n,
+        label=args.label,
+        steps=args.steps,
+        sampler=args.sampler,
+        guidance=args.guidance,
+        gamma=args.gamma,
+        seed=args.seed,
+    )
     if out.suffix == ".npy":
         import numpy as np
 
@@ -181,7 +220,28 @@ def run_sample(args: argparse.Namespace) -> int:
 
 def run_eval(args: argparse.Namespace) -> int:
     """Measure a run."""
-    print(_measure(args.run, args.steps, args.n, args.seed))
+    how = {"sampler": args.sampler, "guidance": args.guidance, "gamma": args.gamma}
+    print(_measure(args.run, args.steps, n=args.n, seed=args.seed, **how))
+    return 0
+
+
+def run_explain(args: argparse.Namespace) -> int:
+    """Tell about one method, or list all."""
+    from fastdistill.explain import explain
+
+    print(explain(args.method))
+    return 0
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    """Compare methods."""
+    from fastdistill.compare import compare
+    from fastdistill.eval.comparison import describe
+
+    methods = None if args.methods == "all" else [name.strip() for name in args.methods.split(",")]
+    out: Path = args.out or Path(f"runs/compare-{args.data}")
+    summary = compare(methods, args.data, out, steps=args.steps, seeds=args.seeds, samples=args.n)
+    print(f"{describe(summary)}\n\nThe report: {(out / 'report.html').resolve().as_uri()}")
     return 0
 
 
@@ -242,10 +302,10 @@ def run_doctor(args: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(run: Path, steps: Sequence[int] | None = None, n: int | None = None, seed: int = 0) -> str:
+def _measure(run: Path, steps: Sequence[int] | None = None, **options: Any) -> str:
     from fastdistill.eval.evaluate import describe, evaluate
 
-    return f"{describe(evaluate(run, steps, n=n, seed=seed))}\n\n{run / 'summary.json'}"
+    return f"{describe(evaluate(run, steps, **options))}\n\n{run / 'summary.json'}"
 
 
 def _plot_flow_map(run: Path) -> Path:
@@ -259,7 +319,7 @@ def _plot_flow_map(run: Path) -> Path:
 
     x1 = torch.randn(2000, 2, generator=generator_at(0, "samples"))
     net, config = load_run(run)
-    panels = {"exact flow map": exact_flow(x1)}
+    panels = {"exact flow map": exact_flow(x1, config.path.build())}
     for steps in (1, 2, 4, 8):
         panels[f"{config.method.name}, {steps} step{'s' * (steps > 1)}"] = generate(
             net, config, 2000, steps=steps
@@ -273,6 +333,12 @@ def fail(message: str, status: int = 2) -> int:
     """Print one message on stderr and hand the status through."""
     print(f"fastdistill: {message}", file=sys.stderr)
     return status
+
+
+def _add_sampler(command: argparse.ArgumentParser) -> None:
+    """The options that choose another sampler than the method's own."""
+    command.add_argument("--sampler", help="average_velocity, consistency, gamma, euler, ... (default: the method's)")
+    command.add_argument("--gamma", type=float, help="share of fresh noise, 0 to 1: samples by the sampler gamma")
 
 
 def _status_of(error: Exception) -> int | None:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fastdistill.eval.digits import DigitJudge, Row
 from fastdistill.eval.evaluate import evaluate, format_table
-from fastdistill.eval.report import read_metrics, write_report
+from fastdistill.eval.records import describe_machine, read_metrics, training_seconds
+from fastdistill.eval.report import write_report
 from fastdistill.train import TrainConfig, generate, load_config, load_run, train
 from fastdistill.train.data import Digits
 from fastdistill.train.files import write_text
@@ -109,15 +110,6 @@ def draw_samples(configs: Mapping[str, TrainConfig]) -> dict[str, dict[str, Tens
     return samples | {"real": {"": torch.stack(by_class, dim=1).flatten(0, 1)}}
 
 
-def training_seconds(config: TrainConfig) -> float:
-    """How long a run's steps took, over all its sittings, from the pace that it logged."""
-    seconds, done = 0.0, 0
-    for point in read_metrics(config.out):
-        seconds += (point["step"] - done) * config.data.batch / point["samples_per_second"]
-        done = int(point["step"])
-    return seconds
-
-
 def describe_run(config: TrainConfig) -> str:
     """A run's settings in a line."""
     net, _ = load_run(config.out, device="cpu")  # frozen, so nothing of it counts as trainable
@@ -135,19 +127,6 @@ def describe_run(config: TrainConfig) -> str:
         f"{config.model.preset}, {parameters:,} parameters, {config.steps} steps of {config.data.batch}, "
         f"learning rate {optim.lr:g}, EMA {optim.ema:g}, {own}guidance scale {scale:g}"
     )
-
-
-def describe_machine(run: Path) -> dict[str, str]:
-    """What a run ran on, in a few words for each thing."""
-    found = json.loads((run / "env.json").read_text(encoding="utf-8"))
-    gpu = found["gpu"]["name"] if found["gpu"] else "none"
-    return {
-        "python": found["python"],
-        "torch": found["packages"]["torch"],
-        "platform": found["platform"],
-        "cores": f"{found['cpu']['cores']}, torch uses {found['cpu']['torch_threads']}",
-        "gpu": gpu,
-    }
 
 
 def _train(name: str, config: TrainConfig) -> None:

@@ -38,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     """Commands and examples, in `python -m` fashion too."""
     text = told(["--help"], 0, capsys)
-    for command in ("train", "sample", "eval", "demo", "bench", "report", "doctor"):
+    for command in ("train", "sample", "eval", "explain", "compare", "demo", "bench", "report", "doctor"):
         assert f"\n    {command} " in text
         assert f"  fastdistill {command}" in text
         assert "examples:\n  fastdistill" in told([command, "--help"], 0, capsys)
@@ -89,6 +89,12 @@ print(*(name for name in ("pydantic", "tyro", "sklearn", "matplotlib", "tensorbo
         (["sample", "nowhere", "--out", "a.gif"], ["--out", ".png or .npy", "a.gif"]),
         (["eval", "nowhere"], ["nowhere", "expected a run folder"]),
         (["eval", "nowhere", "--n", "5"], ["--n", "from 64 up", "'5'"]),
+        (["train", "ring", "--method.name", "meanflo"], ["method.name", "did you mean 'meanflow'?"]),
+        (["train", "ring", "--method.name", "dmd"], ["teacher", "runs/ring-flow", "train it first"]),
+        (["train", "ring", "--path.name", "edm", "--method.name", "scm"], ["path.name: scm fits", "trig"]),
+        (["explain", "meanflo"], ["method", "did you mean 'meanflow'?"]),
+        (["compare", "--methods", "facm,dmx"], ["methods", "'dmx'", "did you mean 'dmd'?"]),
+        (["compare", "--data", "cifar"], ["data", "ring, digits", "'cifar'"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -161,6 +167,40 @@ def test_samples_are_written_as_a_picture_or_an_array(
     assert told(["sample", str(run)], 0, capsys) == f"{picture}\n"
     with Image.open(picture) as image:
         assert image.size == (400, 430)
+
+
+def test_samples_and_measures_by_another_sampler(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By name, or by gamma; one that the network wasn't trained for is refused."""
+    arrays = []
+    for name, how in (("a", []), ("b", ["--sampler", "consistency"]), ("c", ["--gamma", "0.5"])):
+        out = tmp_path / f"{name}.npy"
+        told(["sample", str(run), "--n", "7", "--steps", "2", "--out", str(out), *how], 0, capsys)
+        arrays.append(np.load(out))
+    assert not np.array_equal(arrays[0], arrays[1]) and not np.array_equal(arrays[1], arrays[2])
+    assert "meanflow, 2 steps" in told(["eval", str(run), "--steps", "2", "--n", "64", "--gamma", "0.5"], 0, capsys)
+    assert "gamma: expected in [0, 1]" in told(["sample", str(run), "--gamma", "2"], 2, capsys)
+
+
+def test_methods_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    """One in full, or all in a table."""
+    assert "arXiv:2505.13447" in told(["explain", "meanflow"], 0, capsys)
+    table = told(["explain"], 0, capsys)
+    assert all(f"\n{name} " in table for name in ("meanflow", "facm", "dmd", "reflow"))
+
+
+def test_methods_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command passes its options on, and prints the table and where the report is."""
+    import fastdistill.compare as module
+
+    small = ["--model.width", "8", "--data.batch", "16", "--device", "cpu"]
+    original = module.compare
+    monkeypatch.setattr(module, "compare", lambda *args, **options: original(*args, **options, overrides=small))
+    arguments = ["--methods", "flow_matching", "--steps", "2", "--n", "64", "--out", str(tmp_path / "out")]
+    text = told(["compare", *arguments], 0, capsys)
+    assert "map error@1" in text and "flow_matching" in text
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 def test_samples_that_a_run_cannot_give_are_refused(

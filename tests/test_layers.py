@@ -32,19 +32,56 @@ MAY_IMPORT: dict[str, set[str]] = {
     "objectives": {"paths", "times", "samplers", "jvp"},
     "eval.exact": {"paths"},
     "train": {"api", "jvp", "nn", "models", "paths", "couplings", "times", "samplers", "objectives", "eval.exact"},
-    "eval": {"api", "models", "paths", "times", "samplers", "train", "eval.exact"},
+    "eval": {"api", "models", "paths", "times", "samplers", "objectives", "train", "eval.exact"},
+    "explain": {"objectives", "train"},
+    "compare": {"models", "testing", "train", "eval"},
     "demo": {"api", "models", "paths", "times", "samplers", "train", "eval", "eval.exact"},
     "tune": {"kernels", "eager"},
     "benchmarks": {"api", "reference", "testing", "eager", "ops", "models", "objectives", "benchmarks.counting"},
     "benchmarks.aot_ops": {"kernels", "tune"},
     "benchmarks.aot_table": {"kernels", "tune", "benchmarks.aot_ops"},
     "benchmarks.counting": {"ops", "kernels"},
-    "cli": {"api", "models", "samplers", "train", "eval", "demo", "benchmarks"},
+    "benchmarks.evidence": {
+        "benchmarks",
+        "benchmarks.evidence_tables",
+        "benchmarks.method_figures",
+        "jvp",
+        "objectives",
+        "train",
+        "eval",
+        "eval.exact",
+        "compare",
+    },
+    "benchmarks.evidence_tables": {"benchmarks", "objectives", "train", "eval", "compare"},
+    "benchmarks.method_figures": {
+        "benchmarks",
+        "benchmarks.evidence_tables",
+        "benchmarks.run_figures",
+        "paths",
+        "samplers",
+        "objectives",
+        "train",
+        "eval",
+        "eval.exact",
+        "compare",
+    },
+    "benchmarks.run_figures": {
+        "benchmarks",
+        "paths",
+        "samplers",
+        "objectives",
+        "train",
+        "eval",
+        "eval.exact",
+        "compare",
+    },
+    "cli": {"api", "models", "samplers", "train", "eval", "demo", "explain", "compare", "benchmarks"},
 }
 # These are about the kernels themselves and need Triton from the start.
 NEED_TRITON = {"kernels", "tune", "benchmarks.aot_ops", "benchmarks.aot_table", "benchmarks.counting"}
 # These may use the packages of an extra; all others use torch, the kernels Triton too, and nothing else.
-APPLICATIONS = {"train", "eval", "demo", "benchmarks", "cli"}
+APPLICATIONS = {"train", "eval", "demo", "benchmarks", "cli", "explain", "compare"}
+APPLICATIONS |= {layer for layer in MAY_IMPORT if layer.startswith("benchmarks.")} - NEED_TRITON
 
 # What a layer may import besides, inside the function that needs it: optional packages, which have an extra.
 LAZY: dict[str, set[str]] = {"couplings": {"ot", "scipy"}, "samplers": {"numpy", "scipy"}}

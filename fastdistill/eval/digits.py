@@ -15,10 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill.eval.classifier import cached_classifier
-from fastdistill.eval.metrics import frechet_distance, nearest_neighbour_ratio, precision_recall, sliced_wasserstein
+from fastdistill.eval.metrics import (
+    frechet_distance,
+    nearest_neighbour_ratio,
+    precision_recall,
+    sliced_wasserstein,
+    two_sample_accuracy,
+)
 from fastdistill.train import TrainConfig
 from fastdistill.train.data import Digits, generator_at
-from fastdistill.train.methods import FlowMatching
+from fastdistill.train.sampling import OWN, Sampling, draw
 
 Row = dict[str, float]
 
@@ -61,13 +67,16 @@ class DigitJudge:
     def check(self, x: Tensor) -> Row:
         """What a Fréchet distance can't tell: precision, recall, and whether images x are copies of the training set.
 
-        Precision and recall are those of the classifier's features. The nearest-neighbour ratio, in pixels, is 1 for
-        images as far from the training set as unseen digits are, and 0 for copies.
+        Precision, recall and the two-sample accuracy `c2st` (0.5: can't be told from real ones) are those of the
+        classifier's features. The nearest-neighbour ratio, in pixels, is 1 for images as far from the training set as
+        unseen digits are, and 0 for copies.
         """
-        precision, recall = precision_recall(self.classifier.features(x), self.classifier.features(self.x))
+        features, real = self.classifier.features(x), self.classifier.features(self.x)
+        precision, recall = precision_recall(features, real)
         train, held_out = self.digits.x.flatten(1), self.digits.held_out_x.flatten(1)
         ratio = nearest_neighbour_ratio(x.flatten(1), train, held_out)
-        return {"precision": precision, "recall": recall, "nearest_neighbour_ratio": ratio}
+        c2st = two_sample_accuracy(features, real)
+        return {"precision": precision, "recall": recall, "c2st": c2st, "nearest_neighbour_ratio": ratio}
 
     def references(self, count: int | None = None, *, seed: int = 0) -> dict[str, Row]:
         """The same four numbers for what is no network's work, `count` images each.
@@ -117,28 +126,26 @@ def evaluate_network(
     steps: Sequence[int],
     *,
     count: int | None = None,
-    guidance: float | None = None,
+    how: Sampling = OWN,
     seed: int = 0,
 ) -> tuple[dict[str, Row], dict[str, Row]]:
     """Generate with each number of steps, always from the same noise; the rows and the checks, by number of steps.
 
     Args:
         net, config: as `load_run` returns them.
-        steps: of the run's own sampler.
+        steps: of the sampler.
         count: of images; None: as many as there are real digits.
-        guidance: classifier-free guidance scale of flow matching; None: the configuration's.
+        how: which sampler, guidance and gamma.
     """
-    device, null = next(net.parameters()).device, judge.digits.num_classes
-    if guidance is None:
-        guidance = config.method.sample_guidance if isinstance(config.method, FlowMatching) else 1.0
+    device = next(net.parameters()).device
     labels = judge.labels(count)
     y = labels.to(device)
     x1 = torch.randn(len(y), *judge.x.shape[1:], generator=generator_at(seed, "evaluate")).to(device)
-    config.method.sample(net, x1[:8], y[:8], 1, guidance, null)  # pays for what a first call sets up
+    draw(net, config, x1[:8], y[:8], 1, how)  # pays for what a first call sets up
     rows, checks = {}, {}
     for number in steps:
         started = time.perf_counter()
-        x = config.method.sample(net, x1, y, number, guidance, null).cpu()
+        x = draw(net, config, x1, y, number, how, seed=seed).cpu()
         rows[str(number)] = judge.measure(x, labels, time.perf_counter() - started)
         checks[str(number)] = judge.check(x)
     return rows, checks

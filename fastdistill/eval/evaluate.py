@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastdistill.eval import digits, ring
-from fastdistill.train import load_run
+from fastdistill.objectives.reflow import straightness
+from fastdistill.train import TrainConfig, load_run
+from fastdistill.train.data import DATASETS, generator_at
 from fastdistill.train.files import write_text
-from fastdistill.train.methods import FlowMatching
+from fastdistill.train.sampling import Sampling
 
 HEADINGS = {
     "frechet": "Fréchet",
@@ -28,7 +31,9 @@ def evaluate(
     steps: Sequence[int] | None = None,
     *,
     n: int | None = None,
+    sampler: str | None = None,
     guidance: float | None = None,
+    gamma: float | None = None,
     seed: int = 0,
     judge: digits.DigitJudge | None = None,
     device: torch.device | str | None = None,
@@ -39,16 +44,16 @@ def evaluate(
 
     Args:
         run: a run folder.
-        steps: of the run's own sampler: Euler for flow matching, jumps for MeanFlow. None: 1, 2, 4, 8, and 32 for flow
-            matching.
+        steps: of the sampler; None: 1, 2, 4, 8, and 32 for samplers of velocities.
         n: how many samples; None: for digits as many as there are real ones, with their labels; for the ring 4096.
-        guidance: classifier-free guidance scale, for flow matching on digits; None: the configuration's.
+        sampler, guidance, gamma: see `fastdistill.train.sampling.Sampling`; None: the run's own.
         judge: for digits, to share one; None: its classifier is trained for, and kept in, this run folder.
         device: None: the GPU if there is one. Metrics are computed on the CPU.
 
     Returns:
-        What was written: `data`, `method`, `samples`, `steps` and `references`, both {name: {metric: value}}, and for
-        digits `checks`. See `fastdistill.eval.digits` and `fastdistill.eval.ring` for the metrics.
+        What was written: `data`, `method`, `sampler`, `samples`, `straightness` where the network knows a velocity,
+        `steps` and `references`, both {name: {metric: value}}, and for digits `checks`. See
+        `fastdistill.eval.digits` and `fastdistill.eval.ring` for the metrics.
 
     Raises:
         ValueError: an argument outside these rules, by name.
@@ -60,30 +65,43 @@ def evaluate(
         raise ValueError(f"steps: expected positive numbers, got {list(steps)}")
     run = Path(run)
     net, config = load_run(run, device=device)
-    flow = isinstance(config.method, FlowMatching)
-    if guidance is not None and not (flow and config.data.name == "digits"):
-        raise ValueError(f"guidance: only flow matching on digits takes a scale, got {guidance}")
-    steps = steps or ((1, 2, 4, 8, 32) if flow else (1, 2, 4, 8))
-    result: dict[str, Any] = {"data": config.data.name, "method": config.method.name}
+    how = Sampling(sampler, guidance, gamma).resolve(config)
+    steps = steps or ((1, 2, 4, 8, 32) if how.sampler in ("euler", "heun") else (1, 2, 4, 8))
+    result: dict[str, Any] = {"data": config.data.name, "method": config.method.name, "sampler": how.sampler}
+    if "velocity" in config.method.learns:
+        result["straightness"] = measure_straightness(net, config, seed)
     if config.data.name == "ring":
         count = n or 4096
         result["samples"] = count
-        result["steps"] = ring.evaluate_network(net, config, steps, count=count, seed=seed)
-        result["references"] = ring.references(steps, count=count, seed=seed)
+        result["steps"] = ring.evaluate_network(net, config, steps, count=count, how=how, seed=seed)
+        result["references"] = ring.references(steps, count=count, path=config.path.build(), seed=seed)
     else:
         judge = judge or digits.DigitJudge(run)
         result["samples"] = len(judge.labels(n))
         result["steps"], result["checks"] = digits.evaluate_network(
-            net, config, judge, steps, count=n, guidance=guidance, seed=seed
+            net, config, judge, steps, count=n, how=how, seed=seed
         )
         result["references"] = judge.references(n, seed=seed)
     write_text(run / "summary.json", json.dumps(result, indent=2) + "\n")
     return result
 
 
+def measure_straightness(net: nn.Module, config: TrainConfig, seed: int = 0, count: int = 512) -> float:
+    """How far the flow of a network's velocity is from straight lines at constant speed, for which it is 0.
+
+    The mean over an element of data: S of `fastdistill.objectives.reflow.straightness` over the elements of a row.
+    """
+    dataset, device = DATASETS[config.data.name], next(net.parameters()).device
+    x1 = torch.randn(count, *dataset.shape, generator=generator_at(seed, "straightness")).to(device)
+    y = torch.arange(count, device=device) % dataset.num_classes if dataset.num_classes else None
+    return float(straightness(net, x1, y, 32, path=config.path.build())) / x1[0].numel()
+
+
 def describe(result: Mapping[str, Any]) -> str:
     """What `evaluate` found, as a text table with its references."""
-    return format_table({result["method"]: result["steps"], "references": result["references"]})
+    text = format_table({result["method"]: result["steps"], "references": result["references"]})
+    straight = result.get("straightness")
+    return text if straight is None else f"{text}\n\nstraightness of its flow (0: straight lines): {straight:.3f}"
 
 
 def format_table(groups: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:

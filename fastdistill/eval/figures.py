@@ -22,7 +22,7 @@ STYLE: dict[str, Any] = {"color": INK, "fontsize": 9}
 
 def draw_panel(images: Tensor, scale: int = 4) -> bytes:
     """Images (rows * 10, 1, 8, 8) in [-1, 1] as one grid, ten a row, dark on light; each pixel a square."""
-    return _png_of(_tile(images, CLASSES, scale))
+    return _png_of(tile(images, CLASSES, scale))
 
 
 def draw_headline(groups: Mapping[str, Mapping[str, Tensor]], frechet: Mapping[str, Mapping[str, float]]) -> bytes:
@@ -43,7 +43,7 @@ def draw_headline(groups: Mapping[str, Mapping[str, Tensor]], frechet: Mapping[s
         y -= 0.36 + (0.16 if group != previous else 0)
         previous = group
         axes = figure.add_axes((1.62 / width, y / height, 6.6 / width, 0.33 / height))
-        axes.imshow(_tile(images[: 2 * CLASSES], 2 * CLASSES, 4), cmap="gray", vmin=0, vmax=255)
+        axes.imshow(tile(images[: 2 * CLASSES], 2 * CLASSES, 4), cmap="gray", vmin=0, vmax=255)
         axes.set_axis_off()
         label = f"{NAMES[group]}, {steps} step{'s' * (steps != '1')}" if steps else NAMES[group]
         middle = (y + 0.165) / height
@@ -52,14 +52,14 @@ def draw_headline(groups: Mapping[str, Mapping[str, Tensor]], frechet: Mapping[s
         if steps:
             value = f"{frechet[group][steps]:.1f}"
             figure.text(8.86 / width, middle, value, ha="right", va="center", color=color, fontsize=9)
-    return _png(figure)
+    return png_of_figure(figure)
 
 
 def draw_distances(frechet: Mapping[str, Mapping[str, float]], references: Mapping[str, float]) -> bytes:
     """Fréchet distance against the number of steps, both logarithmic, with the references as lines."""
     figure = Figure(figsize=(6.4, 3.3), dpi=160, layout="constrained", facecolor="white")
     axes = figure.add_subplot(xscale="log", yscale="log")
-    _tidy(axes, "steps", "Fréchet distance")
+    tidy(axes, "steps", "Fréchet distance")
     for name, value in references.items():
         axes.axhline(value, color=COLORS["reference"], linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
         axes.annotate(
@@ -76,7 +76,7 @@ def draw_distances(frechet: Mapping[str, Mapping[str, float]], references: Mappi
     axes.minorticks_off()
     axes.yaxis.set_major_formatter("{x:g}")
     axes.legend(frameon=False, fontsize=9, labelcolor=INK)
-    return _png(figure)
+    return png_of_figure(figure)
 
 
 def draw_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
@@ -85,7 +85,7 @@ def draw_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
     panels = {"loss": "loss", "raw_error": "raw error, a pixel", "tangent_norm": "norm of du/dt, a pixel"}
     for place, (metric, title) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(1, len(panels), place, yscale="log")
-        _tidy(axes, "step", "")
+        tidy(axes, "step", "")
         axes.set_title(title, color=INK, fontsize=10, loc="left")
         for run in [run for run in curves if metric in curves[run][-1]]:
             steps = [point["step"] for point in curves[run]]
@@ -94,10 +94,11 @@ def draw_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
-    return _png(figure)
+    return png_of_figure(figure)
 
 
-def _tidy(axes: Axes, x: str, y: str) -> None:
+def tidy(axes: Axes, x: str, y: str) -> None:
+    """Axes with names and with little ink."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#c9c9c3")
     axes.tick_params(colors=FAINT, labelsize=8, color="#c9c9c3")
@@ -105,7 +106,7 @@ def _tidy(axes: Axes, x: str, y: str) -> None:
     axes.set_ylabel(y, **STYLE)
 
 
-def _tile(images: Tensor, columns: int, scale: int) -> Any:
+def tile(images: Tensor, columns: int, scale: int) -> Any:
     """Gray levels (H, W) uint8 as a numpy array, ink dark on white, a gap of a pixel's width between images."""
     ink = ((1 - images.float().cpu().clamp(-1, 1)) * 127.5).round().byte()
     ink = ink.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
@@ -120,7 +121,8 @@ def _png_of(pixels: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _png(figure: Figure) -> bytes:
+def png_of_figure(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -91,6 +91,27 @@ def _share_inside(points: Tensor, manifold: Tensor, neighbours: int) -> float:
     return float((torch.cdist(points, manifold) <= radii).any(dim=1).double().mean())
 
 
+def two_sample_accuracy(a: Tensor, b: Tensor, *, neighbours: int = 1) -> float:
+    """How often the nearest other points tell which of two sets a point is from: a classifier two-sample test (C2ST).
+
+    a, b: (N, D) and (M, D). Each point of the two sets together is assigned by a majority of its nearest others; the
+    result is the mean of the two sets' accuracies, so that unequal sizes don't matter. 0.5: the sets can't be told
+    apart. 1: they always can. Clearly below 0.5: points of one set sit on those of the other, as copies do.
+    Source: Lopez-Paz and Oquab 2017, arXiv:1610.06545; the nearest neighbour as classifier: Xu et al. 2018,
+    arXiv:1806.07755.
+    Raises ValueError for other shapes, non-finite values or an even or non-positive number of neighbours.
+    """
+    if neighbours < 1 or neighbours % 2 == 0:
+        raise ValueError(f"neighbours: expected an odd number >= 1, got {neighbours}")
+    a, b = _two_sets(a, b, smallest=neighbours + 1)
+    points = torch.cat([a, b])
+    labels = torch.arange(len(points), device=points.device) >= len(a)
+    distances = torch.cdist(points, points).fill_diagonal_(torch.inf)
+    votes = labels[distances.topk(neighbours, largest=False).indices].double().mean(1) > 0.5
+    right = (votes == labels).double()
+    return float((right[: len(a)].mean() + right[len(a) :].mean()) / 2)
+
+
 def _two_sets(a: Tensor, b: Tensor, *, smallest: int) -> tuple[Tensor, Tensor]:
     for name, x in (("first", a), ("second", b)):
         if x.ndim != 2 or len(x) < smallest:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ def write_report(
         path: of the HTML file.
         summary: what `fastdistill.demo` writes as summary.json; every number in the report comes from it.
         samples: a multiple of ten images (N, 1, 8, 8) each, one of every class in turn, from the same noise throughout.
-        curves: {"teacher": ..., "meanflow": ...}, as `read_metrics` returns them.
+        curves: {"teacher": ..., "meanflow": ...}, as `fastdistill.eval.records.read_metrics` returns them.
     """
     frechet = {run: {name: row["frechet"] for name, row in summary[run].items()} for run in ("teacher", "meanflow")}
     known = {row_name("", name): summary["references"][name]["frechet"] for name in ("bootstrap", "held_out", "noise")}
@@ -43,18 +42,13 @@ def write_report(
     html = page.get_template("report.html.jinja").render(
         summary=summary,
         reading=read_numbers(summary),
-        headline=_inline(headline),
-        distances=_inline(figures.draw_distances(frechet, known)),
-        curves=_inline(figures.draw_curves(curves)),
+        headline=inline(headline),
+        distances=inline(figures.draw_distances(frechet, known)),
+        curves=inline(figures.draw_curves(curves)),
         panels=_panels(samples, summary),
         table=_table(summary),
     )
     write_text(path, html)
-
-
-def read_metrics(run: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def read_numbers(summary: Mapping[str, Any]) -> list[str]:
@@ -92,9 +86,9 @@ def _panels(samples: Samples, summary: Mapping[str, Any]) -> list[tuple[str, lis
         for steps, images in samples[group].items():
             row = summary[group][steps]
             numbers = f"Fréchet {row['frechet']:.1f}, {row['accuracy']:.1%} recognised"
-            panels.append((_inline(figures.draw_panel(images)), _steps(int(steps)), numbers))
+            panels.append((inline(figures.draw_panel(images)), _steps(int(steps)), numbers))
         groups.append((figures.NAMES[group], panels))
-    groups[-1][1].append((_inline(figures.draw_panel(samples["real"][""])), "real digits", "for comparison"))
+    groups[-1][1].append((inline(figures.draw_panel(samples["real"][""])), "real digits", "for comparison"))
     return groups
 
 
@@ -114,5 +108,6 @@ def _table(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {"headings": [*headings, *checks.values()], "groups": groups}
 
 
-def _inline(png: bytes) -> str:
+def inline(png: bytes) -> str:
+    """A PNG as the address that stands for it within a page."""
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

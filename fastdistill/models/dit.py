@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill import ops
+from fastdistill.models.mlp import guidance_time
 from fastdistill.nn import (
     Attention,
     GatedResidualAdaNorm,
@@ -112,6 +113,7 @@ class DiT(nn.Module):
         mlp_ratio: hidden width of the mlp over C.
         qk_norm: RMS-normalise queries and keys per head.
         pos: "sincos" adds a fixed embedding to the tokens, "rope" rotates queries and keys (needs C / H % 4 == 0).
+        guidance: take a guidance scale as input, g; it adds emb_g(1 / g) to the condition.
 
     Attributes:
         config: the arguments above, JSON-serialisable: ``DiT(**net.config)`` has the same architecture.
@@ -132,6 +134,7 @@ class DiT(nn.Module):
         mlp_ratio: float = 4.0,
         qk_norm: bool = False,
         pos: str = "sincos",
+        guidance: bool = False,
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
@@ -144,6 +147,7 @@ class DiT(nn.Module):
             "mlp_ratio": mlp_ratio,
             "qk_norm": qk_norm,
             "pos": pos,
+            "guidance": guidance,
         }
         _check_config(self.config)
         self.channels, self.patch_size = channels, patch_size
@@ -154,6 +158,7 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedding(width)
         self.d_embedder = TimestepEmbedding(width)
         self.y_embedder = nn.Embedding(num_classes + 1, width)
+        self.g_embedder = TimestepEmbedding(width) if guidance else None
         self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch_features)
         self.initialize()
@@ -170,7 +175,9 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, RMSNorm):
                 module.reset_parameters()
-        for embedder in (self.t_embedder, self.d_embedder):
+        for embedder in (self.t_embedder, self.d_embedder, self.g_embedder):
+            if embedder is None:
+                continue
             nn.init.normal_(embedder.fc1.weight, std=0.02)
             nn.init.normal_(embedder.fc2.weight, std=0.02)
         nn.init.normal_(self.y_embedder.weight, std=0.02)
@@ -179,7 +186,7 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.linear.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None, *, g: Tensor | None = None) -> Tensor:
         """The average velocity from t to s at x.
 
         Args:
@@ -187,18 +194,19 @@ class DiT(nn.Module):
             t: (B,) in [0, 1], from; t = 0 is data, t = 1 noise.
             s: (B,) in [0, t], to. s = t asks for the instantaneous velocity.
             y: (B,) int64 in [0, num_classes], or None for "no label" everywhere.
+            g: (B,) guidance scales > 0, for a network with `guidance`; None: 1, no guidance.
 
         Returns:
             u, of x's shape and dtype.
 
         Raises:
-            ValueError: a shape outside these rules, naming the argument.
+            ValueError: a shape outside these rules, or g for a network without `guidance`, naming the argument.
         """
-        self._check_inputs(x, t, s, y)
+        self._check_inputs(x, t, s, y, g)
         p, (rows, columns) = self.patch_size, (x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
         with full_precision(x.device):
             tokens = self.x_embedder(_patchify(x, p).to(self.x_embedder.weight.dtype))
-            condition = self._condition(t, s, y)
+            condition = self._condition(t, s, y, g)
         rotation = None
         if self.pos == "rope":
             dtype = torch.promote_types(tokens.dtype, torch.float32)
@@ -211,21 +219,24 @@ class DiT(nn.Module):
             tokens, pending = block(tokens, pending, condition, rotation)
         return _unpatchify(self.final_layer(tokens, pending, condition), p, (rows, columns)).to(x.dtype)
 
-    def _condition(self, t: Tensor, s: Tensor, y: Tensor | None) -> Tensor:  # (B, C)
+    def _condition(self, t: Tensor, s: Tensor, y: Tensor | None, g: Tensor | None) -> Tensor:  # (B, C)
         if y is None:
             y = torch.full(t.shape, self.num_classes, device=t.device)
-        return self.t_embedder(t) + self.d_embedder(t - s) + self.y_embedder(y)
+        condition = self.t_embedder(t) + self.d_embedder(t - s) + self.y_embedder(y)
+        return condition if self.g_embedder is None else condition + self.g_embedder(guidance_time(g, t))
 
-    def _check_inputs(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None) -> None:
+    def _check_inputs(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None, g: Tensor | None) -> None:
         p = self.patch_size
         if x.dim() != 4 or x.shape[1] != self.channels or x.shape[2] % p or x.shape[3] % p:
             raise ValueError(
                 f"x: expected (B, {self.channels}, height, width) with sides divisible by the patch size {p}, "
                 f"got {tuple(x.shape)}"
             )
-        for name, value in (("t", t), ("s", s), ("y", y)):
+        for name, value in (("t", t), ("s", s), ("y", y), ("g", g)):
             if value is not None and value.shape != x.shape[:1]:
                 raise ValueError(f"{name}: expected ({x.shape[0]},), one for each image, got {tuple(value.shape)}")
+        if g is not None and self.g_embedder is None:
+            raise ValueError("g: this network takes no guidance scale; make it with guidance=True")
 
 
 def _patchify(x: Tensor, patch_size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A small MLP flow map for points in the plane: the eight-Gaussian ring, tests, and examples."""
+"""A small MLP flow map: points in the plane, tiny images laid flat, tests, and examples."""
 
 from __future__ import annotations
 
@@ -16,56 +16,79 @@ MAX_FREQUENCY = 8.0
 
 
 class MLP(nn.Module):
-    """u(x, t, s) for points: Linear and SiLU layers on x and sinusoids of t and of t - s.
+    """u(x, t, s, y): Linear and SiLU layers on x laid flat and sinusoids of t and of t - s.
 
     It is too small to gain from 16 bits, so autocast doesn't touch it.
 
     Args:
-        dim: of a point.
+        dim: numbers in a row: 2 for a point in the plane, 64 for an image of 8 x 8 pixels.
         width: of the hidden layers.
         depth: how many hidden layers.
+        num_classes: labels 0 .. num_classes - 1; `num_classes` itself is "no label". 0: labels are ignored.
+        guidance: take a guidance scale as input, g.
 
     Attributes:
         config: the arguments above: ``MLP(**net.config)`` has the same architecture.
 
     Raises:
-        ValueError: an argument that is no positive integer, by name.
+        ValueError: an argument outside these rules, by name.
     """
 
-    def __init__(self, *, dim: int = 2, width: int = 96, depth: int = 3) -> None:
+    def __init__(
+        self, *, dim: int = 2, width: int = 96, depth: int = 3, num_classes: int = 0, guidance: bool = False
+    ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {"dim": dim, "width": width, "depth": depth}
         for name, value in self.config.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-        self.dim = dim
+        if not isinstance(num_classes, int) or num_classes < 0:
+            raise ValueError(f"num_classes: expected an integer from 0 up, got {num_classes!r}")
+        self.config |= {"num_classes": num_classes, "guidance": guidance}
+        self.dim, self.num_classes = dim, num_classes
         self.in_layer = nn.Linear(dim + 2 * TIME_FEATURES, width)
         self.hidden_layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
         self.out_layer = nn.Linear(width, dim)
+        self.y_embedder = nn.Embedding(num_classes + 1, width) if num_classes else None
+        self.g_embedder = nn.Linear(TIME_FEATURES, width) if guidance else None
 
-    def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None, *, g: Tensor | None = None) -> Tensor:
         """The average velocity from t to s at x.
 
         Args:
-            x: (B, dim).
+            x: (B, ...), dim numbers a row.
             t: (B,) in [0, 1], from.
             s: (B,) in [0, t], to.
-            y: ignored: points have no labels. Accepted so that every network is called alike.
+            y: (B,) int64 in [0, num_classes], or None for "no label"; ignored by a network without classes.
+            g: (B,) guidance scales > 0, for a network with `guidance`; None: 1, no guidance.
 
         Returns:
-            u: (B, dim).
+            u, of x's shape.
 
         Raises:
-            ValueError: a shape outside these rules, naming the argument.
+            ValueError: a shape outside these rules, or g for a network without `guidance`, naming the argument.
         """
-        if x.dim() != 2 or x.shape[1] != self.dim:
+        if x.dim() < 2 or x.shape[1:].numel() != self.dim:
             raise ValueError(f"x: expected (B, {self.dim}), got {tuple(x.shape)}")
         for name, time in (("t", t), ("s", s)):
             if time.shape != x.shape[:1]:
                 raise ValueError(f"{name}: expected ({x.shape[0]},), one for each point, got {tuple(time.shape)}")
         times = [sinusoids(time, TIME_FEATURES, MAX_FREQUENCY).to(x.dtype) for time in (t, t - s)]
         with full_precision(x.device):
-            h = F.silu(self.in_layer(torch.cat([x, *times], dim=-1)))
+            h = self.in_layer(torch.cat([x.flatten(1), *times], dim=-1))
+            if self.y_embedder is not None:
+                h = h + self.y_embedder(torch.full(t.shape, self.num_classes, device=t.device) if y is None else y)
+            if self.g_embedder is not None:
+                scale = guidance_time(g, t)
+                h = h + self.g_embedder(sinusoids(scale, TIME_FEATURES, MAX_FREQUENCY).to(x.dtype))
+            elif g is not None:
+                raise ValueError("g: this network takes no guidance scale; make it with guidance=True")
+            h = F.silu(h)
             for layer in self.hidden_layers:
                 h = F.silu(layer(h))
-            return self.out_layer(h)
+            return self.out_layer(h).view_as(x)
+
+
+def guidance_time(g: Tensor | None, like: Tensor) -> Tensor:
+    """A guidance scale as a number that a time embedding takes: 1 / g, (B,), which varies where g is small; None: 1."""
+    return torch.ones_like(like) if g is None else g.to(like).reciprocal()

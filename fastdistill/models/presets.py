@@ -32,6 +32,7 @@ def _dit(
 # cores: in the same time, width 128 learns less there, having fewer steps.
 PRESETS: dict[str, Preset] = {
     "mlp-ring": Preset(MLP, {"dim": 2, "width": 96, "depth": 3}),
+    "mlp-digits": Preset(MLP, {"dim": 64, "width": 372, "depth": 5, "num_classes": 10}),
     #                  channels  patch  width  depth  heads  mlp_ratio  classes
     "dit-digits": _dit(1,        2,     96,    4,     3,     2.0,       10),
     "dit-s/2":    _dit(4,        2,     384,   12,    6,     4.0,       1000),

@@ -20,6 +20,7 @@
 
 The loss is a scalar with gradient. Metrics are detached: scalars `loss`, `raw_error` (the mean square residual before
 any weight) and, where they exist, `tangent_norm` and `distinct_share`; and under "rows" a dict of (B,) tensors.
+A loss composed of terms also gives these, under "terms", scalars with their graph, so that gradients can be compared.
 """
 
 from __future__ import annotations

@@ -68,6 +68,10 @@ def facm(
     g = (f_net - (w - time * df_dt)).detach()
     target = f_net.detach() - (1 - (1 - time) ** p) * g.clamp(-clamp, clamp)
     distilled = adaptive(f_net - target, 0.5, c, "mean")
-    loss = (anchor_loss + torch.cos(0.5 * torch.pi * (1 - t)) * distilled).mean()
+    terms = {
+        "distillation": (torch.cos(0.5 * torch.pi * (1 - t)) * distilled).mean(),
+        "anchor": anchor_loss.mean(),
+    }
+    loss = terms["distillation"] + terms["anchor"]
     metrics = measure(loss, g, t, s, tangent=df_dt)
-    return loss, metrics | {"anchor_error": (anchor - w).detach().square().mean()}
+    return loss, metrics | {"anchor_error": (anchor - w).detach().square().mean(), "terms": terms}

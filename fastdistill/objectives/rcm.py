@@ -74,5 +74,6 @@ def rcm(
     if delta.shape != x1.shape:
         raise ValueError(f"score_gradient: expected shape {tuple(x1.shape)}, got {tuple(delta.shape)}")
     score_loss = 0.5 * squared(samples - (samples - delta).detach(), "mean").mean()
-    loss = loss + score_weight * score_loss
-    return loss, metrics | {"loss": loss.detach(), "score_loss": score_loss.detach()}
+    terms = {"distillation": loss, "score": score_weight * score_loss}
+    loss = loss + terms["score"]
+    return loss, metrics | {"loss": loss.detach(), "score_loss": score_loss.detach(), "terms": terms}

@@ -36,6 +36,18 @@ def mean_square(x: Tensor) -> Tensor:
     return x.square().flatten(1).mean(1)
 
 
+def split_terms(errors: Tensor, distinct: int) -> dict[str, Tensor]:
+    """The two terms whose sum is `errors.mean()`, scalars with their graph: rows with s != t, and their anchor.
+
+    Args:
+        errors: (B,), weighted, the `distinct` rows with s != t first.
+    """
+    return {
+        "distillation": errors[:distinct].sum() / len(errors),
+        "anchor": errors[distinct:].sum() / len(errors),
+    }
+
+
 def measure(
     loss: Tensor,
     residual: Tensor,

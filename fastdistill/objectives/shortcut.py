@@ -8,7 +8,7 @@ from torch import Tensor
 from fastdistill.objectives.checks import check_batch, check_times
 from fastdistill.objectives.identities import evaluate, semigroup_target
 from fastdistill.objectives.metric import Weighting, squared, weigh
-from fastdistill.objectives.rows import Metrics, measure, pick, split_rows
+from fastdistill.objectives.rows import Metrics, measure, pick, split_rows, split_terms
 from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path
 from fastdistill.samplers import Net
@@ -67,5 +67,6 @@ def shortcut(
     if len(t_near):
         parts.append(evaluate(net, x_near, t_near, t_near, y_near, g_near) - w_near)
     residual, t, s = torch.cat(parts), torch.cat((t_far, t_near)), torch.cat((s_far, t_near))
-    loss = weigh(squared(residual, "mean"), weighting, t, s).mean()
-    return loss, measure(loss, residual, t, s, distinct=len(t_far))
+    errors = weigh(squared(residual, "mean"), weighting, t, s)
+    loss, terms = errors.mean(), split_terms(errors, len(t_far))
+    return loss, measure(loss, residual, t, s, distinct=len(t_far)) | {"terms": terms}

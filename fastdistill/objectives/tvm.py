@@ -61,6 +61,10 @@ def tvm(
         net, x_s, path.velocity(x0, x1, s), s, y=y, teacher=teacher, weak_teacher=weak_teacher, guidance=guidance
     )
     anchor = evaluate(net, x_s, s, s, y, rows) - w
-    loss = (weigh(squared(terminal, "mean"), weighting, t, s) + squared(anchor, "mean")).mean()
+    terms = {
+        "distillation": weigh(squared(terminal, "mean"), weighting, t, s).mean(),
+        "anchor": squared(anchor, "mean").mean(),
+    }
+    loss = terms["distillation"] + terms["anchor"]
     metrics = measure(loss, terminal, t, s, tangent=du_ds)
-    return loss, metrics | {"anchor_error": anchor.detach().square().mean()}
+    return loss, metrics | {"anchor_error": anchor.detach().square().mean(), "terms": terms}

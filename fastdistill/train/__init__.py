@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fastdistill.train.checkpoint import CheckpointError
-from fastdistill.train.config import TrainConfig, load_config, shipped_configs
+from fastdistill.train.config import TrainConfig
+from fastdistill.train.load import load_config, shipped_configs
 from fastdistill.train.loop import NonFiniteError, train
 from fastdistill.train.run import load_run
 from fastdistill.train.sampling import generate

@@ -1,23 +1,21 @@
-"""The configuration of a run: typed, checked as a whole before anything is built, from YAML and the command line."""
+"""The configuration of a run: its fields and what they mean. See load.py for reading one, checks.py for its checks."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
-import torch
-import tyro
 import yaml
 from pydantic import Field, ValidationError
 
-from fastdistill import models
+from fastdistill import models, paths
 from fastdistill.train.data import DATASETS
-from fastdistill.train.methods import FlowMatching, MeanFlow, Method, Share
-from fastdistill.train.settings import ConfigError, Settings, explain
+from fastdistill.train.methods import Method, Share
+from fastdistill.train.settings import ConfigError, Settings, explain, nearest
 
-SHIPPED = Path(__file__).parents[1] / "configs"
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -46,6 +44,37 @@ class ModelSettings(Settings):
     """RMS-normalise queries and keys."""
     pos: Literal["sincos", "rope"] | None = None
     """Position embedding."""
+    guidance: bool | None = None
+    """Take a guidance scale as input: for methods that learn many scales at once."""
+
+
+class PathSettings(Settings):
+    """The probability path from data to noise: a name, and the numbers that it takes."""
+
+    name: str = "linear"
+    """A name of fastdistill.paths.PATHS."""
+    sigma: float | None = None
+    """Of fm, icfm, ot_cfm and vp_si: the noise at the data's end, or on top of the pair."""
+    sigma_data: float | None = None
+    """Of trig: the standard deviation of the data."""
+    sigma_min: float | None = None
+    """Of edm and ve: the least noise."""
+    sigma_max: float | None = None
+    """Of edm and ve: the most noise."""
+    rho: float | None = None
+    """Of edm: the warp of the noise levels."""
+
+    def build(self) -> paths.Path:
+        """The path itself; ConfigError names what doesn't fit."""
+        if self.name not in paths.PATHS or self.name == "gaussian":
+            known = {name: None for name in paths.PATHS if name != "gaussian"}  # that one takes functions
+            raise ConfigError(
+                f"path.name: expected one of {', '.join(known)}, got {self.name!r}; {nearest(self.name, known)}"
+            )
+        try:
+            return paths.get(self.name, **self.model_dump(exclude={"name"}, exclude_none=True))
+        except ValueError as error:
+            raise ConfigError(f"path: {error}") from error
 
 
 class OptimSettings(Settings):
@@ -76,6 +105,17 @@ class LogSettings(Settings):
     """How many checkpoints stay."""
 
 
+class DiagnosticsSettings(Settings):
+    """What is looked at besides the metrics. Changing these never changes the weights."""
+
+    every: int = Field(500, ge=0)
+    """Steps between looks, which go into metrics.jsonl with the metrics; 0: never."""
+    bins: int = Field(4, ge=1, le=16)
+    """The raw error is given by bins of (t, s), so many on either axis."""
+    gradients: bool = False
+    """Also the cosine between the gradients of a composed loss's terms: one more backward pass each, at those steps."""
+
+
 class TrainConfig(Settings):
     """Everything that defines a run."""
 
@@ -88,12 +128,19 @@ class TrainConfig(Settings):
     model: ModelSettings
     method: Method
     """What is learnt: the objective, its times, its guidance."""
+    path: PathSettings = PathSettings()
+    """From data to noise."""
+    coupling: Literal["auto", "independent", "optimal_transport"] = "auto"
+    """Which noise belongs to which row of data: any, or the nearest within a batch. auto: as the path says."""
     teacher: Path | None = None
     """A finished run folder, whose network gives the velocity to follow."""
+    weak_teacher: Path | None = None
+    """A finished run folder of a worse network, for autoguidance: the teacher is led away from it."""
     init_from_teacher: bool = False
     """Start from the teacher's weights."""
     optim: OptimSettings = OptimSettings()
     log: LogSettings = LogSettings()
+    diagnostics: DiagnosticsSettings = DiagnosticsSettings()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -103,49 +150,9 @@ class TrainConfig(Settings):
 
 
 # The rest decides the weights: a run that goes on with another value of it would be a mixture of two runs.
-FREE_TO_CHANGE = ("out", "steps", "log", "teacher", "device", "precision", "resume_from")
-
-
-def shipped_configs() -> list[str]:
-    """The names of the configurations that come with fastdistill."""
-    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
-
-
-def load_config(source: str | Path, overrides: Sequence[str] = (), *, out: Path | None = None) -> TrainConfig:
-    """Read a configuration, apply command line overrides and check it all.
-
-    Args:
-        source: a YAML file, or the name of a shipped one (`shipped_configs()`).
-        overrides: command line arguments, e.g. ["--optim.lr", "3e-4"]; "--help" prints them all and exits.
-        out: the run folder, before overrides; None: the file's own, or runs/<its name>.
-
-    Raises:
-        ConfigError: naming each field that is unknown, missing or wrong.
-        SystemExit: with status 2, by tyro, for a wrong override, which it explains on stderr.
-    """
-    path = find_config(source)
-    given = read_yaml(path)
-    given = {"out": f"runs/{path.stem}"} | given | ({"out": str(out)} if out else {})
-    config = parse_config(given, str(path))
-    if overrides:
-        config = tyro.cli(
-            TrainConfig,
-            args=list(overrides),
-            default=config,
-            prog=f"fastdistill train {source}",
-            description=f"Train as {path.name} says, with any of its fields changed:",
-            config=(tyro.conf.AvoidSubcommands,),
-        )
-    check_config(config)
-    return config
-
-
-def find_config(source: str | Path) -> Path:
-    """The file of a configuration, given by path or by shipped name."""
-    for path in (Path(source), SHIPPED / f"{source}.yaml"):
-        if path.is_file():
-            return path
-    raise ConfigError(f"{source}: no such file, and no shipped configuration; there are {', '.join(shipped_configs())}")
+FREE_TO_CHANGE = (
+    "out", "steps", "log", "diagnostics", "teacher", "weak_teacher", "device", "precision", "resume_from",
+)  # fmt: skip
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -167,96 +174,10 @@ def parse_config(given: Mapping[str, Any], source: str) -> TrainConfig:
         raise ConfigError(f"{source}:\n{explain(error, given)}") from error
 
 
-def check_config(config: TrainConfig) -> None:
-    """Refuse what each field allows by itself and all of them together don't. Builds nothing.
-
-    Raises:
-        ConfigError: naming the fields.
-    """
-    classes = DATASETS[config.data.name].num_classes
-    if config.data.label_dropout and not classes:
-        raise ConfigError(f"data.label_dropout: {config.data.name} has no labels to drop, so expected 0")
-    if config.init_from_teacher and config.teacher is None:
-        raise ConfigError("init_from_teacher: needs `teacher`, the run folder to start from")
-    if config.teacher is not None and isinstance(config.method, FlowMatching):
-        raise ConfigError("teacher: flow_matching learns from data alone; remove it, or choose method.name meanflow")
-    _check_guidance(config, classes)
-    _check_model(config)
-    _check_device(config)
-    if config.out.exists() and not config.out.is_dir():
-        raise ConfigError(f"out: {config.out} is a file; expected a folder")
-
-
-def _check_guidance(config: TrainConfig, classes: int) -> None:
-    method = config.method
-    if isinstance(method, MeanFlow):
-        name, active = "method.guidance", method.guidance.active
-        if method.guidance.kappa and config.teacher is not None:
-            raise ConfigError("method.guidance.kappa: a teacher guides itself, so expected 0 with `teacher`")
-    else:
-        name, active = "method.sample_guidance", method.sample_guidance != 1
-    if active and not classes:
-        raise ConfigError(f"{name}: {config.data.name} has no labels to guide by, so expected scale 1")
-    if active and not config.data.label_dropout and config.teacher is None:
-        raise ConfigError(f"{name}: needs data.label_dropout > 0, or the network never learns what no label means")
-
-
-def _check_model(config: TrainConfig) -> None:
-    shape: tuple[int, ...] = DATASETS[config.data.name].shape
-    if config.model.preset not in models.PRESETS:
-        raise ConfigError(f"model.preset: expected one of {', '.join(models.PRESETS)}, got {config.model.preset!r}")
-    if ("channels" in models.PRESETS[config.model.preset].arguments) != (len(shape) == 3):
-        raise ConfigError(f"model.preset: {config.model.preset} can't take {config.data.name}, whose rows are {shape}")
-    try:
-        with torch.device("meta"):  # shapes without numbers: a billion parameters cost nothing
-            net = models.create(config.model.preset, **model_arguments(config))
-    except ValueError as error:
-        raise ConfigError(f"model.{error}".replace("model.overrides", "model")) from error
-    patch_size = cast(dict[str, Any], net.config).get("patch_size", 1)
-    if any(side % patch_size for side in shape[1:]):
-        raise ConfigError(f"model.patch_size: expected a divisor of the sides of {shape}, got {patch_size}")
-
-
-def _check_device(config: TrainConfig) -> None:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: cuda was asked for, and torch finds no GPU (see `fastdistill doctor`)")
-    on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    if config.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
-        raise ConfigError("precision: this GPU has no bf16; expected auto or fp32")
-
-
-def check_teacher(config: TrainConfig) -> None:
-    """Refuse a teacher that isn't there, isn't finished, or doesn't fit. Reads its configuration; builds nothing.
-
-    Apart from `check_config`, so that a student can be described, and checked, before its teacher is trained.
-
-    Raises:
-        ConfigError: naming the fields.
-    """
-    if config.teacher is None:
-        return
-    run = config.teacher
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"teacher: expected a run folder with a config.yaml, got {run}; train it first")
-    if not (run / "export" / "ema.safetensors").is_file():
-        raise ConfigError(f"teacher: {run} has no export/ema.safetensors: finish its training first")
-    teacher = parse_config(read_yaml(run / "config.yaml"), f"teacher: {run}")
-    if teacher.data.name != config.data.name:
-        raise ConfigError(f"teacher: {run} learnt {teacher.data.name}, and data.name is {config.data.name}")
-    guided = isinstance(config.method, MeanFlow) and config.method.guidance.active
-    if guided and not teacher.data.label_dropout:
-        raise ConfigError(f"method.guidance: {run} can't guide, for it was trained without data.label_dropout")
-    if config.init_from_teacher and model_differences(config, teacher):
-        raise ConfigError(
-            f"init_from_teacher: the student must have the teacher's network; different: "
-            f"{', '.join(model_differences(config, teacher))}"
-        )
-
-
 def model_arguments(config: TrainConfig) -> dict[str, Any]:
     """The network's constructor arguments: the preset's, the user's, and what the data says."""
     dataset = DATASETS[config.data.name]
-    fitted = {"dim": dataset.shape[0], "channels": dataset.shape[0], "num_classes": dataset.num_classes}
+    fitted = {"dim": math.prod(dataset.shape), "channels": dataset.shape[0], "num_classes": dataset.num_classes}
     preset = models.PRESETS[config.model.preset].arguments
     chosen = config.model.model_dump(exclude={"preset"}, exclude_none=True)
     return preset | chosen | {name: value for name, value in fitted.items() if name in preset}
@@ -270,7 +191,7 @@ def model_differences(a: TrainConfig, b: TrainConfig) -> list[str]:
 
 def changed_fields(old: TrainConfig, new: TrainConfig) -> list[str]:
     """The dotted names of the fields that decide the weights and differ, with both values."""
-    before, after = (_flat(config.model_dump(mode="json", exclude=set(FREE_TO_CHANGE))) for config in (old, new))
+    before, after = (flat(config.model_dump(mode="json", exclude=set(FREE_TO_CHANGE))) for config in (old, new))
     missing = "nothing"
     return [
         f"{name}: {before.get(name, missing)!r} -> {after.get(name, missing)!r}"
@@ -284,8 +205,9 @@ def to_yaml(config: TrainConfig) -> str:
     return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
 
 
-def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields by their dotted names."""
+    found: dict[str, Any] = {}
     for name, value in fields.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found

@@ -9,38 +9,31 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
-from fastdistill.models import count_parameters
-from fastdistill.train.checkpoint import (
-    CheckpointError,
-    list_checkpoints,
-    read_checkpoint,
-    read_newest_checkpoint,
-    save_checkpoint,
-    set_aside_newer,
-)
-from fastdistill.train.config import TrainConfig, check_config, check_teacher
+from fastdistill import couplings
+from fastdistill.train.checkpoint import list_checkpoints, save_checkpoint
+from fastdistill.train.checks import check_config, check_teacher
+from fastdistill.train.config import TrainConfig
 from fastdistill.train.data import DATASETS, Batch, Dataset, drop_labels, generator_at
-from fastdistill.train.files import intact, sha256
+from fastdistill.train.diagnostics import attribute, measure, why_flat
+from fastdistill.train.files import intact
 from fastdistill.train.logging import RunLog, peak_memory, save_samples
-from fastdistill.train.run import build_network, export_network, load_run, open_run
+from fastdistill.train.methods import Context, ScoreMethod
+from fastdistill.train.pairs import Pairs, make_pairs
+from fastdistill.train.run import export_network, open_run
 from fastdistill.train.sampling import sample_grid
-from fastdistill.train.settings import ConfigError
-
-STATEFUL = ("net", "ema", "optimizer", "scheduler")
+from fastdistill.train.state import new_state, pick_device, resume, snapshot, tell
 
 
 class NonFiniteError(RuntimeError):
-    """Training diverged. The message names the step, the metric and the last good checkpoint."""
+    """Training diverged. The message names the step, the metric, what broke first, and the last good checkpoint."""
 
 
 def train(config: TrainConfig) -> Path:
@@ -74,7 +67,12 @@ def train(config: TrainConfig) -> Path:
 
 def run_steps(state: dict[str, Any], config: TrainConfig, run: Path) -> None:
     """All steps from `state["step"]` to `config.steps`, with what happens once in a while between them."""
-    dataset = DATASETS[config.data.name]()
+    data = DATASETS[config.data.name]()
+    dataset: Dataset | Pairs = data
+    if config.method.makes_pairs:
+        dataset = make_pairs(config, state["teacher"], state["teacher_path"], state["teacher_sha256"], data, run)
+    if (reason := why_flat(config.method)) is not None:
+        tell(reason)
     every, show = config.log, sys.stderr.isatty()
     with (
         RunLog(run, state["step"]) as log,
@@ -88,7 +86,7 @@ def run_steps(state: dict[str, Any], config: TrainConfig, run: Path) -> None:
             bar.update()
 
             # once in a while: tell how it goes
-            if step % every.log_every == 0 or step == 1 or last:
+            if step % every.log_every == 0 or step == 1 or last or is_looked_at(config, step):
                 point = read_metrics(metrics) | pace(state, config.data.batch)
                 log.write(step, point)
                 summary = f"loss {point['loss']:.4g}, raw error {point['raw_error']:.4g}"
@@ -108,24 +106,62 @@ def run_steps(state: dict[str, Any], config: TrainConfig, run: Path) -> None:
                 restart_clock(state)
 
 
-def train_step(state: dict[str, Any], config: TrainConfig, dataset: Dataset, run: Path) -> dict[str, Tensor]:
+def train_step(state: dict[str, Any], config: TrainConfig, dataset: Dataset | Pairs, run: Path) -> dict[str, Tensor]:
     """One update. Raises NonFiniteError before the weights are touched."""
     net, optimizer, step = state["net"], state["optimizer"], state["step"]
-    batch = make_batch(dataset, config, step, state["device"])
-    times = generator_at(config.seed, "times", step)
+    context = make_context(state, config, make_batch(dataset, config, step, state["device"]))
     with mixed_precision(state):
-        loss, metrics = config.method.loss(net, batch, times, state["teacher"])
-        metrics.pop("rows", None)
+        loss, metrics = config.method.loss(context)
+    rows, terms = metrics.pop("rows", None), metrics.pop("terms", {})
+    looked_at = is_looked_at(config, step + 1)
+    if looked_at:
+        metrics |= measure(rows, terms, net, config.diagnostics.bins, config.diagnostics.gradients)
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.optim.clip_norm)
-    refuse_non_finite(step + 1, {"loss": loss.detach(), "grad_norm": norm}, run)
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    norm = get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+    if not all(map(math.isfinite, read_metrics({"loss": loss, "norm": norm}).values())):
+        where = attribute(context.batch, metrics, rows, terms, net, config.diagnostics.bins)
+        stop_non_finite(
+            step + 1, "grad_norm" if loss.isfinite() else "loss", norm if loss.isfinite() else loss, where, run
+        )
+    clip_grads_with_norm_(weights, config.optim.clip_norm, norm)
+    metrics |= {"grad_norm": norm, "lr": torch.tensor(optimizer.param_groups[0]["lr"])}
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    metrics |= {"grad_norm": norm, "lr": torch.tensor(optimizer.param_groups[0]["lr"])}
     state["scheduler"].step()
-    state["ema"].update_parameters(net)
+    for average in (state["ema"], state["target"]):
+        if average is not None:
+            average.update_parameters(net)
+    if state["critic"] is not None:
+        assert isinstance(config.method, ScoreMethod)
+        metrics |= state["critic"].update(context, config.method, mixed_precision(state))
     state["step"] = step + 1
     return metrics
+
+
+def make_context(state: dict[str, Any], config: TrainConfig, batch: Batch) -> Context:
+    """What the method sees of the state in this step."""
+    target = state["target"] and state["target"].module
+    return Context(
+        net=state["net"],
+        batch=batch,
+        generator=generator_at(config.seed, "times", state["step"]),
+        seed=config.seed,
+        step=state["step"],
+        steps=config.steps,
+        path=state["path"],
+        teacher=state["teacher"],
+        weak_teacher=state["weak_teacher"],
+        target=target,
+        weighting=state["weighting"],
+        critic=state["critic"],
+    )
+
+
+def is_looked_at(config: TrainConfig, step: int) -> bool:
+    """Whether diagnostics are due after this step."""
+    every = config.diagnostics.every
+    return bool(every) and step % every == 0
 
 
 def mixed_precision(state: dict[str, Any]) -> torch.autocast:
@@ -137,105 +173,36 @@ def mixed_precision(state: dict[str, Any]) -> torch.autocast:
     return torch.autocast(state["device"].type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
-def make_batch(dataset: Dataset, config: TrainConfig, step: int, device: torch.device) -> Batch:
+def make_batch(dataset: Dataset | Pairs, config: TrainConfig, step: int, device: torch.device) -> Batch:
     """The batch of a step. All of it is drawn on the CPU: the same numbers whatever the device."""
-    x0, y = dataset.batch(config.seed, step, config.data.batch)
-    x1 = torch.randn(x0.shape, generator=generator_at(config.seed, "noise", step))
+    seed, size = config.seed, config.data.batch
+    if isinstance(dataset, Pairs):
+        x0, x1, y = dataset.batch(seed, step, size)
+    else:
+        x0, y = dataset.batch(seed, step, size)
+        x1 = torch.randn(x0.shape, generator=generator_at(seed, "noise", step))
+        if couples(config):
+            x0, x1 = couplings.optimal_transport(x0, x1)
     if y is not None:
-        dropped = generator_at(config.seed, "labels", step)
+        dropped = generator_at(seed, "labels", step)
         y = drop_labels(y, config.data.label_dropout, dataset.num_classes, dropped).to(device)
     return Batch(x0.to(device), x1.to(device), y, dataset.num_classes)
 
 
-def new_state(config: TrainConfig, device: torch.device) -> dict[str, Any]:
-    """All that the loop carries from step to step, as it is before the first one."""
-    torch.manual_seed(config.seed)
-    net = build_network(config).to(device).train()
-    teacher = digest = None
-    if config.teacher is not None:
-        teacher, _ = load_run(config.teacher, device=device)
-        digest = sha256(config.teacher / "export" / "ema.safetensors")
-        if config.init_from_teacher:
-            net.load_state_dict(teacher.state_dict())
-    optim = config.optim
-    optimizer = torch.optim.AdamW(
-        net.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
+def couples(config: TrainConfig) -> bool:
+    """Whether noise is matched to data within a batch."""
+    coupling = config.path.build().coupling if config.coupling == "auto" else config.coupling
+    return coupling == "optimal_transport"
+
+
+def stop_non_finite(step: int, name: str, value: Tensor, where: str, run: Path) -> NoReturn:
+    """Raise the NonFiniteError of a step whose metric `name` isn't finite."""
+    good = list_checkpoints(run)
+    raise NonFiniteError(
+        f"step {step}: {name} is {value.item()} ({where}). The run stopped before that update, and nothing of it was "
+        f"saved; the last good checkpoint is {good[0] if good else 'none yet'}. The same settings would stop at the "
+        f"same step: try a smaller --optim.lr or a longer --optim.warmup-steps, with another --out"
     )
-    return {
-        "step": 0,
-        "net": net,
-        "ema": AveragedModel(net, multi_avg_fn=ramped_ema(optim.ema)).eval().requires_grad_(False),
-        "optimizer": optimizer,
-        "scheduler": LambdaLR(optimizer, lambda k: min(1.0, (k + 1) / (optim.warmup_steps + 1))),
-        "teacher": teacher,
-        "teacher_sha256": digest,
-        "device": device,
-        "precision": pick_precision(config, device),
-    }
-
-
-def ramped_ema(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
-    """An average of decay min(decay, (1 + k) / (10 + k)) at update k, so that it soon forgets the initial weights."""
-
-    def update(averages: Sequence[Tensor], weights: Sequence[Tensor], count: Tensor | int) -> None:
-        k = int(count)
-        get_ema_multi_avg_fn(min(decay, (1 + k) / (10 + k)))(averages, weights, count)
-
-    return update
-
-
-def snapshot(state: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds. Data, times and noise follow from (seed, step); the RNG is for a network's dropout."""
-    saved: dict[str, Any] = {name: state[name].state_dict() for name in STATEFUL}
-    saved["device"] = state["device"].type
-    saved["rng"] = {"cpu": torch.get_rng_state()}
-    if state["device"].type == "cuda":
-        saved["rng"]["cuda"] = torch.cuda.get_rng_state(state["device"])
-    return saved | {name: state[name] for name in ("step", "teacher_sha256", "precision")}
-
-
-def resume(state: dict[str, Any], config: TrainConfig, run: Path) -> None:
-    """Bring the state to the newest checkpoint, or to `config.resume_from`; leave it as it is where there is none."""
-    if config.resume_from is not None:
-        path = run / "checkpoints" / config.resume_from.name
-        saved = read_checkpoint(path)
-        for newer in set_aside_newer(run, path):
-            tell(f"{newer} was set aside as {newer.name}.abandoned")
-    else:
-        newest = read_newest_checkpoint(run)
-        if newest is None:
-            tell(f"training {count_parameters(state['net']):,} parameters on {state['device'].type} in {config.out}")
-            return
-        saved = newest
-    if saved["step"] > config.steps:
-        raise ConfigError(f"steps: {config.out} has done {saved['step']} already, so expected that or more")
-    for name, meaning in (("teacher_sha256", "the teacher's weights"), ("precision", "the precision")):
-        if saved[name] != state[name]:
-            raise CheckpointError(
-                f"{meaning} changed since this run's checkpoint at step {saved['step']} "
-                f"({saved[name]} -> {state[name]}): choose another --out to start afresh"
-            )
-    for name in STATEFUL:
-        state[name].load_state_dict(saved[name])
-    torch.set_rng_state(saved["rng"]["cpu"])
-    if state["device"].type == "cuda" and "cuda" in saved["rng"]:
-        torch.cuda.set_rng_state(saved["rng"]["cuda"], state["device"])
-    state["step"] = saved["step"]
-    tell(f"going on from step {state['step']} of {config.steps} in {config.out}")
-    if saved["device"] != state["device"].type:
-        tell(f"so far it ran on {saved['device']}, from here on {state['device'].type}: not bit for bit the same run")
-
-
-def refuse_non_finite(step: int, metrics: dict[str, Tensor], run: Path) -> None:
-    """Raise NonFiniteError if a metric of this step is NaN or infinite. On a GPU this waits for the step."""
-    for name, value in read_metrics(metrics).items():
-        if not math.isfinite(value):
-            good = list_checkpoints(run)
-            raise NonFiniteError(
-                f"step {step}: {name} is {value}. The run stopped before that update, and nothing of it was saved; "
-                f"the last good checkpoint is {good[0] if good else 'none yet'}. The same settings would stop at the "
-                f"same step: try a smaller --optim.lr or a longer --optim.warmup-steps, with another --out"
-            )
 
 
 def read_metrics(metrics: dict[str, Tensor]) -> dict[str, float]:
@@ -256,22 +223,3 @@ def pace(state: dict[str, Any], batch: int) -> dict[str, float]:
     rate = (state["step"] - first) * batch / max(time.perf_counter() - started, 1e-9)
     restart_clock(state)
     return {"samples_per_second": rate, "peak_memory_bytes": peak_memory(state["device"])}
-
-
-def pick_device(config: TrainConfig) -> torch.device:
-    """The device that `config.device` means here."""
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)
-
-
-def pick_precision(config: TrainConfig, device: torch.device) -> str:
-    """The precision that `config.precision` means on this device."""
-    if config.precision == "auto":
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return config.precision
-
-
-def tell(message: str) -> None:
-    """Say something to whoever watches, below the progress bar if there is one."""
-    tqdm.write(message, file=sys.stderr)

@@ -1,19 +1,103 @@
-"""Samples from a trained network, a pure function of the seed."""
+"""Samples from a trained network, a pure function of the seed: by the method's own sampler, or another it can serve."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from fastdistill import samplers
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.data import DATASETS, generator_at
-from fastdistill.train.methods import FlowMatching
 from fastdistill.train.settings import ConfigError
 
 GRID_ROWS, GRID_POINTS = 8, 2000
+# What a network must have learnt for each sampler; see `MethodSettings.learns`.
+NEEDS = {
+    "euler": {"velocity"},
+    "heun": {"velocity"},
+    "adaptive": {"velocity"},
+    "average_velocity": {"map"},
+    "gamma": {"map"},
+    "consistency": {"map", "end"},
+}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample; None is the method's own."""
+
+    sampler: str | None = None
+    """A name of fastdistill.samplers.SAMPLERS."""
+    guidance: float | None = None
+    """The scale of guidance: classifier-free for samplers of velocities, an input of the network where it takes one."""
+    gamma: float | None = None
+    """Of the sampler `gamma`: how much of the noise is new, in [0, 1]."""
+
+    def resolve(self, config: TrainConfig) -> Sampling:
+        """The same with every None filled in; ConfigError names what the run can't serve."""
+        method = config.method
+        sampler = self.sampler or ("gamma" if self.gamma is not None else method.sampler or method.objective().sampler)
+        if sampler not in NEEDS:
+            raise ConfigError(f"sampler: expected one of {', '.join(NEEDS)}, got {sampler!r}")
+        if not NEEDS[sampler] & set(method.learns):
+            able = [name for name, needs in NEEDS.items() if needs & set(method.learns)]
+            raise ConfigError(f"sampler: a network of {method.name} serves {', '.join(able)}, got {sampler}")
+        gamma = self.gamma
+        if sampler == "gamma":
+            gamma = method.sample_gamma if gamma is None else gamma
+            if not 0 <= gamma <= 1:
+                raise ConfigError(f"gamma: expected in [0, 1], got {gamma}")
+        elif gamma is not None:
+            raise ConfigError(f"gamma: only the sampler gamma takes it, got {gamma} with {sampler}")
+        guidance = method.sample_guidance if self.guidance is None else self.guidance
+        by_pairs = NEEDS[sampler] == {"velocity"} and not method.conditions_on_guidance
+        if guidance != 1 and by_pairs and not config.data.label_dropout:
+            raise ConfigError(f"guidance: the run never learnt what no label means, so expected 1, got {guidance}")
+        if guidance != 1 and not by_pairs and not method.conditions_on_guidance:
+            raise ConfigError(
+                f"guidance: a network of {method.name} has its guidance built in, so expected 1, got {guidance}"
+            )
+        return Sampling(sampler, guidance, gamma)
+
+
+OWN = Sampling()  # the method's own way throughout
 
 
 @torch.no_grad()
+def draw(
+    net: nn.Module,
+    config: TrainConfig,
+    x1: Tensor,
+    y: Tensor | None,
+    steps: int,
+    how: Sampling = OWN,
+    *,
+    seed: int = 0,
+) -> Tensor:
+    """Take unit noise x1 (B, ...) to data (B, ...) in `steps` steps; y (B,) labels or None, all on one device.
+
+    Noise that a sampler adds on the way is drawn on the CPU from the seed.
+    """
+    how = how.resolve(config)
+    assert how.sampler is not None and how.guidance is not None
+    told = config.method.conditions_on_guidance
+    return samplers.sample(
+        how.sampler,
+        net,
+        x1,
+        steps,
+        y,
+        path=config.path.build(),
+        g=how.guidance if told else None,
+        scale=1.0 if told else how.guidance,
+        null=DATASETS[config.data.name].num_classes,
+        generator=generator_at(seed, "renoise"),
+        **({} if how.gamma is None else {"gamma": how.gamma}),
+    )
+
+
 def generate(
     net: nn.Module,
     config: TrainConfig,
@@ -21,7 +105,9 @@ def generate(
     *,
     label: int | None = None,
     steps: int | None = None,
+    sampler: str | None = None,
     guidance: float | None = None,
+    gamma: float | None = None,
     seed: int = 0,
 ) -> Tensor:
     """Draw samples the way the run's method does.
@@ -34,7 +120,7 @@ def generate(
         count: how many.
         label: one class for all; None: all classes in turn, 0, 1, ... (nothing where the data has none).
         steps: of the sampler; None: the configuration's.
-        guidance: classifier-free guidance scale of flow matching; None: the configuration's.
+        sampler, guidance, gamma: see `Sampling`; None: the configuration's.
         seed: of the noise.
 
     Returns:
@@ -43,21 +129,17 @@ def generate(
     Raises:
         ConfigError: an argument that the run can't serve, by name.
     """
-    dataset, method = DATASETS[config.data.name], config.method
+    dataset, how = DATASETS[config.data.name], Sampling(sampler, guidance, gamma)
     classes = dataset.num_classes
     if label is not None and not 0 <= label < classes:
         expected = f"one of 0 to {classes - 1}" if classes else f"none, because {config.data.name} has no labels"
         raise ConfigError(f"label: expected {expected}, got {label}")
-    if guidance is None:
-        guidance = method.sample_guidance if isinstance(method, FlowMatching) else 1.0
-    if isinstance(method, FlowMatching) and guidance != 1 and not config.data.label_dropout:
-        raise ConfigError(f"guidance: the run never learnt what no label means, so expected 1, got {guidance}")
     device = next(net.parameters()).device
     x1 = torch.randn(count, *dataset.shape, generator=generator_at(seed, "samples")).to(device)
     y = None
     if classes:
         y = torch.arange(count, device=device) % classes if label is None else x1.new_full((count,), label).long()
-    return method.sample(net, x1, y, steps or method.sample_steps, guidance, classes)
+    return draw(net, config, x1, y, steps or config.method.sample_steps, how, seed=seed)
 
 
 def sample_grid(net: nn.Module, config: TrainConfig) -> tuple[Tensor, int]:

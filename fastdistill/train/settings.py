@@ -48,7 +48,9 @@ def _explain_one(problem: Mapping[str, Any], given: Mapping[str, Any]) -> str:
         return f"{name}.{context['discriminator'].strip(chr(39))}: this field is required"
     if kind == "union_tag_invalid":
         expected, got = context["expected_tags"], context["tag"]
-        return f"{name}.{context['discriminator'].strip(chr(39))}: expected one of {expected}, got {got!r}"
+        tags = {tag.strip(" '"): None for tag in expected.split(",")}
+        guess = f"; {nearest(got, tags)}" if difflib.get_close_matches(str(got), tags, n=1) else ""
+        return f"{name}.{context['discriminator'].strip(chr(39))}: expected one of {expected}, got {got!r}{guess}"
     if kind == "value_error":
         return f"{name}: {context['error']}" if name else str(context["error"])
     message = problem["msg"][0].lower() + problem["msg"][1:]

@@ -77,13 +77,24 @@ def test_the_exact_average_velocity_has_no_map_error_in_one_step(tmp_path: Path)
     assert 0 < floors["data"]["sliced_wasserstein"] < 0.3
 
 
+def test_another_sampler_gives_other_samples(tmp_path: Path) -> None:
+    """By name, or by its gamma; the summary says which; the flow's straightness is measured where there is one."""
+    run = train(small_config(tmp_path / "run", "ring", "meanflow"))
+    own, renoised, half = (evaluate(run, [2], n=256, **how) for how in ({}, {"sampler": "consistency"}, {"gamma": 0.5}))
+    assert [result["sampler"] for result in (own, renoised, half)] == ["average_velocity", "consistency", "gamma"]
+    errors = {result["steps"]["2"]["map_error"] for result in (own, renoised, half)}
+    assert len(errors) == 3
+    assert own["straightness"] == half["straightness"] >= 0
+    assert "straightness of its flow" in describe(own)
+
+
 def test_what_can_not_be_evaluated_is_refused(flow_run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="steps: expected positive"):
         evaluate(flow_run, [0])
     with pytest.raises(ValueError, match="n: expected at least 64"):
         evaluate(flow_run, n=1)
     student = train(small_config(tmp_path / "run", "digits", "meanflow"))
-    with pytest.raises(ValueError, match="guidance: only flow matching"):
+    with pytest.raises(ValueError, match="guidance: a network of meanflow has its guidance built in"):
         evaluate(student, guidance=2.0)
     with pytest.raises(ValueError, match="no config"):
         evaluate(tmp_path / "nothing")

@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdistill.eval.metrics import frechet_distance, nearest_neighbour_ratio, precision_recall, sliced_wasserstein
+from fastdistill.eval.metrics import (
+    frechet_distance,
+    nearest_neighbour_ratio,
+    precision_recall,
+    sliced_wasserstein,
+    two_sample_accuracy,
+)
 
 EXACT = 1e-9
 
@@ -115,3 +121,20 @@ def test_values_that_are_not_finite_are_refused() -> None:
         frechet_distance(torch.zeros(9, 2), torch.full((9, 2), torch.nan))
     with pytest.raises(ValueError, match="projections"):
         sliced_wasserstein(torch.zeros(9, 2), torch.zeros(9, 2), projections=0)
+
+
+@pytest.mark.parametrize("neighbours", [1, 5])
+def test_two_sample_accuracy_is_a_half_for_one_law_one_apart_and_zero_for_copies(neighbours: int) -> None:
+    """Unequal sizes included; copies only with one neighbour, as each point's own copy is then its nearest other."""
+    a, b = torch.randn(600, 3), torch.randn(400, 3)
+    assert two_sample_accuracy(a, b, neighbours=neighbours) == pytest.approx(0.5, abs=0.08)
+    assert two_sample_accuracy(a, b + 20, neighbours=neighbours) == 1
+    assert two_sample_accuracy(a, a.clone()) == 0
+
+
+def test_two_sample_accuracy_refuses_what_has_no_majority() -> None:
+    a = torch.randn(10, 3)
+    with pytest.raises(ValueError, match=r"^neighbours: expected an odd number >= 1, got 2"):
+        two_sample_accuracy(a, a, neighbours=2)
+    with pytest.raises(ValueError, match=r"^second set: .* got \(1, 3\)"):
+        two_sample_accuracy(a, a[:1])

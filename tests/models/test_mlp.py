@@ -50,6 +50,29 @@ def test_autocast_does_not_touch_it() -> None:
     assert torch.equal(under_autocast, net(x, t, s))
 
 
+def test_labels_and_guidance_are_inputs_of_the_networks_that_ask_for_them() -> None:
+    """None means "no label" and scale 1; both are refused, or ignored, by a network made without them."""
+    net = MLP(dim=64, width=16, num_classes=3, guidance=True).double()
+    x, t, s = torch.randn(5, 1, 8, 8, dtype=torch.float64), torch.rand(5), torch.zeros(5)
+    y, g = torch.tensor([0, 1, 2, 3, 3]), torch.full((5,), 2.0)
+    u = net(x, t, s, y, g=g)
+    assert u.shape == x.shape
+    assert torch.equal(net(x, t, s), net(x, t, s, torch.full((5,), 3), g=torch.ones(5)))
+    assert (u - net(x, t, s, y)).abs().flatten(1).amax(1).min() > 1e-4
+    assert (u - net(x, t, s, g=g)).abs().flatten(1).amax(1)[:3].min() > 1e-4
+    with pytest.raises(ValueError, match="g: this network takes no guidance scale"):
+        MLP()(torch.zeros(5, 2), t, s, g=g)
+
+
+def test_a_network_without_them_has_the_parameters_that_it_always_had() -> None:
+    """So that old checkpoints load."""
+    plain = set(MLP(depth=2).state_dict())
+    parts = ("in_layer", "hidden_layers.0", "out_layer")
+    assert plain == {f"{layer}.{part}" for layer in parts for part in ("weight", "bias")}
+    more = set(MLP(depth=2, num_classes=3, guidance=True).state_dict())
+    assert more - plain == {"y_embedder.weight", "g_embedder.weight", "g_embedder.bias"}
+
+
 def test_config_rebuilds_the_network_by_way_of_json() -> None:
     net = MLP(dim=2, width=16, depth=4)
     rebuilt = MLP(**json.loads(json.dumps(net.config)))
@@ -60,6 +83,8 @@ def test_config_rebuilds_the_network_by_way_of_json() -> None:
 def test_sizes_below_one_are_refused_by_name(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: expected a positive integer, got 0"):
         MLP(**{name: 0})
+    with pytest.raises(ValueError, match="num_classes: expected an integer from 0 up, got -1"):
+        MLP(num_classes=-1)
 
 
 @pytest.mark.parametrize(

@@ -31,13 +31,17 @@ def test_the_largest_has_exactly_the_parameters_of_dit_xl_2() -> None:
     assert count_parameters(net) == 675_129_632 - 16 * 1153 - 256 * 1152 + (1152**2 + 258 * 1152)
 
 
-@pytest.mark.parametrize("name", ["mlp-ring", "dit-digits"])
+@pytest.mark.parametrize("name", ["mlp-ring", "mlp-digits", "dit-digits"])
 def test_small_presets_map_a_batch_to_its_own_shape(name: str) -> None:
     net = create(name)
     x = torch.randn(4, 2) if name == "mlp-ring" else torch.randn(4, 1, 8, 8)
     t, y = torch.rand(4), torch.tensor([0, 3, 9, 10])
     assert net(x, t=t, s=t / 2, y=y).shape == x.shape
     assert count_parameters(net) < 2_000_000
+
+
+def test_the_digits_mlp_has_the_size_that_its_results_are_quoted_for() -> None:
+    assert count_parameters(create("mlp-digits")) == pytest.approx(610_000, rel=0.01)
 
 
 def test_every_preset_rebuilds_from_its_config() -> None:
@@ -61,7 +65,9 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 
 def test_unknown_overrides_are_named_with_what_is_accepted() -> None:
-    with pytest.raises(ValueError, match=r"overrides: 'mlp-ring' takes dim, width, depth, got heads, pos"):
+    with pytest.raises(
+        ValueError, match=r"overrides: 'mlp-ring' takes dim, width, depth, num_classes, guidance, got heads, pos"
+    ):
         create("mlp-ring", pos="rope", heads=2)
 
 

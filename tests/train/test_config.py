@@ -10,7 +10,8 @@ import yaml
 
 from fastdistill import models
 from fastdistill.train import ConfigError, TrainConfig, load_config, shipped_configs
-from fastdistill.train.config import changed_fields, check_config, model_arguments, to_yaml
+from fastdistill.train.checks import check_config
+from fastdistill.train.config import changed_fields, model_arguments, to_yaml
 from tests.train.conftest import MakeConfig, tiny_fields
 
 
@@ -41,16 +42,19 @@ def written(tmp_path: Path, **changes: Any) -> Path:
             {"method": {"times": {"law": "gaussian"}}},
             ["method.times.law:", "'logit_normal', 'uniform'", "got 'gaussian'"],
         ),
-        ({"method": {"name": "meanflo"}}, ["method.name:", "'flow_matching', 'meanflow'", "got 'meanflo'"]),
+        (
+            {"method": {"name": "meanflo"}},
+            ["method.name:", "'flow_matching', 'reflow', 'meanflow'", "got 'meanflo'; did you mean 'meanflow'?"],
+        ),
         ({"precision": "fp8"}, ["precision:", "'auto', 'fp32' or 'bf16'", "got 'fp8'"]),
         ({"data": {"name": "cifar"}}, ["data.name:", "'digits' or 'ring'", "got 'cifar'"]),
         ({"data": None}, ["data:", "got None"]),
         ({"model": {"preset": "dit-xxl"}}, ["model.preset:", "mlp-ring", "dit-s/2", "got 'dit-xxl'"]),
-        ({"model": {"heads": 4}}, ["model: 'mlp-ring' takes dim, width, depth, got heads"]),
+        ({"model": {"heads": 4}}, ["model: 'mlp-ring' takes dim, width, depth, num_classes, guidance, got heads"]),
         ({"data": {"label_dropout": 0.1}}, ["data.label_dropout:", "ring has no labels"]),
         ({"method": {"guidance": {"scale": 2.0}}}, ["method.guidance:", "ring has no labels"]),
         ({"init_from_teacher": True}, ["init_from_teacher:", "teacher"]),
-        ({"method": {"name": "flow_matching"}, "teacher": "x"}, ["method: unknown field 'distinct'"]),
+        ({"method": {"name": "flow_matching", "distinct": 0.5}}, ["method: unknown field 'distinct'"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -91,7 +95,7 @@ def test_a_file_that_holds_no_fields_is_named(tmp_path: Path, content: str) -> N
 
 def test_an_unknown_name_lists_the_shipped_ones() -> None:
     """A misspelt name meets all right ones."""
-    with pytest.raises(ConfigError, match="digits-flow, digits-meanflow, ring"):
+    with pytest.raises(ConfigError, match="digits, digits-flow, digits-meanflow, ring, ring-flow"):
         load_config("rinng")
 
 
@@ -99,7 +103,7 @@ def test_impossible_combinations_on_digits_are_refused(tiny_digits: MakeConfig) 
     """What each field allows by itself and all of them together don't."""
     meanflow = {"name": "meanflow", "guidance": {"scale": 2.0}}
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"teacher": Path("x")}, "teacher: flow_matching learns from data alone"),
+        ({"teacher": Path("x")}, "teacher: flow_matching learns without a teacher; .*meanflow"),
         (
             {"method": {"name": "flow_matching", "sample_guidance": 2.0}, "data": {"name": "digits"}},
             "sample_guidance: needs",
@@ -153,8 +157,10 @@ def test_an_override_can_mend_the_file(tmp_path: Path) -> None:
 
 def test_the_shipped_configurations_are_valid() -> None:
     """The student's too, before its teacher is trained."""
-    assert shipped_configs() == ["digits-flow", "digits-meanflow", "ring"]
+    assert shipped_configs() == ["digits", "digits-flow", "digits-meanflow", "ring", "ring-flow"]
     assert load_config("ring").data.name == "ring"
+    assert load_config("ring-flow").method.name == "flow_matching"
+    assert load_config("digits").model.preset == "mlp-digits"
     assert load_config("digits-flow").method.name == "flow_matching"
     assert load_config("digits-meanflow").teacher == Path("runs/digits-flow")
 
@@ -166,6 +172,36 @@ def test_a_resolved_configuration_reads_back_the_same(tiny: MakeConfig, tmp_path
     path.write_text(to_yaml(config), encoding="utf-8")
     assert load_config(path) == config
     assert set(yaml.safe_load(to_yaml(config))) == set(TrainConfig.model_fields) - {"resume_from"}
+
+
+OLD_CONFIG = """
+out: runs/old
+seed: 0
+steps: 12
+data: {name: digits, batch: 128, label_dropout: 0.1}
+model: {preset: dit-digits, width: null, depth: null, heads: null, patch_size: 4, mlp_ratio: null, qk_norm: true,
+  pos: null}
+method: {name: meanflow, times: {law: uniform}, distinct: 0.75, p: 1.0, c: 1.0,
+  guidance: {scale: 1.0, kappa: 0.0, interval: [0.0, 1.0]}, sample_steps: 1}
+teacher: runs/digits-flow
+init_from_teacher: true
+optim: {lr: 0.001, betas: [0.9, 0.95], weight_decay: 0.0, warmup_steps: 100, clip_norm: 1.0, ema: 0.995}
+log: {log_every: 50, sample_every: 200, checkpoint_every: 200, keep_checkpoints: 3}
+device: auto
+precision: auto
+"""
+
+
+def test_a_run_from_before_paths_and_samplers_goes_on(tmp_path: Path) -> None:
+    """Its config.yaml loads, and no setting that decides the weights differs from those of the same command today."""
+    path = tmp_path / "config.yaml"
+    path.write_text(OLD_CONFIG, encoding="utf-8")
+    old = load_config(path)
+    assert old.path.name == "linear"
+    assert changed_fields(old, load_config("digits-meanflow")) == []
+    path.write_text(OLD_CONFIG.replace("kappa", "kapa"), encoding="utf-8")
+    with pytest.raises(ConfigError, match="did you mean 'kappa'"):
+        load_config(path)
 
 
 def test_only_fields_that_decide_the_weights_count_as_changed(tiny: MakeConfig) -> None:
@@ -184,4 +220,5 @@ def test_channels_and_classes_follow_from_the_data(tiny_digits: MakeConfig) -> N
         "mlp_ratio": 4.0,
         "qk_norm": False,
         "pos": "sincos",
+        "guidance": False,
     }

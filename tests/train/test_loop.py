@@ -15,8 +15,9 @@ from torch import Tensor
 from fastdistill.train import NonFiniteError, TrainConfig, load_config, load_run, train
 from fastdistill.train.checkpoint import list_checkpoints, read_checkpoint
 from fastdistill.train.data import Digits, Ring
-from fastdistill.train.loop import make_batch, mixed_precision, new_state, ramped_ema
-from fastdistill.train.methods import MeanFlow
+from fastdistill.train.loop import make_batch, make_context, mixed_precision
+from fastdistill.train.methods import Context, MeanFlow
+from fastdistill.train.state import new_state, ramped_ema
 from tests.train.conftest import MakeConfig
 
 METRICS = {
@@ -165,7 +166,7 @@ def test_bf16_gradients_of_guided_meanflow_are_close_to_fp32(tiny_digits: MakeCo
             torch.nn.init.normal_(weight, std=0.1, generator=generator)
         batch = make_batch(Digits(), config, 0, state["device"])
         with mixed_precision(state):
-            loss, _ = config.method.loss(state["net"], batch, generator.manual_seed(1), None)
+            loss, _ = config.method.loss(make_context(state, config, batch))
         loss.backward()
         gradients.append({name: weight.grad for name, weight in weights.items()})
     exact, rounded = gradients
@@ -215,8 +216,8 @@ def test_a_non_finite_loss_stops_the_run_by_name(tiny: MakeConfig, monkeypatch: 
 def test_a_non_finite_gradient_stops_the_run_by_name(tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A finite loss with an infinite slope, before the first checkpoint."""
 
-    def steep(self: MeanFlow, net: torch.nn.Module, *_: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = sum((weight * 0).abs().sqrt().sum() for weight in net.parameters())
+    def steep(self: MeanFlow, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = sum((weight * 0).abs().sqrt().sum() for weight in context.net.parameters())
         assert isinstance(loss, Tensor)
         return loss, {"loss": loss.detach(), "raw_error": loss.detach()}
 
@@ -238,6 +239,22 @@ def test_nothing_is_built_before_the_configuration_is_checked(
     with pytest.raises(ValueError, match="init_from_teacher"):
         train(config)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_noise_is_coupled_to_data_where_the_path_or_the_run_says_so(tiny: MakeConfig) -> None:
+    """The same rows, in an order that brings them nearer; the data stay where they are."""
+    cpu = torch.device("cpu")
+    plain, *coupled = (
+        make_batch(Ring(), config, 3, cpu)
+        for config in (tiny(), tiny(path={"name": "ot_cfm"}), tiny(coupling="optimal_transport"))
+    )
+    for batch in coupled:
+        assert torch.equal(batch.x0, plain.x0)
+        assert not torch.equal(batch.x1, plain.x1)
+        assert torch.equal(batch.x1.sort(0).values, plain.x1.sort(0).values)
+        assert (batch.x1 - batch.x0).square().sum() < (plain.x1 - plain.x0).square().sum()
+    alone = make_batch(Ring(), tiny(path={"name": "ot_cfm"}, coupling="independent"), 3, cpu)
+    assert torch.equal(alone.x1, plain.x1)
 
 
 def test_a_finished_run_keeps_its_export_byte_for_byte(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -51,6 +53,55 @@ def test_guidance_pairs_labels_with_none(tiny_digits: MakeConfig) -> None:
     assert net.labels[0].tolist() == [3, 3, 10, 10]
 
 
+def test_noise_on_the_way_follows_from_the_seed(tiny: MakeConfig) -> None:
+    """A sampler that renoises repeats itself; gamma goes from the jumps of the map to it."""
+    config = tiny()
+    net = build_network(config)
+
+    def draw(**how: Any) -> Tensor:
+        return generate(net, config, 6, steps=3, **how)
+
+    assert torch.equal(draw(sampler="consistency"), draw(sampler="consistency"))
+    assert not torch.equal(draw(sampler="consistency"), draw(sampler="consistency", seed=1))
+    assert torch.equal(draw(sampler="gamma", gamma=0.0), draw())
+    torch.testing.assert_close(draw(gamma=1.0), draw(sampler="consistency"))
+    assert not torch.equal(draw(gamma=0.5), draw())
+
+
+def test_a_network_told_its_guidance_gets_it_as_an_input(tiny_digits: MakeConfig) -> None:
+    """And no pair of evaluations."""
+    method = {"name": "improved_meanflow", "guidance": {"scale": 1.0, "scale_to": 3.0}}
+    config = tiny_digits(method=method, model={"preset": "mlp-digits", "width": 8, "depth": 1, "guidance": True})
+    net = build_network(config)
+    assert torch.equal(generate(net, config, 4), generate(net, config, 4, guidance=1.0))
+    assert not torch.equal(generate(net, config, 4, guidance=1.0), generate(net, config, 4, guidance=2.5))
+
+
+@pytest.mark.parametrize(
+    ("method", "how", "message"),
+    [
+        (
+            "flow_matching",
+            {"sampler": "average_velocity"},
+            "a network of flow_matching serves euler, heun, adaptive, got",
+        ),
+        ("ect", {"sampler": "euler"}, "a network of ect serves consistency, got euler"),
+        ("ect", {"gamma": 0.5}, "a network of ect serves consistency, got gamma"),
+        ("facm", {"sampler": "average_velocity"}, "a network of facm serves euler, heun, adaptive, consistency, got"),
+        ("meanflow", {"sampler": "ddim"}, "sampler: expected one of euler, .*, got 'ddim'"),
+        ("meanflow", {"gamma": 1.5}, r"gamma: expected in \[0, 1\], got 1.5"),
+        ("meanflow", {"sampler": "consistency", "gamma": 0.5}, "gamma: only the sampler gamma takes it"),
+    ],
+)
+def test_a_sampler_that_a_network_was_not_trained_for_is_refused(
+    tiny: MakeConfig, method: str, how: dict[str, Any], message: str
+) -> None:
+    """It says which ones the network serves."""
+    config = tiny(method={"name": method})
+    with pytest.raises(ConfigError, match=message):
+        generate(build_network(config), config, 2, **how)
+
+
 def test_what_a_run_cannot_serve_is_named(tiny: MakeConfig, tiny_digits: MakeConfig) -> None:
     """Labels outside the classes, labels without classes, guidance where none was learnt."""
     net, ring, digits = Recorder(), tiny(), tiny_digits()
@@ -62,5 +113,5 @@ def test_what_a_run_cannot_serve_is_named(tiny: MakeConfig, tiny_digits: MakeCon
         generate(net, ring, 1, label=0)
     with pytest.raises(ConfigError, match="guidance: the run never learnt"):
         generate(net, undropped, 1, guidance=2.0)
-    with pytest.raises(ConfigError, match="guidance: a MeanFlow network has its guidance built in"):
+    with pytest.raises(ConfigError, match="guidance: a network of meanflow has its guidance built in"):
         generate(net, meanflow, 1, guidance=2.0)

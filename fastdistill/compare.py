@@ -1,0 +1,224 @@
+"""`fastdistill compare`: every method under one budget, and what each costs and gives.
+
+One network, one number of steps and one batch for all; each method with its own recipe (the section `methods` of the
+shipped configuration) and its own sampler. Teachers are trained once a seed and shared. Everything resumes: runs go on
+where they were, finished ones are only measured.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdistill.eval import comparison
+from fastdistill.eval.digits import DigitJudge
+from fastdistill.eval.evaluate import evaluate
+from fastdistill.eval.records import describe_machine, read_metrics, training_seconds
+from fastdistill.models import count_parameters
+from fastdistill.testing import MemoryRecorder
+from fastdistill.train import ConfigError, NonFiniteError, TrainConfig, generate, load_config, load_run, train
+from fastdistill.train.data import DATASETS
+from fastdistill.train.files import write_text
+from fastdistill.train.loop import make_batch, train_step
+from fastdistill.train.methods import METHODS
+from fastdistill.train.pairs import Pairs
+from fastdistill.train.settings import nearest
+from fastdistill.train.state import new_state
+
+STEPS = {"ring": 3000, "digits": 4000}
+NUMBERS = (1, 2, 4, 8)
+TEACHER = "flow_matching"  # a method of the comparison like any other, and whom the others follow
+GRID = {"ring": 2000, "digits": 80}
+
+
+def compare(
+    methods: Sequence[str] | None = None,
+    data: str = "ring",
+    out: str | Path | None = None,
+    *,
+    steps: int | None = None,
+    seeds: int | Sequence[int] = 1,
+    samples: int | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Train and measure methods under one budget, and write report.html, summary.json and figures.
+
+    Args:
+        methods: names; None: all that there are.
+        data: "ring" or "digits".
+        out: the folder; None: runs/compare-<data>.
+        steps: of training, for every method and for the teacher; None: 3,000 for the ring, 4,000 for digits.
+        seeds: how many, 0, 1, ..., or which. Every table gives mean and standard deviation over them.
+        samples: for each measurement; None: as `evaluate` has it.
+        overrides: more fields for every run, as on the command line: ["--model.width", "32"].
+
+    Returns:
+        What summary.json holds: the budget, `methods` {name: {"quality": {steps: {metric: {"mean", "std", "values"}}},
+        "cost", "settings", "failed"}}, `references`, `environment`.
+
+    Raises:
+        ConfigError: an unknown name, or a folder that holds a comparison of other settings.
+    """
+    if data not in STEPS:
+        raise ConfigError(f"data: expected one of {', '.join(STEPS)}, got {data!r}")
+    chosen = list(methods if methods is not None else METHODS)
+    for name in chosen:
+        if name not in METHODS:
+            raise ConfigError(
+                f"methods: expected names of {', '.join(METHODS)}; got {name!r}, {nearest(name, METHODS)}"
+            )
+    out = Path(out or f"runs/compare-{data}")
+    numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if not numbers or not chosen:
+        raise ConfigError("seeds, methods: expected at least one of each")
+    budget = ["--steps", str(steps or STEPS[data]), *overrides]
+    runs: dict[str, list[TrainConfig]] = {name: [] for name in chosen}
+    failed: dict[str, str] = {}
+    for seed in numbers:
+        for name in chosen:
+            if name not in failed:
+                arguments = [*budget, "--seed", str(seed)]
+                config = configure(name, data, out / f"seed{seed}", arguments)
+                if config.teacher is not None:
+                    _train(configure(TEACHER, data, out / f"seed{seed}", arguments))
+                runs[name].append(config)
+                if (reason := _train(config)) is not None:
+                    failed[name] = reason
+    judge = DigitJudge(out) if data == "digits" else None
+    summary = summarise(runs, failed, judge, samples)
+    write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    grids = {name: draw_grids(configs[0]) for name, configs in runs.items() if name not in failed}
+    curves = {name: read_metrics(configs[0].out) for name, configs in runs.items() if name not in failed}
+    comparison.write_report(out / "report.html", summary, grids, curves)
+    return summary
+
+
+def configure(name: str, data: str, folder: Path, overrides: Sequence[str]) -> TrainConfig:
+    """The run of a method, in a folder that its siblings share; it follows the teacher there if its recipe has one."""
+    arguments = ["--method.name", name, *overrides]
+    config = load_config(data, arguments, out=folder / name)
+    if config.teacher is None:
+        return config
+    return load_config(data, [*arguments, "--teacher", str(folder / TEACHER)], out=folder / name)
+
+
+def summarise(
+    runs: Mapping[str, Sequence[TrainConfig]],
+    failed: Mapping[str, str],
+    judge: DigitJudge | None,
+    samples: int | None = None,
+    *,
+    measure: Callable[..., dict[str, Any]] = evaluate,
+) -> dict[str, Any]:
+    """Measure all runs: what summary.json holds.
+
+    Args:
+        measure: called as `evaluate`, whose results it returns, from a store if it likes.
+    """
+    measured = [configs[0] for name, configs in runs.items() if name not in failed]
+    if not measured:
+        raise NonFiniteError(f"no method finished: {'; '.join(f'{name}: {why}' for name, why in failed.items())}")
+    first = measured[0]
+    rows: dict[str, Any] = {}
+    references: dict[str, Any] = {}
+    for name, configs in runs.items():
+        rows[name] = {"settings": describe_method(configs[0]), "failed": failed.get(name)}
+        if name in failed:
+            continue
+        _tell(f"measuring {name}")
+        found = [measure(config.out, NUMBERS, n=samples, judge=judge, seed=config.seed) for config in configs]
+        references = found[0]["references"]
+        rows[name] |= {
+            "sampler": found[0]["sampler"],
+            "quality": {str(number): _spread([each["steps"][str(number)] for each in found]) for number in NUMBERS},
+            "cost": _spread([measure_cost(config) for config in configs]),
+        }
+        straightness = [{"straightness": each["straightness"]} for each in found if "straightness" in each]
+        if straightness:
+            rows[name] |= _spread(straightness)
+    net, _ = load_run(first.out, device="cpu")
+    return {
+        "data": first.data.name,
+        "budget": {
+            "steps": first.steps,
+            "batch": first.data.batch,
+            "network": first.model.preset,
+            "parameters": count_parameters(net.requires_grad_(True)),
+            "seeds": sorted({config.seed for configs in runs.values() for config in configs}),
+        },
+        "methods": rows,
+        "references": references,
+        "environment": describe_machine(first.out),
+    }
+
+
+def measure_cost(config: TrainConfig) -> dict[str, float]:
+    """What a training step takes: seconds as logged over the whole run, and the most bytes of tensors alive in one.
+
+    The bytes are those of the step alone, beside weights and optimiser; they are the same on every machine.
+    """
+    seconds = training_seconds(config)
+    with torch.random.fork_rng(devices=[]):
+        state = new_state(config, torch.device("cpu"))
+        dataset: Any = DATASETS[config.data.name]()
+        if config.method.makes_pairs:
+            batch = make_batch(dataset, config, 0, state["device"])
+            dataset = Pairs(dataset.name, batch.x0, batch.x1, batch.y)
+        train_step(state, config, dataset, config.out)  # the optimiser's own state appears
+        with MemoryRecorder() as recorder:
+            train_step(state, config, dataset, config.out)
+    return {"seconds_per_step": seconds / config.steps, "seconds": seconds, "peak_bytes": recorder.peak}
+
+
+def draw_grids(config: TrainConfig) -> dict[str, torch.Tensor]:
+    """Samples for the pictures, by number of steps, from the same noise for every method."""
+    net, config = load_run(config.out)
+    return {str(number): generate(net, config, GRID[config.data.name], steps=number).cpu() for number in NUMBERS}
+
+
+def describe_method(config: TrainConfig) -> dict[str, Any]:
+    """What the table says of a method besides numbers."""
+    objective = config.method.objective()
+    return {
+        "identity": objective.identity,
+        "tangent": objective.tangent,
+        "teacher": config.teacher is not None,
+        "second_network": config.method.has_critic,
+        "path": config.path.name,
+        "method": config.method.model_dump(mode="json"),
+        "learning_rate": config.optim.lr,
+    }
+
+
+def _train(config: TrainConfig) -> str | None:
+    """Train a run to its end; why it failed, or None."""
+    started = time.perf_counter()
+    try:
+        train(config)
+    except NonFiniteError as error:
+        return str(error)
+    _tell(f"{config.out}: {time.perf_counter() - started:.0f} s")
+    return None
+
+
+def _spread(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Mean, standard deviation and values over the seeds, of each metric."""
+    return {
+        metric: {
+            "mean": statistics.fmean(row[metric] for row in rows),
+            "std": statistics.stdev(row[metric] for row in rows) if len(rows) > 1 else 0.0,
+            "values": [row[metric] for row in rows],
+        }
+        for metric in rows[0]
+    }
+
+
+def _tell(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,139 @@
+"""The report of a comparison: one table, what it says for and against each method, and figures. One HTML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from torch import Tensor
+
+from fastdistill.eval import comparison_figures as figures
+from fastdistill.eval.evaluate import HEADINGS, format_value, row_name
+from fastdistill.eval.report import inline
+from fastdistill.train.files import replacing, write_text
+
+MAIN = {"ring": ("sliced_wasserstein", "map_error"), "digits": ("frechet", "accuracy")}
+NUMBERS = ("1", "2", "4", "8")
+CONTROL = "flow_matching"
+
+
+def write_report(
+    path: Path,
+    summary: Mapping[str, Any],
+    grids: Mapping[str, Mapping[str, Tensor]],
+    curves: Mapping[str, Sequence[Mapping[str, float]]],
+) -> None:
+    """Write the report, and its figures as PNG files beside it.
+
+    Args:
+        path: of the HTML file.
+        summary: what `fastdistill.compare` writes as summary.json; every number in the report comes from it.
+        grids: samples of each method by number of steps, from the same noise throughout.
+        curves: of each method, as `fastdistill.eval.records.read_metrics` returns them.
+    """
+    first, second = MAIN[summary["data"]]
+    names = {"quality": HEADINGS[first], "second": HEADINGS[second]}
+    drawn = {
+        "quality": figures.draw_quality(ranked(summary), first, names["quality"], summary["references"]),
+        "cost": figures.draw_cost(ranked(summary), first, names["quality"]),
+        "samples": figures.draw_samples({name: grids[name] for name in ranked(summary)}),
+        "curves": figures.draw_curves({name: curves[name] for name in ranked(summary)}),
+    }
+    for name, png in drawn.items():
+        with replacing(path.with_name(f"{name}.png")) as temporary:
+            temporary.write_bytes(png)
+    page = Environment(
+        loader=PackageLoader("fastdistill.eval"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    html = page.get_template("comparison.html.jinja").render(
+        summary=summary,
+        main=names,
+        table=table(summary),
+        verdicts=verdicts(summary),
+        failed={name: row["failed"] for name, row in summary["methods"].items() if row["failed"]},
+        references=[
+            (row_name("", name), [format_value(metric, row[metric]) for metric in (first, second)])
+            for name, row in summary["references"].items()
+        ],
+        **{f"{name}_png": inline(png) for name, png in drawn.items()},
+    )
+    write_text(path, html)
+
+
+def ranked(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The methods that were measured, the best at one step first."""
+    first = MAIN[summary["data"]][0]
+    done = {name: row for name, row in summary["methods"].items() if not row["failed"]}
+    return dict(sorted(done.items(), key=lambda item: item[1]["quality"]["1"][first]["mean"]))
+
+
+def table(summary: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """The rows of the table: a method, and its cells as text, the best at one step first."""
+    first, second = MAIN[summary["data"]]
+    rows = []
+    for name, row in ranked(summary).items():
+        cells = [_cell(first, row["quality"][number][first]) for number in NUMBERS]
+        cells += [_cell(second, row["quality"]["1"][second])]
+        cells += [f"{1000 * row['cost']['seconds_per_step']['mean']:.1f}"]
+        cells += [f"{row['cost']['peak_bytes']['mean'] / 2**20:.2f}"]
+        cells += ["yes" if row["settings"]["teacher"] else "", row["settings"]["tangent"]]
+        rows.append((name, cells))
+    return rows
+
+
+def describe(summary: Mapping[str, Any]) -> str:
+    """The same table as text."""
+    first, second = MAIN[summary["data"]]
+    heads = [f"{HEADINGS[first]}@{number}" for number in NUMBERS]
+    heads += [f"{HEADINGS[second]}@1", "ms/step", "MiB", "teacher"]
+    lines = [["", *heads]] + [[name, *cells[: len(heads)]] for name, cells in table(summary)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
+    failed = [f"{name}: {row['failed']}" for name, row in summary["methods"].items() if row["failed"]]
+    return "\n".join(text + failed)
+
+
+def verdicts(summary: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
+    """What the measurements say for and against each method, in words that follow from the numbers alone.
+
+    Quality is compared with the best and the middle of the field, cost with flow matching where it took part.
+    """
+    first = MAIN[summary["data"]][0]
+    field = ranked(summary)
+    found: dict[str, dict[str, list[str]]] = {}
+    control = field.get(CONTROL)
+    for name, row in field.items():
+        pros, cons = [], []
+        for number in NUMBERS:
+            values = sorted(other["quality"][number][first]["mean"] for other in field.values())
+            value, steps = row["quality"][number][first]["mean"], f"{number} step{'s' * (number != '1')}"
+            if value == values[0]:
+                pros.append(f"best at {steps}")
+            elif value <= values[len(values) // 4]:
+                pros.append(f"in the best quarter at {steps}")
+            elif len(values) > 3 and value > values[-1 - len(values) // 4]:
+                cons.append(f"in the worst quarter at {steps}")
+        one, eight = (row["quality"][number][first]["mean"] for number in ("1", "8"))
+        (pros if eight < 0.9 * one else cons).append(
+            f"eight steps give {eight / one:.2f} times the {HEADINGS[first]} of one"
+        )
+        spread = row["quality"]["1"][first]
+        if len(spread["values"]) > 1 and spread["std"] > 0.2 * spread["mean"]:
+            cons.append(f"seeds differ by {spread['std'] / spread['mean']:.0%}")
+        if control is not None and name != CONTROL:
+            time, memory = (
+                row["cost"][cost]["mean"] / control["cost"][cost]["mean"] for cost in ("seconds_per_step", "peak_bytes")
+            )
+            (pros if time < 1.3 else cons).append(f"{time:.1f} times flow matching's time a step")
+            (pros if memory < 1.3 else cons).append(f"{memory:.1f} times its memory")
+        cons += ["needs a teacher"] * row["settings"]["teacher"]
+        cons += ["trains a second network"] * row["settings"]["second_network"]
+        found[name] = {"pros": pros, "cons": cons}
+    return found
+
+
+def _cell(metric: str, spread: Mapping[str, Any]) -> str:
+    text = format_value(metric, spread["mean"])
+    return text if len(spread["values"]) == 1 else f"{text} ± {format_value(metric, spread['std'])}"

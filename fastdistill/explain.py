@@ -1,0 +1,120 @@
+"""`fastdistill explain [METHOD]`: what a method is, from the registry of objectives and the trainer's settings."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from fastdistill.objectives import Objective
+from fastdistill.train.config import flat
+from fastdistill.train.methods import METHODS, MethodSettings
+from fastdistill.train.sampling import NEEDS
+from fastdistill.train.settings import ConfigError, nearest
+
+WIDTH = 100
+NEEDED = {
+    "teacher": "a teacher: a finished run, as --teacher RUN",
+    "weak_teacher": "a weak teacher: a worse run, as --weak-teacher RUN",
+    "fake": "a second network, the score of its own samples, which the trainer keeps",
+    "score_gradient": "a second network, the score of its own samples, which the trainer keeps",
+}
+
+
+def explain(name: str | None = None) -> str:
+    """All about one method, or a table of all of them.
+
+    Args:
+        name: a key of `fastdistill.train.methods.METHODS`; None: the table.
+
+    Raises:
+        ConfigError: an unknown name; it suggests the nearest one.
+    """
+    if name is None:
+        return table()
+    if name not in METHODS:
+        raise ConfigError(f"method: expected one of {', '.join(METHODS)}, got {name!r}; {nearest(name, METHODS)}")
+    method = METHODS[name]
+    objective = method.objective()
+    lines = {
+        "formula": objective.formula,
+        "identity": objective.identity,
+        "tangent": objective.tangent,
+        "times": ", ".join(objective.times),
+        "reduction": objective.reduction,
+        "path": "any" if objective.paths is None else ", ".join(sorted(objective.paths)),
+        "needs": needs(method, objective),
+        "takes": ", ".join(sorted(objective.takes)),
+        "sampler": f"{objective.sampler}; its network serves {', '.join(serves(method))}",
+        "defaults": ", ".join(f"{key}={value}" for key, value in defaults(method).items()),
+        "sources": sources(objective.sources),
+        "code": f"{objective.function.__module__}.{objective.function.__name__}",
+        "try": f"fastdistill train ring --method.name {name}"
+        + " --teacher runs/ring-flow" * follows(method, objective),
+    }
+    head = f"{name}: {summary_of(method)}"
+    return "\n".join([*textwrap.wrap(head, WIDTH), "", *(_entry(key, str(value)) for key, value in lines.items())])
+
+
+def table() -> str:
+    """A line for each method: its identity, times, tangent, needs and sampler."""
+    rows = [["method", "identity", "times", "needs", "sampler", "networks serve"]]
+    for name, method in METHODS.items():
+        objective = method.objective()
+        needed = [need for need in ("teacher", "second network", "pairs") if need in _short_needs(method, objective)]
+        rows.append(
+            [name, objective.identity, ", ".join(objective.times), ", ".join(needed) or "-", objective.sampler,
+             ", ".join(method.learns)]
+        )  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, "", "fastdistill explain METHOD tells all about one."])
+
+
+def needs(method: type[MethodSettings], objective: Objective) -> str:
+    """What must be there before training, in words."""
+    found = [NEEDED.get(need, need) for need in sorted(objective.needs)]
+    if method.has_critic and "teacher" not in objective.needs:
+        found.append(NEEDED["teacher"])
+    if method.makes_pairs:
+        found.append(f"{NEEDED['teacher']}, whose flow makes the pairs")
+    if "teacher" in objective.takes and not follows(method, objective):
+        found.append("nothing; with --teacher RUN it follows the teacher's velocity instead of the data's")
+    return "; ".join(found) or "nothing"
+
+
+def follows(method: type[MethodSettings], objective: Objective) -> bool:
+    """Whether it can't do without a teacher."""
+    return method.makes_pairs or method.has_critic or "teacher" in objective.needs
+
+
+def serves(method: type[MethodSettings]) -> list[str]:
+    """The samplers that a network of this method is good for."""
+    return [name for name, asked in NEEDS.items() if asked & set(method.learns)]
+
+
+def defaults(method: type[MethodSettings]) -> dict[str, Any]:
+    """The trainer's settings of a method that aren't off by default, by dotted name."""
+    values = flat(method(name=method.model_fields["name"].default).model_dump(mode="json"))
+    shared = ("name", "sampler", "sample_gamma", "sample_guidance")
+    return {name: value for name, value in values.items() if value is not None and name not in shared}
+
+
+def summary_of(method: type[MethodSettings]) -> str:
+    """The first line of a method's docstring, without its name."""
+    return (method.__doc__ or "").strip().splitlines()[0].partition(": ")[2]
+
+
+def sources(given: str | Sequence[str]) -> str:
+    """Sources in one line."""
+    return given if isinstance(given, str) else "; ".join(given)
+
+
+def _short_needs(method: type[MethodSettings], objective: Objective) -> set[str]:
+    found = {"teacher"} if follows(method, objective) else set()
+    return found | ({"second network"} if method.has_critic else set()) | ({"pairs"} if method.makes_pairs else set())
+
+
+def _entry(key: str, value: str) -> str:
+    indent = " " * 12
+    return textwrap.fill(f"{key:<12}{value}", WIDTH, subsequent_indent=indent, break_long_words=False)

@@ -1,0 +1,206 @@
+"""What a configuration can't be: combinations of fields that each are allowed, refused before anything is built.
+
+What a method takes and needs is read from its row in `fastdistill.objectives.OBJECTIVES`; each message says what would
+work.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+
+from fastdistill import models
+from fastdistill.objectives.metric import LogVariance
+from fastdistill.train.config import TrainConfig, model_arguments, model_differences, parse_config, read_yaml
+from fastdistill.train.critic import Critic
+from fastdistill.train.data import DATASETS, Batch, generator_at
+from fastdistill.train.methods import METHODS, Context, ScoreMethod
+from fastdistill.train.settings import ConfigError
+
+MAKE_A_TEACHER = "a finished run, e.g. of `fastdistill train {data}-flow`, as --teacher runs/{data}-flow"
+
+
+def check_config(config: TrainConfig) -> None:
+    """Refuse what each field allows by itself and all of them together don't.
+
+    The objective is called once, on a network of a few numbers: nothing else is built.
+
+    Raises:
+        ConfigError: naming the fields.
+    """
+    classes = DATASETS[config.data.name].num_classes
+    if config.data.label_dropout and not classes:
+        raise ConfigError(f"data.label_dropout: {config.data.name} has no labels to drop, so expected 0")
+    if config.init_from_teacher and config.teacher is None:
+        raise ConfigError("init_from_teacher: needs `teacher`, the run folder to start from")
+    _check_teachers(config)
+    _check_path(config)
+    _check_guidance(config, classes)
+    config.method.check(config)
+    _check_model(config)
+    _check_device(config)
+    _try_objective(config)
+    if config.out.exists() and not config.out.is_dir():
+        raise ConfigError(f"out: {config.out} is a file; expected a folder")
+
+
+def _check_teachers(config: TrainConfig) -> None:
+    """A teacher where the method needs one, and none where it has no use for it."""
+    method, objective = config.method, config.method.objective()
+    for role in ("teacher", "weak_teacher"):
+        given, what = getattr(config, role) is not None, role.replace("_", " ")
+        takes = role in objective.takes or (role == "teacher" and method.makes_pairs)
+        if given and not takes:
+            able = sorted(name for name, other in METHODS.items() if role in other.objective().takes)
+            raise ConfigError(
+                f"{role}: {method.name} learns without a {what}; remove it, or choose a method.name that follows one: "
+                f"{', '.join(able)}"
+            )
+        if not given and (role in objective.needs or (role == "teacher" and method.makes_pairs)):
+            raise ConfigError(f"{role}: {method.name} needs a {what}: {MAKE_A_TEACHER.format(data=config.data.name)}")
+
+
+def _check_path(config: TrainConfig) -> None:
+    method, fits = config.method, config.method.objective().paths
+    path = config.path.build()
+    for field, keyword in (("learned_weight", "weighting"), ("target_ema", "target")):
+        if getattr(method, field) and keyword not in method.objective().takes:
+            raise ConfigError(f"method.{field}: {method.name} has no use for it; remove it")
+    if fits is not None and config.path.name not in fits:
+        raise ConfigError(
+            f"path.name: {method.name} fits the paths {', '.join(sorted(fits))}, got {config.path.name!r}; "
+            f"choose one of these, or another method.name"
+        )
+    if method.makes_pairs and (config.coupling == "optimal_transport" or path.coupling != "independent"):
+        raise ConfigError(f"coupling: {method.name} couples noise and data by its teacher; expected independent")
+
+
+def _check_guidance(config: TrainConfig, classes: int) -> None:
+    method = config.method
+    guidance = method.guidance_settings
+    if guidance is not None:
+        name, active = "method.guidance", guidance.active and config.weak_teacher is None
+        if guidance.kappa and config.teacher is not None:
+            raise ConfigError("method.guidance.kappa: a teacher guides itself, so expected 0 with `teacher`")
+    else:
+        name, active = "method.sample_guidance", method.sample_guidance != 1
+    if active and not classes:
+        raise ConfigError(f"{name}: {config.data.name} has no labels to guide by, so expected scale 1")
+    if active and not config.data.label_dropout and config.teacher is None:
+        raise ConfigError(f"{name}: needs data.label_dropout > 0, or the network never learns what no label means")
+
+
+def _check_model(config: TrainConfig) -> None:
+    dataset = DATASETS[config.data.name]
+    shape: tuple[int, ...] = dataset.shape
+    if config.model.preset not in models.PRESETS:
+        raise ConfigError(f"model.preset: expected one of {', '.join(models.PRESETS)}, got {config.model.preset!r}")
+    preset = models.PRESETS[config.model.preset].arguments
+    if ("channels" in preset and len(shape) != 3) or ("num_classes" in preset) != bool(dataset.num_classes):
+        raise ConfigError(f"model.preset: {config.model.preset} can't take {config.data.name}, whose rows are {shape}")
+    try:
+        with torch.device("meta"):  # shapes without numbers: a billion parameters cost nothing
+            net = models.create(config.model.preset, **model_arguments(config))
+    except ValueError as error:
+        raise ConfigError(f"model.{error}".replace("model.overrides", "model")) from error
+    arguments = cast(dict[str, Any], net.config)
+    patch_size = arguments.get("patch_size", 1)
+    if any(side % patch_size for side in shape[1:]):
+        raise ConfigError(f"model.patch_size: expected a divisor of the sides of {shape}, got {patch_size}")
+    if config.method.conditions_on_guidance and not arguments.get("guidance"):
+        raise ConfigError(
+            f"model.guidance: {config.method.name} gives the network a guidance scale; expected --model.guidance True"
+        )
+
+
+def _try_objective(config: TrainConfig) -> None:
+    """Call the objective once, on random rows and the smallest network: what it refuses, it refuses here."""
+    method, dataset, seed = config.method, DATASETS[config.data.name], generator_at(config.seed, "trial")
+    rows, classes = config.data.batch, dataset.num_classes
+    with torch.random.fork_rng(devices=[]):
+        net = models.MLP(
+            dim=math.prod(dataset.shape), width=2, depth=1, num_classes=classes, guidance=method.conditions_on_guidance
+        )
+        critic = Critic(net, method.critic, dataset.shape, (0.9, 0.95)) if isinstance(method, ScoreMethod) else None
+        x0, x1 = torch.randn(2, rows, *dataset.shape, generator=seed).unbind()
+        y = torch.randint(classes + 1, (rows,), generator=seed) if classes else None
+        context = Context(
+            net=net,
+            batch=Batch(x0, x1, y, classes),
+            generator=seed,
+            seed=config.seed,
+            step=0,
+            steps=config.steps,
+            path=config.path.build(),
+            teacher=net if config.teacher is not None else None,
+            weak_teacher=net if config.weak_teacher is not None else None,
+            target=net if method.target_ema is not None else None,
+            weighting=LogVariance() if method.learned_weight else None,
+            critic=critic,
+        )
+        try:
+            method.loss(context)
+        except ValueError as error:
+            raise ConfigError(f"method.name: {method.name} can't be trained so: {error}") from error
+
+
+def _check_device(config: TrainConfig) -> None:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda was asked for, and torch finds no GPU (see `fastdistill doctor`)")
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    if config.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
+        raise ConfigError("precision: this GPU has no bf16; expected auto or fp32")
+
+
+def check_teacher(config: TrainConfig) -> None:
+    """Refuse a teacher that isn't there, isn't finished, or doesn't fit. Reads its configuration; builds nothing.
+
+    Apart from `check_config`, so that a student can be described, and checked, before its teacher is trained.
+
+    Raises:
+        ConfigError: naming the fields.
+    """
+    for role in ("teacher", "weak_teacher"):
+        if getattr(config, role) is not None:
+            _check_one_teacher(config, role)
+
+
+def _check_one_teacher(config: TrainConfig, role: str) -> None:
+    run = getattr(config, role)
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"{role}: expected a run folder with a config.yaml, got {run}; train it first")
+    if not (run / "export" / "ema.safetensors").is_file():
+        raise ConfigError(f"{role}: {run} has no export/ema.safetensors: finish its training first")
+    teacher = parse_config(read_yaml(run / "config.yaml"), f"{role}: {run}")
+    if teacher.data.name != config.data.name:
+        raise ConfigError(f"{role}: {run} learnt {teacher.data.name}, and data.name is {config.data.name}")
+    if "velocity" not in teacher.method.learns:
+        able = ", ".join(name for name, method in METHODS.items() if "velocity" in method.learns)
+        raise ConfigError(
+            f"{role}: {run} learnt {teacher.method.name}, whose network knows no velocity to follow; "
+            f"expected a run of {able}"
+        )
+    if teacher.path != config.path and not config.method.makes_pairs:
+        raise ConfigError(
+            f"{role}: {run} learnt on the path {describe_path(teacher)}, and path is {describe_path(config)}; "
+            f"a velocity holds on its own path only"
+        )
+    guidance = config.method.guidance_settings
+    by_labels = guidance is not None and guidance.active and config.weak_teacher is None
+    if by_labels and not teacher.data.label_dropout:
+        raise ConfigError(f"method.guidance: {run} can't guide, for it was trained without data.label_dropout")
+    if role == "teacher" and config.init_from_teacher and model_differences(config, teacher):
+        raise ConfigError(
+            f"init_from_teacher: the student must have the teacher's network; different: "
+            f"{', '.join(model_differences(config, teacher))}"
+        )
+
+
+def describe_path(config: TrainConfig) -> str:
+    """A path's name and the numbers that were given for it, e.g. `fm (sigma 0.1)`."""
+    numbers = config.path.model_dump(exclude={"name"}, exclude_none=True)
+    return config.path.name + (
+        f" ({', '.join(f'{name} {value:g}' for name, value in numbers.items())})" * bool(numbers)
+    )

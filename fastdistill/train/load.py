@@ -1,0 +1,91 @@
+"""A configuration from a YAML file, or a shipped name, and the command line; checked as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from fastdistill.train.checks import check_config
+from fastdistill.train.config import TrainConfig, parse_config, read_yaml
+from fastdistill.train.methods import METHODS
+from fastdistill.train.settings import ConfigError, nearest
+
+SHIPPED = Path(__file__).parents[1] / "configs"
+
+
+def shipped_configs() -> list[str]:
+    """The names of the configurations that come with fastdistill."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def load_config(source: str | Path, overrides: Sequence[str] = (), *, out: Path | None = None) -> TrainConfig:
+    """Read a configuration, apply command line overrides and check it all.
+
+    Args:
+        source: a YAML file, or the name of a shipped one (`shipped_configs()`).
+        overrides: command line arguments, e.g. ["--optim.lr", "3e-4"]; "--help" prints them all and exits.
+        out: the run folder, before overrides; None: the file's own, or runs/<its name>.
+
+    Raises:
+        ConfigError: naming each field that is unknown, missing or wrong.
+        SystemExit: with status 2, by tyro, for a wrong override, which it explains on stderr.
+    """
+    path = find_config(source)
+    given = read_yaml(path)
+    recipes = given.pop("methods", None) or {}
+    name, overrides = take_option(overrides, "--method.name")
+    stem = path.stem
+    if name is not None and name != given.get("method", {}).get("name"):
+        given, stem = choose_method(given, name, recipes), f"{path.stem}-{name}"
+    given = {"out": f"runs/{stem}"} | given | ({"out": str(out)} if out else {})
+    config = parse_config(given, str(path))
+    if overrides:
+        config = tyro.cli(
+            TrainConfig,
+            args=list(overrides),
+            default=config,
+            prog=f"fastdistill train {source}",
+            description=f"Train as {path.name} says, by {config.method.name}, with any of its fields changed. Another "
+            f"method comes first, as --method.name {'|'.join(METHODS)}:",
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+    check_config(config)
+    return config
+
+
+def find_config(source: str | Path) -> Path:
+    """The file of a configuration, given by path or by shipped name."""
+    for path in (Path(source), SHIPPED / f"{source}.yaml"):
+        if path.is_file():
+            return path
+    raise ConfigError(f"{source}: no such file, and no shipped configuration; there are {', '.join(shipped_configs())}")
+
+
+def take_option(overrides: Sequence[str], option: str) -> tuple[str | None, list[str]]:
+    """The last value of `--option value` or `--option=value`, and the arguments without it."""
+    value, rest, arguments = None, [], iter(overrides)
+    for argument in arguments:
+        if argument == option:
+            value = next(arguments, None)
+            if value is None:
+                raise ConfigError(f"{option.lstrip('-')}: expected a value after {option}")
+        elif argument.startswith(f"{option}="):
+            value = argument.removeprefix(f"{option}=")
+        else:
+            rest.append(argument)
+    return value, rest
+
+
+def choose_method(given: Mapping[str, Any], name: str, recipes: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a file with another method in place of its own: the file's recipe for it, else its defaults."""
+    if name not in METHODS:
+        raise ConfigError(f"method.name: expected one of {', '.join(METHODS)}, got {name!r}; {nearest(name, METHODS)}")
+    chosen = {**given, "method": {}}
+    for group, fields in (recipes.get(name) or {}).items():
+        nested = isinstance(fields, Mapping) and isinstance(chosen.get(group), Mapping)
+        chosen[group] = {**chosen[group], **fields} if nested else fields
+    chosen["method"] = {**chosen["method"], "name": name}
+    return chosen

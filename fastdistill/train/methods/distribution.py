@@ -1,0 +1,182 @@
+"""Methods that match laws instead of regressing a velocity: moment matching, score matching, and sCM with scores."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fastdistill.objectives.dmd import dmd_gradient, simulate
+from fastdistill.objectives.velocity import Guidance
+from fastdistill.paths import expand_time
+from fastdistill.times import Uniform, imm_times
+from fastdistill.train.methods.base import Context, GuidanceSettings, Learnt, MethodSettings
+from fastdistill.train.methods.consistency import ContinuousConsistency
+from fastdistill.train.settings import ConfigError, Settings
+
+if TYPE_CHECKING:
+    from fastdistill.train.config import TrainConfig
+
+
+class IMM(MethodSettings):
+    """Inductive moment matching: jumps from t and from a little nearer to the data must end in the same law."""
+
+    name: Literal["imm"] = "imm"
+    group: int = Field(4, ge=1)
+    """Rows that share their times and are compared as a sample of one law; it divides data.batch."""
+    statistic: Literal["v", "u"] = "v"
+    """v: biased, never negative; u: unbiased."""
+    a: float = Field(2.0, ge=1)
+    """Of the weight, see fastdistill.objectives.imm."""
+    b: float = 4.0
+    """Of the weight."""
+    k: float = Field(12.0, ge=0)
+    """The second time r lies 2^-k of the range of noise levels nearer to the data."""
+    low: float = Field(0.0, ge=0, lt=1)
+    """The least time."""
+    high: float = Field(0.994, gt=0, le=1)
+    """The greatest time, below 1 so that the noise level is finite."""
+
+    learns: ClassVar[tuple[Learnt, ...]] = ("map",)
+
+    def draw_times(self, context: Context) -> tuple[Tensor, ...]:
+        return imm_times(
+            context.rows,
+            self.group,
+            path=context.path,
+            k=self.k,
+            low=self.low,
+            high=self.high,
+            generator=context.generator,
+            device=context.device,
+        )
+
+    def check(self, config: TrainConfig) -> None:
+        if config.data.batch % self.group:
+            raise ConfigError(f"method.group: expected a divisor of data.batch, {config.data.batch}, got {self.group}")
+
+
+class CriticSettings(Settings):
+    """The network of the samples' own score, which starts as the teacher and trains beside the generator."""
+
+    updates: int = Field(5, ge=1)
+    """Its updates in each training step, that is, for each update of the generator."""
+    warmup_updates: int = Field(0, ge=0)
+    """Its updates before the generator's first one, besides."""
+    lr: float = Field(1e-3, gt=0)
+    """Its learning rate."""
+    levels: tuple[float, float] = (0.02, 0.98)
+    """The scores are compared at times uniform between these two."""
+    gan: bool = False
+    """Add a discriminator, as DMD2 does: real data then correct what the teacher got wrong."""
+    gan_weight: float = Field(3e-3, gt=0)
+    """Of the discriminator's part of the generator's loss."""
+
+    def law(self) -> Uniform:
+        """Of the times at which scores are compared."""
+        return Uniform(*self.levels)
+
+
+class ScoreMethod(MethodSettings):
+    """What the methods share that train a fake score."""
+
+    critic: CriticSettings = CriticSettings()
+    """The second network and its training."""
+    generator_times: tuple[float, ...] = (1.0,)
+    """The falling times at which the generator starts, 1 first: as many as it shall make steps."""
+    backward_simulation: bool = True
+    """With several times: the generator's inputs are what it makes itself on the way, as in sampling (DMD2)."""
+
+    learns: ClassVar[tuple[Learnt, ...]] = ("end",)
+    has_critic: ClassVar[bool] = True
+
+    def check(self, config: TrainConfig) -> None:
+        times = self.generator_times
+        if not times or times[0] != 1 or times[-1] <= 0 or any(a <= b for a, b in pairwise(times)):
+            raise ConfigError(f"method.generator_times: expected falling times from 1, above 0, got {list(times)}")
+        low, high = self.critic.levels
+        if not 0 <= low < high <= 1:
+            raise ConfigError(f"method.critic.levels: expected 0 <= low < high <= 1, got {low}, {high}")
+
+    @property
+    def simulated_times(self) -> tuple[float, ...] | None:
+        """The times of backward simulation, where it takes part."""
+        return self.generator_times if self.backward_simulation and len(self.generator_times) > 1 else None
+
+    def draw_starts(self, context: Context, generator: torch.Generator) -> Tensor:
+        """Times (B,) of the generator's own, each with the same probability."""
+        times = torch.tensor(self.generator_times)
+        return times[torch.randint(len(times), (context.rows,), generator=generator)].to(context.device)
+
+    @torch.no_grad()
+    def draw_samples(self, context: Context, generator: torch.Generator) -> Tensor:
+        """Samples (B, ...) of the generator as it is, from fresh noise, for the batch's labels."""
+        batch = context.batch
+        x1 = torch.randn(batch.x1.shape, generator=generator).to(context.device)
+        t = self.draw_starts(context, generator)
+        if self.simulated_times is None:
+            x = context.path.interpolate(batch.x0, x1, t)
+        else:
+            x = simulate(context.net, x1, t, self.simulated_times, y=batch.y, path=context.path, generator=generator)
+        return x - expand_time(t, x) * context.net(x, t=t, s=torch.zeros_like(t), y=batch.y)
+
+    def keywords(self, context: Context) -> dict[str, Any]:
+        assert context.critic is not None
+        given = super().keywords(context) | {"fake": context.critic.fake, "levels": self.critic.law()}
+        if self.critic.gan:
+            given |= {"gan": context.critic.gan, "gan_weight": self.critic.gan_weight}
+        return given | {"backward_simulation": self.simulated_times}
+
+
+class DMD(ScoreMethod):
+    """Distribution matching: samples move by the difference of two scores, the teacher's and their own."""
+
+    name: Literal["dmd"] = "dmd"
+    guidance: GuidanceSettings = GuidanceSettings()
+    """Guidance of the teacher."""
+
+    def draw_times(self, context: Context) -> tuple[Tensor, ...]:
+        return (self.draw_starts(context, context.generator),)
+
+
+class RCM(ContinuousConsistency, ScoreMethod):
+    """rCM: continuous consistency, which covers all modes, and scores of one-step samples, which sharpen them."""
+
+    name: Literal["rcm"] = "rcm"
+    score_weight: float = Field(0.01, ge=0)
+    """Of the score term."""
+
+    learns: ClassVar[tuple[Learnt, ...]] = ("end",)
+
+    def check(self, config: TrainConfig) -> None:
+        super().check(config)
+        if config.teacher is None:
+            raise ConfigError("teacher: rcm needs a teacher, whose score its samples are compared with")
+        if self.generator_times != (1.0,):
+            raise ConfigError("method.generator_times: rcm makes its samples in one step, so expected [1]")
+        if self.critic.gan:
+            raise ConfigError("method.critic.gan: rcm has no discriminator; expected False, or method.name dmd")
+
+    def keywords(self, context: Context) -> dict[str, Any]:
+        return super().keywords(context) | {"score_gradient": partial(self.score_gradient, context)}
+
+    def score_gradient(self, context: Context, samples: Tensor, y: Tensor | None) -> Tensor:
+        """The direction in which samples (B, ...) leave the data's law, by the teacher's score and their own."""
+        assert context.critic is not None and context.teacher is not None
+        noise = torch.randn(samples.shape, generator=context.generator).to(samples)
+        tau = self.critic.law()(len(samples), context.generator, samples.device)
+        guidance = self.guidance.build(context)
+        return dmd_gradient(
+            samples,
+            noise,
+            tau,
+            teacher=context.teacher,
+            fake=context.critic.fake,
+            y=y,
+            path=context.path,
+            guidance=guidance if isinstance(guidance, Guidance) else None,
+        )

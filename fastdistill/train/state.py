@@ -1,0 +1,169 @@
+"""What a run carries from step to step: made, saved, and brought back.
+
+`PARTS` names everything that learns. A part that a method doesn't use is None and is not saved.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from fastdistill import models
+from fastdistill.objectives.metric import LogVariance
+from fastdistill.train.checkpoint import CheckpointError, read_checkpoint, read_newest_checkpoint, set_aside_newer
+from fastdistill.train.config import TrainConfig
+from fastdistill.train.critic import Critic
+from fastdistill.train.data import DATASETS
+from fastdistill.train.files import sha256
+from fastdistill.train.methods import ScoreMethod
+from fastdistill.train.run import build_network, load_run
+from fastdistill.train.settings import ConfigError
+
+PARTS = ("net", "ema", "target", "weighting", "critic", "optimizer", "scheduler")
+UNCHANGED = {
+    "teacher_sha256": "the teacher's weights",
+    "weak_teacher_sha256": "the weak teacher's weights",
+    "precision": "the precision",
+}
+
+
+def new_state(config: TrainConfig, device: torch.device) -> dict[str, Any]:
+    """All that the loop carries from step to step, as it is before the first one."""
+    torch.manual_seed(config.seed)
+    net = build_network(config).to(device).train()
+    frozen: dict[str, Any] = {}
+    for role in ("teacher", "weak_teacher"):
+        run = getattr(config, role)
+        frozen[role] = frozen[f"{role}_path"] = frozen[f"{role}_sha256"] = None
+        if run is not None:
+            frozen[role], learnt = load_run(run, device=device)
+            frozen[f"{role}_path"] = learnt.path.build()
+            frozen[f"{role}_sha256"] = sha256(run / "export" / "ema.safetensors")
+    if config.init_from_teacher:
+        net.load_state_dict(frozen["teacher"].state_dict())
+    method, optim = config.method, config.optim
+    weighting = LogVariance().to(device) if method.learned_weight else None
+    optimizer = make_optimizer([net, *([weighting] if weighting else [])], config, optim.lr)
+    decay = method.target_ema
+    return {
+        "step": 0,
+        "net": net,
+        "ema": average_of(net, ramped_ema(optim.ema)),
+        "target": average_of(net, get_ema_multi_avg_fn(decay)) if decay is not None else None,
+        "weighting": weighting,
+        "critic": make_critic(frozen["teacher"], config),
+        "optimizer": optimizer,
+        "scheduler": warm_up(optimizer, optim.warmup_steps),
+        "device": device,
+        "precision": pick_precision(config, device),
+        "path": config.path.build(),
+        **frozen,
+    }
+
+
+def make_critic(teacher: nn.Module, config: TrainConfig) -> Critic | None:
+    """The second network of a method that has one."""
+    if not isinstance(config.method, ScoreMethod):
+        return None
+    return Critic(teacher, config.method.critic, DATASETS[config.data.name].shape, config.optim.betas)
+
+
+def make_optimizer(modules: Sequence[nn.Module], config: TrainConfig, lr: float) -> torch.optim.AdamW:
+    """AdamW over the parameters of some modules, as the configuration says."""
+    weights = [weight for module in modules for weight in module.parameters()]
+    optim = config.optim
+    return torch.optim.AdamW(weights, lr=lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
+
+
+def warm_up(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+    """A schedule that grows linearly to the optimiser's rate."""
+    return LambdaLR(optimizer, lambda k: min(1.0, (k + 1) / (steps + 1)))
+
+
+Average = Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]
+
+
+def average_of(net: nn.Module, average: Average) -> AveragedModel:
+    """A frozen average of a network's weights, which starts at them."""
+    return AveragedModel(net, multi_avg_fn=average).eval().requires_grad_(False)
+
+
+def ramped_ema(decay: float) -> Average:
+    """An average of decay min(decay, (1 + k) / (10 + k)) at update k, so that it soon forgets the initial weights."""
+
+    def update(averages: Sequence[Tensor], weights: Sequence[Tensor], count: Tensor | int) -> None:
+        k = int(count)
+        get_ema_multi_avg_fn(min(decay, (1 + k) / (10 + k)))(averages, weights, count)
+
+    return update
+
+
+def snapshot(state: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds. Data, times and noise follow from (seed, step); the RNG is for a network's dropout."""
+    saved: dict[str, Any] = {name: state[name].state_dict() for name in PARTS if state[name] is not None}
+    saved["device"] = state["device"].type
+    saved["rng"] = {"cpu": torch.get_rng_state()}
+    if state["device"].type == "cuda":
+        saved["rng"]["cuda"] = torch.cuda.get_rng_state(state["device"])
+    return saved | {name: state[name] for name in ("step", *UNCHANGED)}
+
+
+def resume(state: dict[str, Any], config: TrainConfig, run: Path) -> None:
+    """Bring the state to the newest checkpoint, or to `config.resume_from`; leave it as it is where there is none."""
+    if config.resume_from is not None:
+        path = run / "checkpoints" / config.resume_from.name
+        saved = read_checkpoint(path)
+        for newer in set_aside_newer(run, path):
+            tell(f"{newer} was set aside as {newer.name}.abandoned")
+    else:
+        newest = read_newest_checkpoint(run)
+        if newest is None:
+            count = models.count_parameters(state["net"])
+            tell(f"training {count:,} parameters on {state['device'].type} in {config.out}")
+            return
+        saved = newest
+    if saved["step"] > config.steps:
+        raise ConfigError(f"steps: {config.out} has done {saved['step']} already, so expected that or more")
+    for name, meaning in UNCHANGED.items():
+        if saved.get(name) != state[name]:
+            raise CheckpointError(
+                f"{meaning} changed since this run's checkpoint at step {saved['step']} "
+                f"({saved.get(name)} -> {state[name]}): choose another --out to start afresh"
+            )
+    for name in PARTS:
+        if state[name] is not None:
+            state[name].load_state_dict(saved[name])
+    torch.set_rng_state(saved["rng"]["cpu"])
+    if state["device"].type == "cuda" and "cuda" in saved["rng"]:
+        torch.cuda.set_rng_state(saved["rng"]["cuda"], state["device"])
+    state["step"] = saved["step"]
+    tell(f"going on from step {state['step']} of {config.steps} in {config.out}")
+    if saved["device"] != state["device"].type:
+        tell(f"so far it ran on {saved['device']}, from here on {state['device'].type}: not bit for bit the same run")
+
+
+def pick_device(config: TrainConfig) -> torch.device:
+    """The device that `config.device` means here."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
+
+
+def pick_precision(config: TrainConfig, device: torch.device) -> str:
+    """The precision that `config.precision` means on this device."""
+    if config.precision == "auto":
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return config.precision
+
+
+def tell(message: str) -> None:
+    """Say something to whoever watches, below the progress bar if there is one."""
+    tqdm.write(message, file=sys.stderr)

@@ -1,0 +1,45 @@
+"""A comparison's summary made by hand, of the schema that `fastdistill.compare` writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+STEPS = ("1", "2", "4", "8")
+
+
+def spread(*values: float) -> dict[str, Any]:
+    """A metric over the seeds; the standard deviation of two."""
+    mean = sum(values) / len(values)
+    return {"mean": mean, "std": abs(values[0] - values[-1]) / 2**0.5, "values": list(values)}
+
+
+def method(errors: tuple[float, ...], seconds: float = 0.002, teacher: bool = False) -> dict[str, Any]:
+    """A method with these map errors at 1, 2, 4, 8 steps, and SW2 of half of that."""
+    return {
+        "settings": {"identity": "eulerian", "tangent": "(w, 1, 0)", "teacher": teacher, "second_network": False},
+        "failed": None,
+        "sampler": "average_velocity",
+        "quality": {
+            steps: {"map_error": spread(error, 1.1 * error), "sliced_wasserstein": spread(error / 2, error / 2)}
+            for steps, error in zip(STEPS, errors)
+        },
+        "cost": {"seconds_per_step": spread(seconds), "seconds": spread(10.0), "peak_bytes": spread(2.0**20)},
+    }
+
+
+def ring(**methods: dict[str, Any]) -> dict[str, Any]:
+    """A comparison on the ring."""
+    return {
+        "data": "ring",
+        "budget": {"steps": 3000, "batch": 256, "network": "mlp-ring", "parameters": 22000, "seeds": [0, 1]},
+        "methods": methods,
+        "references": {"euler 1": {"map_error": 0.9, "sliced_wasserstein": 1.43}, "data": {"sliced_wasserstein": 0.05}},
+        "environment": {"python": "3.12", "torch": "2.13"},
+        "mutants": {},
+    }
+
+
+def small() -> dict[str, Any]:
+    """Flow matching and MeanFlow on the ring."""
+    control = method((0.8, 0.4, 0.2, 0.1))
+    return {"ring": ring(flow_matching=control, meanflow=method((0.2, 0.15, 0.15, 0.15), seconds=0.005))}

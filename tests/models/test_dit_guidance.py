@@ -1,0 +1,55 @@
+"""The DiT's guidance input: off by default; on, a smooth input beside the times."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastdistill as fd
+from fastdistill.models import DiT
+
+SMALL: dict[str, Any] = {"channels": 1, "patch_size": 2, "width": 16, "depth": 2, "heads": 2, "num_classes": 5}
+
+
+def test_only_a_network_made_for_it_has_its_parameters() -> None:
+    """So that old checkpoints load; and the others keep the random numbers of their initialisation."""
+    torch.manual_seed(0)
+    plain = DiT(**SMALL).state_dict()
+    torch.manual_seed(0)
+    guided = DiT(**SMALL, guidance=True)
+    assert {name for name in guided.state_dict() if name not in plain} == {
+        f"g_embedder.{layer}.{part}" for layer in ("fc1", "fc2") for part in ("weight", "bias")
+    }
+    assert not any("g_embedder" in name for name in plain)
+    assert DiT(**guided.config).config == guided.config
+
+
+def test_the_scale_changes_the_output_and_none_is_scale_one() -> None:
+    """With a tangent that follows from the chain rule: central differences agree."""
+    net = DiT(**SMALL, guidance=True).double()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    x, w = torch.randn(2, 3, 1, 4, 4, dtype=torch.float64).unbind(0)
+    t = torch.tensor([0.9, 0.6, 0.3], dtype=torch.float64)
+    s, y, g = 0.5 * t, torch.tensor([0, 4, 5]), torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    u = net(x, t, s, y)
+    assert torch.equal(u, net(x, t, s, y, g=torch.ones(3)))
+    changed = (net(x, t, s, y, g=g) - u).abs().flatten(1).amax(1)
+    assert changed[0] == 0
+    assert changed[1:].min() > 1e-3
+    _, du_dt = fd.jvp(lambda x, t, s: net(x, t, s, y, g=g), (x, t, s), (w, 1.0, None))
+    h = 1e-5
+    difference = (net(x + h * w, t + h, s, y, g=g) - net(x - h * w, t - h, s, y, g=g)) / (2 * h)
+    torch.testing.assert_close(du_dt, difference, rtol=1e-6, atol=1e-7)
+
+
+def test_a_scale_for_a_network_without_the_input_is_refused() -> None:
+    """And one of the wrong shape, by name."""
+    x, t = torch.zeros(3, 1, 4, 4), torch.ones(3)
+    with pytest.raises(ValueError, match="g: this network takes no guidance scale"):
+        DiT(**SMALL)(x, t, t, g=t)
+    with pytest.raises(ValueError, match=r"g: expected \(3,\)"):
+        DiT(**SMALL, guidance=True)(x, t, t, g=torch.ones(2))

@@ -1,0 +1,103 @@
+"""`compare`: two methods and a shared teacher, a few steps each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastdistill.compare import compare
+from fastdistill.eval.comparison import describe, verdicts
+from fastdistill.train import ConfigError, NonFiniteError
+from fastdistill.train.methods import METHODS
+
+TINY = ["--model.width", "8", "--data.batch", "16", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished comparison on the ring: one method from data, one that needs the teacher, two seeds."""
+    out = tmp_path_factory.mktemp("compare")
+    compare(["esd", "facm"], "ring", out, steps=3, seeds=2, samples=64, overrides=TINY)
+    return out
+
+
+def test_the_folder_holds_report_summary_and_figures(folder: Path) -> None:
+    """And a run for each method and seed, and for the teacher that they share."""
+    for name in ("report.html", "summary.json", "quality.png", "cost.png", "samples.png", "curves.png"):
+        assert (folder / name).stat().st_size > 1000
+    runs = {str(path.parent.relative_to(folder)) for path in folder.rglob("config.yaml")}
+    assert runs == {f"seed{seed}/{name}" for seed in (0, 1) for name in ("esd", "facm", "flow_matching")}
+
+
+def test_the_summary_has_quality_and_cost_over_the_seeds(folder: Path) -> None:
+    """Mean, deviation and values of every metric at 1, 2, 4 and 8 steps."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    assert list(summary["methods"]) == ["esd", "facm"]
+    assert summary["budget"]["seeds"] == [0, 1]
+    assert summary["budget"]["steps"] == 3
+    for row in summary["methods"].values():
+        assert row["failed"] is None
+        assert list(row["quality"]) == ["1", "2", "4", "8"]
+        for spread in (*row["quality"]["1"].values(), *row["cost"].values(), row["straightness"]):
+            assert len(spread["values"]) == 2
+            assert min(spread["values"]) <= spread["mean"] <= max(spread["values"])
+        assert row["cost"]["peak_bytes"]["values"][0] == row["cost"]["peak_bytes"]["values"][1] > 0
+    assert summary["methods"]["facm"]["settings"]["teacher"]
+    assert not summary["methods"]["esd"]["settings"]["teacher"]
+
+
+def test_a_finished_comparison_trains_nothing_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And finds the same numbers, but for what a clock says."""
+    before = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    exports = {path: path.stat().st_mtime_ns for path in folder.rglob("ema.safetensors")}
+    summary = compare(["esd", "facm"], "ring", folder, steps=3, seeds=2, samples=64, overrides=TINY)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("ema.safetensors")} == exports
+    for name, row in summary["methods"].items():
+        for number, metrics in row["quality"].items():
+            assert metrics["map_error"] == before["methods"][name]["quality"][number]["map_error"]
+
+
+def test_verdicts_follow_from_the_numbers(folder: Path) -> None:
+    """Best where best, a teacher as a price, and a table as text."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    found = verdicts(summary)
+    rows = summary["methods"]
+    best = min(rows, key=lambda name: rows[name]["quality"]["1"]["sliced_wasserstein"]["mean"])
+    assert "best at 1 step" in found[best]["pros"]
+    assert "needs a teacher" in found["facm"]["cons"]
+    assert "needs a teacher" not in found["esd"]["cons"]
+    assert "map error@1" in describe(summary)
+
+
+def test_a_method_that_diverges_is_reported_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reason stands in the summary, the table and the report."""
+    import fastdistill.compare as module
+
+    original = module.train
+
+    def fails(config: Any) -> Path:
+        if config.method.name == "psd":
+            raise NonFiniteError("step 1: loss is nan")
+        return original(config)
+
+    monkeypatch.setattr(module, "train", fails)
+    summary = compare(["psd", "flow_matching"], "ring", tmp_path, steps=2, samples=64, overrides=TINY)
+    assert summary["methods"]["psd"]["failed"] == "step 1: loss is nan"
+    assert "psd: step 1" in describe(summary)
+    assert "psd did not finish" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_unknown_names_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    """Methods, data, seeds."""
+    with pytest.raises(ConfigError, match=r"methods: .*'meanflo', did you mean 'meanflow'"):
+        compare(["meanflo"], "ring", tmp_path)
+    with pytest.raises(ConfigError, match="data: expected one of ring, digits, got 'cifar'"):
+        compare(None, "cifar", tmp_path)
+    with pytest.raises(ConfigError, match="expected at least one of each"):
+        compare(list(METHODS), "ring", tmp_path, seeds=0)
+    assert list(tmp_path.iterdir()) == []

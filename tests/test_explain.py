@@ -1,0 +1,46 @@
+"""`explain` for every method."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastdistill.explain import explain
+from fastdistill.objectives import OBJECTIVES
+from fastdistill.train import ConfigError
+from fastdistill.train.methods import METHODS
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_explained_in_full(name: str) -> None:
+    """What the registry holds and what the trainer adds, each under its heading."""
+    text = explain(name)
+    words = " ".join(text.split())
+    objective = METHODS[name].objective()
+    for heading in ("formula", "identity", "tangent", "times", "reduction", "path", "needs", "sampler", "defaults"):
+        assert f"\n{heading} " in text
+    for value in (objective.formula, objective.tangent, objective.reduction, *objective.sources):
+        assert " ".join(value.split()) in words
+    assert text.startswith(f"{name}: ")
+    assert f"fastdistill.objectives.{objective.function.__module__.split('.')[-1]}" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_every_objective_has_a_method_and_the_table_has_a_line_for_each() -> None:
+    """The registry and the trainer know the same names; reflow is flow matching on other data."""
+    assert set(METHODS) == {*OBJECTIVES, "reflow"}
+    lines = explain().splitlines()
+    assert [line.split()[0] for line in lines[1 : 1 + len(METHODS)]] == list(METHODS)
+
+
+def test_needs_are_said() -> None:
+    """A teacher, pairs, a second network."""
+    assert "a teacher: a finished run" in " ".join(explain("dmd").split())
+    assert "a second network" in explain("dmd")
+    assert "whose flow makes the pairs" in " ".join(explain("reflow").split())
+    assert "with --teacher RUN it follows" in " ".join(explain("meanflow").split())
+    assert "needs       nothing" in explain("ect")
+
+
+def test_an_unknown_method_meets_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'facm'"):
+        explain("facn")

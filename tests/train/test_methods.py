@@ -1,0 +1,170 @@
+"""Every method through the trainer: it learns something finite, resumes exactly, and knows its objective's options."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from fastdistill.train import TrainConfig, generate, load_config, load_run, train
+from fastdistill.train.checkpoint import list_checkpoints, read_checkpoint
+from fastdistill.train.methods import METHODS, ScoreMethod
+from tests.train.conftest import MakeConfig, tiny_fields
+from tests.train.test_resume import assert_same_run, assert_same_state, killed, train_and_die
+
+# Few pairs, few steps: what a method's defaults would make long.
+SMALL: dict[str, dict[str, Any]] = {
+    "reflow": {"pairs": 40, "pair_steps": 2},
+    "dmd": {"critic": {"updates": 2, "gan": True}, "generator_times": (1.0, 0.5)},
+    "consistency": {"intervals": (4, 16), "target_ema": 0.9},
+    "scm": {"tangent_warmup": 2},
+    "rcm": {"tangent_warmup": 2, "critic": {"updates": 1}},
+    "ayf_emd": {"tangent_warmup": 2},
+    "ayf_lmd": {"tangent_warmup": 2},
+    "shortcut": {"distinct": 0.5},
+}
+# What an objective offers and a configuration file can't hold, or the trainer decides.
+NOT_SETTINGS = {"y", "path", "jvp", "generator", "teacher", "weak_teacher", "target", "weighting", "warmup", "alpha",
+                "distinct_rows", "fake", "gan", "gan_weight", "levels", "backward_simulation", "perceptual",
+                "velocity_head", "sharpness", "weight", "midpoint", "score_gradient"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run for the methods that follow one."""
+    fields = tiny_fields(tmp_path_factory.mktemp("teacher") / "run")
+    return train(TrainConfig.model_validate(fields | {"method": {"name": "flow_matching"}, "steps": 4}))
+
+
+@pytest.fixture(scope="module")
+def digits_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same on digits, with dropped labels."""
+    fields = tiny_fields(
+        tmp_path_factory.mktemp("teacher") / "digits",
+        data={"name": "digits", "batch": 8, "label_dropout": 0.5},
+        model={"preset": "mlp-digits", "width": 8, "depth": 1},
+        method={"name": "flow_matching"},
+        steps=2,
+    )
+    return train(TrainConfig.model_validate(fields))
+
+
+def config_of(name: str, out: Path, teacher: Path, **changes: Any) -> TrainConfig:
+    """A tiny run of a method on the ring, with a teacher where it can't do without."""
+    method = {"name": name, **SMALL.get(name, {})}
+    needs = METHODS[name].makes_pairs or METHODS[name].has_critic or "teacher" in METHODS[name].objective().needs
+    fields = tiny_fields(out) | {"method": method, "steps": 3} | ({"teacher": str(teacher)} if needs else {})
+    return TrainConfig.model_validate(fields | changes)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_and_samples(name: str, teacher: Path, tmp_path: Path) -> None:
+    """Three steps on the ring: finite metrics, other weights than at first, and samples by its own sampler."""
+    config = config_of(name, tmp_path / "run", teacher, log={"log_every": 1}, optim={"lr": 0.01, "warmup_steps": 0})
+    run = train(config)
+    points = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [point["step"] for point in points] == [1, 2, 3]
+    assert all(math.isfinite(value) for point in points for value in point.values())
+    assert all(point["grad_norm"] > 0 for point in points)
+    net, config = load_run(run)
+    for steps in (1, 2):
+        assert generate(net, config, 16, steps=steps).isfinite().all()
+
+
+GUIDED = {"scale": 1.0, "scale_to": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("method", "teachers"),
+    [
+        ({"name": "improved_meanflow", "guidance": GUIDED}, ()),
+        ({"name": "meanflow", "guidance": {"scale": 2.0, "kappa": 0.5}}, ()),
+        ({"name": "ayf_emd", "guidance": GUIDED}, ("teacher", "weak_teacher")),
+        ({"name": "ayf_lmd", "guidance": {"scale": 2.0}}, ("teacher",)),
+        ({"name": "dmd", "guidance": {"scale": 2.0}, "critic": {"updates": 1, "gan": True}}, ("teacher",)),
+        ({"name": "scm", "guidance": {"scale": 2.0}}, ("teacher",)),
+        ({"name": "reflow", "pairs": 20, "pair_steps": 1, "pair_guidance": 2.0}, ("teacher",)),
+        ({"name": "imm", "group": 4}, ()),
+        ({"name": "shortcut", "distinct": 0.5, "target_ema": 0.9}, ()),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "",
+)
+def test_digits_with_labels_and_guidance(
+    method: dict[str, Any], teachers: tuple[str, ...], digits_teacher: Path, tiny_digits: MakeConfig
+) -> None:
+    """By labels, by a weak teacher, and with a scale of each row's own, which the network is told."""
+    told = "scale_to" in method.get("guidance", {})
+    model = {"preset": "mlp-digits", "width": 8, "depth": 2, "guidance": told}
+    run = train(tiny_digits(method=method, model=model, steps=2, **dict.fromkeys(teachers, str(digits_teacher))))
+    net, config = load_run(run)
+    assert generate(net, config, 10, guidance=2.0 if told else None).isfinite().all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_s_settings_cover_its_objective_s_options(name: str) -> None:
+    """Each keyword of the objective is a field, or is known to be none; and no field is without effect."""
+    fields, takes = set(METHODS[name].model_fields), METHODS[name].objective().takes
+    assert not takes - fields - NOT_SETTINGS
+
+
+@pytest.mark.parametrize("name", ["scm", "consistency", "dmd", "reflow"])
+def test_extra_state_resumes_bit_for_bit(name: str, teacher: Path, tmp_path: Path) -> None:
+    """A learned weight, an averaged target, a critic with optimiser and discriminator, made pairs: after SIGKILL."""
+    changes = {"steps": 6, "log": {"log_every": 1, "sample_every": 100, "checkpoint_every": 2}}
+    whole = train(config_of(name, tmp_path / "whole", teacher, **changes))
+    config = config_of(name, tmp_path / "killed", teacher, **changes)
+    killed(train_and_die, config, "before the rename", 4)
+    assert [path.name for path in list_checkpoints(config.out)] == ["step_00000002.pt"]
+    assert_same_run(train(config), whole)
+
+
+def test_checkpoints_hold_each_part_that_learns(teacher: Path, tmp_path: Path) -> None:
+    """And nothing for the parts that a method doesn't have."""
+    held = {}
+    for name in ("scm", "consistency", "dmd"):
+        run = train(config_of(name, tmp_path / name, teacher, steps=1))
+        held[name] = set(read_checkpoint(list_checkpoints(run)[0])) & {"target", "weighting", "critic"}
+    assert held == {"scm": {"weighting"}, "consistency": {"target"}, "dmd": {"critic"}}
+
+
+def test_the_critic_moves_and_its_teacher_does_not(teacher: Path, tmp_path: Path) -> None:
+    """The fake score starts as the teacher and ends elsewhere."""
+    config = config_of("dmd", tmp_path / "run", teacher)
+    assert isinstance(config.method, ScoreMethod)
+    before = load_run(teacher, device="cpu")[0].state_dict()
+    state = read_checkpoint(list_checkpoints(train(config))[0])["critic"]
+    assert all(not torch.equal(state["fake"][name], before[name]) for name in before if "weight" in name)
+    after = load_run(teacher, device="cpu")[0].state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert set(state) == {"fake", "gan", "optimizer"}
+
+
+def test_pairs_are_made_once_and_damaged_ones_again(teacher: Path, tmp_path: Path) -> None:
+    """Whole shards are kept byte for byte; they hold where the teacher's flow takes the noise."""
+    run = train(config_of("reflow", tmp_path / "run", teacher))
+    shard = run / "pairs" / "pairs_00000000.safetensors"
+    before, pairs = (shard.stat().st_mtime_ns, shard.read_bytes()), load(shard.read_bytes())
+    train(config_of("reflow", tmp_path / "run", teacher, steps=4))
+    assert (shard.stat().st_mtime_ns, shard.read_bytes()) == before
+    shard.write_bytes(before[1][:100])
+    train(config_of("reflow", tmp_path / "run", teacher, steps=5))
+    assert_same_state(load(shard.read_bytes()), pairs)
+
+
+def test_a_round_of_reflow_can_be_the_teacher_of_the_next(teacher: Path, tmp_path: Path) -> None:
+    """And of a distillation, which trains at t = 1 alone."""
+    first = train(config_of("reflow", tmp_path / "first", teacher))
+    small = {"name": "reflow", "pairs": 40, "pair_steps": 2, "distil": True}
+    second = train(config_of("reflow", tmp_path / "second", first, method=small))
+    assert (second / "export" / "ema.safetensors").is_file()
+
+
+def test_the_method_is_chosen_on_the_command_line(tmp_path: Path) -> None:
+    """With the file's recipe for it, under a name of its own; any of its fields can follow."""
+    config = load_config("ring", ["--method.name", "esd", "--method.distinct", "0.5", "--steps", "9"])
+    assert (config.method.name, config.method.distinct, config.out) == ("esd", 0.5, Path("runs/ring-esd"))
