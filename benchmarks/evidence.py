@@ -1,8 +1,8 @@
 """`make evidence`: every method on the ring and on digits, three seeds each, against what is known exactly.
 
-    python -m fastdistill.benchmarks.evidence                                            # train what is missing, measure, write
+    python -m fastdistill.benchmarks.evidence                             # train what is missing, measure, write
     python -m fastdistill.benchmarks.evidence --data ring --seeds 0 --budget-minutes 20 --train-only
-    python -m fastdistill.benchmarks.evidence --collect                                  # measure and write what there is
+    python -m fastdistill.benchmarks.evidence --collect                   # measure and write what there is
 
 Runs are claimed one by one, so that several processes with the same folder share the work: start one a core, with
 OMP_NUM_THREADS=1. A run that was stopped goes on where it was, a finished one is never trained again. What comes out is

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import evidence
-from benchmarks.evidence import MUTANTS, Job
 from fastdistill import objectives
+from fastdistill.benchmarks import evidence
+from fastdistill.benchmarks.evidence import MUTANTS, Job
 from fastdistill.train import NonFiniteError
 from tests.benchmarks.summaries import method, ring
 

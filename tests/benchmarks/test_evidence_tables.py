@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks import evidence_tables as tables
+from fastdistill.benchmarks import evidence_tables as tables
 from tests.benchmarks.summaries import method, ring, small
 
 TEXT = """before
