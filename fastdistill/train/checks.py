@@ -17,6 +17,7 @@ from fastdistill.train.config import TrainConfig, model_arguments, model_differe
 from fastdistill.train.critic import Critic
 from fastdistill.train.data import DATASETS, Batch, generator_at
 from fastdistill.train.methods import METHODS, Context, ScoreMethod
+from fastdistill.train.sampling import OWN
 from fastdistill.train.settings import ConfigError
 
 MAKE_A_TEACHER = "a finished run, e.g. of `fastdistill train {data}-flow`, as --teacher runs/{data}-flow"
@@ -39,6 +40,7 @@ def check_config(config: TrainConfig) -> None:
     _check_path(config)
     _check_guidance(config, classes)
     config.method.check(config)
+    _check_sampling(config)
     _check_model(config)
     _check_device(config)
     _try_objective(config)
@@ -84,12 +86,25 @@ def _check_guidance(config: TrainConfig, classes: int) -> None:
         name, active = "method.guidance", guidance.active and config.weak_teacher is None
         if guidance.kappa and config.teacher is not None:
             raise ConfigError("method.guidance.kappa: a teacher guides itself, so expected 0 with `teacher`")
+        if config.weak_teacher is not None and not guidance.active:
+            raise ConfigError(
+                "weak_teacher: at method.guidance.scale 1 it has no effect; expected another scale, or scale_to, or no "
+                "weak_teacher"
+            )
     else:
         name, active = "method.sample_guidance", method.sample_guidance != 1
     if active and not classes:
         raise ConfigError(f"{name}: {config.data.name} has no labels to guide by, so expected scale 1")
     if active and not config.data.label_dropout and config.teacher is None:
         raise ConfigError(f"{name}: needs data.label_dropout > 0, or the network never learns what no label means")
+
+
+def _check_sampling(config: TrainConfig) -> None:
+    """The run's own sampler must fit what its network learns: else it would stop at its first samples."""
+    try:
+        OWN.resolve(config)
+    except ConfigError as error:
+        raise ConfigError(f"method.{'' if str(error).startswith('sampler') else 'sample_'}{error}") from error
 
 
 def _check_model(config: TrainConfig) -> None:

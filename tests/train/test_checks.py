@@ -44,6 +44,19 @@ from tests.train.conftest import MakeConfig
         ({"method": {"name": "dmd", "generator_times": [0.5]}, "teacher": "x"}, ["method.generator_times"]),
         ({"method": {"name": "dmd", "critic": {"levels": [0.5, 0.2]}}, "teacher": "x"}, ["method.critic.levels"]),
         ({"method": {"name": "reflow"}, "teacher": "x", "coupling": "optimal_transport"}, ["coupling: reflow couples"]),
+        (
+            {"method": {"name": "scm", "sampler": "euler"}},
+            ["method.sampler: a network of scm serves consistency, got euler"],
+        ),
+        (
+            {"method": {"name": "ayf_emd", "sample_guidance": 2.0}, "teacher": "x"},
+            ["method.sample_guidance", "expected"],
+        ),
+        ({"method": {"name": "ayf_emd"}, "teacher": "x", "weak_teacher": "y"}, ["weak_teacher: at", "has no effect"]),
+        (
+            {"method": {"name": "ayf_emd", "guidance": {"scale": 2.0}}, "teacher": "x", "weak_teacher": "y"},
+            [],
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -105,6 +118,25 @@ def test_a_teacher_must_know_a_velocity_on_the_same_path(tiny: MakeConfig) -> No
         check_teacher(tiny("s", teacher=str(flow)))
     check_teacher(tiny("s", teacher=str(flow), **curved))
     check_teacher(tiny("s", teacher=str(flow), method={"name": "reflow"}))
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ({"name": "dmd", "guidance": {"scale_to": 2.0}}, "method.guidance.scale_to: dmd has one scale"),
+        ({"name": "rcm", "guidance": {"scale_to": 2.0}}, "method.guidance.scale_to: rcm has one scale"),
+        ({"name": "improved_meanflow", "guidance": {"scale": 2.0, "kappa": 0.5}}, "method.guidance.kappa: improved"),
+        ({"name": "meanflow", "sample_guidance": 2.0}, "method.sample_guidance: a network of meanflow has its"),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "",
+)
+def test_guidance_without_effect_is_refused(method: dict[str, Any], words: str, tiny_digits: MakeConfig) -> None:
+    """A scale that the generator isn't told, an estimate's share that is computed, guidance of a map's samples."""
+    model = {"preset": "mlp-digits", "width": 8, "depth": 1, "guidance": True}
+    teacher = {"teacher": "x"} if METHODS[method["name"]].has_critic else {}
+    with pytest.raises(ConfigError) as caught:
+        check_config(tiny_digits(method=method, model=model, **teacher))
+    assert words in str(caught.value)
 
 
 def test_guidance_that_the_network_is_told_needs_its_input(tiny_digits: MakeConfig) -> None:

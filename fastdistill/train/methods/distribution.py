@@ -101,6 +101,11 @@ class ScoreMethod(MethodSettings):
         low, high = self.critic.levels
         if not 0 <= low < high <= 1:
             raise ConfigError(f"method.critic.levels: expected 0 <= low < high <= 1, got {low}, {high}")
+        if self.conditions_on_guidance:
+            raise ConfigError(
+                f"method.guidance.scale_to: {self.name} has one scale, which its generator isn't told; expected "
+                f"method.guidance.scale alone"
+            )
 
     @property
     def simulated_times(self) -> tuple[float, ...] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -13,6 +13,10 @@ from fastdistill.objectives.velocity import Autoguidance, Guidance
 from fastdistill.times import pair_times
 from fastdistill.train.methods.base import Context, GuidanceSettings, Learnt, MethodSettings, Share
 from fastdistill.train.methods.times import LogitNormalTimes, Times
+from fastdistill.train.settings import ConfigError
+
+if TYPE_CHECKING:
+    from fastdistill.train.config import TrainConfig
 
 
 class Instantaneous(MethodSettings):
@@ -83,6 +87,13 @@ class ImprovedMeanFlow(PairedTimes):
     """Offset of the adaptive weight, in units of the error summed over a row."""
     guidance: ImprovedGuidance = ImprovedGuidance()
     """Guidance inside the target; with `scale_to` the network learns all scales between at once."""
+
+    def check(self, config: TrainConfig) -> None:
+        if self.guidance.kappa:
+            raise ConfigError(
+                f"method.guidance.kappa: improved_meanflow takes 1 - 1 / scale for it; expected 0 and a scale, got "
+                f"{self.guidance.kappa}"
+            )
 
 
 class AlphaFlow(PairedTimes):
