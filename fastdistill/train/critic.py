@@ -52,6 +52,12 @@ class Critic:
         self.weights = [weight for net in self._networks().values() for weight in net.parameters()]
         self.optimizer = torch.optim.AdamW(self.weights, lr=settings.lr, betas=betas, weight_decay=0.0, fused=True)
 
+    def warm_up(self, context: Context, method: ScoreMethod, precision: torch.autocast) -> Metrics:
+        """The updates before the generator's first one: at that step, before its loss; none at any other."""
+        first = self.settings.updates
+        extra = self.settings.warmup_updates * (context.step == 0)
+        return self._train(context, method, precision, range(first, first + extra))
+
     def update(self, context: Context, method: ScoreMethod, precision: torch.autocast) -> Metrics:
         """Train on fresh samples of the generator; the metrics of the last update.
 
@@ -59,10 +65,13 @@ class Critic:
             method: which draws the samples.
             precision: the autocast of the run's forward passes.
         """
+        return self._train(context, method, precision, range(self.settings.updates))
+
+    def _train(self, context: Context, method: ScoreMethod, precision: torch.autocast, numbers: range) -> Metrics:
         settings = self.settings
         self.optimizer.zero_grad(set_to_none=True)  # the generator's loss left some in the discriminator
         metrics: Metrics = {}
-        for number in range(settings.updates + settings.warmup_updates * (context.step == 0)):
+        for number in numbers:
             generator = generator_at(context.seed, f"critic {number}", context.step)
             batch = context.batch
             with precision:
@@ -76,7 +85,7 @@ class Critic:
                     metrics["discriminator_loss"] = adversarial.detach()
                     loss = loss + adversarial
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+            metrics["critic_grad_norm"] = torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         return metrics

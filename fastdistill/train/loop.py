@@ -110,6 +110,10 @@ def train_step(state: dict[str, Any], config: TrainConfig, dataset: Dataset | Pa
     """One update. Raises NonFiniteError before the weights are touched."""
     net, optimizer, step = state["net"], state["optimizer"], state["step"]
     context = make_context(state, config, make_batch(dataset, config, step, state["device"]))
+    critic = state["critic"]
+    if critic is not None:
+        assert isinstance(config.method, ScoreMethod)
+        critic.warm_up(context, config.method, mixed_precision(state))
     with mixed_precision(state):
         loss, metrics = config.method.loss(context)
     rows, terms = metrics.pop("rows", None), metrics.pop("terms", {})
@@ -132,9 +136,13 @@ def train_step(state: dict[str, Any], config: TrainConfig, dataset: Dataset | Pa
     for average in (state["ema"], state["target"]):
         if average is not None:
             average.update_parameters(net)
-    if state["critic"] is not None:
+    if critic is not None:
         assert isinstance(config.method, ScoreMethod)
-        metrics |= state["critic"].update(context, config.method, mixed_precision(state))
+        found = critic.update(context, config.method, mixed_precision(state))
+        for name, value in read_metrics({"loss": loss} | found).items():
+            if not math.isfinite(value):  # now: the next checkpoint would hold it, and be called good
+                stop_non_finite(step + 1, name, found[name], "in the critic's own update", run)
+        metrics |= found
     state["step"] = step + 1
     return metrics
 
