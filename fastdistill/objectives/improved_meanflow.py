@@ -9,7 +9,7 @@ from fastdistill.jvp import jvp as fused_jvp
 from fastdistill.objectives.checks import check_batch
 from fastdistill.objectives.identities import Jvp, eulerian, eulerian_residual, evaluate
 from fastdistill.objectives.metric import adaptive
-from fastdistill.objectives.rows import Metrics, measure, pick, split_rows
+from fastdistill.objectives.rows import Metrics, measure, pick, split_rows, split_terms
 from fastdistill.objectives.velocity import Autoguidance, Guidance, own_velocity, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path
 from fastdistill.samplers import Net
@@ -72,8 +72,10 @@ def improved_meanflow(
     if len(t_near):
         parts.append(evaluate(net, x_near, t_near, t_near, y_near, g_near) - w_near)
     residual, times = torch.cat(parts), (torch.cat((t_far, t_near)), torch.cat((s_far, t_near)))
-    loss, extra = adaptive(residual, p, c).mean(), {}
+    errors, extra = adaptive(residual, p, c), {}
+    loss, terms = errors.mean(), split_terms(errors, len(t_far))
     if velocity_head is not None:
         of_head = evaluate(velocity_head, x, t, t, y, g) - w
-        loss, extra = loss + adaptive(of_head, p, c).mean(), {"head_error": of_head.detach().square().mean()}
-    return loss, measure(loss, residual, *times, tangent=du_dt, distinct=len(t_far)) | extra
+        terms["head"] = adaptive(of_head, p, c).mean()
+        loss, extra = loss + terms["head"], {"head_error": of_head.detach().square().mean()}
+    return loss, measure(loss, residual, *times, tangent=du_dt, distinct=len(t_far)) | extra | {"terms": terms}

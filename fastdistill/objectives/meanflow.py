@@ -9,7 +9,7 @@ from fastdistill.jvp import jvp as fused_jvp
 from fastdistill.objectives.checks import check_batch
 from fastdistill.objectives.identities import Jvp, eulerian, eulerian_residual, evaluate
 from fastdistill.objectives.metric import adaptive
-from fastdistill.objectives.rows import Metrics, measure, pick, split_rows
+from fastdistill.objectives.rows import Metrics, measure, pick, split_rows, split_terms
 from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path
 from fastdistill.samplers import Net
@@ -74,5 +74,6 @@ def meanflow(
     if len(t_near):
         parts.append(evaluate(net, x_near, t_near, t_near, y_near, g_near) - w_near)
     residual, times = torch.cat(parts), (torch.cat((t_far, t_near)), torch.cat((s_far, t_near)))
-    loss = adaptive(residual, p, c).mean()
-    return loss, measure(loss, residual, *times, tangent=du_dt, distinct=len(t_far))
+    errors = adaptive(residual, p, c)
+    loss, terms = errors.mean(), split_terms(errors, len(t_far))
+    return loss, measure(loss, residual, *times, tangent=du_dt, distinct=len(t_far)) | {"terms": terms}

@@ -48,7 +48,7 @@ def test_cosines_of_gradients_are_those_of_the_terms() -> None:
     assert found["gradient_norm/b"] == pytest.approx(8**0.5)
 
 
-@pytest.mark.parametrize("name", ["facm", "esd", "lsd", "psd", "shortcut", "tvm"])
+@pytest.mark.parametrize("name", ["meanflow", "improved_meanflow", "facm", "esd", "lsd", "psd", "shortcut", "tvm"])
 def test_the_terms_of_a_composed_method_add_up(name: str, tiny: MakeConfig) -> None:
     """So that the cosine is about all of the loss."""
     config = tiny(method={"name": name})
@@ -121,5 +121,8 @@ def test_the_trainer_says_why_a_loss_is_flat(tiny: MakeConfig, capsys: pytest.Ca
         return why_flat(TrainConfig.model_validate(tiny().model_dump() | {"method": {"name": name, **fields}}).method)
 
     assert "falls below zero" in str(reason("scm"))
-    assert reason("flow_matching") is None
+    assert "normalised tangent" in str(reason("scm", learned_weight=False))
+    assert "normalised tangent" in str(reason("ayf_emd")) and reason("ayf_emd", c=None) is None
+    assert "curriculum" in str(reason("alpha_flow"))
+    assert reason("flow_matching") is reason("esd") is None
     assert {name for name in METHODS if reason(name)} >= {"meanflow", "improved_meanflow", "scm", "rcm"}
