@@ -123,7 +123,7 @@ class TrainConfig(Settings):
     """The run folder. Started again with the same settings, the run goes on from its newest checkpoint."""
     seed: int = Field(0, ge=0)
     steps: Count
-    """Training steps in all; a finished run goes on if this is raised."""
+    """Training steps in all; a finished run goes on if this is raised, unless its method has a curriculum over them."""
     data: DataSettings
     model: ModelSettings
     method: Method
@@ -190,8 +190,12 @@ def model_differences(a: TrainConfig, b: TrainConfig) -> list[str]:
 
 
 def changed_fields(old: TrainConfig, new: TrainConfig) -> list[str]:
-    """The dotted names of the fields that decide the weights and differ, with both values."""
-    before, after = (flat(config.model_dump(mode="json", exclude=set(FREE_TO_CHANGE))) for config in (old, new))
+    """The dotted names of the fields that decide the weights and differ, with both values.
+
+    The number of steps is one of them where the method has a curriculum over the whole run.
+    """
+    free = set(FREE_TO_CHANGE) - ({"steps"} if old.method.depends_on_steps else set())
+    before, after = (flat(config.model_dump(mode="json", exclude=free)) for config in (old, new))
     missing = "nothing"
     return [
         f"{name}: {before.get(name, missing)!r} -> {after.get(name, missing)!r}"

@@ -211,6 +211,25 @@ def test_only_fields_that_decide_the_weights_count_as_changed(tiny: MakeConfig) 
     assert changed_fields(old, tiny(seed=3, optim={"lr": 0.5})) == ["optim.lr: 0.001 -> 0.5", "seed: 0 -> 3"]
 
 
+@pytest.mark.parametrize(
+    ("method", "moves"),
+    [
+        ({"name": "alpha_flow"}, True),
+        ({"name": "ect"}, True),
+        ({"name": "consistency"}, True),
+        ({"name": "consistency", "grid": "fixed"}, False),
+        ({"name": "scm"}, False),
+    ],
+    ids=str,
+)
+def test_steps_decide_the_weights_where_a_curriculum_spans_them(
+    method: dict[str, Any], moves: bool, tiny: MakeConfig
+) -> None:
+    """A finished alpha-Flow that went on to twice the steps would start again from the middle of its curriculum."""
+    found = changed_fields(tiny(method=method), tiny(method=method, steps=99))
+    assert found == (["steps: 12 -> 99"] if moves else [])
+
+
 def test_channels_and_classes_follow_from_the_data(tiny_digits: MakeConfig) -> None:
     """A preset for 1,000 classes of latents becomes one for ten digits."""
     config = tiny_digits(model={"preset": "dit-s/2", "depth": 1})

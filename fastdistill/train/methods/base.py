@@ -160,6 +160,11 @@ class MethodSettings(Settings):
         """Raise a ConfigError for what the fields don't allow together, or with the rest of the configuration."""
 
     @property
+    def depends_on_steps(self) -> bool:
+        """Whether it has a curriculum over the whole run, which another number of steps would move."""
+        return False
+
+    @property
     def guidance_settings(self) -> GuidanceSettings | None:
         """The guidance of its target, where it has one."""
         guidance = getattr(self, "guidance", None)

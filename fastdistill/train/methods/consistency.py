@@ -58,6 +58,10 @@ class Consistency(MethodSettings):
             device=context.device,
         )
 
+    @property
+    def depends_on_steps(self) -> bool:
+        return self.grid != "fixed"
+
     def points(self, context: Context) -> int:
         """The times on the grid in this step."""
         start, end = self.intervals
@@ -100,6 +104,10 @@ class ECT(MethodSettings):
             generator=context.generator,
             device=context.device,
         )
+
+    @property
+    def depends_on_steps(self) -> bool:
+        return self.stages > 1
 
 
 class ArctanTimes(Settings):

@@ -112,6 +112,10 @@ class AlphaFlow(PairedTimes):
     def keywords(self, context: Context) -> dict[str, Any]:
         return super().keywords(context) | {"alpha": self.alpha(context)}
 
+    @property
+    def depends_on_steps(self) -> bool:
+        return True
+
     def alpha(self, context: Context) -> float:
         """1 is flow matching to every s, 0 is MeanFlow."""
         value = 1 / (1 + math.exp(self.gain * (context.step / context.steps - 0.5)))
