@@ -197,6 +197,11 @@ def _check_one_teacher(config: TrainConfig, role: str) -> None:
             f"{role}: {run} learnt {teacher.method.name}, whose network knows no velocity to follow; "
             f"expected a run of {able}"
         )
+    if getattr(teacher.method, "distil", False):
+        raise ConfigError(
+            f"{role}: {run} was distilled to t = 1 (method.distil), and knows no velocity elsewhere; expected the "
+            f"round before it"
+        )
     if teacher.path != config.path and not config.method.makes_pairs:
         raise ConfigError(
             f"{role}: {run} learnt on the path {describe_path(teacher)}, and path is {describe_path(config)}; "

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from fastdistill.train import TrainConfig, generate, load_config, load_run, train
+from fastdistill.train import ConfigError, TrainConfig, generate, load_config, load_run, train
 from fastdistill.train.checkpoint import list_checkpoints, read_checkpoint
 from fastdistill.train.methods import METHODS, ScoreMethod
 from tests.train.conftest import MakeConfig, tiny_fields
@@ -159,9 +159,13 @@ def test_pairs_are_made_once_and_damaged_ones_again(teacher: Path, tmp_path: Pat
 def test_a_round_of_reflow_can_be_the_teacher_of_the_next(teacher: Path, tmp_path: Path) -> None:
     """And of a distillation, which trains at t = 1 alone."""
     first = train(config_of("reflow", tmp_path / "first", teacher))
-    small = {"name": "reflow", "pairs": 40, "pair_steps": 2, "distil": True}
+    small = {"name": "reflow", "pairs": 40, "pair_steps": 2, "distil": True, "sample_steps": 1}
     second = train(config_of("reflow", tmp_path / "second", first, method=small))
     assert (second / "export" / "ema.safetensors").is_file()
+    with pytest.raises(ConfigError, match=r"teacher: .* was distilled to t = 1 \(method.distil\)"):
+        train(config_of("reflow", tmp_path / "third", second))
+    with pytest.raises(ConfigError, match=r"method.sample_steps: with method.distil .* expected 1, got 16"):
+        train(config_of("reflow", tmp_path / "third", first, method=small | {"sample_steps": 16}))
 
 
 def test_the_method_is_chosen_on_the_command_line(tmp_path: Path) -> None:

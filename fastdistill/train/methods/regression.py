@@ -133,10 +133,17 @@ class ReFlow(Instantaneous):
     pair_guidance: float = Field(1.0, ge=0)
     """Classifier-free guidance scale of the teacher while it makes them."""
     distil: bool = False
-    """Train at t = 1 alone: the last round, whose network makes one step and no more."""
+    """Train at t = 1 alone: the last round, whose network makes one step and no more. Needs sample_steps 1."""
 
     makes_pairs: ClassVar[bool] = True
     learned_from: ClassVar[str | None] = "flow_matching"
+
+    def check(self, config: TrainConfig) -> None:
+        if self.distil and self.sample_steps != 1:
+            raise ConfigError(
+                f"method.sample_steps: with method.distil the network knows t = 1 alone, so expected 1, got "
+                f"{self.sample_steps}"
+            )
 
     def draw_times(self, context: Context) -> tuple[Tensor, ...]:
         if self.distil:
