@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastdistill.objectives import Objective
-from fastdistill.train.config import flat
+from fastdistill.train.config import flat, read_yaml
+from fastdistill.train.load import SHIPPED
 from fastdistill.train.methods import METHODS, MethodSettings
 from fastdistill.train.sampling import NEEDS
 from fastdistill.train.settings import ConfigError, nearest
@@ -50,7 +51,7 @@ def explain(name: str | None = None) -> str:
         "sources": sources(objective.sources),
         "code": f"{objective.function.__module__}.{objective.function.__name__}",
         "try": f"fastdistill train ring --method.name {name}"
-        + " --teacher runs/ring-flow" * follows(method, objective),
+        + " --teacher runs/ring-flow" * (follows(method, objective) or "teacher" in ring_recipe(name)),
     }
     head = f"{name}: {summary_of(method)}"
     return "\n".join([*textwrap.wrap(head, WIDTH), "", *(_entry(key, str(value)) for key, value in lines.items())])
@@ -86,6 +87,11 @@ def needs(method: type[MethodSettings], objective: Objective) -> str:
 def follows(method: type[MethodSettings], objective: Objective) -> bool:
     """Whether it can't do without a teacher."""
     return method.makes_pairs or method.has_critic or "teacher" in objective.needs
+
+
+def ring_recipe(name: str) -> dict[str, Any]:
+    """What the shipped ring changes for this method; where it names a teacher, training there needs one."""
+    return read_yaml(SHIPPED / "ring.yaml")["methods"].get(name) or {}
 
 
 def serves(method: type[MethodSettings]) -> list[str]:

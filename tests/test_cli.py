@@ -90,7 +90,11 @@ print(*(name for name in ("pydantic", "tyro", "sklearn", "matplotlib", "tensorbo
         (["eval", "nowhere"], ["nowhere", "expected a run folder"]),
         (["eval", "nowhere", "--n", "5"], ["--n", "from 64 up", "'5'"]),
         (["train", "ring", "--method.name", "meanflo"], ["method.name", "did you mean 'meanflow'?"]),
-        (["train", "ring", "--method.name", "dmd"], ["teacher", "runs/ring-flow", "train it first"]),
+        (
+            ["train", "ring", "--method.name", "dmd"],
+            ["teacher", "runs/ring-flow", "train it first", "train ring-flow)"],
+        ),
+        (["train", "ring", "--method.name", "scm"], ["teacher", "train ring-flow)", "--teacher None"]),
         (["train", "ring", "--path.name", "edm", "--method.name", "scm"], ["path.name: scm fits", "trig"]),
         (["explain", "meanflo"], ["method", "did you mean 'meanflow'?"]),
         (["compare", "--methods", "facm,dmx"], ["methods", "'dmx'", "did you mean 'dmd'?"]),

@@ -6,7 +6,7 @@ import pytest
 
 from fastdistill.explain import explain
 from fastdistill.objectives import OBJECTIVES
-from fastdistill.train import ConfigError
+from fastdistill.train import ConfigError, load_config
 from fastdistill.train.methods import METHODS
 
 
@@ -39,6 +39,16 @@ def test_needs_are_said() -> None:
     assert "whose flow makes the pairs" in " ".join(explain("reflow").split())
     assert "with --teacher RUN it follows" in " ".join(explain("meanflow").split())
     assert "needs       nothing" in explain("ect")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_command_to_try_is_a_valid_one(name: str) -> None:
+    """As printed, it makes a configuration, and it names the teacher that the ring's recipe follows."""
+    words = explain(name).split("\ntry ")[1].split()
+    assert words[:2] == ["fastdistill", "train"]
+    config = load_config(words[2], words[3:])
+    assert config.method.name == name
+    assert (config.teacher is not None) == ("--teacher" in words)
 
 
 def test_an_unknown_method_meets_the_nearest_name() -> None:

@@ -7,6 +7,7 @@ work.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -182,10 +183,22 @@ def check_teacher(config: TrainConfig) -> None:
             _check_one_teacher(config, role)
 
 
+def _how_to_do_without(config: TrainConfig, role: str) -> str:
+    """The command that trains the teacher, where it is the shipped one, and the option that drops it, where one can."""
+    run, method = getattr(config, role), config.method
+    shipped = f"{config.data.name}-flow"
+    advice = f" (fastdistill train {shipped})" if run == Path("runs") / shipped else ""
+    required = role in method.objective().needs or (role == "teacher" and (method.makes_pairs or method.has_critic))
+    if not required and not config.init_from_teacher:
+        advice += f", or learn without one: --{role.replace('_', '-')} None"
+    return advice
+
+
 def _check_one_teacher(config: TrainConfig, role: str) -> None:
     run = getattr(config, role)
     if not (run / "config.yaml").is_file():
-        raise ConfigError(f"{role}: expected a run folder with a config.yaml, got {run}; train it first")
+        advice = _how_to_do_without(config, role)
+        raise ConfigError(f"{role}: expected a run folder with a config.yaml, got {run}; train it first{advice}")
     if not (run / "export" / "ema.safetensors").is_file():
         raise ConfigError(f"{role}: {run} has no export/ema.safetensors: finish its training first")
     teacher = parse_config(read_yaml(run / "config.yaml"), f"{role}: {run}")
