@@ -30,7 +30,7 @@ from fastdistill.train.methods import METHODS
 
 FOLDER = ROOT / "docs" / "figures"
 EXACT, EULER, JUMP = "#c9c9c3", "#b07d4f", "#2c6e8f"
-COLORS_PER_PNG = 96
+COLORS_PER_PNG = 48
 
 
 def main() -> None:

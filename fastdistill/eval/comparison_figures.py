@@ -40,7 +40,7 @@ def draw_quality(
     axes.set_ylim(len(rows) - 0.4, -1)
     axes.grid(axis="y", color="#eeede8")
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper right")
     return png_of_figure(figure)
 
 
