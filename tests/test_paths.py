@@ -49,7 +49,11 @@ def test_every_name_has_a_path_here() -> None:
     assert all(type(path) is paths.PATHS[name] for name, path in ALL.items())
 
 
-@pytest.mark.parametrize("path", [Linear(), Cosine(), ICFM(), OTCFM(), VPSI(), FM(0), TrigFlow(1.0), USER], ids=lambda path: type(path).__name__)
+@pytest.mark.parametrize(
+    "path",
+    [Linear(), Cosine(), ICFM(), OTCFM(), VPSI(), FM(0), TrigFlow(1.0), USER],
+    ids=lambda path: type(path).__name__,
+)
 def test_path_starts_at_the_data_and_ends_at_the_noise(path: Path, ends: tuple[Tensor, Tensor]) -> None:
     x0, x1 = ends
     zero, one = torch.zeros(7, dtype=torch.float64), torch.ones(7, dtype=torch.float64)
