@@ -227,7 +227,7 @@ def run_eval(args: argparse.Namespace) -> int:
 
 def run_explain(args: argparse.Namespace) -> int:
     """Tell about one method, or list all."""
-    from fastdistill.explain import explain
+    from fastdistill.method_notes import explain
 
     print(explain(args.method))
     return 0

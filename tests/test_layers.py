@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "eval.exact": {"paths"},
     "train": {"api", "jvp", "nn", "models", "paths", "couplings", "times", "samplers", "objectives", "eval.exact"},
     "eval": {"api", "models", "paths", "times", "samplers", "objectives", "train", "eval.exact"},
-    "explain": {"objectives", "train"},
+    "method_notes": {"objectives", "train"},
     "compare": {"models", "testing", "train", "eval"},
     "demo": {"api", "models", "paths", "times", "samplers", "train", "eval", "eval.exact"},
     "tune": {"kernels", "eager"},
@@ -75,12 +75,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         "eval.exact",
         "compare",
     },
-    "cli": {"api", "models", "samplers", "train", "eval", "demo", "explain", "compare", "benchmarks"},
+    "cli": {"api", "models", "samplers", "train", "eval", "demo", "method_notes", "compare", "benchmarks"},
 }
 # These are about the kernels themselves and need Triton from the start.
 NEED_TRITON = {"kernels", "tune", "benchmarks.aot_ops", "benchmarks.aot_table", "benchmarks.counting"}
 # These may use the packages of an extra; all others use torch, the kernels Triton too, and nothing else.
-APPLICATIONS = {"train", "eval", "demo", "benchmarks", "cli", "explain", "compare"}
+APPLICATIONS = {"train", "eval", "demo", "benchmarks", "cli", "method_notes", "compare"}
 APPLICATIONS |= {layer for layer in MAY_IMPORT if layer.startswith("benchmarks.")} - NEED_TRITON
 
 # What a layer may import besides, inside the function that needs it: optional packages, which have an extra.

@@ -14,7 +14,7 @@ import torch
 from fastdistill.benchmarks.bench import Request, wanted
 from fastdistill.benchmarks.suites import SUITES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "run_gpu.sh"
 
 

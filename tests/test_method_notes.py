@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import ModuleType
+
 import pytest
 
-from fastdistill.explain import explain
+import fastdistill
+from fastdistill.method_notes import explain
 from fastdistill.objectives import OBJECTIVES
 from fastdistill.train import ConfigError, load_config
 from fastdistill.train.methods import METHODS
@@ -54,3 +58,12 @@ def test_the_command_to_try_is_a_valid_one(name: str) -> None:
 def test_an_unknown_method_meets_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match="did you mean 'facm'"):
         explain("facn")
+
+
+def test_no_module_hides_a_public_name() -> None:
+    """Importing a submodule sets it on the package: one called as a public function would take its place."""
+    folder = Path(fastdistill.__file__).parent
+    modules = {path.stem for path in folder.iterdir() if path.suffix == ".py" or path.is_dir()}
+    functions = {name for name in fastdistill.__all__ if not isinstance(getattr(fastdistill, name), ModuleType)}
+    assert functions & modules == {"jvp"}, "jvp is imported with the package, before its function"
+    assert callable(fastdistill.jvp)
