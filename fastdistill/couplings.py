@@ -40,7 +40,7 @@ def optimal_transport(x0: Tensor, x1: Tensor, solver: str | None = None) -> tupl
     Equivalent to:
         x0, x1[scipy.optimize.linear_sum_assignment(torch.cdist(x0, x1).square())[1]]
 
-    Source: Tong et al. 2023, arXiv:2302.00482, section 3.2 and algorithm 3; Pooladian et al. 2023, arXiv:2304.14772.
+    Source: Tong et al. 2023, arXiv:2302.00482, its OT-CFM by minibatches; Pooladian et al. 2023, arXiv:2304.14772.
     """
     if x0.shape != x1.shape or x0.ndim < 2 or len(x0) == 0:
         raise ValueError(f"x1: expected the shape of x0, (B, ...), got {tuple(x1.shape)} and {tuple(x0.shape)}")

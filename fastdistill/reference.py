@@ -297,7 +297,7 @@ def head_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, 
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """Rotary embedding (RoFormer, arXiv:2104.09864, eq. 34): each token's pairs of channels turn by its angles.
+    """Rotary embedding (RoFormer, arXiv:2104.09864): each token's pairs of channels turn by its angles.
 
     x (..., H, N, D); cos, sin (N or more, D/2), or (B, N or more, D/2). Pairs are channels 2i and 2i + 1 if
     interleaved, else i and i + D/2.

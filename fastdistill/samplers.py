@@ -161,7 +161,7 @@ def gamma(
     Args:
         gamma: in [0, 1]. g, generator: as of `consistency`.
 
-    Source: Sabour et al. 2025 (AYF), arXiv:2506.14603, stochastic sampling, on any path; Kim et al. 2024 (CTM),
+    Source: Sabour et al. 2025 (AYF), arXiv:2506.14603, its γ-sampling, on any path; Kim et al. 2024 (CTM),
     arXiv:2310.02279.
     """
     if not 0 <= gamma <= 1:
@@ -242,7 +242,7 @@ def guided(
         g: guidance scale for a network that takes it as an input, a number or (B,); None passes none. It excludes
             any other `scale` than 1.
 
-    Source: Ho and Salimans 2022, arXiv:2207.12598, equation 6, where our scale is their 1 + w.
+    Source: Ho and Salimans 2022, arXiv:2207.12598, where our scale is their 1 + w.
     """
     if scale == 1:
         return lambda x, t: net(x, t=t, s=t, y=y, **_guidance(x, g))

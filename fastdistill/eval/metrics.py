@@ -16,7 +16,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     a: (N, F) and b: (M, F), any float dtype, computed in float64, N and M >= 2. This is FID's formula on any features:
     |mean_a - mean_b|² + tr(cov_a + cov_b - 2 (cov_a^½ cov_b cov_a^½)^½).
     Equivalent to: `|m_a - m_b|**2 + trace(C_a + C_b - 2 * scipy.linalg.sqrtm(C_a @ C_b))`, from symmetric roots.
-    Source: Heusel et al. 2017 (arXiv:1706.08500), equation 6; the symmetric form is Dowson and Landau 1982.
+    Source: Heusel et al. 2017 (arXiv:1706.08500), its FID; the symmetric form is Dowson and Landau 1982.
     Raises ValueError for other shapes or non-finite values.
     """
     a, b = _two_sets(a, b, smallest=2)
@@ -80,7 +80,7 @@ def precision_recall(generated: Tensor, real: Tensor, *, neighbours: int = 3) ->
     """Precision (samples inside the real manifold) and recall (real ones inside the generated manifold).
 
     A manifold is the union of balls around its samples, each reaching to the sample's k-th nearest neighbour.
-    Source: Kynkäänniemi et al. 2019 (arXiv:1904.06991), equation 1; k = 3 as there.
+    Source: Kynkäänniemi et al. 2019 (arXiv:1904.06991); k = 3 as there.
     """
     generated, real = _two_sets(generated, real, smallest=neighbours + 1)
     return _share_inside(generated, real, neighbours), _share_inside(real, generated, neighbours)

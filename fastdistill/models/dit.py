@@ -95,7 +95,7 @@ def _resumed(
 class DiT(nn.Module):
     """A diffusion transformer u(x, t, s, y): the average velocity from time t to time s.
 
-    The condition is emb_t(t) + emb_d(t - s) + emb_y(y), MeanFlow's best choice (arXiv:2505.13447, table 1c). The
+    The condition is emb_t(t) + emb_d(t - s) + emb_y(y), MeanFlow's best choice (arXiv:2505.13447, its ablation). The
     difference is taken here, inside the function that is differentiated, so that callers name t and s and the tangent
     follows by the chain rule. On the diagonal emb_d adds a constant: there the network is an ordinary DiT.
 

@@ -27,7 +27,7 @@ def _dit(
     return Preset(DiT, arguments | {"mlp_ratio": mlp_ratio, "num_classes": num_classes})
 
 
-# S to XL are DiT's and SiT's on 32 x 32 x 4 latents: arXiv:2212.09748, table 1. Ours have a second time embedder
+# S to XL are DiT's and SiT's on 32 x 32 x 4 latents: arXiv:2212.09748. Ours have a second time embedder
 # (C² + 258 C parameters more) and predict no variance. The digits' (8 x 8 x 1, 16 tokens) is for minutes on two CPU
 # cores: in the same time, width 128 learns less there, having fewer steps.
 PRESETS: dict[str, Preset] = {

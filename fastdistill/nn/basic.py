@@ -131,7 +131,7 @@ class GatedResidualAdaNorm(nn.LayerNorm):
 
 
 class Modulation(nn.Module):
-    """`count` vectors for scaling, shifting and gating tokens, from a condition (adaLN, DiT, section 3.2).
+    """`count` vectors for scaling, shifting and gating tokens, from a condition (DiT's adaLN, arXiv:2212.09748).
 
     Computed in the dtype of the parameters even under autocast: a bf16 scale would round every token of the tangent.
 

@@ -49,7 +49,7 @@ class SwiGLU(nn.Module):
         bias: whether the projections have one.
 
     Equivalent to: ``fc2(torch.nn.functional.silu(fc1_g(x)) * fc1_x(x))``.
-    Source: Shazeer, "GLU Variants Improve Transformer" (arXiv:2002.05202), eq. 6.
+    Source: Shazeer, "GLU Variants Improve Transformer" (arXiv:2002.05202), its SwiGLU.
     """
 
     def __init__(self, width: int, hidden: int, bias: bool = True) -> None:

@@ -81,7 +81,7 @@ def trigflow(net: Net, path: TrigFlow) -> Net:
     The network is called with the scaled state and angles for t and s.
 
     Equivalent to: predicts(lambda x, t, s: (pi / 2) sigma_data F(x / sigma_data, pi t / 2), "v", path).
-    Source: Lu and Song 2025 (sCM), arXiv:2410.11081, equation 4.
+    Source: Lu and Song 2025 (sCM), arXiv:2410.11081, equations 3 and 5.
     """
     quarter, scale = 0.5 * math.pi, path.sigma_data
 

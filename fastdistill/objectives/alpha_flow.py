@@ -55,7 +55,7 @@ def alpha_flow(
         ValueError: alpha outside [0, 1], and as `meanflow`. TypeError: an alpha that is no plain number.
 
     Equivalent to: meanflow(p=1, c=c) at alpha = 0; alpha = 1/2 is Shortcut's midpoint with w for its first half.
-    Source: Zhang et al. 2025, arXiv:2510.20771, equation 9 and section 4.
+    Source: Zhang et al. 2025, arXiv:2510.20771, definition 1, algorithms 1 and 2 and section 4.
     """
     check_batch(x0, x1, t, s, y)
     check_share("alpha", alpha)

@@ -51,7 +51,7 @@ def ayf_emd(
 
     Equivalent to: meanflow at p = 0 in its gradient, with warmup = 1 and c = None; flow matching as s -> t; scm
         ("average") at s = 0.
-    Source: Sabour et al. 2025, arXiv:2506.14603, theorem 3.2, section 3.3 and algorithm 1.
+    Source: Sabour et al. 2025, arXiv:2506.14603, theorem 3.2, sections 3.3 and 3.4 and algorithm 1.
     """
     check_batch(x0, x1, t, s, y)
     check_present("teacher", teacher, "ayf_emd", "a network")
@@ -92,7 +92,7 @@ def ayf_lmd(
         ValueError: as `ayf_emd`.
 
     Equivalent to: lsd's off-diagonal term with a teacher for the diagonal, and no gradient through du/ds.
-    Source: Sabour et al. 2025, arXiv:2506.14603, theorem 3.3 and appendix.
+    Source: Sabour et al. 2025, arXiv:2506.14603, its Lagrangian map distillation.
     """
     check_batch(x0, x1, t, s, y)
     check_present("teacher", teacher, "ayf_lmd", "a network")

@@ -75,7 +75,7 @@ def gan_critic_loss(
     Args:
         x0, samples, noise: (B, ...); no gradient reaches the samples. tau: (B,).
 
-    Source: Goodfellow et al. 2014, arXiv:1406.2661, equation 1; noised, as in DMD2, arXiv:2405.14867, section 4.3.
+    Source: Goodfellow et al. 2014, arXiv:1406.2661, its value function; noised: DMD2, arXiv:2405.14867, section 4.3.
     """
     false = _logits(gan, path.interpolate(samples.detach(), noise, tau), tau, y)
     true = _logits(gan, path.interpolate(x0, noise, tau), tau, y)

@@ -45,7 +45,7 @@ def ect(
         ValueError: r not below t; a path with noise of its own; on the CPU, a time at which the path holds no data.
 
     Equivalent to: consistency(distance="huber", c=c, weight=lambda t, r: 1 / (sigma(t) - sigma(r))).
-    Source: Geng et al. 2024, arXiv:2406.14548, algorithm 1 and section 3.
+    Source: Geng et al. 2025 (ECT), arXiv:2406.14548, section 3.
     """
     check_batch(x0, x1, t, r, y, end="r")
     check_apart(t, r)

@@ -50,7 +50,7 @@ def esd(
         ValueError: as `meanflow`.
 
     Equivalent to: meanflow with the target's own diagonal as teacher on the rows with s != t, at p = 0.
-    Source: Boffi et al. 2025, arXiv:2505.18825, section 3 (ESD), with a stopped gradient as recommended there.
+    Source: Boffi et al. 2025, arXiv:2505.18825, proposition 2.3 (ESD), with stopped gradients as in section 3.
     """
     check_batch(x0, x1, t, s, y)
     x, rows = path.interpolate(x0, x1, t), scale_rows(guidance)

@@ -53,7 +53,7 @@ def facm(
         ValueError: p, c or clamp not > 0, and as `meanflow`.
 
     Equivalent to: flow_matching plus meanflow at s = 0: f = x - t F, and 0 = D_w f = w - F - t DF says F = u(x, t, 0).
-    Source: Peng et al. 2025, arXiv:2507.03738, algorithm 1 and equations 9 to 12, with time reversed.
+    Source: Peng et al. 2025, arXiv:2507.03738, its training loss, with time reversed.
     """
     check_batch(x0, x1, t, y=y)
     check_positive(p=p, c=c, clamp=clamp)

@@ -9,7 +9,8 @@ d = t - s and w the velocity that is followed, the exact u satisfies, on every p
 
 where D_w g = dg/dt + (dg/dx) w is one `jvp(g, (x, t, s), (w, 1, 0))`.
 
-Source: Boffi et al. 2025 (flow map matching), arXiv:2406.07507, section 2, in the other direction of time.
+Source: Boffi et al. 2025, arXiv:2505.18825, proposition 2.2, in the other direction of time; first in Boffi et al. 2024
+(flow map matching), arXiv:2406.07507.
 """
 
 from __future__ import annotations

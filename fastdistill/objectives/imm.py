@@ -59,7 +59,7 @@ def imm(
         ValueError: an argument whose shape doesn't fit, a path that adds noise to coupled pairs, or, on the CPU,
             times out of order or unequal in a group.
 
-    Source: Zhou et al. 2025 (IMM), arXiv:2503.07565, equations 7 and 12 and algorithm 1.
+    Source: Zhou et al. 2025 (IMM), arXiv:2503.07565, equations 8 and 12 and algorithm 1.
     """
     check_batch(x0, x1, t, s, y)
     if path.stochastic and path.coupling != "independent":
@@ -91,7 +91,7 @@ def mmd2(p: Tensor, q: Tensor, sharpness: Tensor, statistic: Statistic = "v", ep
         statistic: "v" averages over all M^2 pairs, and is at least 0 but biased upwards; "u" leaves out the pairs of a
             row with its own (and with its partner, p_j with q_j), is unbiased, of either sign, and needs M > 1.
 
-    Source: Gretton et al. 2012, "A kernel two-sample test", lemma 6 and equation 5.
+    Source: Gretton et al. 2012, "A kernel two-sample test", lemma 6 (U) and its biased statistic (V).
     """
     if statistic not in ("v", "u"):
         raise ValueError(f"statistic: expected 'v' or 'u', got {statistic!r}")

@@ -51,7 +51,7 @@ def lsd(
 
     Equivalent to: tvm with flow matching on rows of its own; ayf_lmd with the own diagonal as teacher, and the whole
         gradient.
-    Source: Boffi et al. 2025, arXiv:2505.18825, section 3 (LSD).
+    Source: Boffi et al. 2025, arXiv:2505.18825, proposition 2.3 (LSD).
     """
     check_batch(x0, x1, t, s, y)
     x, rows = path.interpolate(x0, x1, t), scale_rows(guidance)

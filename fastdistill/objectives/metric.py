@@ -42,7 +42,7 @@ def pseudo_huber(residual: Tensor, c: float) -> Tensor:
     """sqrt(||residual||^2 + c^2) - c of each row, the square summed over its elements; (B,).
 
     Quadratic below c, then linear. c > 0, so that its gradient exists at zero; iCT takes 0.00054 sqrt(elements).
-    Source: Song and Dhariwal 2024 (iCT), arXiv:2310.14189, section 3.3.
+    Source: Song and Dhariwal 2024 (iCT), arXiv:2310.14189, its Pseudo-Huber metric.
     """
     check_positive(c=c)
     return (squared(residual) + c**2).sqrt() - c
@@ -78,7 +78,7 @@ def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
 def normalise_tangent(g: Tensor, c: float = 0.1) -> Tensor:
     """g / (||g|| + c), the norm being that of a whole row: a row's pull on the network is then below 1.
 
-    Source: Lu and Song 2025 (sCM), arXiv:2410.11081, section 4.1 "Tangent normalization".
+    Source: Lu and Song 2025 (sCM), arXiv:2410.11081, section 4.2 "Tangent Normalization".
     """
     check_positive(c=c)
     norm = torch.linalg.vector_norm(g.flatten(1), dim=1)

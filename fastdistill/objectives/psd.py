@@ -49,7 +49,8 @@ def psd(
         ValueError: as `meanflow`, and a midpoint outside (0, 1).
 
     Equivalent to: shortcut at midpoint 1/2 with delta = (t - s) / 2; SplitMeanFlow.
-    Source: Boffi et al. 2025, arXiv:2505.18825, section 3 (PSD); Guo et al. 2025 (SplitMeanFlow), arXiv:2507.16884.
+    Source: Boffi et al. 2025, arXiv:2505.18825, proposition 2.3 (PSD); Guo et al. 2025 (SplitMeanFlow),
+        arXiv:2507.16884.
     """
     check_batch(x0, x1, t, s, y)
     check_midpoint(midpoint, len(t))

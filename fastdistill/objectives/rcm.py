@@ -47,7 +47,7 @@ def rcm(
 
     Args:
         score_gradient: needed: delta of the shape of x1, or score_gradient(G, y) -> delta, called without gradient.
-        score_weight: of the second term; the paper's is 0.01.
+        score_weight: of the second term; the paper's is 0.01, of a term without the half.
         The other arguments are those of `scm`.
 
     Returns:
@@ -57,7 +57,8 @@ def rcm(
         ValueError: no score_gradient, or one of another shape; a negative score_weight; and as `scm`.
 
     Equivalent to: scm(...) + score_weight dmd(...), which own their networks.
-    Source: Zheng et al. 2025, arXiv:2510.08431, equation 11 and algorithm 1.
+    Source: Zheng et al. 2025 (rCM), arXiv:2510.08431, equations 4 and 6 and algorithm 1, which makes its samples in a
+        random number of the student's own steps.
     """
     check_present("score_gradient", score_gradient, "rcm", "a tensor like x1 or score_gradient(samples, y)")
     if not 0 <= score_weight < float("inf"):

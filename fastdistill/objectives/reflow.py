@@ -65,7 +65,7 @@ def straightness(
     Args:
         net, y, scale, null: as of `fastdistill.samplers.guided`.
 
-    Source: Liu et al. 2023 (rectified flow), arXiv:2209.03003, equation 9.
+    Source: Liu et al. 2023 (rectified flow), arXiv:2209.03003, its measure of straightness.
     """
     velocity, x = guided(net, y, scale, null), path.prior(x1)
     dtype = torch.promote_types(x.dtype, torch.float32)

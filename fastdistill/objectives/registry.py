@@ -45,7 +45,7 @@ class Objective:
         times: the names of the times it takes, in order.
         tangent: what the jvp differentiates along, and where gradients flow; "none" without a jvp.
         formula: the loss, in plain text; [.] is a stopped gradient.
-        sources: papers, with the equation.
+        sources: papers, and where in them.
         reduction: sum or mean over a row's elements, and which share of the rows has t != s.
         sampler: the name of its default sampler in `fastdistill.samplers.SAMPLERS`.
         needs: the keywords it can't do without.
@@ -124,7 +124,7 @@ OBJECTIVES: dict[str, Objective] = {
         alpha_flow, "semigroup", ("t", "s"),
         tangent="none for alpha > 0; at alpha = 0 MeanFlow's, along (w, 1, 0)",
         formula="a e / ([e] + c), e = ‖u − [a w + (1−a) u⁻(x_t − Δ w, t − Δ, s)]‖², Δ = a (t−s), a: 1 → 0",
-        sources=("Zhang et al. 2025, arXiv:2510.20771, equation 9",),
+        sources=("Zhang et al. 2025, arXiv:2510.20771, definition 1",),
         reduction="sum over elements; t != s in 25 % to 75 % of the rows, as MeanFlow",
         sampler="average_velocity",
     ),
@@ -140,7 +140,7 @@ OBJECTIVES: dict[str, Objective] = {
         ect, "semigroup", ("t", "r"),
         tangent="none",
         formula="‖f(x_t, t, 0) − [f(x_r, r, 0)]‖ / (σ(t) − σ(r)), σ = β/α, x_t and x_r from the same x0, x1",
-        sources=("Geng et al. 2024, arXiv:2406.14548, algorithm 1",),
+        sources=("Geng et al. 2025, arXiv:2406.14548, section 3",),
         reduction="norm of the sum over elements; s = 0 in all rows",
         sampler="consistency",
     ),
@@ -159,7 +159,7 @@ OBJECTIVES: dict[str, Objective] = {
         tangent="D_w F = jvp(F, (x_t, t, 0), (w, 1, 0)); no gradient through it",
         formula="‖F(x_t, t, t) − w‖² + 1 − cos(F, w) + cos(π(1−t)/2) e/[e + c]^½, "
         "e = ‖F − ([F] − (1 − (1−t)^p) clamp(g, ±1))‖², g = [F − (w − t D_w F)], F = F(x_t, t, 0)",
-        sources=("Peng et al. 2025, arXiv:2507.03738, algorithm 1",),
+        sources=("Peng et al. 2025, arXiv:2507.03738",),
         reduction="mean over elements; both s = t and s = 0 in all rows",
         sampler="consistency",
     ),
@@ -176,7 +176,7 @@ OBJECTIVES: dict[str, Objective] = {
         ayf_lmd, "lagrangian", ("t", "s"),
         tangent=AT_THE_END + "; no gradient through it",
         formula="‖u − [u − ĝ]‖², g = u − r (t−s) du/ds − w(f, s), f = x_t − (t−s) u, ĝ = g/(‖g‖+c)",
-        sources=("Sabour et al. 2025, arXiv:2506.14603, theorem 3.3",),
+        sources=("Sabour et al. 2025, arXiv:2506.14603, AYF-LMD",),
         reduction="sum over elements; t != s in all rows",
         sampler="gamma",
         needs=frozenset({"teacher"}),
@@ -185,7 +185,7 @@ OBJECTIVES: dict[str, Objective] = {
         shortcut, "semigroup", ("t", "delta"),
         tangent="none",
         formula="δ = 0: ‖u(x_t, t, t) − w‖²; else ‖u(x_t, t, t−2δ) − [½ (u⁻(x_t, t, t−δ) + u⁻(x′, t−δ, t−2δ))]‖²",
-        sources=("Frans et al. 2025, arXiv:2410.12557, algorithm 1",),
+        sources=("Frans et al. 2025, arXiv:2410.12557",),
         reduction="mean over elements; t != s in 1/8 of the rows",
         sampler="average_velocity",
     ),
@@ -193,7 +193,7 @@ OBJECTIVES: dict[str, Objective] = {
         esd, "eulerian", ("t", "s"),
         tangent="D_v u = jvp(u, (x_t, t, s), (v, 1, 0)) along the own diagonal v; no gradient through it",
         formula="s = t: ‖u(x_t, t, t) − w‖²; else ‖u − [v − (t−s) D_v u]‖², v = [u(x_t, t, t)]",
-        sources=("Boffi et al. 2025, arXiv:2505.18825, section 3",),
+        sources=("Boffi et al. 2025, arXiv:2505.18825, proposition 2.3",),
         reduction="mean over elements; t != s in 25 % of the rows",
         sampler="average_velocity",
     ),
@@ -201,7 +201,7 @@ OBJECTIVES: dict[str, Objective] = {
         lsd, "lagrangian", ("t", "s"),
         tangent=AT_THE_END + ", with gradient through it",
         formula="s = t: ‖u(x_t, t, t) − w‖²; else ‖∂_s f − [u(f, s, s)]‖², ∂_s f = u − (t−s) du/ds",
-        sources=("Boffi et al. 2025, arXiv:2505.18825, section 3",),
+        sources=("Boffi et al. 2025, arXiv:2505.18825, proposition 2.3",),
         reduction="mean over elements; t != s in 25 % of the rows",
         sampler="average_velocity",
     ),
@@ -209,7 +209,7 @@ OBJECTIVES: dict[str, Objective] = {
         psd, "semigroup", ("t", "s"),
         tangent="none",
         formula="s = t: ‖u(x_t, t, t) − w‖²; else ‖u − [a u⁻(x_t, t, m) + (1−a) u⁻(x_m, m, s)]‖², m = t − a (t−s)",
-        sources=("Boffi et al. 2025, arXiv:2505.18825, section 3", "Guo et al. 2025, arXiv:2507.16884"),
+        sources=("Boffi et al. 2025, arXiv:2505.18825, proposition 2.3", "Guo et al. 2025, arXiv:2507.16884"),
         reduction="mean over elements; t != s in 25 % of the rows",
         sampler="average_velocity",
     ),
@@ -217,7 +217,7 @@ OBJECTIVES: dict[str, Objective] = {
         tvm, "lagrangian", ("t", "s"),
         tangent=AT_THE_END + ", with gradient through it",
         formula="‖∂_s f − [u⁻(f, s, s)]‖² + ‖u(x_s, s, s) − w‖², ∂_s f = u − (t−s) du/ds",
-        sources=("Zhou et al. 2025, arXiv:2511.19797, equations 11 to 13",),
+        sources=("Zhou et al. 2025, arXiv:2511.19797, equations 9, 11 and 12",),
         reduction="mean over elements; t != s in all rows",
         sampler="average_velocity",
     ),
@@ -225,7 +225,7 @@ OBJECTIVES: dict[str, Objective] = {
         rcm, "eulerian", ("t",),
         tangent="as scm",
         formula="scm + λ ½ ‖G − [G − δ]‖², G = f(x_1, 1, 0), δ = score_gradient(G)",
-        sources=("Zheng et al. 2025, arXiv:2510.08431, equation 11",),
+        sources=("Zheng et al. 2025, arXiv:2510.08431, section 4.1, algorithm 1",),
         reduction="mean over elements; s = 0 in all rows",
         sampler="consistency",
         needs=frozenset({"score_gradient"}),
@@ -236,7 +236,7 @@ OBJECTIVES: dict[str, Objective] = {
         tangent="none",
         formula="w(t) MMD²(f(x_t, t, s), [f(x_r, r, s)]), kernel exp(−w̃ max(‖·‖, ε)/D), w̃ = 1/(t−s), "
         "x_r = α_r x0 + (β_r/β_t)(x_t − α_t x0), r = max(s, η⁻¹(η(t) − (η_max − η_min)/2^k)), η = β/α",
-        sources=("Zhou et al. 2025, arXiv:2503.07565, equations 7, 12 and 13, algorithm 1",),
+        sources=("Zhou et al. 2025, arXiv:2503.07565, equations 8, 12 and 13, algorithm 1",),
         reduction="mean over the pairs of a group (V-statistic; U by option) of M = 4 rows; t != s in all rows",
         sampler="average_velocity",
     ),

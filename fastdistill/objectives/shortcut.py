@@ -49,7 +49,7 @@ def shortcut(
         ValueError: on the CPU, 2 delta outside [0, t], and as `meanflow`.
 
     Equivalent to: psd with midpoint = 1/2, unweighted.
-    Source: Frans et al. 2025, arXiv:2410.12557, algorithm 1 and equation 5.
+    Source: Frans et al. 2025, arXiv:2410.12557, its flow-matching and self-consistency targets.
     """
     check_batch(x0, x1, t, delta, y, end="delta")
     check_times("delta", delta, 0.0, t / 2, "in [0, t/2], half of the jump")

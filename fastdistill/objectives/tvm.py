@@ -34,8 +34,8 @@ def tvm(
 
     d/ds f = u - (t - s) du/ds by one jvp along (0, 0, 1), and gradients flow through that derivative: `jvp` is called
     with tangent_grad=True. x_s is on the path at s with the same x0 and x1, and w is the velocity there. Every row has
-    both terms; s = t is allowed and rare. In the paper the target is an EMA of rate 0.99, and the network's
-    normalisation layers are RMSNorm throughout, for the second derivative's sake.
+    both terms; s = t is allowed and rare. In the paper the target is an EMA of rate 0.99, the second term has times s
+    of its own in the best runs, and the network's normalisation layers are RMSNorm throughout, to bound its slope.
 
     Args:
         target: the network of the bracket; None is `net` itself.
@@ -49,7 +49,7 @@ def tvm(
         ValueError: as `meanflow`.
 
     Equivalent to: lsd with both terms on every row, its diagonal learnt at s.
-    Source: Zhou et al. 2025, arXiv:2511.19797, equations 11 to 13.
+    Source: Zhou et al. 2025 (TVM), arXiv:2511.19797, equations 9, 11 and 12.
     """
     check_batch(x0, x1, t, s, y)
     x, rows = path.interpolate(x0, x1, t), scale_rows(guidance)

@@ -63,7 +63,7 @@ class Guidance:
         """Guidance at `scale` >= 1 as improved MeanFlow writes it: w = v_hat + (1 - 1/scale) (u(y) - u(null)).
 
         Equivalent to: Guidance(omega=1, kappa=1 - 1/scale, ...).
-        Source: Geng et al. 2025 (improved MeanFlow), arXiv:2512.02012, section 4.3.
+        Source: Geng et al. 2025 (improved MeanFlow), arXiv:2512.02012, section 4.2.
         """
         if not _all(scale, lambda value: value >= 1):
             raise ValueError(f"scale: expected >= 1, got {scale}")
@@ -79,7 +79,7 @@ class Autoguidance:
             student is then called with g = scale (B,), which it has to embed.
         interval: the times [t_a, t_b] that are guided.
 
-    Source: Karras et al. 2024, arXiv:2406.02507, equation 3; Sabour et al. 2025 (AYF), arXiv:2506.14603, section 3.3.
+    Source: Karras et al. 2024, arXiv:2406.02507; Sabour et al. 2025 (AYF), arXiv:2506.14603, section 3.3.
     """
 
     scale: Number

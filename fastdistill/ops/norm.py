@@ -117,7 +117,7 @@ def ada_layer_norm(
     *,
     impl: str = "auto",
 ) -> Tensor:
-    """LayerNorm over the last dimension, then the modulation of adaptive LayerNorm (DiT, Peebles & Xie 2023, §3.2).
+    """LayerNorm over the last dimension, then the modulation of adaptive LayerNorm (DiT, arXiv:2212.09748).
 
     Args:
         x: (..., C).

@@ -30,7 +30,7 @@ def rope_angles(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """The angles of a rotary embedding over one or more axes (RoFormer, Su et al. 2021, eq. 15, on each axis).
+    """The angles of a rotary embedding over one or more axes (RoFormer, arXiv:2104.09864, on each axis).
 
     Args:
         positions: sizes of a grid, (N,), (rows, columns) or (frames, rows, columns), whose tokens are numbered with

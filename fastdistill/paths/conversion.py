@@ -34,7 +34,7 @@ def convert(path: Path, x: Tensor, t: Tensor, value: Tensor, source: str, target
     Raises:
         ValueError: an unknown name, or a path whose coupling makes alpha and beta no description of x_t given x0.
 
-    Source: Salimans and Ho 2022, arXiv:2202.00512, appendix D, for any schedule.
+    Source: Salimans and Ho 2022, arXiv:2202.00512, its v-prediction, for any schedule.
     """
     for name, choice in (("source", source), ("target", target)):
         if choice not in PREDICTIONS:

@@ -19,7 +19,7 @@ Schedule = Callable[[Tensor], Tensor]
 class Linear(Path):
     """The straight path x_t = (1 - t) x0 + t x1, whose conditional velocity is x1 - x0 at every t.
 
-    Source: Liu et al. 2023 (rectified flow), arXiv:2209.03003, equation 1, with time reversed.
+    Source: Liu et al. 2023 (rectified flow), arXiv:2209.03003, with time reversed.
     """
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class FM(Path):
 
     p_t(x | x0) = N((1 - t) x0, (sigma + (1 - sigma) t)^2 I), and v = (1 - sigma) x1 - x0, which is
     ((1 - sigma) x_t - x0) / (sigma + (1 - sigma) t). At t = 0 the state is x0 plus noise of deviation sigma.
-    Source: Lipman et al. 2023, arXiv:2210.02747, equations 20 to 23, with time reversed and their sigma_min for sigma.
+    Source: Lipman et al. 2023, arXiv:2210.02747, equations 20 and 21, with time reversed and their sigma_min for sigma.
     """
 
     sigma: float = 1e-4
@@ -109,7 +109,7 @@ class TrigFlow(Path):
     """sCM's path x = cos(a) x0 + sin(a) z with noise z = sigma_data x1 on the scale of the data, and a = pi t / 2.
 
     sCM's time is the angle a in [0, pi/2]; a velocity by t is pi/2 times one by a.
-    Source: Lu and Song 2024 (sCM), arXiv:2410.11081, section 3.1.
+    Source: Lu and Song 2025 (sCM), arXiv:2410.11081, section 3.
     """
 
     sigma_data: float = 0.5
@@ -192,7 +192,7 @@ class VE(Path):
     """The variance-exploding path x_t = x0 + sigma(t) x1 with geometric noise, sigma_min (sigma_max/sigma_min)^t.
 
     Its ends are as EDM's: neither the data at t = 0 nor pure noise at t = 1.
-    Source: Song et al. 2021, arXiv:2011.13456, section 3.4 and appendix C.
+    Source: Song et al. 2021, arXiv:2011.13456, section 3.4.
     """
 
     sigma_min: float = 0.01
@@ -284,7 +284,7 @@ class ICFM(_Noised):
     """Independent conditional flow matching: p_t(x | x0, x1) = N((1 - t) x0 + t x1, sigma^2 I), v = x1 - x0.
 
     sigma = 0 is rectified flow, the linear path.
-    Source: Tong et al. 2023, arXiv:2302.00482, section 3.2, with time reversed.
+    Source: Tong et al. 2023, arXiv:2302.00482, its I-CFM, with time reversed.
     """
 
 
@@ -295,7 +295,7 @@ class OTCFM(_Noised):
     The path itself is ICFM's; what couples the pairs is `fastdistill.couplings.optimal_transport`, before
     `interpolate`. `alpha` and `beta` describe x_t given x0 for an *independent* x1: with the coupling x1 is no longer
     unit noise given x0, so that the path's score and noise predictions don't follow from them.
-    Source: Tong et al. 2023, arXiv:2302.00482, section 3.2; Pooladian et al. 2023, arXiv:2304.14772.
+    Source: Tong et al. 2023, arXiv:2302.00482, its OT-CFM; Pooladian et al. 2023, arXiv:2304.14772.
     """
 
     coupling: ClassVar[str] = "optimal_transport"
@@ -306,7 +306,7 @@ class VPSI(_Noised):
     """Variance-preserving stochastic interpolant: N(cos(pi t/2) x0 + sin(pi t/2) x1, sigma^2 I).
 
     sigma = 0 is `Cosine`.
-    Source: Albergo and Vanden-Eijnden 2023, arXiv:2209.15571; with sigma: Tong et al. 2023, arXiv:2302.00482, table 1.
+    Source: Albergo and Vanden-Eijnden 2023, arXiv:2209.15571; with sigma: Tong et al. 2023, arXiv:2302.00482.
     """
 
     pair: ClassVar[Path] = Cosine()

@@ -31,7 +31,8 @@ def neighbour_times(
         log_normal: None draws an interval evenly. (mean, std) gives each the mass between its noise levels of a
             log-normal law, as iCT does with (-1.1, 2.0).
 
-    Source: Song et al. 2023, arXiv:2303.01469, section 5; Song and Dhariwal 2023 (iCT), arXiv:2310.14189, equation 10.
+    Source: Song et al. 2023, arXiv:2303.01469, section 4 and algorithms 2 and 3; Song and Dhariwal 2024 (iCT),
+    arXiv:2310.14189, its noise schedule.
     """
     if points < 2:
         raise ValueError(f"points: expected at least 2, got {points}")
@@ -62,7 +63,7 @@ def ct_points(step: int, total: int, *, start: int = 2, end: int = 150) -> int:
 def ict_points(step: int, total: int, *, start: int = 10, end: int = 1280) -> int:
     """iCT's number of grid points after `step` of `total` steps: `start` intervals, doubled until `end`, plus 1.
 
-    Source: Song and Dhariwal 2023 (iCT), arXiv:2310.14189, equation 11 and table 1.
+    Source: Song and Dhariwal 2024 (iCT), arXiv:2310.14189, its discretization curriculum.
     """
     _check_progress(step, total, start, end)
     each = max(total // (int(math.log2(end // start)) + 1), 1)
@@ -86,7 +87,7 @@ def ect_times(
         law: of the noise level, with its path; None is log-normal (-1.1, 2) on `EDM()`.
         low: earlier times t are raised to it: a path that starts at some noise has no r < t at its very start.
 
-    Source: Geng et al. 2025 (ECT), arXiv:2406.14548, algorithm 1.
+    Source: Geng et al. 2025 (ECT), arXiv:2406.14548, section 3.
     """
     if not 0 < low < 1:
         raise ValueError(f"low: expected in (0, 1), got {low}")
@@ -102,7 +103,7 @@ def ect_level(sigma: Tensor, stage: int, *, q: float = 2.0, k: float = 8.0, b: f
     At stage 0 most pairs reach down to 0, which is diffusion training; each stage divides the relative gap by q.
     Any shape; the dtype of sigma.
 
-    Source: Geng et al. 2025 (ECT), arXiv:2406.14548, equation 17 and its mapping function by sigmoid.
+    Source: Geng et al. 2025 (ECT), arXiv:2406.14548, its mapping function by sigmoid, with the constants of its code.
     """
     if stage < 0:
         raise ValueError(f"stage: expected >= 0, got {stage}")

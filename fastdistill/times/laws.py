@@ -75,8 +75,10 @@ class Constant:
 class ArctanLogNormal:
     """t = (2 / pi) atan(e^N(mean, std^2) / sigma_data).
 
-    sCM's law of its angle, for mean -1, std 1.4 and its sigma_data; FACM's for mean -0.8, std 1.6 and sigma_data 1.
-    Source: Lu and Song 2024 (sCM), arXiv:2410.11081, section 4; Peng et al. 2025 (FACM), arXiv:2507.03738.
+    sCM's law of its angle, for its sigma_data and mean -1, std 1.4 (CIFAR-10) or -0.8, 1.6 (ImageNet 512); FACM's for
+    mean -0.8, std 1.6 and sigma_data 1.
+    Source: Lu and Song 2025 (sCM), arXiv:2410.11081, section 4.2 and appendix G; Peng et al. 2025 (FACM),
+    arXiv:2507.03738, with the constants of its code.
     """
 
     mean: float = -1.0

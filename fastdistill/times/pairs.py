@@ -55,7 +55,7 @@ def triangle_times(
     Args:
         distinct: the share of rows off the diagonal; those come first.
 
-    Source: Boffi et al. 2025, arXiv:2505.18825 (self-distillation of flow maps; 25 % off the diagonal).
+    Source: Boffi et al. 2025, arXiv:2505.18825, section 3 (temporal sampling; 25 % off the diagonal).
     """
     count = distinct_rows(batch, distinct)
     first, second = (draw(torch.rand, batch, generator, device) for _ in range(2))
@@ -77,7 +77,8 @@ def gap_times(
         gap: law of the distance, e.g. `LogitNormal(-0.8, 1.0)`.
         distinct: the share of rows with s < t; they come first, and the others get s = t.
 
-    Source: Sabour et al. 2025 (AYF), arXiv:2506.14603; TVM takes the same law of the gap.
+    Source: Sabour et al. 2025 (AYF), arXiv:2506.14603, algorithm 1. TVM (arXiv:2511.19797, section 7.3) draws the gap
+    alike, but s from a logit-normal law cut off at 1 - d.
     """
     count = distinct_rows(batch, distinct)
     d = gap(batch, generator, device)
@@ -104,7 +105,7 @@ def dyadic_times(
         finest: the number of steps of the finest grid, a power of 2.
         sampler: law of t of the other rows; None is `Uniform()`.
 
-    Source: Frans et al. 2024 (shortcut models), arXiv:2410.12557, section 3.2 and table 3.
+    Source: Frans et al. 2025 (shortcut models), arXiv:2410.12557; 1/8 and 128 as in its code.
     """
     if finest < 2 or finest & (finest - 1):
         raise ValueError(f"finest: expected a power of 2, at least 2, got {finest}")
@@ -136,7 +137,7 @@ def imm_times(
         group: M, the rows of a group; it divides the batch.
         k, low, high: see `imm_middle`.
 
-    Source: Zhou et al. 2025 (IMM), arXiv:2503.07565, section 4 and its table of settings.
+    Source: Zhou et al. 2025 (IMM), arXiv:2503.07565, section 4.2.
     """
     if group < 1 or batch % group:
         raise ValueError(f"group: expected a divisor of the batch, {batch}, got {group}")
@@ -157,7 +158,7 @@ def imm_middle(
         k: the larger, the nearer r is to t, and the smaller the bias and the larger the variance.
         low, high: the range of the times; below 1 where alpha(1) = 0, so that the noise level is finite.
 
-    Source: Zhou et al. 2025 (IMM), arXiv:2503.07565, section 4 (mapping function), decrement in eta.
+    Source: Zhou et al. 2025 (IMM), arXiv:2503.07565, section 4.2 "Mapping function", by a constant decrement in eta.
     """
     ends = level_of_time(path, torch.tensor([low, high]))
     if not (0 <= low < high <= 1) or not bool(ends.isfinite().all()) or ends[1] > 1e9:
