@@ -116,7 +116,7 @@ class MethodSettings(Settings):
     sample_gamma: Share = 0.5
     """Of the sampler gamma: how much of the noise is new at each step."""
     sample_guidance: float = Field(1.0, ge=0)
-    """Guidance scale of samples, where the network can still be guided; 1 is none."""
+    """Guidance scale of samples, where the network can still be guided; 1 is none. Any other takes two evaluations."""
 
     learns: ClassVar[tuple[Learnt, ...]] = ("velocity", "map")
     """What u(x, t, s) becomes: the velocity at s = t (then a run can be a teacher), the map to any s, that to s = 0."""
@@ -139,6 +139,8 @@ class MethodSettings(Settings):
         given = {name: value for name, value in self.keywords(context).items() if name in objective.takes}
         return objective.function(context.net, batch.x0, batch.x1, *times, y=batch.y, path=context.path, **given)
 
+    guides_maps: ClassVar[bool] = False
+    """Whether its source guides samples of its map by labels, u_null + scale (u_y - u_null), rather than its target."""
     def draw_times(self, context: Context) -> tuple[Tensor, ...]:
         """The times of a batch, in the order in which the objective takes them."""
         raise TypeError(f"{type(self).__name__} draws no times")
