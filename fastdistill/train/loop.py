@@ -165,6 +165,8 @@ def make_context(state: dict[str, Any], config: TrainConfig, batch: Batch) -> Co
         weak_teacher=state["weak_teacher"],
         target=target,
         weighting=state["weighting"],
+        velocity_layer=state["velocity_layer"],
+        perceptual=state["perceptual"],
         critic=state["critic"],
     )
 
