@@ -46,6 +46,7 @@ def explain(name: str | None = None) -> str:
         "path": "any" if objective.paths is None else ", ".join(sorted(objective.paths)),
         "needs": needs(method, objective),
         "takes": ", ".join(sorted(objective.takes)),
+        "guidance": guidance(method),
         "sampler": f"{objective.sampler}; its network serves {', '.join(serves(method))}",
         "defaults": ", ".join(f"{key}={value}" for key, value in defaults(method).items()),
         "sources": sources(objective.sources),
@@ -82,6 +83,19 @@ def needs(method: type[MethodSettings], objective: Objective) -> str:
     if "teacher" in objective.takes and not follows(method, objective):
         found.append("nothing; with --teacher RUN it follows the teacher's velocity instead of the data's")
     return "; ".join(found) or "nothing"
+
+
+def guidance(method: type[MethodSettings]) -> str:
+    """Where guidance comes in, in words."""
+    if "guidance" in method.model_fields:
+        return "learnt: inside the velocity that it follows, as method.guidance"
+    if method.guides_maps or set(method.learns) == {"velocity"}:
+        what = "jumps" if method.guides_maps else "velocity"
+        return (
+            f"of samples, by two evaluations of the {what}, u_null + scale (u_y - u_null): method.sample_guidance or "
+            f"--guidance, for a run with data.label_dropout"
+        )
+    return "none"
 
 
 def follows(method: type[MethodSettings], objective: Objective) -> bool:

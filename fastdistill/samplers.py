@@ -205,21 +205,22 @@ def sample(
 
     Args:
         net: called as net(x, t=t, s=s, y=y), with g=g (B,) where g isn't None.
-        scale, null: classifier-free guidance by two evaluations, for the samplers of velocities; see `guided`.
+        scale, null: classifier-free guidance by two evaluations: of velocities, see `guided`, or of jumps, see
+            `guided_map`. Only of networks that learnt it neither in their target nor as an input.
         options: of the one sampler, such as `gamma` or `rtol`.
 
     Raises:
-        ValueError: an unknown name, or guidance by `scale` of a flow map, which can only be learnt.
+        ValueError: an unknown name, or a `scale` with g, or without labels.
     """
     if name not in SAMPLERS:
         raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {name!r}")
     x = path.prior(x1)
     if name in _OF_VELOCITIES:
         return SAMPLERS[name](guided(net, y, scale, null, g=g), x, steps, **options)
-    if scale != 1:
-        raise ValueError(f"scale: expected 1 for {name}, whose guidance is learnt or passed as g, got {scale}")
     if name in _RENOISING:
         options |= {"path": path, "generator": generator}
+    if scale != 1:
+        net = guided_map(net, scale, _check_guidable(y, scale, null, g))
     return SAMPLERS[name](net, x, steps, y, g=g, **options)
 
 
@@ -246,23 +247,41 @@ def guided(
     """
     if scale == 1:
         return lambda x, t: net(x, t=t, s=t, y=y, **_guidance(x, g))
-    if g is not None:
-        raise ValueError(f"scale: expected 1 for a network that takes guidance as an input, got {scale} and g")
-    if y is None or null is None:
-        raise ValueError(f"y, null: expected labels and the null label for guidance at scale {scale}, got None")
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        v_label, v_null = conditional_pair(net, x, t, y, null)
-        return v_null + scale * (v_label - v_null)
-
-    return velocity
+    both = guided_map(net, scale, _check_guidable(y, scale, null, g))
+    return lambda x, t: both(x, t=t, s=t, y=y)
 
 
-def conditional_pair(net: Net, x: Tensor, t: Tensor, y: Tensor, null: int) -> tuple[Tensor, Tensor]:
-    """The instantaneous velocities with labels y and with no label, from one call on the doubled batch."""
-    x, t, y = torch.cat((x, x)), torch.cat((t, t)), torch.cat((y, torch.full_like(y, null)))
-    v_label, v_null = net(x, t=t, s=t, y=y).chunk(2)
-    return v_label, v_null
+def guided_map(net: Net, scale: float, null: int) -> Net:
+    """The network whose average velocity is u_null + scale (u_y - u_null), from one call on a doubled batch.
+
+    Its jump is f_null + scale (f_y - f_null) as well, of the ends, which is IMM's guidance. It isn't where the guided
+    flow leads: the two agree for s -> t alone, so that methods which learn a guided flow have guidance in their target.
+
+    Args:
+        net: trained with and without labels; called as net(x, t=t, s=s, y=y).
+        null: the label that stands for "no label", i.e. the number of classes.
+
+    Source: Zhou et al. 2025 (IMM), arXiv:2503.07565, the paragraph on classifier-free guidance.
+    """
+
+    def average(x: Tensor, t: Tensor, s: Tensor, y: Tensor) -> Tensor:
+        u_label, u_null = conditional_pair(net, x, t, y, null, s)
+        return u_null + scale * (u_label - u_null)
+
+    return average
+
+
+def conditional_pair(
+    net: Net, x: Tensor, t: Tensor, y: Tensor, null: int, s: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The velocities from t to s with labels y and with no label, each (B, ...), from one call on the doubled batch.
+
+    s = None asks for the instantaneous ones, s = t.
+    """
+    s = t if s is None else s
+    x, t, s, y = torch.cat((x, x)), torch.cat((t, t)), torch.cat((s, s)), torch.cat((y, torch.full_like(y, null)))
+    u_label, u_null = net(x, t=t, s=s, y=y).chunk(2)
+    return u_label, u_null
 
 
 def intervals(steps: Steps) -> list[tuple[float, float]]:
@@ -276,6 +295,15 @@ def intervals(steps: Steps) -> list[tuple[float, float]]:
     if len(times) < 2 or not falling or not (times[0] <= 1 and times[-1] >= 0):
         raise ValueError(f"steps: expected two or more falling times in [0, 1], got {times}")
     return list(itertools.pairwise(times))
+
+
+def _check_guidable(y: Tensor | None, scale: float, null: int | None, g: float | Tensor | None) -> int:
+    """The null label, where guidance at this scale is possible."""
+    if g is not None:
+        raise ValueError(f"scale: expected 1 for a network that takes guidance as an input, got {scale} and g")
+    if y is None or null is None:
+        raise ValueError(f"y, null: expected labels and the null label for guidance at scale {scale}, got None")
+    return null
 
 
 def _jump(net: Net, x: Tensor, t: float, s: float, y: Tensor | None, g: float | Tensor | None) -> Tensor:

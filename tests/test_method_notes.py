@@ -45,6 +45,15 @@ def test_needs_are_said() -> None:
     assert "needs       nothing" in explain("ect")
 
 
+def test_guidance_is_said() -> None:
+    """In the target, of samples, or nowhere."""
+    said = {name: " ".join(explain(name).split()) for name in ("imm", "flow_matching", "meanflow", "ect")}
+    assert "guidance of samples, by two evaluations of the jumps, u_null + scale (u_y - u_null)" in said["imm"]
+    assert "guidance of samples, by two evaluations of the velocity" in said["flow_matching"]
+    assert "guidance learnt: inside the velocity" in said["meanflow"]
+    assert "guidance none" in said["ect"]
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_the_command_to_try_is_a_valid_one(name: str) -> None:
     """As printed, it makes a configuration, and it names the teacher that the ring's recipe follows."""

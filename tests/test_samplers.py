@@ -255,9 +255,6 @@ def test_sampling_by_name_starts_from_the_paths_prior_and_guides_where_it_can() 
     path, net, x, y = EDM(0.1, 10.0), LabelField(), torch.randn(3, 2), torch.tensor([0, 1, 2])
     found = samplers.sample("euler", net, x, 2, y, path=path, scale=2.0, null=3)
     assert torch.equal(found, euler(guided(net, y, 2.0, 3), 10 * x, 2))
-    for name in ("average_velocity", "consistency", "gamma"):
-        with pytest.raises(ValueError, match=f"^scale: expected 1 for {name}, .* got 2.0"):
-            samplers.sample(name, net, x, scale=2.0)
     with pytest.raises(ValueError, match=r"^sampler: expected one of euler, .* got 'ddim'"):
         samplers.sample("ddim", net, x)
 
@@ -271,6 +268,36 @@ def test_fresh_noise_is_refused_on_a_path_with_coupled_pairs() -> None:
             samplers.sample(name, lambda x, t, s, y: x, x1, 2, path=path, **options)
         one = samplers.sample(name, lambda x, t, s, y: 0.25 * x, x1, 1, path=path, **options)
         torch.testing.assert_close(one, 0.75 * x1)
+
+
+@pytest.mark.parametrize("name", ["average_velocity", "consistency", "gamma"])
+def test_guidance_of_a_map_extrapolates_its_jumps(name: str) -> None:
+    """f_null + scale (f_y - f_null) at the ends that the sampler asks for, two evaluations in one call a step."""
+    y, x1, rows = torch.tensor([0, 1, 2]), torch.randn(3, 2), []
+
+    def net(x: Tensor, t: Tensor, s: Tensor, y: Tensor) -> Tensor:
+        rows.append(len(x))
+        return (0.1 + 0.2 * y)[:, None] * x + s[:, None]
+
+    options: dict[str, Any] = {"gamma": 0.5} if name == "gamma" else {}
+
+    def draw(net: samplers.Net, **guidance: Any) -> Tensor:
+        seeded = torch.Generator().manual_seed(3)
+        return samplers.sample(name, net, x1, 2, y, generator=seeded, **guidance, **options)
+
+    def by_hand(x: Tensor, t: Tensor, s: Tensor, y: Tensor) -> Tensor:
+        ends = [x - (t - s)[:, None] * net(x, t, s, label) for label in (y, torch.full_like(y, 3))]
+        return (x - ends[1] - 2.5 * (ends[0] - ends[1])) / (t - s)[:, None]
+
+    found = draw(net, scale=2.5, null=3)
+    assert rows == [6, 6]
+    torch.testing.assert_close(found, draw(by_hand))
+    assert torch.equal(draw(net, scale=1.0, null=3), draw(net))
+    assert (found - draw(net)).abs().min() > 1e-4
+    with pytest.raises(ValueError, match=r"^y, null: expected labels .* at scale 2.5"):
+        samplers.sample(name, net, x1, scale=2.5, null=3, **options)
+    with pytest.raises(ValueError, match=r"^scale: expected 1 for a network that takes guidance as an input"):
+        samplers.sample(name, net, x1, 1, y, scale=2.5, null=3, g=2.0, **options)
 
 
 def test_guidance_extrapolates_from_no_label_to_the_label() -> None:

@@ -186,7 +186,21 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.linear.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None, *, g: Tensor | None = None) -> Tensor:
+    @property
+    def last_layer(self) -> nn.Module:
+        """What `forward` ends with; another one of its shape makes another output of the same trunk."""
+        return self.final_layer
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        y: Tensor | None = None,
+        *,
+        g: Tensor | None = None,
+        last_layer: nn.Module | None = None,
+    ) -> Tensor:
         """The average velocity from t to s at x.
 
         Args:
@@ -195,6 +209,7 @@ class DiT(nn.Module):
             s: (B,) in [0, t], to. s = t asks for the instantaneous velocity.
             y: (B,) int64 in [0, num_classes], or None for "no label" everywhere.
             g: (B,) guidance scales > 0, for a network with `guidance`; None: 1, no guidance.
+            last_layer: takes the place of the network's own, e.g. an auxiliary head in training; None: its own.
 
         Returns:
             u, of x's shape and dtype.
@@ -217,7 +232,8 @@ class DiT(nn.Module):
         pending: Branch | None = None
         for block in self.blocks:
             tokens, pending = block(tokens, pending, condition, rotation)
-        return _unpatchify(self.final_layer(tokens, pending, condition), p, (rows, columns)).to(x.dtype)
+        last = self.last_layer if last_layer is None else last_layer
+        return _unpatchify(last(tokens, pending, condition), p, (rows, columns)).to(x.dtype)
 
     def _condition(self, t: Tensor, s: Tensor, y: Tensor | None, g: Tensor | None) -> Tensor:  # (B, C)
         if y is None:

@@ -52,7 +52,21 @@ class MLP(nn.Module):
         self.y_embedder = nn.Embedding(num_classes + 1, width) if num_classes else None
         self.g_embedder = nn.Linear(TIME_FEATURES, width) if guidance else None
 
-    def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None, *, g: Tensor | None = None) -> Tensor:
+    @property
+    def last_layer(self) -> nn.Module:
+        """What `forward` ends with; another one of its shape makes another output of the same trunk."""
+        return self.out_layer
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        y: Tensor | None = None,
+        *,
+        g: Tensor | None = None,
+        last_layer: nn.Module | None = None,
+    ) -> Tensor:
         """The average velocity from t to s at x.
 
         Args:
@@ -61,6 +75,7 @@ class MLP(nn.Module):
             s: (B,) in [0, t], to.
             y: (B,) int64 in [0, num_classes], or None for "no label"; ignored by a network without classes.
             g: (B,) guidance scales > 0, for a network with `guidance`; None: 1, no guidance.
+            last_layer: takes the place of the network's own, e.g. an auxiliary head in training; None: its own.
 
         Returns:
             u, of x's shape.
@@ -86,7 +101,7 @@ class MLP(nn.Module):
             h = F.silu(h)
             for layer in self.hidden_layers:
                 h = F.silu(layer(h))
-            return self.out_layer(h).view_as(x)
+            return (self.last_layer if last_layer is None else last_layer)(h).view_as(x)
 
 
 def guidance_time(g: Tensor | None, like: Tensor) -> Tensor:

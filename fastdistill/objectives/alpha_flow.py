@@ -75,5 +75,10 @@ def alpha_flow(
         goal = alpha * w + (1 - alpha) * after
     residual = evaluate(net, x, t, s, y, g) - goal
     error = squared(residual)
-    loss = (alpha * error / (error.detach() + c)).mean()
-    return loss, measure(loss, residual / alpha, t, s)
+    weighted, apart = alpha * error / (error.detach() + c), t != s
+    loss = weighted.mean()
+    terms = {  # by masks, which wait for no queue as indices do
+        "distillation": torch.where(apart, weighted, 0.0).mean(),
+        "anchor": torch.where(apart, 0.0, weighted).mean(),
+    }
+    return loss, measure(loss, residual / alpha, t, s) | {"terms": terms}

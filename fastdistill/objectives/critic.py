@@ -6,7 +6,6 @@ Both learn from samples without gradient, several times for each step of the gen
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -17,31 +16,6 @@ from fastdistill.paths import LINEAR, Path
 from fastdistill.samplers import Net
 
 Discriminator = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # discriminator(x_tau, tau, y) -> logits (B,)
-
-
-@dataclass(frozen=True)
-class CriticSchedule:
-    """How often each network is updated: the critic in every step, the generator in every `updates`-th.
-
-    Args:
-        updates: critic updates a generator update. DMD2 takes 5.
-        warmup: steps at the start in which only the critic learns.
-
-    Source: Yin et al. 2024 (DMD2), arXiv:2405.14867, section 4.2 (two time-scale update rule).
-    """
-
-    updates: int = 5
-    warmup: int = 0
-
-    def __post_init__(self) -> None:
-        if self.updates < 1:
-            raise ValueError(f"updates: expected at least 1, got {self.updates}")
-        if self.warmup < 0:
-            raise ValueError(f"warmup: expected >= 0, got {self.warmup}")
-
-    def trains_generator(self, step: int) -> bool:
-        """Whether the generator is updated after the critic in `step`, counted from 0."""
-        return step >= self.warmup and (step - self.warmup + 1) % self.updates == 0
 
 
 def fake_score_loss(

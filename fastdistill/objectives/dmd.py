@@ -80,7 +80,8 @@ def dmd(
     if gan is not None:
         adversarial = gan_generator_loss(gan, samples, noise, tau, y=y, path=path)
         metrics["gan_loss"] = adversarial.detach()
-        loss = loss + gan_weight * adversarial
+        metrics["terms"] = {"score": loss, "gan": gan_weight * adversarial}
+        loss = loss + metrics["terms"]["gan"]
     rows = {"t": t.detach(), "s": torch.zeros_like(t), "raw_error": raw.flatten(1).mean(1)}
     return loss, {"loss": loss.detach(), **metrics, "rows": rows}
 

@@ -43,7 +43,8 @@ def imm(
         x0, x1: data and noise, (B, ...), alike in shape.
         t, r, s: (B,) with 0 <= s <= r <= t, t > 0, equal within each group of consecutive rows, as
             `fastdistill.times.imm_times` draws them.
-        y: (B,) int64 labels, or None; a group compares whatever mixture of labels it holds.
+        y: (B,) int64 labels, or None; a group compares whatever mixture of labels it holds. With some dropped, samples
+            can be guided: see `fastdistill.samplers.guided_map`.
         target: the network of the bracket; None is `net`.
         group: M, the rows of a group; it divides B.
         statistic: see `mmd2`.

@@ -41,8 +41,9 @@ def improved_meanflow(
     elements of a row. The paper's share of rows with s = t is 50 %.
 
     Args:
-        velocity_head: velocity_head(x, t=t, s=t, y=y) predicts w and gives the tangent's direction; it is trained with
-            the same metric. None: the direction is the network's own u(x, t, t).
+        velocity_head: velocity_head(x, t=t, s=t, y=y) predicts w, gives the tangent's direction and the two estimates
+            of guidance from data; it is trained with the same metric. The paper's shares the network's first blocks.
+            None: all of that is the network's own u(x, t, t).
         guidance: `Guidance.improved(scale, null)` is the paper's; a (B,) scale reaches the network as `g`, and thus the
             tangent.
         The other arguments, and the metrics, are those of `meanflow`.
@@ -58,15 +59,16 @@ def improved_meanflow(
     """
     check_batch(x0, x1, t, s, y)
     x, g = path.interpolate(x0, x1, t), scale_rows(guidance)
+    direction = net if velocity_head is None else velocity_head
     w = target_velocity(
-        net, x, path.velocity(x0, x1, t), t, y=y, teacher=teacher, weak_teacher=weak_teacher, guidance=guidance
+        direction, x, path.velocity(x0, x1, t), t, y=y, teacher=teacher, weak_teacher=weak_teacher, guidance=guidance
     )
     far, near = split_rows(t, s, distinct_rows)
     x_far, t_far, s_far, w_far, y_far, g_far = pick(far, x, t, s, w, y, g)
     x_near, t_near, w_near, y_near, g_near = pick(near, x, t, w, y, g)
     parts, du_dt = [], x[:0]
     if len(t_far):
-        v = own_velocity(velocity_head or net, x_far, t_far, y=y_far, g=g_far)
+        v = own_velocity(direction, x_far, t_far, y=y_far, g=g_far)
         u, du_dt = eulerian(net, x_far, t_far, s_far, v, y=y_far, g=g_far, jvp=jvp)
         parts.append(eulerian_residual(u, du_dt, w_far, t_far, s_far))
     if len(t_near):

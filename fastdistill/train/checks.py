@@ -18,6 +18,7 @@ from fastdistill.train.config import TrainConfig, model_arguments, model_differe
 from fastdistill.train.critic import Critic
 from fastdistill.train.data import DATASETS, Batch, generator_at
 from fastdistill.train.methods import METHODS, Context, ScoreMethod
+from fastdistill.train.perceptual import perceptual_of
 from fastdistill.train.sampling import OWN
 from fastdistill.train.settings import ConfigError
 
@@ -68,7 +69,9 @@ def _check_teachers(config: TrainConfig) -> None:
 def _check_path(config: TrainConfig) -> None:
     method, fits = config.method, config.method.objective().paths
     path = config.path.build()
-    for field, keyword in (("learned_weight", "weighting"), ("target_ema", "target")):
+    for field, keyword in (
+        ("learned_weight", "weighting"), ("target_ema", "target"), ("velocity_head", "velocity_head"),
+    ):  # fmt: skip
         if getattr(method, field) and keyword not in method.objective().takes:
             raise ConfigError(f"method.{field}: {method.name} has no use for it; remove it")
     if fits is not None and config.path.name not in fits:
@@ -154,6 +157,8 @@ def _try_objective(config: TrainConfig) -> None:
             weak_teacher=net if config.weak_teacher is not None else None,
             target=net if method.target_ema is not None else None,
             weighting=LogVariance() if method.learned_weight else None,
+            velocity_layer=net.last_layer if method.velocity_head else None,
+            perceptual=perceptual_of(config, torch.device("cpu")),
             critic=critic,
         )
         try:

@@ -113,7 +113,8 @@ class DiagnosticsSettings(Settings):
     bins: int = Field(4, ge=1, le=16)
     """The raw error is given by bins of (t, s), so many on either axis."""
     gradients: bool = False
-    """Also the cosine between the gradients of a composed loss's terms: one more backward pass each, at those steps."""
+    """Also the cosine between the gradients of a composed loss's terms: one more backward pass each, at those steps. A
+    loss of a single term has none, and the run says so at its first look."""
 
 
 class TrainConfig(Settings):

@@ -136,6 +136,16 @@ def why_flat(method: MethodSettings) -> str | None:
     return None
 
 
+def why_no_cosines(method: MethodSettings, terms: Mapping[str, Tensor]) -> str | None:
+    """Why no cosine of gradients is written, for whoever asked for one; None where there is one."""
+    if len(terms) > 1:
+        return None
+    return (
+        f"diagnostics.gradients: the loss of {method.name} is a single term here, so there are no two gradients to "
+        "compare; the norm of its own is grad_norm."
+    )
+
+
 def _bin_of(t: Tensor, bins: int) -> Tensor:
     return (t.nan_to_num(0.0) * bins).long().clamp(0, bins - 1)
 

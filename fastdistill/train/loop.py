@@ -22,7 +22,7 @@ from fastdistill.train.checkpoint import list_checkpoints, save_checkpoint
 from fastdistill.train.checks import check_config, check_teacher
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.data import DATASETS, Batch, Dataset, drop_labels, generator_at
-from fastdistill.train.diagnostics import attribute, measure, why_flat
+from fastdistill.train.diagnostics import attribute, measure, why_flat, why_no_cosines
 from fastdistill.train.files import intact
 from fastdistill.train.logging import RunLog, peak_memory, save_samples
 from fastdistill.train.methods import Context, ScoreMethod
@@ -120,6 +120,9 @@ def train_step(state: dict[str, Any], config: TrainConfig, dataset: Dataset | Pa
     looked_at = is_looked_at(config, step + 1)
     if looked_at:
         metrics |= measure(rows, terms, net, config.diagnostics.bins, config.diagnostics.gradients)
+        first = step + 1 == config.diagnostics.every
+        if config.diagnostics.gradients and first and (reason := why_no_cosines(config.method, terms)) is not None:
+            tell(reason)
     loss.backward()
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     norm = get_total_norm([weight.grad for weight in weights if weight.grad is not None])
@@ -162,6 +165,8 @@ def make_context(state: dict[str, Any], config: TrainConfig, batch: Batch) -> Co
         weak_teacher=state["weak_teacher"],
         target=target,
         weighting=state["weighting"],
+        velocity_layer=state["velocity_layer"],
+        perceptual=state["perceptual"],
         critic=state["critic"],
     )
 

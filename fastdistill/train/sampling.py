@@ -31,7 +31,8 @@ class Sampling:
     sampler: str | None = None
     """A name of fastdistill.samplers.SAMPLERS."""
     guidance: float | None = None
-    """The scale of guidance: classifier-free for samplers of velocities, an input of the network where it takes one."""
+    """The scale of guidance: an input of the network where it takes one, else classifier-free, by two evaluations: for
+    samplers of velocities, and for the jumps of the methods that guide these (`MethodSettings.guides_maps`)."""
     gamma: float | None = None
     """Of the sampler `gamma`: how much of the noise is new, in [0, 1]."""
 
@@ -52,13 +53,12 @@ class Sampling:
         elif gamma is not None:
             raise ConfigError(f"gamma: only the sampler gamma takes it, got {gamma} with {sampler}")
         guidance = method.sample_guidance if self.guidance is None else self.guidance
-        by_pairs = NEEDS[sampler] == {"velocity"} and not method.conditions_on_guidance
+        by_pairs = (NEEDS[sampler] == {"velocity"} or method.guides_maps) and not method.conditions_on_guidance
         if guidance != 1 and by_pairs and not config.data.label_dropout:
             raise ConfigError(f"guidance: the run never learnt what no label means, so expected 1, got {guidance}")
         if guidance != 1 and not by_pairs and not method.conditions_on_guidance:
-            raise ConfigError(
-                f"guidance: a network of {method.name} has its guidance built in, so expected 1, got {guidance}"
-            )
+            built_in = "has its guidance built in" if method.guidance_settings is not None else "has no guidance"
+            raise ConfigError(f"guidance: a network of {method.name} {built_in}, so expected 1, got {guidance}")
         return Sampling(sampler, guidance, gamma)
 
 

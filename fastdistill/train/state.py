@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,11 @@ from fastdistill.train.critic import Critic
 from fastdistill.train.data import DATASETS
 from fastdistill.train.files import sha256
 from fastdistill.train.methods import ScoreMethod
+from fastdistill.train.perceptual import perceptual_of
 from fastdistill.train.run import build_network, load_run
 from fastdistill.train.settings import ConfigError
 
-PARTS = ("net", "ema", "target", "weighting", "critic", "optimizer", "scheduler")
+PARTS = ("net", "ema", "target", "weighting", "velocity_layer", "critic", "optimizer", "scheduler")
 UNCHANGED = {
     "teacher_sha256": "the teacher's weights",
     "weak_teacher_sha256": "the weak teacher's weights",
@@ -51,7 +53,10 @@ def new_state(config: TrainConfig, device: torch.device) -> dict[str, Any]:
         net.load_state_dict(frozen["teacher"].state_dict())
     method, optim = config.method, config.optim
     weighting = LogVariance().to(device) if method.learned_weight else None
-    optimizer = make_optimizer([net, *([weighting] if weighting else [])], config, optim.lr)
+    # A copy, so that it starts where u(x, t, t) does: with init_from_teacher, at the teacher's velocity.
+    velocity_layer = copy.deepcopy(cast(nn.Module, net.last_layer)) if method.velocity_head else None
+    learning = [part for part in (net, weighting, velocity_layer) if part is not None]
+    optimizer = make_optimizer(learning, config, optim.lr)
     decay = method.target_ema
     return {
         "step": 0,
@@ -59,6 +64,8 @@ def new_state(config: TrainConfig, device: torch.device) -> dict[str, Any]:
         "ema": average_of(net, ramped_ema(optim.ema)),
         "target": average_of(net, get_ema_multi_avg_fn(decay)) if decay is not None else None,
         "weighting": weighting,
+        "velocity_layer": velocity_layer,
+        "perceptual": perceptual_of(config, device),
         "critic": make_critic(frozen["teacher"], config),
         "optimizer": optimizer,
         "scheduler": warm_up(optimizer, optim.warmup_steps),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -44,6 +45,21 @@ def test_the_scale_changes_the_output_and_none_is_scale_one() -> None:
     h = 1e-5
     difference = (net(x + h * w, t + h, s, y, g=g) - net(x - h * w, t - h, s, y, g=g)) / (2 * h)
     torch.testing.assert_close(du_dt, difference, rtol=1e-6, atol=1e-7)
+
+
+def test_another_last_layer_makes_another_output_of_the_same_trunk() -> None:
+    """Its own one given is no change; another's gradient reaches everything but the network's own."""
+    net = DiT(**SMALL, guidance=True)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    x, t, other = torch.randn(3, 1, 4, 4), torch.rand(3), copy.deepcopy(net.last_layer)
+    assert torch.equal(net(x, t, t, g=t, last_layer=other), net(x, t, t, g=t))
+    nn.init.normal_(other.get_parameter("linear.weight"))
+    changed = net(x, t, t, g=t, last_layer=other)
+    assert (changed - net(x, t, t, g=t)).abs().min() > 1e-6
+    changed.square().sum().backward()
+    without = {name for name, weight in net.named_parameters() if weight.grad is None}
+    assert without == {f"final_layer.{name}" for name, _ in other.named_parameters()}
 
 
 def test_a_scale_for_a_network_without_the_input_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -71,6 +72,21 @@ def test_a_network_without_them_has_the_parameters_that_it_always_had() -> None:
     assert plain == {f"{layer}.{part}" for layer in parts for part in ("weight", "bias")}
     more = set(MLP(depth=2, num_classes=3, guidance=True).state_dict())
     assert more - plain == {"y_embedder.weight", "g_embedder.weight", "g_embedder.bias"}
+
+
+def test_another_last_layer_makes_another_output_of_the_same_trunk() -> None:
+    """Its own one given is no change; a zero one gives 0, and its gradient stops nowhere but there."""
+    net = MLP(width=16, num_classes=3, guidance=True)
+    x, t, s, g = torch.randn(4, 2), torch.rand(4), torch.zeros(4), torch.full((4,), 2.0)
+    other = copy.deepcopy(net.last_layer)
+    assert torch.equal(net(x, t, s, g=g, last_layer=other), net(x, t, s, g=g))
+    net(x, t, s, g=g, last_layer=other).square().sum().backward()
+    assert {name for name, weight in net.named_parameters() if weight.grad is None} == {
+        "out_layer.weight", "out_layer.bias"
+    }  # fmt: skip
+    torch.nn.init.zeros_(other.get_parameter("weight"))
+    torch.nn.init.ones_(other.get_parameter("bias"))
+    assert torch.equal(net(x, t, s, last_layer=other), torch.ones(4, 2))
 
 
 def test_config_rebuilds_the_network_by_way_of_json() -> None:

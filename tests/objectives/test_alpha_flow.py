@@ -35,6 +35,19 @@ def test_its_target_is_a_step_along_w_and_then_its_own_jump() -> None:
     torch.testing.assert_close(metrics["raw_error"], error.detach().mean() / 3 / a**2)
 
 
+def test_its_terms_are_the_rows_apart_and_on_the_diagonal() -> None:
+    """As MeanFlow's: their sum is the loss, and each has the gradient of its own rows."""
+    net, (x0, x1, times) = SmallNet(), random_batch()
+    t, s = times["t"], times["s"]
+    for name, rows in (("distillation", t != s), ("anchor", t == s)):
+        loss, metrics = alpha_flow(net, x0, x1, t, s, alpha=0.3)
+        torch.testing.assert_close(sum(metrics["terms"].values()), loss)
+        share = rows.double().mean()
+        alone, _ = alpha_flow(net, x0[rows], x1[rows], t[rows], s[rows], alpha=0.3)
+        assert 0 < share < 1
+        assert_same_gradient(metrics["terms"][name], share * alone, net)
+
+
 def test_small_alpha_has_meanflows_gradient_where_errors_outweigh_the_offset() -> None:
     """a e / (e + c) with e = a^2 |MeanFlow's residual|^2: its gradient tends to MeanFlow's for c << e."""
     net, (x0, x1, times) = SmallNet(), random_batch()

@@ -13,7 +13,7 @@ from torch.nn.functional import softplus
 from fastdistill import objectives, paths, samplers
 from fastdistill.eval.exact import Gaussian
 from fastdistill.objectives import Guidance, flow_matching
-from fastdistill.objectives.critic import CriticSchedule, fake_score_loss, gan_critic_loss, gan_generator_loss
+from fastdistill.objectives.critic import fake_score_loss, gan_critic_loss, gan_generator_loss
 from fastdistill.objectives.dmd import dmd, dmd_gradient, simulate, surrogate
 from fastdistill.paths import EDM, FM, LINEAR, OTCFM, Cosine, Path
 from fastdistill.samplers import Net
@@ -199,6 +199,10 @@ def test_adversarial_loss_is_added_with_its_weight() -> None:
     plain, with_gan = loss()[0], loss(gan=gan, gan_weight=0.5)
     torch.testing.assert_close(with_gan[0], plain + 0.5 * with_gan[1]["gan_loss"])
     assert "gan_loss" not in loss()[1]
+    assert "terms" not in loss()[1], "a single one"
+    terms = with_gan[1]["terms"]
+    assert torch.equal(terms["score"], plain)
+    assert torch.equal(terms["score"] + terms["gan"], with_gan[0])
     assert torch.equal(plain, loss()[0]), "a function of the generator's seed"
 
 
@@ -230,12 +234,6 @@ def test_labels_and_guidance_reach_the_teacher_and_labels_the_others() -> None:
     v_guided = 4 * x + 2.0 * ((labels[:, None] + 1) * x - 4 * x)
     difference = 0.5 * (v_guided - (labels[:, None] + 1) * x)
     torch.testing.assert_close(metrics["raw_error"], difference.square().mean())
-
-
-def test_schedule_trains_the_critic_alone_and_then_both_every_fifth_step() -> None:
-    schedule = CriticSchedule(5, warmup=10)
-    assert [step for step in range(25) if schedule.trains_generator(step)] == [14, 19, 24]
-    assert all(CriticSchedule(1).trains_generator(step) for step in range(5))
 
 
 def test_registry_names_what_it_needs_and_the_paths_that_have_a_score() -> None:
@@ -272,7 +270,3 @@ def test_bad_arguments_are_refused_by_name() -> None:
         call(t=torch.full((4,), 0.75).double() - 0.05, backward_simulation=[1.0, 0.5])
     with pytest.raises(ValueError, match=r"^gan: expected logits of shape \(4,\), one a row, got \(4, 2\)"):
         call(gan=lambda x, tau, y: x)
-    with pytest.raises(ValueError, match=r"^updates: .* got 0"):
-        CriticSchedule(0)
-    with pytest.raises(ValueError, match=r"^warmup: .* got -1"):
-        CriticSchedule(5, -1)

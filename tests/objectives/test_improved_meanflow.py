@@ -38,6 +38,21 @@ def test_head_gives_the_direction_and_is_trained_beside() -> None:
     assert (gradients(loss, net) - gradients(plain, net)).norm() > 1e-3, "the head's direction is another"
 
 
+def test_head_gives_the_estimates_of_guidance_too() -> None:
+    """With one label that moves nothing but the head, the target is v_hat + (1 - 1 / scale) (v_y - v_null)."""
+    net, (x0, x1, times), y = SmallNet(), random_batch(), torch.arange(ROWS) % 3
+    t = times["t"]
+
+    def head(x: Tensor, t: Tensor, s: Tensor, y: Tensor) -> Tensor:
+        return x * y[:, None]
+
+    _, metrics = improved_meanflow(net, x0, x1, t, t, y=y, velocity_head=head, guidance=Guidance.improved(4.0, null=3))
+    x = (1 - t)[:, None] * x0 + t[:, None] * x1
+    w = x1 - x0 + 0.75 * (y - 3)[:, None] * x
+    torch.testing.assert_close(metrics["raw_error"], (net(x, t, t, y) - w).square().mean().detach())
+    torch.testing.assert_close(metrics["head_error"], (y[:, None] * x - w).square().mean())
+
+
 def test_scales_by_row_condition_direction_and_tangent() -> None:
     """The network is always told the scale of the very row."""
     (x0, x1, times), y = random_batch(), torch.arange(ROWS) % 3

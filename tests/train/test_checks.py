@@ -41,6 +41,8 @@ from tests.train.conftest import MakeConfig
         ({"method": {"name": "ect", "learned_weight": True}, "path": {"name": "edm"}}, []),
         ({"method": {"name": "meanflow", "learned_weight": True}}, ["method.learned_weight: meanflow has no use"]),
         ({"method": {"name": "meanflow", "target_ema": 0.9}}, ["method.target_ema: meanflow has no use"]),
+        ({"method": {"name": "meanflow", "velocity_head": True}}, ["method.velocity_head: meanflow has no use"]),
+        ({"method": {"name": "imm", "sample_guidance": 2.0}}, ["method.sample_guidance: ring has no labels"]),
         ({"method": {"name": "dmd", "generator_times": [0.5]}, "teacher": "x"}, ["method.generator_times"]),
         ({"method": {"name": "dmd", "critic": {"levels": [0.5, 0.2]}}, "teacher": "x"}, ["method.critic.levels"]),
         ({"method": {"name": "reflow"}, "teacher": "x", "coupling": "optimal_transport"}, ["coupling: reflow couples"]),

@@ -48,7 +48,9 @@ def test_cosines_of_gradients_are_those_of_the_terms() -> None:
     assert found["gradient_norm/b"] == pytest.approx(8**0.5)
 
 
-@pytest.mark.parametrize("name", ["meanflow", "improved_meanflow", "facm", "esd", "lsd", "psd", "shortcut", "tvm"])
+@pytest.mark.parametrize(
+    "name", ["meanflow", "improved_meanflow", "alpha_flow", "facm", "esd", "lsd", "psd", "shortcut", "tvm"]
+)
 def test_the_terms_of_a_composed_method_add_up(name: str, tiny: MakeConfig) -> None:
     """So that the cosine is about all of the loss."""
     config = tiny(method={"name": name})
@@ -72,6 +74,18 @@ def test_looking_is_written_at_its_own_steps_and_changes_no_weight(tiny: MakeCon
     assert not any("/" in name for point in points_of(plain) for name in point)
     states = [read_checkpoint(list_checkpoints(run)[0])["net"] for run in (plain, looked)]
     assert_same_state(*states)
+
+
+def test_a_loss_of_one_term_says_that_it_has_no_cosine(tiny: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once, where it was asked for; the run goes on."""
+    said = "diagnostics.gradients: the loss of imm is a single term here"
+    asked = {"every": 3, "gradients": True}
+    run = train(tiny("asked", method={"name": "imm"}, diagnostics=asked))
+    assert capsys.readouterr().err.count(said) == 1
+    assert points_of(run)[-1]["step"] == 12
+    train(tiny("not", method={"name": "imm"}, diagnostics={"every": 3}))
+    train(tiny("two", method={"name": "alpha_flow"}, diagnostics=asked))
+    assert "diagnostics.gradients" not in capsys.readouterr().err
 
 
 def test_a_planted_nan_in_the_data_is_named_with_its_rows(tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from fastdistill.times import LogitNormal, pair_times
 from fastdistill.train import ConfigError, TrainConfig, generate, load_config, load_run, train
 from fastdistill.train.checkpoint import list_checkpoints, read_checkpoint
+from fastdistill.train.data import Ring, generator_at
+from fastdistill.train.loop import make_batch, make_context
 from fastdistill.train.methods import METHODS, ScoreMethod
+from fastdistill.train.state import new_state
 from tests.train.conftest import MakeConfig, tiny_fields
 from tests.train.test_resume import assert_same_run, assert_same_state, killed, train_and_die
 
@@ -27,11 +31,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "ayf_emd": {"tangent_warmup": 2},
     "ayf_lmd": {"tangent_warmup": 2},
     "shortcut": {"distinct": 0.5},
+    "improved_meanflow": {"velocity_head": True},
 }
 # What an objective offers and a configuration file can't hold, or the trainer decides.
 NOT_SETTINGS = {"y", "path", "jvp", "generator", "teacher", "weak_teacher", "target", "weighting", "warmup", "alpha",
-                "distinct_rows", "fake", "gan", "gan_weight", "levels", "backward_simulation", "perceptual",
-                "velocity_head", "sharpness", "weight", "midpoint", "score_gradient"}  # fmt: skip
+                "distinct_rows", "fake", "gan", "gan_weight", "levels", "backward_simulation", "sharpness",
+                "weight", "midpoint", "score_gradient"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +88,14 @@ GUIDED = {"scale": 1.0, "scale_to": 3.0}
     ("method", "teachers"),
     [
         ({"name": "improved_meanflow", "guidance": GUIDED}, ()),
+        ({"name": "improved_meanflow", "guidance": GUIDED, "velocity_head": True}, ()),
         ({"name": "meanflow", "guidance": {"scale": 2.0, "kappa": 0.5}}, ()),
         ({"name": "ayf_emd", "guidance": GUIDED}, ("teacher", "weak_teacher")),
         ({"name": "ayf_lmd", "guidance": {"scale": 2.0}}, ("teacher",)),
         ({"name": "dmd", "guidance": {"scale": 2.0}, "critic": {"updates": 1, "gan": True}}, ("teacher",)),
         ({"name": "scm", "guidance": {"scale": 2.0}}, ("teacher",)),
         ({"name": "reflow", "pairs": 20, "pair_steps": 1, "pair_guidance": 2.0}, ("teacher",)),
-        ({"name": "imm", "group": 4}, ()),
+        ({"name": "imm", "group": 4, "sample_guidance": 2.0}, ()),
         ({"name": "shortcut", "distinct": 0.5, "target_ema": 0.9}, ()),
     ],
     ids=lambda value: value["name"] if isinstance(value, dict) else "",
@@ -112,9 +118,9 @@ def test_a_method_s_settings_cover_its_objective_s_options(name: str) -> None:
     assert not takes - fields - NOT_SETTINGS
 
 
-@pytest.mark.parametrize("name", ["scm", "consistency", "dmd", "reflow"])
+@pytest.mark.parametrize("name", ["scm", "consistency", "dmd", "reflow", "improved_meanflow"])
 def test_extra_state_resumes_bit_for_bit(name: str, teacher: Path, tmp_path: Path) -> None:
-    """A learned weight, an averaged target, a critic with optimiser and discriminator, made pairs: after SIGKILL."""
+    """A learned weight, an averaged target, a critic with optimiser and discriminator, made pairs, a velocity head."""
     changes = {"steps": 6, "log": {"log_every": 1, "sample_every": 100, "checkpoint_every": 2}}
     whole = train(config_of(name, tmp_path / "whole", teacher, **changes))
     config = config_of(name, tmp_path / "killed", teacher, **changes)
@@ -126,10 +132,16 @@ def test_extra_state_resumes_bit_for_bit(name: str, teacher: Path, tmp_path: Pat
 def test_checkpoints_hold_each_part_that_learns(teacher: Path, tmp_path: Path) -> None:
     """And nothing for the parts that a method doesn't have."""
     held = {}
-    for name in ("scm", "consistency", "dmd"):
+    parts = {"target", "weighting", "critic", "velocity_layer"}
+    for name in ("scm", "consistency", "dmd", "improved_meanflow"):
         run = train(config_of(name, tmp_path / name, teacher, steps=1))
-        held[name] = set(read_checkpoint(list_checkpoints(run)[0])) & {"target", "weighting", "critic"}
-    assert held == {"scm": {"weighting"}, "consistency": {"target"}, "dmd": {"critic"}}
+        held[name] = set(read_checkpoint(list_checkpoints(run)[0])) & parts
+    assert held == {
+        "scm": {"weighting"},
+        "consistency": {"target"},
+        "dmd": {"critic"},
+        "improved_meanflow": {"velocity_layer"},
+    }
 
 
 def test_the_critic_moves_and_its_teacher_does_not(teacher: Path, tmp_path: Path) -> None:
@@ -166,6 +178,26 @@ def test_a_round_of_reflow_can_be_the_teacher_of_the_next(teacher: Path, tmp_pat
         train(config_of("reflow", tmp_path / "third", second))
     with pytest.raises(ConfigError, match=r"method.sample_steps: with method.distil .* expected 1, got 16"):
         train(config_of("reflow", tmp_path / "third", first, method=small | {"sample_steps": 16}))
+
+
+def test_the_two_times_can_have_laws_of_their_own(tiny: MakeConfig) -> None:
+    """MeanFlow's CIFAR-10 recipe; without `end_times` both draws have the one law, as they always had."""
+    recipe = {"times": {"mean": -0.6, "std": 1.6}, "end_times": {"mean": -4.0, "std": 1.6}, "distinct": 0.75}
+    laws = {key: value | {"law": "logit_normal"} for key, value in recipe.items() if isinstance(value, dict)}
+    for name in ("meanflow", "improved_meanflow", "alpha_flow"):
+        config = tiny(method={"name": name} | recipe | laws)
+        context = make_context(
+            new_state(config, torch.device("cpu")), config, make_batch(Ring(), config, 0, torch.device("cpu"))
+        )
+        seeded = generator_at(config.seed, "times", 0)
+        expected = pair_times(8, LogitNormal(-0.6, 1.6), 0.75, end_sampler=LogitNormal(-4.0, 1.6), generator=seeded)
+        t, s = config.method.draw_times(context)
+        assert torch.equal(t, expected[0])
+        assert torch.equal(s, expected[1])
+        assert (t != s).sum() == 6
+    train(config)
+    assert load_run(config.out)[1].method == config.method
+    assert tiny(method={"name": "meanflow"}).method.end_times is None
 
 
 def test_the_method_is_chosen_on_the_command_line(tmp_path: Path) -> None:

@@ -53,6 +53,20 @@ def test_guidance_pairs_labels_with_none(tiny_digits: MakeConfig) -> None:
     assert net.labels[0].tolist() == [3, 3, 10, 10]
 
 
+def test_imm_s_jumps_are_guided_and_those_of_a_learnt_guidance_are_not(tiny_digits: MakeConfig) -> None:
+    """By pairs of labels, where labels were dropped; refused where guidance is in the target, or nowhere."""
+    imm, net = tiny_digits(method={"name": "imm", "sample_guidance": 2.0}), Recorder()
+    generate(net, imm, 2, label=3)
+    generate(net, imm, 1, label=3, sampler="gamma", guidance=1.5)
+    generate(net, imm, 1, label=3, sampler="consistency", guidance=1.0)
+    assert [y.tolist() for y in net.labels if y is not None] == [[3, 3, 10, 10], [3, 10], [3]]
+    undropped = tiny_digits(method={"name": "imm"}, data={"name": "digits"})
+    with pytest.raises(ConfigError, match="guidance: the run never learnt what no label means"):
+        generate(net, undropped, 1, guidance=2.0)
+    with pytest.raises(ConfigError, match="guidance: a network of ect has no guidance, so expected 1, got 2"):
+        generate(net, tiny_digits(method={"name": "ect"}), 1, guidance=2.0)
+
+
 def test_noise_on_the_way_follows_from_the_seed(tiny: MakeConfig) -> None:
     """A sampler that renoises repeats itself; gamma goes from the jumps of the map to it."""
     config = tiny()

@@ -6,7 +6,9 @@ can pass them on: what is left to write are the times. See `fastdistill.objectiv
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
@@ -17,6 +19,7 @@ from fastdistill import objectives
 from fastdistill.objectives import Objective
 from fastdistill.objectives.velocity import Autoguidance, Guidance
 from fastdistill.paths import Path
+from fastdistill.samplers import Net
 from fastdistill.times import distinct_rows
 from fastdistill.train.data import Batch
 from fastdistill.train.settings import Settings
@@ -29,7 +32,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Sampler = Literal["euler", "heun", "adaptive", "average_velocity", "consistency", "gamma"]
 Learnt = Literal["velocity", "map", "end"]
-PARTS = ("teacher", "weak_teacher", "target", "weighting", "generator")  # what the context gives by keyword
+# What the context gives by keyword.
+PARTS = ("teacher", "weak_teacher", "target", "weighting", "velocity_head", "perceptual", "generator")
 Metrics = dict[str, Any]  # detached scalars by name, and under "rows" and "terms" what diagnostics look at
 
 
@@ -53,6 +57,10 @@ class Context:
     """The averaged network that stands on the stop-gradient side; None: the network itself, detached."""
     weighting: nn.Module | None = None
     """The learned log-variance, weighting(t, s) -> (B,)."""
+    velocity_layer: nn.Module | None = None
+    """The last layer of the velocity head, whose other layers are those of `net`."""
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
+    """The user's distance, perceptual(a, b) -> one value a row."""
     critic: Critic | None = None
     """The second network of the methods that have one."""
 
@@ -60,6 +68,11 @@ class Context:
     def rows(self) -> int:
         """Rows in the batch."""
         return len(self.batch.x0)
+
+    @property
+    def velocity_head(self) -> Net | None:
+        """The network with the velocity head's last layer in the place of its own; None where there is no head."""
+        return None if self.velocity_layer is None else partial(self.net, last_layer=self.velocity_layer)
 
     @property
     def device(self) -> torch.device:
@@ -107,6 +120,8 @@ class MethodSettings(Settings):
     name: str
     learned_weight: bool = False
     """Weigh the times by a learned variance, where the objective takes one."""
+    velocity_head: bool = False
+    """Train a second last layer, which predicts the velocity, beside the network's own; samples don't need it."""
     target_ema: Decay | None = None
     """Decay of the averaged network on the stop-gradient side, where there is one; None: the network, detached."""
     sample_steps: int = Field(1, ge=1)
@@ -116,7 +131,7 @@ class MethodSettings(Settings):
     sample_gamma: Share = 0.5
     """Of the sampler gamma: how much of the noise is new at each step."""
     sample_guidance: float = Field(1.0, ge=0)
-    """Guidance scale of samples, where the network can still be guided; 1 is none."""
+    """Guidance scale of samples, where the network can still be guided; 1 is none. Any other takes two evaluations."""
 
     learns: ClassVar[tuple[Learnt, ...]] = ("velocity", "map")
     """What u(x, t, s) becomes: the velocity at s = t (then a run can be a teacher), the map to any s, that to s = 0."""
@@ -124,6 +139,8 @@ class MethodSettings(Settings):
     """Whether it trains a second network beside the first."""
     makes_pairs: ClassVar[bool] = False
     """Whether its data are noise and where a teacher's flow takes it, rather than data and fresh noise."""
+    guides_maps: ClassVar[bool] = False
+    """Whether its source guides samples of its map by labels, u_null + scale (u_y - u_null), rather than its target."""
     learned_from: ClassVar[str | None] = None
     """The objective's name, where it isn't the method's own."""
 

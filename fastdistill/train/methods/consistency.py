@@ -29,8 +29,11 @@ class Consistency(MethodSettings):
     """Discrete consistency: neighbours on a trajectory must lead to the same data; CD with a teacher, else CT."""
 
     name: Literal["consistency"] = "consistency"
-    distance: Literal["l2", "huber"] = "huber"
-    """Between the two ends. A perceptual network of one's own goes to fastdistill.objectives.consistency."""
+    distance: Literal["l2", "huber", "lpips"] = "huber"
+    """Between the two ends; lpips is that of `perceptual`."""
+    perceptual: str | None = None
+    """Of lpips: your own distance(a, b) -> one value a row, as package.module:attribute, imported before training; with
+    () after it where it must be called to make one: lpips:LPIPS() is the lpips package's, for images of 3 channels."""
     c: float = Field(0.03, gt=0)
     """Of the Pseudo-Huber distance; iCT takes 0.00054 times the root of the elements of a row."""
     grid: Literal["ict", "ct", "fixed"] = "ict"
@@ -74,6 +77,9 @@ class Consistency(MethodSettings):
         return super().keywords(context) | {"weight": (lambda t, r: 1 / (t - r)) if self.by_gap else None}
 
     def check(self, config: TrainConfig) -> None:
+        if (self.distance == "lpips") != (self.perceptual is not None):
+            needed = "package.module:attribute with distance lpips" if self.perceptual is None else "distance lpips too"
+            raise ConfigError(f"method.perceptual: expected {needed}, got {self.perceptual} and {self.distance}")
         if not 1 <= self.intervals[0] <= self.intervals[1]:
             raise ConfigError(f"method.intervals: expected 1 <= first <= second, got {list(self.intervals)}")
         if self.guidance.active and config.teacher is None:

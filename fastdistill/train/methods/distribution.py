@@ -42,6 +42,7 @@ class IMM(MethodSettings):
     """The greatest time, below 1 so that the noise level is finite."""
 
     learns: ClassVar[tuple[Learnt, ...]] = ("map",)
+    guides_maps: ClassVar[bool] = True
 
     def draw_times(self, context: Context) -> tuple[Tensor, ...]:
         return imm_times(

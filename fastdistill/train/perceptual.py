@@ -1,0 +1,75 @@
+"""A perceptual distance of the user's own, by the name that a configuration gives it: imported, and tried."""
+
+from __future__ import annotations
+
+import importlib
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdistill.objectives.metric import row_distance
+from fastdistill.train.config import TrainConfig
+from fastdistill.train.data import DATASETS, generator_at
+from fastdistill.train.settings import ConfigError
+
+Distance = Callable[[Tensor, Tensor], Tensor]  # distance(a, b) -> one value a row, (B,) or (B, 1, ...)
+
+
+def perceptual_of(config: TrainConfig, device: torch.device) -> Distance | None:
+    """The distance that a configuration's method names, on a device; None where it names none."""
+    name = getattr(config.method, "perceptual", None)
+    return None if name is None else load_distance(name, DATASETS[config.data.name].shape, device)
+
+
+def load_distance(name: str, shape: tuple[int, ...], device: torch.device) -> Distance:
+    """Import a distance and call it once on two random rows.
+
+    Args:
+        name: "package.module:attribute" of what is called with two batches, or "package.module:attribute()" of what is
+            called once, without arguments, to make it. A module's code runs when it is imported.
+        shape: of a row.
+        device: where the rows are. A network is moved there, frozen, and put in eval mode.
+
+    Raises:
+        ConfigError: it can't be imported or made, isn't callable, fails on rows of this shape, gives another shape than
+            one value a row, or values without gradient.
+    """
+    module, _, attribute = name.partition(":")
+    path = attribute.removesuffix("()")
+    if not module or not path:
+        raise ConfigError(
+            f"method.perceptual: expected 'package.module:attribute', followed by () if that has to be called to make "
+            f"the distance, got {name!r}"
+        )
+    try:
+        found: Any = operator.attrgetter(path)(importlib.import_module(module))
+        if attribute != path:
+            found = found()
+    except Exception as error:  # whatever the user's code raises
+        raise ConfigError(
+            f"method.perceptual: expected {name} to be importable, got {type(error).__name__}: {error}"
+        ) from error
+    if isinstance(found, type) or not callable(found):
+        made = "its instances, as " + name + "()" if isinstance(found, type) else "a function or a network"
+        raise ConfigError(f"method.perceptual: expected {made}, got {name}, which is {found!r}")
+    if isinstance(found, nn.Module):
+        found = found.to(device).eval().requires_grad_(False)
+    _try(name, found, shape, device)
+    return found
+
+
+def _try(name: str, distance: Distance, shape: tuple[int, ...], device: torch.device) -> None:
+    a, b = torch.randn(2, 2, *shape, generator=generator_at(0, "perceptual")).to(device)
+    a.requires_grad_()
+    try:
+        values = row_distance(a, b, "lpips", 1.0, distance)
+    except Exception as error:  # whatever the user's code raises
+        raise ConfigError(
+            f"method.perceptual: expected {name} to take two batches of rows {shape} and to give one value a row, got "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not values.requires_grad:
+        raise ConfigError(f"method.perceptual: expected {name} to pass gradients on to its first argument, got none")
