@@ -38,6 +38,13 @@ from tests.train.conftest import MakeConfig
         ({"method": {"name": "shortcut", "finest": 100}}, ["method.name: shortcut", "finest: expected a power of 2"]),
         ({"method": {"name": "consistency", "guidance": {"scale": 2.0}}}, ["method.guidance: ring has no labels"]),
         ({"method": {"name": "consistency", "intervals": [8, 4]}}, ["method.intervals: expected 1 <= first"]),
+        (
+            {"method": {"name": "consistency", "gap": "level"}},
+            ["method.gap: got level on path linear", "infinite", "expected time, or path.name edm or ve"],
+        ),
+        ({"method": {"name": "consistency", "gap": "level"}, "path": {"name": "cosine"}}, ["method.gap: got level"]),
+        ({"method": {"name": "consistency", "gap": "level"}, "path": {"name": "edm"}}, []),
+        ({"method": {"name": "consistency", "gap": "level"}, "path": {"name": "ve"}}, []),
         ({"method": {"name": "ect", "learned_weight": True}, "path": {"name": "edm"}}, []),
         ({"method": {"name": "meanflow", "learned_weight": True}}, ["method.learned_weight: meanflow has no use"]),
         ({"method": {"name": "meanflow", "target_ema": 0.9}}, ["method.target_ema: meanflow has no use"]),
