@@ -78,7 +78,9 @@ def draw(
 ) -> Tensor:
     """Take unit noise x1 (B, ...) to data (B, ...) in `steps` steps; y (B,) labels or None, all on one device.
 
-    Noise that a sampler adds on the way is drawn on the CPU from the seed.
+    The steps are equal ones, except for a generator that was trained at so many times: then they start at those, while
+    another number of equal steps starts where it never learnt to jump. Noise that a sampler adds on the way is drawn on
+    the CPU from the seed.
     """
     how = how.resolve(config)
     assert how.sampler is not None and how.guidance is not None
@@ -87,7 +89,7 @@ def draw(
         how.sampler,
         net,
         x1,
-        steps,
+        config.method.sample_times(steps),
         y,
         path=config.path.build(),
         g=how.guidance if told else None,
@@ -119,7 +121,7 @@ def generate(
         config: of its run.
         count: how many.
         label: one class for all; None: all classes in turn, 0, 1, ... (nothing where the data has none).
-        steps: of the sampler; None: the configuration's.
+        steps: of the sampler; None: the configuration's. See `draw` for the times that they start at.
         sampler, guidance, gamma: see `Sampling`; None: the configuration's.
         seed: of the noise.
 
