@@ -43,7 +43,7 @@ def explain(name: str | None = None) -> str:
         "tangent": objective.tangent,
         "times": ", ".join(objective.times),
         "reduction": objective.reduction,
-        "path": "any" if objective.paths is None else ", ".join(sorted(objective.paths)),
+        "path": paths(objective),
         "needs": needs(method, objective),
         "takes": ", ".join(sorted(objective.takes)),
         "sampler": f"{objective.sampler}; its network serves {', '.join(serves(method))}",
@@ -82,6 +82,14 @@ def needs(method: type[MethodSettings], objective: Objective) -> str:
     if "teacher" in objective.takes and not follows(method, objective):
         found.append("nothing; with --teacher RUN it follows the teacher's velocity instead of the data's")
     return "; ".join(found) or "nothing"
+
+
+def paths(objective: Objective) -> str:
+    """The names of the paths that it fits, in words."""
+    if objective.paths is None:
+        return "any"
+    anywhere = "" if objective.anywhere is None else "; any with {}={}".format(*objective.anywhere)
+    return ", ".join(sorted(objective.paths)) + anywhere
 
 
 def follows(method: type[MethodSettings], objective: Objective) -> bool:
