@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fastdistill.compare import compare, configure, measure_cost
-from fastdistill.eval.comparison import describe, verdicts
+from fastdistill.compare import compare, configure, describe_method, measure_cost
+from fastdistill.eval.comparison import describe, recipe, verdicts
 from fastdistill.train import ConfigError, NonFiniteError
 from fastdistill.train.methods import METHODS
 
@@ -97,6 +97,20 @@ def test_verdicts_follow_from_the_numbers(folder: Path) -> None:
     assert "needs a teacher" in found["facm"]["cons"]
     assert "needs a teacher" not in found["esd"]["cons"]
     assert "map error@1" in describe(summary)
+
+
+def test_a_recipe_is_what_differs_from_the_defaults(folder: Path, tmp_path: Path) -> None:
+    """As short pairs of name and value, which the report has; the learning rate and the path always."""
+    options = ["--method.guidance.interval", "0", "0.5", "--method.sample-steps", "2", "--method.target-ema", "0.9"]
+    config = configure("psd", "ring", tmp_path, [*TINY, "--optim.lr", "3e-4", *options])
+    settings = describe_method(config)
+    expected = "target_ema 0.9, sample_steps 2, guidance.interval 0 0.5, learning rate 0.0003, path linear"
+    assert recipe(settings) == expected
+    plain = settings | {"method": {"name": "psd"}}
+    assert recipe(plain) == "learning rate 0.0003, path linear"
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert recipe(describe_method(configure("facm", "ring", tmp_path, TINY))) in page
+    assert "&#39;name&#39;" not in page
 
 
 def test_a_method_that_diverges_is_reported_and_the_others_go_on(
