@@ -43,6 +43,11 @@ class Sampling:
             raise ConfigError(f"sampler: expected one of {', '.join(NEEDS)}, got {sampler!r}")
         if not NEEDS[sampler] & set(method.learns):
             able = [name for name, needs in NEEDS.items() if needs & set(method.learns)]
+            if self.sampler is None and self.gamma is not None:
+                raise ConfigError(
+                    f"gamma: expected none, for only the sampler gamma takes it and a network of {method.name} serves "
+                    f"{', '.join(able)}; got {self.gamma}"
+                )
             raise ConfigError(f"sampler: a network of {method.name} serves {', '.join(able)}, got {sampler}")
         gamma = self.gamma
         if sampler == "gamma":
@@ -50,7 +55,7 @@ class Sampling:
             if not 0 <= gamma <= 1:
                 raise ConfigError(f"gamma: expected in [0, 1], got {gamma}")
         elif gamma is not None:
-            raise ConfigError(f"gamma: only the sampler gamma takes it, got {gamma} with {sampler}")
+            raise ConfigError(f"gamma: expected none with the sampler {sampler}, for only gamma takes it; got {gamma}")
         guidance = method.sample_guidance if self.guidance is None else self.guidance
         by_pairs = NEEDS[sampler] == {"velocity"} and not method.conditions_on_guidance
         if guidance != 1 and by_pairs and not config.data.label_dropout:

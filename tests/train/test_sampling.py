@@ -97,11 +97,13 @@ def test_a_network_told_its_guidance_gets_it_as_an_input(tiny_digits: MakeConfig
             "a network of flow_matching serves euler, heun, adaptive, got",
         ),
         ("ect", {"sampler": "euler"}, "a network of ect serves consistency, got euler"),
-        ("ect", {"gamma": 0.5}, "a network of ect serves consistency, got gamma"),
+        ("ect", {"gamma": 0.5}, "gamma: expected none, .* a network of ect serves consistency; got 0.5"),
+        ("ect", {"gamma": 7.0}, "gamma: expected none, .* a network of ect serves consistency; got 7.0"),
+        ("ect", {"sampler": "gamma", "gamma": 0.5}, "sampler: a network of ect serves consistency, got gamma"),
         ("facm", {"sampler": "average_velocity"}, "a network of facm serves euler, heun, adaptive, consistency, got"),
         ("meanflow", {"sampler": "ddim"}, "sampler: expected one of euler, .*, got 'ddim'"),
         ("meanflow", {"gamma": 1.5}, r"gamma: expected in \[0, 1\], got 1.5"),
-        ("meanflow", {"sampler": "consistency", "gamma": 0.5}, "gamma: only the sampler gamma takes it"),
+        ("meanflow", {"sampler": "consistency", "gamma": 0.5}, "gamma: expected none with the sampler consistency"),
     ],
 )
 def test_a_sampler_that_a_network_was_not_trained_for_is_refused(
