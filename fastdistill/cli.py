@@ -7,9 +7,10 @@ a bug and shows its traceback. What is heavy is imported by the command that nee
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,17 +198,18 @@ def run_sample(args: argparse.Namespace) -> int:
     net, config = load_run(args.run)
     if not out.parent.is_dir():
         raise ConfigError(f"--out: {out.parent} is no folder")
-    samples = generate(
-        net,
-        config,
-        args.n,
-        label=args.label,
-        steps=args.steps,
-        sampler=args.sampler,
-        guidance=args.guidance,
-        gamma=args.gamma,
-        seed=args.seed,
-    )
+    with _naming_options():
+        samples = generate(
+            net,
+            config,
+            args.n,
+            label=args.label,
+            steps=args.steps,
+            sampler=args.sampler,
+            guidance=args.guidance,
+            gamma=args.gamma,
+            seed=args.seed,
+        )
     if out.suffix == ".npy":
         import numpy as np
 
@@ -221,7 +223,8 @@ def run_sample(args: argparse.Namespace) -> int:
 def run_eval(args: argparse.Namespace) -> int:
     """Measure a run."""
     how = {"sampler": args.sampler, "guidance": args.guidance, "gamma": args.gamma}
-    print(_measure(args.run, args.steps, n=args.n, seed=args.seed, **how))
+    with _naming_options():
+        print(_measure(args.run, args.steps, n=args.n, seed=args.seed, **how))
     return 0
 
 
@@ -339,6 +342,19 @@ def _add_sampler(command: argparse.ArgumentParser) -> None:
     """The options that choose another sampler than the method's own."""
     command.add_argument("--sampler", help="average_velocity, consistency, gamma, euler, ... (default: the method's)")
     command.add_argument("--gamma", type=float, help="share of fresh noise, 0 to 1: samples by the sampler gamma")
+
+
+@contextlib.contextmanager
+def _naming_options() -> Iterator[None]:
+    """What an error says of an argument of sampling, it says of the option: `--gamma: expected ...`."""
+    from fastdistill.train import ConfigError
+
+    try:
+        yield
+    except ConfigError as error:
+        if str(error).partition(":")[0] not in ("label", "sampler", "guidance", "gamma"):
+            raise
+        raise ConfigError(f"--{error}") from error
 
 
 def _status_of(error: Exception) -> int | None:

@@ -20,7 +20,7 @@ import torch
 from fastdistill.eval import comparison
 from fastdistill.eval.digits import DigitJudge
 from fastdistill.eval.evaluate import evaluate
-from fastdistill.eval.records import describe_machine, read_metrics, training_seconds
+from fastdistill.eval.records import describe_machine, read_metrics
 from fastdistill.models import count_parameters
 from fastdistill.testing import MemoryRecorder
 from fastdistill.train import ConfigError, NonFiniteError, TrainConfig, generate, load_config, load_run, train
@@ -30,12 +30,13 @@ from fastdistill.train.loop import make_batch, train_step
 from fastdistill.train.methods import METHODS
 from fastdistill.train.pairs import Pairs
 from fastdistill.train.settings import nearest
-from fastdistill.train.state import new_state
+from fastdistill.train.state import new_state, pick_device
 
 STEPS = {"ring": 3000, "digits": 4000}
 NUMBERS = (1, 2, 4, 8)
 TEACHER = "flow_matching"  # a method of the comparison like any other, and whom the others follow
 GRID = {"ring": 2000, "digits": 80}
+COST_POINTS, COST_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0), 5  # shares of a run, and how many steps are timed at each
 
 
 def compare(
@@ -155,17 +156,20 @@ def summarise(
         },
         "methods": rows,
         "references": references,
-        "environment": describe_machine(first.out),
+        "environment": describe_machine(),
     }
 
 
 def measure_cost(config: TrainConfig) -> dict[str, float]:
-    """What a training step takes: seconds as logged over the whole run, and the most bytes of tensors alive in one.
+    """What a training step takes: seconds, and the most bytes of tensors alive in one.
 
-    The bytes are those of the step alone, beside weights and optimiser; they are the same on every machine.
+    The seconds are timed now, on the run's device and from fresh weights: the run's log would also tell what else the
+    machine did meanwhile. They are the mean, over `COST_POINTS` of the run, of the median of a few steps there, for a
+    curriculum may cost more late than early. Before each median one step isn't timed, nor is the run's first, where a
+    critic warms up. The bytes are those of the second step, beside weights and optimiser: the same on every machine.
     """
-    seconds = training_seconds(config)
-    with torch.random.fork_rng(devices=[]):
+    device = pick_device(config)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         state = new_state(config, torch.device("cpu"))
         dataset: Any = DATASETS[config.data.name]()
         if config.method.makes_pairs:
@@ -174,7 +178,24 @@ def measure_cost(config: TrainConfig) -> dict[str, float]:
         train_step(state, config, dataset, config.out)  # the optimiser's own state appears
         with MemoryRecorder() as recorder:
             train_step(state, config, dataset, config.out)
-    return {"seconds_per_step": seconds / config.steps, "seconds": seconds, "peak_bytes": recorder.peak}
+        if device.type != "cpu":
+            state = new_state(config, device)
+        seconds = [_time_steps(state, config, dataset, round(share * config.steps)) for share in COST_POINTS]
+    return {"seconds_per_step": statistics.fmean(seconds), "peak_bytes": recorder.peak}
+
+
+def _time_steps(state: dict[str, Any], config: TrainConfig, dataset: Any, first: int) -> float:
+    """The median time of `COST_STEPS` training steps after the step `first`, or of the run's last ones."""
+    last, seconds = max(config.steps - 1, 1), []
+    first = max(min(first, last - COST_STEPS), 1)
+    for step in range(first, first + 1 + COST_STEPS):
+        state["step"] = min(step, last)
+        started = time.perf_counter()
+        train_step(state, config, dataset, config.out)
+        if state["device"].type == "cuda":
+            torch.cuda.synchronize(state["device"])
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
 
 
 def draw_grids(config: TrainConfig) -> dict[str, torch.Tensor]:

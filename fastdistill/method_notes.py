@@ -43,7 +43,7 @@ def explain(name: str | None = None) -> str:
         "tangent": objective.tangent,
         "times": ", ".join(objective.times),
         "reduction": objective.reduction,
-        "path": "any" if objective.paths is None else ", ".join(sorted(objective.paths)),
+        "path": paths(objective),
         "needs": needs(method, objective),
         "takes": ", ".join(sorted(objective.takes)),
         "guidance": guidance(method),
@@ -96,6 +96,14 @@ def guidance(method: type[MethodSettings]) -> str:
             f"--guidance, for a run with data.label_dropout"
         )
     return "none"
+
+
+def paths(objective: Objective) -> str:
+    """The names of the paths that it fits, in words."""
+    if objective.paths is None:
+        return "any"
+    anywhere = "" if objective.anywhere is None else "; any with {}={}".format(*objective.anywhere)
+    return ", ".join(sorted(objective.paths)) + anywhere
 
 
 def follows(method: type[MethodSettings], objective: Objective) -> bool:

@@ -182,7 +182,11 @@ def test_samples_and_measures_by_another_sampler(run: Path, tmp_path: Path, caps
         arrays.append(np.load(out))
     assert not np.array_equal(arrays[0], arrays[1]) and not np.array_equal(arrays[1], arrays[2])
     assert "meanflow, 2 steps" in told(["eval", str(run), "--steps", "2", "--n", "64", "--gamma", "0.5"], 0, capsys)
-    assert "gamma: expected in [0, 1]" in told(["sample", str(run), "--gamma", "2"], 2, capsys)
+    for command in ("sample", "eval"):
+        assert " --gamma: expected in [0, 1], got 2.0" in told([command, str(run), "--gamma", "2"], 2, capsys)
+        useless = told([command, str(run), "--gamma", "0.5", "--sampler", "consistency"], 2, capsys)
+        assert " --gamma: expected none with the sampler consistency" in useless and "got 0.5" in useless
+    assert " --sampler: expected one of euler, " in told(["sample", str(run), "--sampler", "ddim"], 2, capsys)
 
 
 def test_methods_are_explained(capsys: pytest.CaptureFixture[str]) -> None:

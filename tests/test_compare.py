@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from fastdistill.compare import compare
-from fastdistill.eval.comparison import describe, verdicts
+from fastdistill.compare import compare, configure, describe_method, measure_cost
+from fastdistill.eval.comparison import describe, recipe, verdicts
 from fastdistill.train import ConfigError, NonFiniteError
 from fastdistill.train.methods import METHODS
 
@@ -60,6 +61,32 @@ def test_a_finished_comparison_trains_nothing_again(folder: Path, monkeypatch: p
             assert metrics["map_error"] == before["methods"][name]["quality"][number]["map_error"]
 
 
+def test_a_step_costs_the_mean_of_the_medians_over_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of our own: dear first steps and one interruption don't count, a dear end of a curriculum does."""
+    import fastdistill.compare as module
+
+    now, steps = [0.0], []
+
+    def train_step(state: dict[str, Any], *_: Any) -> None:
+        steps.append(state["step"])
+        cost = 3.0 if state["step"] > 60 else 1.0
+        now[0] += 100.0 if state["step"] in (0, 1, 25, 27, 50, 75, 94) else cost
+        state["step"] += 1
+
+    monkeypatch.setattr(module, "train_step", train_step)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    config = configure("flow_matching", "ring", tmp_path, ["--steps", "100", *TINY])
+    assert measure_cost(config)["seconds_per_step"] == pytest.approx((1 + 1 + 1 + 3 + 3) / 5)
+    assert steps == [0, 1, *range(1, 7), *range(25, 31), *range(50, 56), *range(75, 81), *range(94, 100)]
+
+
+@pytest.mark.parametrize("name", ["alpha_flow", "consistency", "ect"])
+def test_the_shortest_run_has_a_cost(name: str, tmp_path: Path) -> None:
+    """Whose points fall together; a curriculum still finds its place."""
+    cost = measure_cost(configure(name, "ring", tmp_path, ["--steps", "1", *TINY, "--teacher", "None"]))
+    assert cost["seconds_per_step"] > 0 and cost["peak_bytes"] > 0
+
+
 def test_verdicts_follow_from_the_numbers(folder: Path) -> None:
     """Best where best, a teacher as a price, and a table as text."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -70,6 +97,20 @@ def test_verdicts_follow_from_the_numbers(folder: Path) -> None:
     assert "needs a teacher" in found["facm"]["cons"]
     assert "needs a teacher" not in found["esd"]["cons"]
     assert "map error@1" in describe(summary)
+
+
+def test_a_recipe_is_what_differs_from_the_defaults(folder: Path, tmp_path: Path) -> None:
+    """As short pairs of name and value, which the report has; the learning rate and the path always."""
+    options = ["--method.guidance.interval", "0", "0.5", "--method.sample-steps", "2", "--method.target-ema", "0.9"]
+    config = configure("psd", "ring", tmp_path, [*TINY, "--optim.lr", "3e-4", *options])
+    settings = describe_method(config)
+    expected = "target_ema 0.9, sample_steps 2, guidance.interval 0 0.5, learning rate 0.0003, path linear"
+    assert recipe(settings) == expected
+    plain = settings | {"method": {"name": "psd"}}
+    assert recipe(plain) == "learning rate 0.0003, path linear"
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert recipe(describe_method(configure("facm", "ring", tmp_path, TINY))) in page
+    assert "&#39;name&#39;" not in page
 
 
 def test_a_method_that_diverges_is_reported_and_the_others_go_on(

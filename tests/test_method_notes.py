@@ -54,6 +54,13 @@ def test_guidance_is_said() -> None:
     assert "guidance none" in said["ect"]
 
 
+def test_paths_are_said() -> None:
+    """Any, some, or some and with an option any."""
+    assert "path        any" in explain("meanflow")
+    assert "vp_si; any with parameterization=average" in " ".join(explain("scm").split())
+    assert "any with" not in explain("dmd")
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_the_command_to_try_is_a_valid_one(name: str) -> None:
     """As printed, it makes a configuration, and it names the teacher that the ring's recipe follows."""

@@ -12,7 +12,9 @@ from torch import Tensor
 from fastdistill.eval import comparison_figures as figures
 from fastdistill.eval.evaluate import HEADINGS, format_value, row_name
 from fastdistill.eval.report import inline
+from fastdistill.train.config import flat
 from fastdistill.train.files import replacing, write_text
+from fastdistill.train.methods import METHODS
 
 MAIN = {"ring": ("sliced_wasserstein", "map_error"), "digits": ("frechet", "accuracy")}
 NUMBERS = ("1", "2", "4", "8")
@@ -52,6 +54,7 @@ def write_report(
         main=names,
         table=table(summary),
         verdicts=verdicts(summary),
+        recipes={name: recipe(row["settings"]) for name, row in summary["methods"].items()},
         failed={name: row["failed"] for name, row in summary["methods"].items() if row["failed"]},
         references=[
             (row_name("", name), [format_value(metric, row[metric]) for metric in (first, second)])
@@ -132,6 +135,24 @@ def verdicts(summary: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
         cons += ["trains a second network"] * row["settings"]["second_network"]
         found[name] = {"pros": pros, "cons": cons}
     return found
+
+
+def recipe(settings: Mapping[str, Any]) -> str:
+    """How a method was set, in a line: what differs from its defaults, its learning rate and its path."""
+    given = flat(settings["method"])
+    name = given.pop("name")
+    usual = flat(METHODS[name](name=name).model_dump(mode="json"))
+    changed = [f"{key} {_value(value)}" for key, value in given.items() if usual.get(key) != value]
+    return ", ".join([*changed, f"learning rate {settings['learning_rate']:g}", f"path {settings['path']}"])
+
+
+def _value(value: Any) -> str:
+    """A setting as one word, or one a number."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, list):
+        return " ".join(map(_value, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _cell(metric: str, spread: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from fastdistill.train import TrainConfig
+from fastdistill.train.environment import describe_environment
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
@@ -22,9 +23,9 @@ def training_seconds(config: TrainConfig) -> float:
     return seconds
 
 
-def describe_machine(run: Path) -> dict[str, str]:
-    """What a run ran on, in a few words for each thing."""
-    found = json.loads((run / "env.json").read_text(encoding="utf-8"))
+def describe_machine(run: Path | None = None) -> dict[str, str]:
+    """What a run ran on, in a few words for each thing; None: what this process runs on."""
+    found = describe_environment() if run is None else json.loads((run / "env.json").read_text(encoding="utf-8"))
     gpu = found["gpu"]["name"] if found["gpu"] else "none"
     return {
         "python": found["python"],

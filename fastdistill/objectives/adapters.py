@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdistill.objectives.checks import check_one_end
 from fastdistill.paths import Path, TrigFlow, carry_average_velocity, convert, expand_time
 from fastdistill.samplers import Net
 
@@ -54,6 +55,27 @@ def one_time(net: Callable[..., Tensor]) -> Net:
     Equivalent to: lambda x, t, s, y: net(x, t=t, y=y).
     """
     return lambda x, t, s, **rest: net(x, t=t, **rest)
+
+
+def signed_time(net: Callable[..., Tensor]) -> Net:
+    """From FACM's network of one time, net(x, c=c, y=y): c = t leads to s = 0, and c = -t is the velocity at s = t.
+
+    At s = 0 the tangent along (w, 1, 0) is the network's along (w, 1). In the published code's time the data are at 1,
+    and 1 - c stands for c: such a network is `signed_time(lambda x, c, **rest: -net(x, 1 - c, **rest))`.
+
+    Raises:
+        ValueError: on the CPU, an s that is neither 0 nor t. On a GPU it isn't read, and counts as t; nor is it in a
+            compiled function.
+
+    Equivalent to: lambda x, t, s, y: net(x, c=torch.where(s == 0, t, -t), y=y).
+    Source: Peng et al. 2025 (FACM), arXiv:2507.03738, the expanded time interval, with time reversed.
+    """
+
+    def adapted(x: Tensor, t: Tensor, s: Tensor, **rest: Any) -> Tensor:
+        check_one_end(t, s)
+        return net(x, c=torch.where(s == 0, t, -t), **rest)
+
+    return adapted
 
 
 def predicts(net: Net, prediction: str, path: Path) -> Net:

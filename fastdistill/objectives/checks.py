@@ -51,6 +51,12 @@ def check_after_data(t: Tensor) -> None:
         _refuse("t", t, t > 0, "in (0, 1]")
 
 
+def check_one_end(t: Tensor, s: Tensor) -> None:
+    """Refuse s that is neither 0 nor t, on the CPU and outside of compiled code."""
+    if s.is_cpu and not torch.compiler.is_compiling():
+        _refuse("s", s, (s == 0) | (s == t), "0 or t, which a network of one time knows")
+
+
 def check_share(name: str, value: object, low: float = 0.0) -> None:
     """Refuse all but one plain number in [low, 1]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

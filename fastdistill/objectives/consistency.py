@@ -48,7 +48,8 @@ def consistency(
         r: (B,), the next time towards the data, 0 <= r < t.
         target: the network of the bracket, e.g. an EMA; None is `net` itself.
         distance: "l2" (summed over elements), "huber" with `c`, or "lpips": the caller's `perceptual` network.
-        weight: lambda(t, r), elementwise; None is 1 (CM). lambda t, r: 1 / (t - r) is improved consistency training's.
+        weight: lambda(t, r), elementwise; None is 1 (CM). Improved consistency training's is one over the gap of the
+            noise levels beta / alpha, 1 / (sigma(t) - sigma(r)), on the path `EDM`; it is 0 where sigma(t) is infinite.
         solver: "heun", "euler", or solver(x, t, r) -> x_r; only with a teacher.
         The other arguments are those of `meanflow`; guidance is inside the teacher's velocity.
 

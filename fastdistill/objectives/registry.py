@@ -50,6 +50,7 @@ class Objective:
         sampler: the name of its default sampler in `fastdistill.samplers.SAMPLERS`.
         needs: the keywords it can't do without.
         paths: the names of the paths that it fits; None is all.
+        anywhere: an option and its value with which it fits every path, where `paths` names some.
         takes, options: all its keywords, and its own with their defaults, both read from the function.
     """
 
@@ -63,6 +64,7 @@ class Objective:
     sampler: str
     needs: frozenset[str] = frozenset()
     paths: frozenset[str] | None = None
+    anywhere: tuple[str, Any] | None = None
     takes: frozenset[str] = field(init=False)
     options: Mapping[str, Any] = field(init=False)
 
@@ -77,6 +79,8 @@ class Objective:
             raise ValueError(f"identity: expected one of {', '.join(IDENTITIES)}, got {self.identity!r}")
         if unknown := self.needs - self.takes:
             raise ValueError(f"needs: expected keywords of {self.function.__name__}, got {', '.join(sorted(unknown))}")
+        if self.anywhere is not None and self.anywhere[0] not in own:
+            raise ValueError(f"anywhere: expected an option of {self.function.__name__}, got {self.anywhere[0]!r}")
 
     @property
     def two_times(self) -> bool:
@@ -153,6 +157,7 @@ OBJECTIVES: dict[str, Objective] = {
         reduction="mean over elements, the tangent's norm over their sum; s = 0 in all rows",
         sampler="consistency",
         paths=FROM_DATA,
+        anywhere=("parameterization", "average"),
     ),
     "facm": Objective(
         facm, "eulerian", ("t",),
@@ -230,6 +235,7 @@ OBJECTIVES: dict[str, Objective] = {
         sampler="consistency",
         needs=frozenset({"score_gradient"}),
         paths=FROM_DATA,
+        anywhere=("parameterization", "average"),
     ),
     "imm": Objective(
         imm, "moment", ("t", "r", "s"),

@@ -67,17 +67,19 @@ def _check_teachers(config: TrainConfig) -> None:
 
 
 def _check_path(config: TrainConfig) -> None:
-    method, fits = config.method, config.method.objective().paths
-    path = config.path.build()
+    method, path = config.method, config.path.build()
+    fits, anywhere = method.objective().paths, method.objective().anywhere
     for field, keyword in (
         ("learned_weight", "weighting"), ("target_ema", "target"), ("velocity_head", "velocity_head"),
     ):  # fmt: skip
         if getattr(method, field) and keyword not in method.objective().takes:
             raise ConfigError(f"method.{field}: {method.name} has no use for it; remove it")
-    if fits is not None and config.path.name not in fits:
+    free = fits is None or (anywhere is not None and getattr(method, anywhere[0]) == anywhere[1])
+    if fits is not None and not free and config.path.name not in fits:
+        otherwise = "" if anywhere is None else f"method.{anywhere[0]} {anywhere[1]}, or "
         raise ConfigError(
             f"path.name: {method.name} fits the paths {', '.join(sorted(fits))}, got {config.path.name!r}; "
-            f"choose one of these, or another method.name"
+            f"choose one of these, or {otherwise}another method.name"
         )
     if method.makes_pairs and (config.coupling == "optimal_transport" or path.coupling != "independent"):
         raise ConfigError(f"coupling: {method.name} couples noise and data by its teacher; expected independent")

@@ -193,14 +193,16 @@ def model_differences(a: TrainConfig, b: TrainConfig) -> list[str]:
 def changed_fields(old: TrainConfig, new: TrainConfig) -> list[str]:
     """The dotted names of the fields that decide the weights and differ, with both values.
 
-    The number of steps is one of them where the method has a curriculum over the whole run.
+    Another method comes first, and its own fields last. The number of steps is one of them where the method has a
+    curriculum over the whole run.
     """
     free = set(FREE_TO_CHANGE) - ({"steps"} if old.method.depends_on_steps else set())
     before, after = (flat(config.model_dump(mode="json", exclude=free)) for config in (old, new))
-    missing = "nothing"
+    missing, switched = "nothing", old.method.name != new.method.name
+    order = sorted(before | after, key=lambda n: (n != "method.name", switched and n.startswith("method."), n))
     return [
         f"{name}: {before.get(name, missing)!r} -> {after.get(name, missing)!r}"
-        for name in sorted(before | after)
+        for name in order
         if before.get(name, missing) != after.get(name, missing)
     ]
 

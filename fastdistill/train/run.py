@@ -24,6 +24,8 @@ from fastdistill.train.environment import describe_environment
 from fastdistill.train.files import DamagedFileError, verify, write_checked, write_text
 from fastdistill.train.settings import ConfigError
 
+SHOWN = 4  # how many settings that differ an error lists
+
 
 @contextmanager
 def open_run(config: TrainConfig) -> Iterator[Path]:
@@ -57,9 +59,10 @@ def _refuse_other_settings(config: TrainConfig) -> None:
     file = config.out / "config.yaml"
     changed = changed_fields(parse_config({"out": config.out} | read_yaml(file), str(file)), config)
     if changed:
+        more = f"; and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
         raise ConfigError(
-            f"out: {config.out} holds a run with other settings ({'; '.join(changed)}). Start it with the same "
-            f"settings to go on, or choose another --out"
+            f"out: {config.out} holds a run with other settings ({'; '.join(changed[:SHOWN])}{more}). Start it with "
+            f"the same settings to go on, or choose another --out"
         )
 
 

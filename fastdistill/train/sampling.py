@@ -44,6 +44,11 @@ class Sampling:
             raise ConfigError(f"sampler: expected one of {', '.join(NEEDS)}, got {sampler!r}")
         if not NEEDS[sampler] & set(method.learns):
             able = [name for name, needs in NEEDS.items() if needs & set(method.learns)]
+            if self.sampler is None and self.gamma is not None:
+                raise ConfigError(
+                    f"gamma: expected none, for only the sampler gamma takes it and a network of {method.name} serves "
+                    f"{', '.join(able)}; got {self.gamma}"
+                )
             raise ConfigError(f"sampler: a network of {method.name} serves {', '.join(able)}, got {sampler}")
         gamma = self.gamma
         if sampler == "gamma":
@@ -51,7 +56,7 @@ class Sampling:
             if not 0 <= gamma <= 1:
                 raise ConfigError(f"gamma: expected in [0, 1], got {gamma}")
         elif gamma is not None:
-            raise ConfigError(f"gamma: only the sampler gamma takes it, got {gamma} with {sampler}")
+            raise ConfigError(f"gamma: expected none with the sampler {sampler}, for only gamma takes it; got {gamma}")
         guidance = method.sample_guidance if self.guidance is None else self.guidance
         by_pairs = (NEEDS[sampler] == {"velocity"} or method.guides_maps) and not method.conditions_on_guidance
         if guidance != 1 and by_pairs and not config.data.label_dropout:
@@ -78,7 +83,9 @@ def draw(
 ) -> Tensor:
     """Take unit noise x1 (B, ...) to data (B, ...) in `steps` steps; y (B,) labels or None, all on one device.
 
-    Noise that a sampler adds on the way is drawn on the CPU from the seed.
+    The steps are equal ones, except for a generator that was trained at so many times: then they start at those, while
+    another number of equal steps starts where it never learnt to jump. Noise that a sampler adds on the way is drawn on
+    the CPU from the seed.
     """
     how = how.resolve(config)
     assert how.sampler is not None and how.guidance is not None
@@ -87,7 +94,7 @@ def draw(
         how.sampler,
         net,
         x1,
-        steps,
+        config.method.sample_times(steps),
         y,
         path=config.path.build(),
         g=how.guidance if told else None,
@@ -119,7 +126,7 @@ def generate(
         config: of its run.
         count: how many.
         label: one class for all; None: all classes in turn, 0, 1, ... (nothing where the data has none).
-        steps: of the sampler; None: the configuration's.
+        steps: of the sampler; None: the configuration's. See `draw` for the times that they start at.
         sampler, guidance, gamma: see `Sampling`; None: the configuration's.
         seed: of the noise.
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastdistill.eval.exact import Gaussian
-from fastdistill.objectives import adapters, meanflow, scm
+from fastdistill.jvp import jvp
+from fastdistill.objectives import adapters, facm, meanflow, scm
 from fastdistill.paths import EDM, FM, LINEAR, PREDICTIONS, Cosine, Linear, Path, TrigFlow, convert, expand_time
 from fastdistill.samplers import Net
 from tests.objectives.cases import EXACT, ROWS, WIDTH, draw_times, exact_net, gaussian_law, point_net
@@ -135,6 +136,43 @@ def test_scm_on_one_path_is_exact_with_the_network_of_another(parameterization: 
         carried = adapters.on_path(exact_net(there), source, target)
         assert scm(carried, x0, x1, times["t"], **options)[1]["raw_error"].sqrt() < 1e-8
         assert scm(exact_net(there), x0, x1, times["t"], **options)[1]["raw_error"].sqrt() > 0.02
+
+
+def signed(net: Net) -> Callable[..., Tensor]:
+    """A network of FACM's one time: (t, 0) at c = t and (t, t) at c = -t."""
+    return lambda x, c, **rest: net(x, t=c.abs(), s=torch.where(c > 0, 0.0, c.abs()), **rest)
+
+
+def test_facm_is_exact_with_a_network_of_one_signed_time() -> None:
+    """Both terms and the gradient; the other sign is found."""
+    law, times = gaussian_law(LINEAR), draw_times()
+    net = exact_net(law)
+    x0, x1 = torch.randn(2, ROWS, WIDTH, dtype=torch.float64)
+    _, metrics = facm(adapters.signed_time(signed(net)), x0, x1, times["t"], teacher=net)
+    assert metrics["raw_error"].sqrt() < EXACT and metrics["anchor_error"].sqrt() < EXACT
+    wrong = adapters.signed_time(lambda x, c, **rest: signed(net)(x, -c, **rest))
+    _, metrics = facm(wrong, x0, x1, times["t"], teacher=net)
+    assert metrics["raw_error"].sqrt() > 0.05 and metrics["anchor_error"].sqrt() > 0.05
+
+
+def test_the_tangent_of_a_signed_time_runs_along_it() -> None:
+    """(w, 1) at c = t towards the data; (w, -1) at c = -t, where t and s move together."""
+    x, t, _ = states(LINEAR)
+    w = torch.randn_like(x)
+    only = lambda x, c, y=None: x.sin() * c[:, None].exp() + c[:, None] ** 3  # noqa: E731
+    net, along = adapters.signed_time(only), torch.ones_like(t)
+    cases = [(t, 0 * t, t, along, None), (t, t, -t, -along, along)]
+    for t, s, c, dc, ds in cases:
+        u, du = jvp(lambda x, t, s: net(x, t=t, s=s), (x, t, s), (w, 1.0, ds))
+        expected, rate = torch.func.jvp(only, (x, c), (w, dc))[:2]
+        torch.testing.assert_close(u, expected)
+        torch.testing.assert_close(du, rate)
+
+
+def test_a_signed_time_knows_no_other_end() -> None:
+    x, t, s = states(LINEAR)
+    with pytest.raises(ValueError, match=r"^s: expected times 0 or t, which a network of one time knows, got 0\.\d+"):
+        adapters.signed_time(lambda x, c: x)(x, t=t, s=s)
 
 
 def test_one_time_and_one_scale_pass_on_the_rest() -> None:

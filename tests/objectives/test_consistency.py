@@ -38,7 +38,7 @@ def test_loss_is_the_distance_of_two_jumps_to_the_data(taught: bool, distance: s
 
 
 def test_weight_is_a_function_of_both_times() -> None:
-    """Improved consistency training's 1 / (t - r)."""
+    """One over their gap."""
     net, (x0, x1, times) = SmallNet(), random_batch()
     t, r = times["t"], times["r"]
     loss, metrics = consistency(net, x0, x1, t, r, weight=lambda t, r: 1 / (t - r))

@@ -183,3 +183,5 @@ def test_an_unknown_objective_or_row_is_refused() -> None:
         Objective(objectives.meanflow, "other", ("t", "s"), **texts)
     with pytest.raises(ValueError, match=r"^needs: expected keywords of meanflow, got fake"):
         Objective(objectives.meanflow, "eulerian", ("t", "s"), **texts, needs=frozenset({"fake"}))
+    with pytest.raises(ValueError, match=r"^anywhere: expected an option of meanflow, got 'parameterization'"):
+        Objective(objectives.meanflow, "eulerian", ("t", "s"), **texts, anywhere=("parameterization", "average"))

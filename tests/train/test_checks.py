@@ -25,6 +25,20 @@ from tests.train.conftest import MakeConfig
         ({"method": {"name": "ect"}, "teacher": "x"}, ["teacher: ect learns without", "choose a method.name", "facm"]),
         ({"weak_teacher": "x", "teacher": "y", "method": {"name": "ect"}}, ["ect learns without"]),
         ({"path": {"name": "edm"}, "method": {"name": "scm"}}, ["path.name: scm fits", "linear", "trig", "got 'edm'"]),
+        (
+            {"path": {"name": "fm"}, "method": {"name": "scm"}},
+            ["path.name: scm fits", "method.parameterization average"],
+        ),
+        ({"path": {"name": "ve"}, "method": {"name": "rcm"}, "teacher": "x"}, ["path.name: rcm fits", "average"]),
+        *(
+            ({"path": {"name": path}, "method": {"name": name, "parameterization": "average"}, "teacher": "x"}, [])
+            for name in ("scm", "rcm")
+            for path in ("fm", "edm", "ve", "linear")
+        ),
+        (
+            {"path": {"name": "ot_cfm"}, "method": {"name": "dmd"}, "teacher": "x"},
+            ["path.name: dmd fits", "these, or another"],
+        ),
         ({"path": {"name": "liner"}}, ["path.name: expected one of", "'liner'", "did you mean 'linear'?"]),
         ({"path": {"name": "gaussian"}}, ["path.name: expected one of", "'gaussian'"]),
         ({"path": {"name": "linear", "sigma": 0.1}}, ["path: ", "linear", "sigma"]),
@@ -38,6 +52,13 @@ from tests.train.conftest import MakeConfig
         ({"method": {"name": "shortcut", "finest": 100}}, ["method.name: shortcut", "finest: expected a power of 2"]),
         ({"method": {"name": "consistency", "guidance": {"scale": 2.0}}}, ["method.guidance: ring has no labels"]),
         ({"method": {"name": "consistency", "intervals": [8, 4]}}, ["method.intervals: expected 1 <= first"]),
+        (
+            {"method": {"name": "consistency", "gap": "level"}},
+            ["method.gap: got level on path linear", "infinite", "expected time, or path.name edm or ve"],
+        ),
+        ({"method": {"name": "consistency", "gap": "level"}, "path": {"name": "cosine"}}, ["method.gap: got level"]),
+        ({"method": {"name": "consistency", "gap": "level"}, "path": {"name": "edm"}}, []),
+        ({"method": {"name": "consistency", "gap": "level"}, "path": {"name": "ve"}}, []),
         ({"method": {"name": "ect", "learned_weight": True}, "path": {"name": "edm"}}, []),
         ({"method": {"name": "meanflow", "learned_weight": True}}, ["method.learned_weight: meanflow has no use"]),
         ({"method": {"name": "meanflow", "target_ema": 0.9}}, ["method.target_ema: meanflow has no use"]),

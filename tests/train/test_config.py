@@ -55,6 +55,10 @@ def written(tmp_path: Path, **changes: Any) -> Path:
         ({"method": {"guidance": {"scale": 2.0}}}, ["method.guidance:", "ring has no labels"]),
         ({"init_from_teacher": True}, ["init_from_teacher:", "teacher"]),
         ({"method": {"name": "flow_matching", "distinct": 0.5}}, ["method: unknown field 'distinct'"]),
+        (
+            {"method": {"name": "consistency", "by_gap": True}},
+            ["method: unknown field 'by_gap'", "did you mean 'gap'?"],
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -169,6 +169,11 @@ def test_other_settings_are_refused_by_name(tiny: MakeConfig) -> None:
     before = (run / "config.yaml").read_text(encoding="utf-8")
     with pytest.raises(ConfigError, match=r"optim.lr: 0.001 -> 0.5"):
         train(tiny(optim={"lr": 0.5}))
+    with pytest.raises(ConfigError) as caught:
+        train(tiny(method={"name": "esd"}, optim={"lr": 0.5}, seed=3))
+    message = str(caught.value)
+    assert "other settings (method.name: 'meanflow' -> 'esd'; optim.lr: 0.001 -> 0.5; seed: 0 -> 3; method." in message
+    assert message.count(" -> ") == 4 and "; and " in message and " more). Start it with the same settings" in message
     assert (run / "config.yaml").read_text(encoding="utf-8") == before
 
 

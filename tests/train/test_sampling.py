@@ -14,15 +14,17 @@ from tests.train.conftest import MakeConfig
 
 
 class Recorder(torch.nn.Module):
-    """A network that stays at zero and remembers its labels."""
+    """A network that stays at zero and remembers its labels and times."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.labels: list[Tensor | None] = []
+        self.times: list[tuple[float, float]] = []
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
         self.labels.append(y)
+        self.times.append((round(t[0].item(), 6), round(s[0].item(), 6)))
         return x * self.weight
 
 
@@ -43,6 +45,15 @@ def test_labels_are_one_class_or_all_in_turn(tiny_digits: MakeConfig) -> None:
     generate(net, config, 12, steps=3)
     generate(net, config, 2, label=7)
     assert [y.tolist() for y in net.labels if y is not None] == [[*range(10), 0, 1]] * 3 + [[7, 7]]
+
+
+def test_a_generator_of_several_steps_starts_at_the_times_it_was_trained_at(tiny: MakeConfig) -> None:
+    """In as many steps as it has times, here uneven ones; any other number of steps are equal."""
+    config = tiny(method={"name": "dmd", "generator_times": (1.0, 0.9, 0.3)}, teacher="x")
+    for steps, starts in ((3, [1.0, 0.9, 0.3]), (2, [1.0, 0.5]), (4, [1.0, 0.75, 0.5, 0.25])):
+        net = Recorder()
+        generate(net, config, 2, steps=steps)
+        assert net.times == [(t, 0.0) for t in starts]
 
 
 def test_guidance_pairs_labels_with_none(tiny_digits: MakeConfig) -> None:
@@ -100,11 +111,13 @@ def test_a_network_told_its_guidance_gets_it_as_an_input(tiny_digits: MakeConfig
             "a network of flow_matching serves euler, heun, adaptive, got",
         ),
         ("ect", {"sampler": "euler"}, "a network of ect serves consistency, got euler"),
-        ("ect", {"gamma": 0.5}, "a network of ect serves consistency, got gamma"),
+        ("ect", {"gamma": 0.5}, "gamma: expected none, .* a network of ect serves consistency; got 0.5"),
+        ("ect", {"gamma": 7.0}, "gamma: expected none, .* a network of ect serves consistency; got 7.0"),
+        ("ect", {"sampler": "gamma", "gamma": 0.5}, "sampler: a network of ect serves consistency, got gamma"),
         ("facm", {"sampler": "average_velocity"}, "a network of facm serves euler, heun, adaptive, consistency, got"),
         ("meanflow", {"sampler": "ddim"}, "sampler: expected one of euler, .*, got 'ddim'"),
         ("meanflow", {"gamma": 1.5}, r"gamma: expected in \[0, 1\], got 1.5"),
-        ("meanflow", {"sampler": "consistency", "gamma": 0.5}, "gamma: only the sampler gamma takes it"),
+        ("meanflow", {"sampler": "consistency", "gamma": 0.5}, "gamma: expected none with the sampler consistency"),
     ],
 )
 def test_a_sampler_that_a_network_was_not_trained_for_is_refused(

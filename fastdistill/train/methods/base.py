@@ -19,7 +19,7 @@ from fastdistill import objectives
 from fastdistill.objectives import Objective
 from fastdistill.objectives.velocity import Autoguidance, Guidance
 from fastdistill.paths import Path
-from fastdistill.samplers import Net
+from fastdistill.samplers import Net, Steps
 from fastdistill.times import distinct_rows
 from fastdistill.train.data import Batch
 from fastdistill.train.settings import Settings
@@ -172,6 +172,10 @@ class MethodSettings(Settings):
         if "distinct" in given:
             given["distinct_rows"] = distinct_rows(context.rows, given["distinct"])
         return given
+
+    def sample_times(self, steps: int) -> Steps:
+        """What the sampler walks in so many steps: equal ones, or the times themselves, falling to 0."""
+        return steps
 
     def check(self, config: TrainConfig) -> None:
         """Raise a ConfigError for what the fields don't allow together, or with the rest of the configuration."""

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
-from fastdistill.times import ArctanLogNormal, LogNormalLevel, ct_points, ect_stage, ect_times, ict_points
+from fastdistill.paths import Path
+from fastdistill.times import (
+    ArctanLogNormal,
+    LogNormalLevel,
+    ct_points,
+    ect_stage,
+    ect_times,
+    ict_points,
+    level_of_time,
+)
 from fastdistill.times import neighbour_times as draw_neighbours
 from fastdistill.train.methods.base import Context, GuidanceSettings, Learnt, MethodSettings, ramp
 from fastdistill.train.settings import ConfigError, Settings
@@ -37,13 +48,21 @@ class Consistency(MethodSettings):
     c: float = Field(0.03, gt=0)
     """Of the Pseudo-Huber distance; iCT takes 0.00054 times the root of the elements of a row."""
     grid: Literal["ict", "ct", "fixed"] = "ict"
-    """How the number of times grows: doubled (iCT), as a root (CT), or not at all."""
+    """How the number of times grows: doubled (iCT), as a root (CT), or not at all.
+
+    They lie evenly on [0, 1] in the path's own time: on path edm those are Karras's noise levels, as CT and iCT have
+    them; on another path they are others.
+    """
     intervals: tuple[int, int] = (10, 1280)
     """Between how many and how many of the grid's intervals; a fixed grid has the second."""
     levels: LevelSettings | None = LevelSettings()
     """The law of the noise levels, as iCT has it; None: every interval alike."""
-    by_gap: bool = True
-    """Weigh by 1 / (t - r), as iCT does, so that nearer neighbours don't count less."""
+    gap: Literal["time", "level"] | None = "time"
+    """Weigh by 1 over the neighbours' gap: level, as iCT does, 1 / (sigma(t) - sigma(r)) with sigma = beta / alpha.
+
+    level favours low noise, and needs a path whose noise level stays finite, edm or ve. time is 1 / (t - r), the same
+    on all of an even grid: it only keeps the loss from shrinking as the grid grows. None: neither.
+    """
     solver: Literal["heun", "euler"] = "heun"
     """Of the teacher's step."""
     guidance: GuidanceSettings = GuidanceSettings()
@@ -74,12 +93,23 @@ class Consistency(MethodSettings):
         return grow(context.step, context.steps, start=start, end=end)
 
     def keywords(self, context: Context) -> dict[str, Any]:
-        return super().keywords(context) | {"weight": (lambda t, r: 1 / (t - r)) if self.by_gap else None}
+        return super().keywords(context) | {"weight": self.weight(context.path)}
+
+    def weight(self, path: Path) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """lambda(t, r) of the objective."""
+        if self.gap == "level":
+            return lambda t, r: (1 / (level_of_time(path, t) - level_of_time(path, r))).to(t.dtype)
+        return None if self.gap is None else lambda t, r: 1 / (t - r)
 
     def check(self, config: TrainConfig) -> None:
         if (self.distance == "lpips") != (self.perceptual is not None):
             needed = "package.module:attribute with distance lpips" if self.perceptual is None else "distance lpips too"
             raise ConfigError(f"method.perceptual: expected {needed}, got {self.perceptual} and {self.distance}")
+        if self.gap == "level" and float(config.path.build().alpha(torch.ones((), dtype=torch.float64))) < 1e-12:
+            raise ConfigError(
+                f"method.gap: got level on path {config.path.name}, whose noise level is infinite at t = 1: the last "
+                f"interval would weigh 0, and one step would never be learnt; expected time, or path.name edm or ve"
+            )
         if not 1 <= self.intervals[0] <= self.intervals[1]:
             raise ConfigError(f"method.intervals: expected 1 <= first <= second, got {list(self.intervals)}")
         if self.guidance.active and config.teacher is None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastdistill.objectives.dmd import dmd_gradient, simulate
 from fastdistill.objectives.velocity import Guidance
 from fastdistill.paths import expand_time
+from fastdistill.samplers import Steps
 from fastdistill.times import Uniform, imm_times
 from fastdistill.train.methods.base import Context, GuidanceSettings, Learnt, MethodSettings
 from fastdistill.train.methods.consistency import ContinuousConsistency
@@ -88,7 +89,10 @@ class ScoreMethod(MethodSettings):
     critic: CriticSettings = CriticSettings()
     """The second network and its training."""
     generator_times: tuple[float, ...] = (1.0,)
-    """The falling times at which the generator starts, 1 first: as many as it shall make steps."""
+    """The falling times at which the generator starts, 1 first: as many as it shall make steps.
+
+    Sampling in so many steps uses these; any other number of steps are equal ones, at times that it wasn't trained at.
+    """
     backward_simulation: bool = True
     """With several times: the generator's inputs are what it makes itself on the way, as in sampling (DMD2)."""
 
@@ -107,6 +111,9 @@ class ScoreMethod(MethodSettings):
                 f"method.guidance.scale_to: {self.name} has one scale, which its generator isn't told; expected "
                 f"method.guidance.scale alone"
             )
+
+    def sample_times(self, steps: int) -> Steps:
+        return (*self.generator_times, 0.0) if steps == len(self.generator_times) else steps
 
     @property
     def simulated_times(self) -> tuple[float, ...] | None:
