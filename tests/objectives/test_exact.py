@@ -138,7 +138,7 @@ def whitened(path: Path) -> tuple[Gaussian, Tensor, Tensor]:
 # Guidance is inside the one velocity
 
 
-GUIDED = ["meanflow", "improved_meanflow", "alpha_flow", "scm", "facm", "ayf_emd", "ayf_lmd"]
+GUIDED = [name for name in TAUGHT if name != "consistency"]  # whose solver is as exact as its order
 
 
 def guided_gate(name: str, kind: str, by_row: bool, plain_tangent: bool = False) -> tuple[float, float]:
@@ -157,8 +157,7 @@ def guided_gate(name: str, kind: str, by_row: bool, plain_tangent: bool = False)
     else:
         options["guidance"] = Autoguidance(scale)
         options["weak_teacher"] = lambda x, t, s, y: plain(x, t, s, torch.full_like(y, 3))
-    if name == "alpha_flow":
-        options["alpha"] = 0.0
+    options |= TAUGHT[name] | ({"score_gradient": torch.zeros_like(x1)} if name == "rcm" else {})
     if plain_tangent:
 
         def along_plain(fn: Any, primals: Any, tangents: Any) -> Any:
