@@ -4,7 +4,7 @@ At the exact solution residual and gradient vanish whatever the sign of the loss
 gradient flows through. Here the network is u + theta phi, u exact and phi one direction, and the loss's gradient by
 theta is compared with what follows from the method's formula, at theta = 1e-5 and -1e-5. The velocities of a teacher
 and of data in one point have no noise, so nothing is left to chance: terms of higher order are below 0.04 %, the
-tolerance is 0.1 %, and a negated loss misses by 200 %, a gradient on the wrong side of a difference by 50 % or more.
+tolerance is 0.1 %, and a negated loss misses by 200 %, a gradient on the wrong side of a difference by a third or more.
 
 Directions, with e the vector of ones (W elements) and d = t - s:
     jump      phi = d^2 e. It leaves the velocity u(x, t, t) exact, which methods take for their own target. As
