@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdistill import times
+from fastdistill import objectives, times
 from fastdistill.paths import EDM, LINEAR, VE, Cosine, Path, TrigFlow
 from fastdistill.times import (
     ArctanLogNormal,
@@ -181,6 +181,16 @@ def test_imm_times_are_ordered_shared_in_groups_and_a_fixed_step_of_noise_apart(
     wider = times.imm_middle(t, s, path=path, k=3)
     assert (wider <= r).all()
     assert (wider < r).any()
+
+
+def test_imm_times_stay_above_the_data_where_the_draw_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda batch, generator, **where: torch.zeros(batch, **where))
+    t, r, s = times.imm_times(8, 2, k=7, generator=seeded())
+    assert (t > 0).all()
+    assert not r.any()
+    x0, x1 = torch.randn(2, 8, 3, generator=seeded())
+    loss, _ = objectives.imm(lambda x, **_: x, x0, x1, t, r, s, group=2)
+    assert loss.isfinite()
 
 
 def test_neighbours_are_one_slot_apart_and_even_or_weighted() -> None:

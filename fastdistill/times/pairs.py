@@ -129,7 +129,8 @@ def imm_times(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw IMM's (t, r, s), each (batch,) float32 with s <= r <= t: t uniform on [low, high], s uniform on [low, t].
+    """Draw IMM's (t, r, s), each (batch,) float32 with s <= r <= t, t > 0: t uniform on [low, high], s uniform on
+    [low, t].
 
     r is `imm_middle(t, s)`. The rows of a group share their times, since they are compared as a sample of one law.
 
@@ -142,7 +143,8 @@ def imm_times(
     if group < 1 or batch % group:
         raise ValueError(f"group: expected a divisor of the batch, {batch}, got {group}")
     first, second = (draw(torch.rand, batch // group, generator, device) for _ in range(2))
-    t = (low + (high - low) * first).clamp(max=high)
+    # One torch.rand in 2^24 is 0, a time without noise, which `imm` refuses: half of the least step there.
+    t = (low + (high - low) * first).clamp_min(2.0**-25).clamp(max=high)
     s = torch.minimum(low + (t - low) * second, t)
     r = imm_middle(t, s, path=path, k=k, low=low, high=high)
     return t.repeat_interleave(group), r.repeat_interleave(group), s.repeat_interleave(group)
