@@ -58,16 +58,17 @@ def check_config(config: TrainConfig) -> None:
 
 
 def _check_teachers(config: TrainConfig) -> None:
-    """A teacher where the method needs one, and none where it has no use for it."""
+    """A teacher where the method needs one, and none where it has no use for it, not even as a start."""
     method, objective = config.method, config.method.objective()
     for role in ("teacher", "weak_teacher"):
         given, what = getattr(config, role) is not None, role.replace("_", " ")
-        takes = role in objective.takes or (role == "teacher" and method.makes_pairs)
+        takes = role in objective.takes or (role == "teacher" and (method.makes_pairs or config.init_from_teacher))
         if given and not takes:
             able = sorted(name for name, other in METHODS.items() if role in other.objective().takes)
+            start = "start from its weights by --init-from-teacher, " if role == "teacher" else ""
             raise ConfigError(
-                f"{role}: {method.name} learns without a {what}; remove it, or choose a method.name that follows one: "
-                f"{', '.join(able)}"
+                f"{role}: {method.name} learns without a {what}; remove it, {start}or choose a method.name that "
+                f"follows one: {', '.join(able)}"
             )
         if not given and (role in objective.needs or (role == "teacher" and method.makes_pairs)):
             raise ConfigError(f"{role}: {method.name} needs a {what}: {MAKE_A_TEACHER.format(data=config.data.name)}")

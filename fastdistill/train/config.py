@@ -139,7 +139,7 @@ class TrainConfig(Settings):
     weak_teacher: Path | None = None
     """A finished run folder of a worse network, for autoguidance: the teacher is led away from it."""
     init_from_teacher: bool = False
-    """Start from the teacher's weights."""
+    """Start from the teacher's weights, as ECT does; a method that follows no teacher makes no other use of it."""
     optim: OptimSettings = OptimSettings()
     log: LogSettings = LogSettings()
     diagnostics: DiagnosticsSettings = DiagnosticsSettings()

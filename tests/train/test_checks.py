@@ -24,7 +24,11 @@ from tests.train.conftest import MakeConfig
         ({"method": {"name": "ayf_lmd"}}, ["teacher: ayf_lmd needs a teacher"]),
         ({"method": {"name": "reflow"}}, ["teacher: reflow needs a teacher"]),
         ({"method": {"name": "rcm"}}, ["teacher: rcm needs a teacher"]),
-        ({"method": {"name": "ect"}, "teacher": "x"}, ["teacher: ect learns without", "choose a method.name", "facm"]),
+        (
+            {"method": {"name": "ect"}, "teacher": "x"},
+            ["teacher: ect learns without", "by --init-from-teacher, or choose a method.name", "facm"],
+        ),
+        ({"method": {"name": "ect"}, "teacher": "x", "init_from_teacher": True}, []),
         ({"weak_teacher": "x", "teacher": "y", "method": {"name": "ect"}}, ["ect learns without"]),
         (
             {"path": {"name": "edm"}, "method": {"name": "scm"}},
