@@ -21,6 +21,7 @@ __all__ = [
     "functorch_active",
     "functorch_level",
     "has_tangent",
+    "is_batched",
     "make_dual",
     "redispatching",
     "unpack_dual",
@@ -40,6 +41,16 @@ def has_tangent(x: torch.Tensor) -> bool:
 def make_dual(primal: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
     """`primal` carrying `tangent` at the current functorch level."""
     return torch._VF._make_dual(primal, tangent, 0)
+
+
+def is_batched(x: torch.Tensor) -> bool:
+    """Whether `x` belongs to a vmap at any level, so that no value of it can be read."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def functorch_active() -> bool:

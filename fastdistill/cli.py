@@ -319,11 +319,13 @@ def _plot_flow_map(run: Path) -> Path:
     from fastdistill.train import generate, load_run
     from fastdistill.train.data import generator_at
     from fastdistill.train.logging import save_panels
+    from fastdistill.train.sampling import OWN
 
     x1 = torch.randn(2000, 2, generator=generator_at(0, "samples"))
     net, config = load_run(run)
     panels = {"exact flow map": exact_flow(x1, config.path.build())}
-    for steps in (1, 2, 4, 8):
+    most = OWN.resolve(config).most_steps(config)
+    for steps in (number for number in (1, 2, 4, 8) if number <= most):
         panels[f"{config.method.name}, {steps} step{'s' * (steps > 1)}"] = generate(
             net, config, 2000, steps=steps
         ).cpu()
@@ -352,7 +354,7 @@ def _naming_options() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        if str(error).partition(":")[0] not in ("label", "sampler", "guidance", "gamma"):
+        if str(error).partition(":")[0] not in ("label", "steps", "sampler", "guidance", "gamma"):
             raise
         raise ConfigError(f"--{error}") from error
 

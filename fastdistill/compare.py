@@ -166,7 +166,8 @@ def measure_cost(config: TrainConfig) -> dict[str, float]:
     The seconds are timed now, on the run's device and from fresh weights: the run's log would also tell what else the
     machine did meanwhile. They are the mean, over `COST_POINTS` of the run, of the median of a few steps there, for a
     curriculum may cost more late than early. Before each median one step isn't timed, nor is the run's first, where a
-    critic warms up. The bytes are those of the second step, beside weights and optimiser: the same on every machine.
+    critic warms up. The bytes are the larger of those of the second step and of the last, for a curriculum may end with
+    a tangent, beside weights and optimiser: the same on every machine.
     """
     device = pick_device(config)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -176,17 +177,26 @@ def measure_cost(config: TrainConfig) -> dict[str, float]:
             batch = make_batch(dataset, config, 0, state["device"])
             dataset = Pairs(dataset.name, batch.x0, batch.x1, batch.y)
         train_step(state, config, dataset, config.out)  # the optimiser's own state appears
-        with MemoryRecorder() as recorder:
-            train_step(state, config, dataset, config.out)
+        peak = 0
+        for step in (1, _last_step(config)):
+            state["step"] = step
+            with MemoryRecorder() as recorder:
+                train_step(state, config, dataset, config.out)
+            peak = max(peak, recorder.peak)
         if device.type != "cpu":
             state = new_state(config, device)
         seconds = [_time_steps(state, config, dataset, round(share * config.steps)) for share in COST_POINTS]
-    return {"seconds_per_step": statistics.fmean(seconds), "peak_bytes": recorder.peak}
+    return {"seconds_per_step": statistics.fmean(seconds), "peak_bytes": peak}
+
+
+def _last_step(config: TrainConfig) -> int:
+    """The number of steps before a run's last one, and 1 at the least."""
+    return max(config.steps - 1, 1)
 
 
 def _time_steps(state: dict[str, Any], config: TrainConfig, dataset: Any, first: int) -> float:
     """The median time of `COST_STEPS` training steps after the step `first`, or of the run's last ones."""
-    last, seconds = max(config.steps - 1, 1), []
+    last, seconds = _last_step(config), []
     first = max(min(first, last - COST_STEPS), 1)
     for step in range(first, first + 1 + COST_STEPS):
         state["step"] = min(step, last)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastdistill.objectives import Objective
+from fastdistill.objectives.metric import WEIGHTS
 from fastdistill.train.config import flat, read_yaml
 from fastdistill.train.load import SHIPPED
 from fastdistill.train.methods import METHODS, MethodSettings
@@ -47,6 +48,7 @@ def explain(name: str | None = None) -> str:
         "needs": needs(method, objective),
         "takes": ", ".join(sorted(objective.takes)),
         "guidance": guidance(method),
+        **({"weight": weights()} if "weight" in method.model_fields else {}),
         "sampler": f"{objective.sampler}; its network serves {', '.join(serves(method))}",
         "defaults": ", ".join(f"{key}={value}" for key, value in defaults(method).items()),
         "sources": sources(objective.sources),
@@ -96,6 +98,11 @@ def guidance(method: type[MethodSettings]) -> str:
             f"--guidance, for a run with data.label_dropout"
         )
     return "none"
+
+
+def weights() -> str:
+    """The weights of the times that can be chosen by name, in words."""
+    return "; ".join(f"{name} = {meaning}" for name, meaning in WEIGHTS.items())
 
 
 def paths(objective: Objective) -> str:

@@ -77,7 +77,17 @@ def test_a_step_costs_the_mean_of_the_medians_over_the_run(tmp_path: Path, monke
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     config = configure("flow_matching", "ring", tmp_path, ["--steps", "100", *TINY])
     assert measure_cost(config)["seconds_per_step"] == pytest.approx((1 + 1 + 1 + 3 + 3) / 5)
-    assert steps == [0, 1, *range(1, 7), *range(25, 31), *range(50, 56), *range(75, 81), *range(94, 100)]
+    assert steps == [0, 1, 99, *range(1, 7), *range(25, 31), *range(50, 56), *range(75, 81), *range(94, 100)]
+
+
+def test_memory_is_that_of_the_dearest_part_of_a_curriculum(tmp_path: Path) -> None:
+    """alpha-Flow starts without a tangent and ends as MeanFlow: the step at its end is the one that counts."""
+    peaks = {
+        name: measure_cost(configure(name, "ring", tmp_path, ["--steps", "100", *TINY]))["peak_bytes"]
+        for name in ("flow_matching", "alpha_flow", "meanflow")
+    }
+    assert peaks["alpha_flow"] == pytest.approx(peaks["meanflow"], rel=0.05)
+    assert peaks["alpha_flow"] > 1.2 * peaks["flow_matching"]
 
 
 @pytest.mark.parametrize("name", ["alpha_flow", "consistency", "ect"])

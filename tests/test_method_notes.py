@@ -10,6 +10,7 @@ import pytest
 import fastdistill
 from fastdistill.method_notes import explain
 from fastdistill.objectives import OBJECTIVES
+from fastdistill.objectives.metric import WEIGHTS
 from fastdistill.train import ConfigError, load_config
 from fastdistill.train.methods import METHODS
 
@@ -52,6 +53,13 @@ def test_guidance_is_said() -> None:
     assert "guidance of samples, by two evaluations of the velocity" in said["flow_matching"]
     assert "guidance learnt: inside the velocity" in said["meanflow"]
     assert "guidance none" in said["ect"]
+
+
+def test_weights_of_the_times_are_said_where_they_can_be_chosen() -> None:
+    """Each by its name."""
+    said = " ".join(explain("flow_matching").split())
+    assert all(f"{name} = {meaning}" in said for name, meaning in WEIGHTS.items())
+    assert "\nweight " in explain("reflow") and "\nweight " not in explain("meanflow")
 
 
 def test_paths_are_said() -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from fastdistill.eval import digits, ring
 from fastdistill.objectives.reflow import straightness
 from fastdistill.train import TrainConfig, load_run
+from fastdistill.train.config import couples
 from fastdistill.train.data import DATASETS, generator_at
 from fastdistill.train.files import write_text
 from fastdistill.train.sampling import Sampling
@@ -44,7 +45,8 @@ def evaluate(
 
     Args:
         run: a run folder.
-        steps: of the sampler; None: 1, 2, 4, 8, and 32 for samplers of velocities.
+        steps: of the sampler; None: 1, 2, 4, 8, and 32 for samplers of velocities; 1 alone for a sampler that adds
+            noise to what was trained with noise matched to data.
         n: how many samples; None: for digits as many as there are real ones, with their labels; for the ring 4096.
         sampler, guidance, gamma: see `fastdistill.train.sampling.Sampling`; None: the run's own.
         judge: for digits, to share one; None: its classifier is trained for, and kept in, this run folder.
@@ -52,8 +54,8 @@ def evaluate(
 
     Returns:
         What was written: `data`, `method`, `sampler`, `samples`, `straightness` where the network knows a velocity,
-        `steps` and `references`, both {name: {metric: value}}, and for digits `checks`. See
-        `fastdistill.eval.digits` and `fastdistill.eval.ring` for the metrics.
+        `coupled` for the ring (whether noise was matched to data), `steps` and `references`, both {name: {metric:
+        value}}, and for digits `checks`. See `fastdistill.eval.digits` and `fastdistill.eval.ring` for the metrics.
 
     Raises:
         ValueError: an argument outside these rules, by name.
@@ -66,13 +68,14 @@ def evaluate(
     run = Path(run)
     net, config = load_run(run, device=device)
     how = Sampling(sampler, guidance, gamma).resolve(config)
-    steps = steps or ((1, 2, 4, 8, 32) if how.sampler in ("euler", "heun") else (1, 2, 4, 8))
+    usual = (1, 2, 4, 8, 32) if how.sampler in ("euler", "heun") else (1, 2, 4, 8)
+    steps = steps or [number for number in usual if number <= how.most_steps(config)]
     result: dict[str, Any] = {"data": config.data.name, "method": config.method.name, "sampler": how.sampler}
     if "velocity" in config.method.learns:
         result["straightness"] = measure_straightness(net, config, seed)
     if config.data.name == "ring":
         count = n or 4096
-        result["samples"] = count
+        result |= {"samples": count, "coupled": couples(config)}
         result["steps"] = ring.evaluate_network(net, config, steps, count=count, how=how, seed=seed)
         result["references"] = ring.references(steps, count=count, path=config.path.build(), seed=seed)
     else:
@@ -100,6 +103,8 @@ def measure_straightness(net: nn.Module, config: TrainConfig, seed: int = 0, cou
 def describe(result: Mapping[str, Any]) -> str:
     """What `evaluate` found, as a text table with its references."""
     text = format_table({result["method"]: result["steps"], "references": result["references"]})
+    if result.get("coupled"):
+        text += "\n\nThis run matched its noise to its data, and its flow is not the one that map error is measured by."
     straight = result.get("straightness")
     return text if straight is None else f"{text}\n\nstraightness of its flow (0: straight lines): {straight:.3f}"
 

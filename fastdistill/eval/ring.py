@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastdistill import samplers
 from fastdistill.eval.exact import Ring
 from fastdistill.eval.metrics import sliced_wasserstein
-from fastdistill.paths import LINEAR, Path
+from fastdistill.paths import ICFM, LINEAR, OTCFM, Path
 from fastdistill.train import TrainConfig
 from fastdistill.train.data import generator_at
 from fastdistill.train.sampling import OWN, Sampling, draw
@@ -56,7 +56,7 @@ def references(steps: Sequence[int], *, count: int = 4096, path: Path = LINEAR, 
     `euler N` is the best that N steps along instantaneous velocities can do, and `data` is what the sampling noise of
     `count` points alone contributes; its map error is that of pairing points by chance.
     """
-    ring = Ring(path=path)
+    ring = _ring(path)
     x1, exact = _task(count, seed, path)
     rows = {}
     for number in steps:
@@ -68,9 +68,14 @@ def references(steps: Sequence[int], *, count: int = 4096, path: Path = LINEAR, 
 
 
 def exact_flow(x1: Tensor, path: Path = LINEAR) -> Tensor:
-    """Where the ring's exact flow on a path takes the noise x1 (N, 2), in float64."""
+    """Where the ring's exact flow on a path takes the noise x1 (N, 2), in float64; of independent noise and data."""
     ones = torch.ones(len(x1), dtype=torch.float64)
-    return Ring(path=path).flow_map(path.prior(x1.double()), ones, torch.zeros_like(ones))
+    return _ring(path).flow_map(path.prior(x1.double()), ones, torch.zeros_like(ones))
+
+
+def _ring(path: Path) -> Ring:
+    """The ring on a path, or on its twin without a coupling, as the flow of coupled pairs is known to nobody."""
+    return Ring(path=ICFM(path.sigma) if isinstance(path, OTCFM) else path)
 
 
 @lru_cache(maxsize=4)

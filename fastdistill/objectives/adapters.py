@@ -65,7 +65,7 @@ def signed_time(net: Callable[..., Tensor]) -> Net:
 
     Raises:
         ValueError: on the CPU, an s that is neither 0 nor t. On a GPU it isn't read, and counts as t; nor is it in a
-            compiled function.
+            compiled function or under vmap.
 
     Equivalent to: lambda x, t, s, y: net(x, c=torch.where(s == 0, t, -t), y=y).
     Source: Peng et al. 2025 (FACM), arXiv:2507.03738, the expanded time interval, with time reversed.

@@ -7,6 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from fastdistill._compat import is_batched
 from fastdistill.paths import Path
 
 
@@ -52,8 +53,8 @@ def check_after_data(t: Tensor) -> None:
 
 
 def check_one_end(t: Tensor, s: Tensor) -> None:
-    """Refuse s that is neither 0 nor t, on the CPU and outside of compiled code."""
-    if s.is_cpu and not torch.compiler.is_compiling():
+    """Refuse s that is neither 0 nor t, on the CPU, outside of compiled code and of vmap."""
+    if s.is_cpu and not torch.compiler.is_compiling() and not (is_batched(t) or is_batched(s)):
         _refuse("s", s, (s == 0) | (s == t), "0 or t, which a network of one time knows")
 
 

@@ -14,7 +14,14 @@ import torch
 
 from fastdistill import models
 from fastdistill.objectives.metric import LogVariance
-from fastdistill.train.config import TrainConfig, model_arguments, model_differences, parse_config, read_yaml
+from fastdistill.train.config import (
+    UNNAMED,
+    TrainConfig,
+    model_arguments,
+    model_differences,
+    parse_config,
+    read_yaml,
+)
 from fastdistill.train.critic import Critic
 from fastdistill.train.data import DATASETS, Batch, generator_at
 from fastdistill.train.methods import METHODS, Context, ScoreMethod
@@ -36,9 +43,9 @@ def check_config(config: TrainConfig) -> None:
     classes = DATASETS[config.data.name].num_classes
     if config.data.label_dropout and not classes:
         raise ConfigError(f"data.label_dropout: {config.data.name} has no labels to drop, so expected 0")
+    _check_teachers(config)
     if config.init_from_teacher and config.teacher is None:
         raise ConfigError("init_from_teacher: needs `teacher`, the run folder to start from")
-    _check_teachers(config)
     _check_path(config)
     _check_guidance(config, classes)
     config.method.check(config)
@@ -51,16 +58,17 @@ def check_config(config: TrainConfig) -> None:
 
 
 def _check_teachers(config: TrainConfig) -> None:
-    """A teacher where the method needs one, and none where it has no use for it."""
+    """A teacher where the method needs one, and none where it has no use for it, not even as a start."""
     method, objective = config.method, config.method.objective()
     for role in ("teacher", "weak_teacher"):
         given, what = getattr(config, role) is not None, role.replace("_", " ")
-        takes = role in objective.takes or (role == "teacher" and method.makes_pairs)
+        takes = role in objective.takes or (role == "teacher" and (method.makes_pairs or config.init_from_teacher))
         if given and not takes:
             able = sorted(name for name, other in METHODS.items() if role in other.objective().takes)
+            start = "start from its weights by --init-from-teacher, " if role == "teacher" else ""
             raise ConfigError(
-                f"{role}: {method.name} learns without a {what}; remove it, or choose a method.name that follows one: "
-                f"{', '.join(able)}"
+                f"{role}: {method.name} learns without a {what}; remove it, {start}or choose a method.name that "
+                f"follows one: {', '.join(able)}"
             )
         if not given and (role in objective.needs or (role == "teacher" and method.makes_pairs)):
             raise ConfigError(f"{role}: {method.name} needs a {what}: {MAKE_A_TEACHER.format(data=config.data.name)}")
@@ -78,7 +86,7 @@ def _check_path(config: TrainConfig) -> None:
     if fits is not None and not free and config.path.name not in fits:
         otherwise = "" if anywhere is None else f"method.{anywhere[0]} {anywhere[1]}, or "
         raise ConfigError(
-            f"path.name: {method.name} fits the paths {', '.join(sorted(fits))}, got {config.path.name!r}; "
+            f"path.name: {method.name} fits the paths {', '.join(sorted(fits - UNNAMED))}, got {config.path.name!r}; "
             f"choose one of these, or {otherwise}another method.name"
         )
     if method.makes_pairs and (config.coupling == "optimal_transport" or path.coupling != "independent"):
@@ -108,7 +116,7 @@ def _check_guidance(config: TrainConfig, classes: int) -> None:
 def _check_sampling(config: TrainConfig) -> None:
     """The run's own sampler must fit what its network learns: else it would stop at its first samples."""
     try:
-        OWN.resolve(config)
+        OWN.resolve(config, config.method.sample_steps)
     except ConfigError as error:
         raise ConfigError(f"method.{'' if str(error).startswith('sampler') else 'sample_'}{error}") from error
 

@@ -17,6 +17,7 @@ from fastdistill.train.methods import Method, Share
 from fastdistill.train.settings import ConfigError, Settings, explain, nearest
 
 Count = Annotated[int, Field(ge=1)]
+UNNAMED = frozenset({"gaussian"})  # paths that a configuration can't name: they take functions
 
 
 class DataSettings(Settings):
@@ -66,8 +67,8 @@ class PathSettings(Settings):
 
     def build(self) -> paths.Path:
         """The path itself; ConfigError names what doesn't fit."""
-        if self.name not in paths.PATHS or self.name == "gaussian":
-            known = {name: None for name in paths.PATHS if name != "gaussian"}  # that one takes functions
+        known = {name: None for name in paths.PATHS if name not in UNNAMED}
+        if self.name not in known:
             raise ConfigError(
                 f"path.name: expected one of {', '.join(known)}, got {self.name!r}; {nearest(self.name, known)}"
             )
@@ -138,7 +139,7 @@ class TrainConfig(Settings):
     weak_teacher: Path | None = None
     """A finished run folder of a worse network, for autoguidance: the teacher is led away from it."""
     init_from_teacher: bool = False
-    """Start from the teacher's weights."""
+    """Start from the teacher's weights, as ECT does; a method that follows no teacher makes no other use of it."""
     optim: OptimSettings = OptimSettings()
     log: LogSettings = LogSettings()
     diagnostics: DiagnosticsSettings = DiagnosticsSettings()
@@ -173,6 +174,12 @@ def parse_config(given: Mapping[str, Any], source: str) -> TrainConfig:
         return TrainConfig.model_validate(given)
     except ValidationError as error:
         raise ConfigError(f"{source}:\n{explain(error, given)}") from error
+
+
+def couples(config: TrainConfig) -> bool:
+    """Whether noise is matched to data within a batch."""
+    coupling = config.path.build().coupling if config.coupling == "auto" else config.coupling
+    return coupling == "optimal_transport"
 
 
 def model_arguments(config: TrainConfig) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from fastdistill import couplings
 from fastdistill.train.checkpoint import list_checkpoints, save_checkpoint
 from fastdistill.train.checks import check_config, check_teacher
-from fastdistill.train.config import TrainConfig
+from fastdistill.train.config import TrainConfig, couples
 from fastdistill.train.data import DATASETS, Batch, Dataset, drop_labels, generator_at
 from fastdistill.train.diagnostics import attribute, measure, why_flat, why_no_cosines
 from fastdistill.train.files import intact
@@ -200,12 +200,6 @@ def make_batch(dataset: Dataset | Pairs, config: TrainConfig, step: int, device:
         dropped = generator_at(seed, "labels", step)
         y = drop_labels(y, config.data.label_dropout, dataset.num_classes, dropped).to(device)
     return Batch(x0.to(device), x1.to(device), y, dataset.num_classes)
-
-
-def couples(config: TrainConfig) -> bool:
-    """Whether noise is matched to data within a batch."""
-    coupling = config.path.build().coupling if config.coupling == "auto" else config.coupling
-    return coupling == "optimal_transport"
 
 
 def stop_non_finite(step: int, name: str, value: Tensor, where: str, run: Path) -> NoReturn:

@@ -49,8 +49,10 @@ def load_distance(name: str, shape: tuple[int, ...], device: torch.device) -> Di
         if attribute != path:
             found = found()
     except Exception as error:  # whatever the user's code raises
+        missing = isinstance(error, ModuleNotFoundError)
+        advice = "; install it, or name the folder of a module of your own in PYTHONPATH" if missing else ""
         raise ConfigError(
-            f"method.perceptual: expected {name} to be importable, got {type(error).__name__}: {error}"
+            f"method.perceptual: expected {name} to be importable, got {type(error).__name__}: {error}{advice}"
         ) from error
     if isinstance(found, type) or not callable(found):
         made = "its instances, as " + name + "()" if isinstance(found, type) else "a function or a network"

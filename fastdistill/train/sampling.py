@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fastdistill import samplers
-from fastdistill.train.config import TrainConfig
+from fastdistill.train.config import TrainConfig, couples
 from fastdistill.train.data import DATASETS, generator_at
 from fastdistill.train.settings import ConfigError
 
@@ -36,8 +37,8 @@ class Sampling:
     gamma: float | None = None
     """Of the sampler `gamma`: how much of the noise is new, in [0, 1]."""
 
-    def resolve(self, config: TrainConfig) -> Sampling:
-        """The same with every None filled in; ConfigError names what the run can't serve."""
+    def resolve(self, config: TrainConfig, steps: int = 1) -> Sampling:
+        """The same with every None filled in; ConfigError names what the run can't serve in so many steps."""
         method = config.method
         sampler = self.sampler or ("gamma" if self.gamma is not None else method.sampler or method.objective().sampler)
         if sampler not in NEEDS:
@@ -64,7 +65,19 @@ class Sampling:
         if guidance != 1 and not by_pairs and not method.conditions_on_guidance:
             built_in = "has its guidance built in" if method.guidance_settings is not None else "has no guidance"
             raise ConfigError(f"guidance: a network of {method.name} {built_in}, so expected 1, got {guidance}")
-        return Sampling(sampler, guidance, gamma)
+        found = Sampling(sampler, guidance, gamma)
+        if steps > found.most_steps(config):
+            raise ConfigError(
+                f"steps: {sampler} adds fresh noise between steps, while this run matched its noise to its data; "
+                f"expected 1, got {steps}"
+            )
+        return found
+
+    def most_steps(self, config: TrainConfig) -> float:
+        """How many steps this sampler, resolved, can make: one where it can't add the noise between two."""
+        renoises = self.sampler == "consistency" or (self.sampler == "gamma" and self.gamma != 0)
+        coupled = couples(config) or config.path.build().coupling != "independent"
+        return 1 if renoises and coupled else math.inf
 
 
 OWN = Sampling()  # the method's own way throughout
@@ -87,7 +100,7 @@ def draw(
     another number of equal steps starts where it never learnt to jump. Noise that a sampler adds on the way is drawn on
     the CPU from the seed.
     """
-    how = how.resolve(config)
+    how = how.resolve(config, steps)
     assert how.sampler is not None and how.guidance is not None
     told = config.method.conditions_on_guidance
     return samplers.sample(

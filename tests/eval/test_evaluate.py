@@ -14,6 +14,7 @@ from fastdistill.eval import ring
 from fastdistill.eval.digits import DigitJudge
 from fastdistill.eval.evaluate import describe, evaluate
 from fastdistill.eval.exact import Ring
+from fastdistill.paths import ICFM, OTCFM
 from fastdistill.train import train
 from tests.eval.conftest import small_config
 
@@ -55,6 +56,17 @@ def test_a_ring_run_is_held_against_the_exact_flow(tmp_path: Path) -> None:
     assert list(result["references"]) == ["euler 1", "euler 2", "euler 4", "euler 8", "data"]
     assert result["steps"]["1"]["map_error"] > 0.3
     assert "meanflow, 2 steps" in describe(result)
+    assert "its flow is not the one" not in describe(result)
+
+
+def test_a_run_of_coupled_noise_and_data_is_measured_by_its_law(tmp_path: Path) -> None:
+    """On the path that couples, or by a coupling on another; in one step, where more would take fresh noise."""
+    for name, more in (("path", {"path": {"name": "ot_cfm"}}), ("coupling", {"coupling": "optimal_transport"})):
+        result = evaluate(train(small_config(tmp_path / name, "ring", "ect", **more)), n=256)
+        assert list(result["steps"]) == ["1"]
+        assert "its flow is not the one that map error" in describe(result)
+    same = [ring.references([1], count=256, path=path)["data"]["map_error"] for path in (OTCFM(), ICFM())]
+    assert same[0] == same[1]
 
 
 def test_the_exact_average_velocity_has_no_map_error_in_one_step(tmp_path: Path) -> None:

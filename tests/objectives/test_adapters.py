@@ -175,6 +175,20 @@ def test_a_signed_time_knows_no_other_end() -> None:
         adapters.signed_time(lambda x, c: x)(x, t=t, s=s)
 
 
+def test_a_signed_time_serves_each_row_by_itself() -> None:
+    """Under vmap, where no value can be read; but a jvp, where it can, still refuses another end."""
+    x, t, s = states(LINEAR)
+    net = adapters.signed_time(lambda x, c: x * c)
+
+    def of_row(x: Tensor, t: Tensor) -> Tensor:
+        return torch.func.jacfwd(lambda t: net(x, t=t, s=0 * t))(t)
+
+    torch.testing.assert_close(torch.func.vmap(of_row)(x, t), x)
+    wide = adapters.signed_time(lambda x, c: x * c[:, None])
+    with pytest.raises(ValueError, match=r"^s: expected times 0 or t"):
+        jvp(lambda x, t, s: wide(x, t=t, s=s), (x, t, s), (x, 1.0, None))
+
+
 def test_one_time_and_one_scale_pass_on_the_rest() -> None:
     x, t, s = states(LINEAR)
     y = torch.arange(ROWS)

@@ -18,13 +18,22 @@ from tests.train.conftest import MakeConfig
     ("changes", "words"),
     [
         ({"method": {"name": "dmd"}}, ["teacher: dmd needs a teacher", "train ring-flow", "--teacher runs/ring-flow"]),
+        ({"method": {"name": "dmd"}, "init_from_teacher": True}, ["teacher: dmd needs a teacher", "train ring-flow"]),
+        ({"init_from_teacher": True}, ["init_from_teacher: needs `teacher`"]),
         ({"method": {"name": "ayf_emd"}}, ["teacher: ayf_emd needs a teacher"]),
         ({"method": {"name": "ayf_lmd"}}, ["teacher: ayf_lmd needs a teacher"]),
         ({"method": {"name": "reflow"}}, ["teacher: reflow needs a teacher"]),
         ({"method": {"name": "rcm"}}, ["teacher: rcm needs a teacher"]),
-        ({"method": {"name": "ect"}, "teacher": "x"}, ["teacher: ect learns without", "choose a method.name", "facm"]),
+        (
+            {"method": {"name": "ect"}, "teacher": "x"},
+            ["teacher: ect learns without", "by --init-from-teacher, or choose a method.name", "facm"],
+        ),
+        ({"method": {"name": "ect"}, "teacher": "x", "init_from_teacher": True}, []),
         ({"weak_teacher": "x", "teacher": "y", "method": {"name": "ect"}}, ["ect learns without"]),
-        ({"path": {"name": "edm"}, "method": {"name": "scm"}}, ["path.name: scm fits", "linear", "trig", "got 'edm'"]),
+        (
+            {"path": {"name": "edm"}, "method": {"name": "scm"}},
+            ["path.name: scm fits the paths cosine, icfm, linear, ot_cfm, trig, vp_si, got 'edm'"],
+        ),
         (
             {"path": {"name": "fm"}, "method": {"name": "scm"}},
             ["path.name: scm fits", "method.parameterization average"],
@@ -71,6 +80,11 @@ from tests.train.conftest import MakeConfig
             {"method": {"name": "scm", "sampler": "euler"}},
             ["method.sampler: a network of scm serves consistency, got euler"],
         ),
+        (
+            {"path": {"name": "ot_cfm"}, "method": {"name": "ect", "sample_steps": 2}},
+            ["method.sample_steps: consistency adds fresh noise between steps", "expected 1, got 2"],
+        ),
+        ({"path": {"name": "ot_cfm"}, "method": {"name": "ect"}}, []),
         (
             {"method": {"name": "ayf_emd", "sample_guidance": 2.0}, "teacher": "x"},
             ["method.sample_guidance", "expected"],

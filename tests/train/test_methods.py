@@ -219,3 +219,15 @@ def test_the_method_is_chosen_on_the_command_line(tmp_path: Path) -> None:
     """With the file's recipe for it, under a name of its own; any of its fields can follow."""
     config = load_config("ring", ["--method.name", "esd", "--method.distinct", "0.5", "--steps", "9"])
     assert (config.method.name, config.method.distinct, config.out) == ("esd", 0.5, Path("runs/ring-esd"))
+
+
+def test_a_method_without_a_teacher_can_start_from_one(teacher: Path, tmp_path: Path) -> None:
+    """ECT tunes a finished diffusion model."""
+    changes = {"teacher": str(teacher), "init_from_teacher": True}
+    config = TrainConfig.model_validate(
+        tiny_fields(tmp_path / "run") | {"method": {"name": "ect"}, "steps": 3} | changes
+    )
+    start, learnt = new_state(config, torch.device("cpu"))["net"].state_dict(), load_run(teacher, device="cpu")[0]
+    assert all(torch.equal(start[name], value) for name, value in learnt.state_dict().items())
+    tuned = load_run(train(config), device="cpu")[0].state_dict()
+    assert any(not torch.equal(tuned[name], value) for name, value in start.items())

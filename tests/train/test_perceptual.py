@@ -76,7 +76,10 @@ def test_a_network_is_made_frozen_and_in_eval_mode(tiny: MakeConfig) -> None:
     [
         ("squares", "expected 'package.module:attribute', followed by"),
         (":squares", "expected 'package.module:attribute', followed by"),
-        ("no.such.module:squares", "to be importable, got ModuleNotFoundError: No module named 'no'"),
+        (
+            "no.such.module:squares",
+            "to be importable, got ModuleNotFoundError: No module named 'no'; install it, or .* PYTHONPATH",
+        ),
         (f"{HERE}absent", "to be importable, got AttributeError: .* 'absent'"),
         (f"{HERE}squares()", "to be importable, got TypeError: .* missing 2 required"),
         (f"{HERE}HERE", "expected a function or a network, got .*, which is 'tests"),

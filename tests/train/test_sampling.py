@@ -93,6 +93,18 @@ def test_noise_on_the_way_follows_from_the_seed(tiny: MakeConfig) -> None:
     assert not torch.equal(draw(gamma=0.5), draw())
 
 
+@pytest.mark.parametrize("changes", [{"path": {"name": "ot_cfm"}}, {"coupling": "optimal_transport"}])
+def test_coupled_noise_is_not_renewed(tiny: MakeConfig, changes: dict[str, Any]) -> None:
+    """Several steps of what adds fresh noise are refused; one step, and jumps along the map, serve."""
+    config = tiny(**changes)
+    for how in ({"sampler": "consistency"}, {"gamma": 0.5}):
+        generate(Recorder(), config, 2, **how)
+        with pytest.raises(ConfigError, match=r"steps: .* adds fresh noise between steps, .* expected 1, got 2"):
+            generate(Recorder(), config, 2, steps=2, **how)
+    for how in ({}, {"gamma": 0.0}, {"sampler": "heun"}):
+        generate(Recorder(), config, 2, steps=2, **how)
+
+
 def test_a_network_told_its_guidance_gets_it_as_an_input(tiny_digits: MakeConfig) -> None:
     """And no pair of evaluations."""
     method = {"name": "improved_meanflow", "guidance": {"scale": 1.0, "scale_to": 3.0}}
