@@ -157,7 +157,7 @@ def work(jobs: Sequence[Job], out: Path, seconds: float, overrides: Sequence[str
             tell(f"[{number}/{len(jobs)}] {job.data}, seed {job.seed}: {job.name}")
             run(job, config)
             if finished(config):
-                measure(config.out, (1,) if job.name in MUTANTS else compare.NUMBERS, seed=config.seed)
+                measure(config.out, (1,) if job.name in MUTANTS else compare.numbers_of(config), seed=config.seed)
             tell(f"[{number}/{len(jobs)}] {job.name}: {time.monotonic() - begun:.0f} s, {spent / 60:.0f} min in all")
 
 

@@ -29,6 +29,7 @@ from fastdistill.train.files import write_text
 from fastdistill.train.loop import make_batch, train_step
 from fastdistill.train.methods import METHODS
 from fastdistill.train.pairs import Pairs
+from fastdistill.train.sampling import OWN
 from fastdistill.train.settings import nearest
 from fastdistill.train.state import new_state, pick_device
 
@@ -65,7 +66,8 @@ def compare(
         "cost", "settings", "failed"}}, `references`, `environment`.
 
     Raises:
-        ConfigError: an unknown name, or a folder that holds a comparison of other settings.
+        ConfigError: an unknown name, a method that `overrides` don't suit, or a folder that holds a comparison of other
+            settings.
     """
     if data not in STEPS:
         raise ConfigError(f"data: expected one of {', '.join(STEPS)}, got {data!r}")
@@ -80,6 +82,8 @@ def compare(
     if not numbers or not chosen:
         raise ConfigError("seeds, methods: expected at least one of each")
     budget = ["--steps", str(steps or STEPS[data]), *overrides]
+    for name in chosen:  # all of them before any trains
+        configure(name, data, out / f"seed{numbers[0]}", budget)
     runs: dict[str, list[TrainConfig]] = {name: [] for name in chosen}
     failed: dict[str, str] = {}
     for seed in numbers:
@@ -134,11 +138,12 @@ def summarise(
         if name in failed:
             continue
         _tell(f"measuring {name}")
-        found = [measure(config.out, NUMBERS, n=samples, judge=judge, seed=config.seed) for config in configs]
-        references = found[0]["references"]
+        steps = numbers_of(configs[0])
+        found = [measure(config.out, steps, n=samples, judge=judge, seed=config.seed) for config in configs]
+        references |= found[0]["references"]
         rows[name] |= {
             "sampler": found[0]["sampler"],
-            "quality": {str(number): _spread([each["steps"][str(number)] for each in found]) for number in NUMBERS},
+            "quality": {str(number): _spread([each["steps"][str(number)] for each in found]) for number in steps},
             "cost": _spread([measure_cost(config) for config in configs]),
         }
         straightness = [{"straightness": each["straightness"]} for each in found if "straightness" in each]
@@ -211,7 +216,13 @@ def _time_steps(state: dict[str, Any], config: TrainConfig, dataset: Any, first:
 def draw_grids(config: TrainConfig) -> dict[str, torch.Tensor]:
     """Samples for the pictures, by number of steps, from the same noise for every method."""
     net, config = load_run(config.out)
-    return {str(number): generate(net, config, GRID[config.data.name], steps=number).cpu() for number in NUMBERS}
+    count = GRID[config.data.name]
+    return {str(number): generate(net, config, count, steps=number).cpu() for number in numbers_of(config)}
+
+
+def numbers_of(config: TrainConfig) -> list[int]:
+    """The numbers of steps in which a run is measured: those of `NUMBERS` that it learnt."""
+    return OWN.resolve(config).measured_steps(config, NUMBERS)
 
 
 def describe_method(config: TrainConfig) -> dict[str, Any]:

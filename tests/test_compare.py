@@ -50,6 +50,28 @@ def test_the_summary_has_quality_and_cost_over_the_seeds(folder: Path) -> None:
     assert not summary["methods"]["esd"]["settings"]["teacher"]
 
 
+def test_a_method_is_measured_in_the_steps_that_it_learnt(tmp_path: Path) -> None:
+    """DMD with one time in one step alone: a dash in the tables, no verdict on the others, and figures all the same."""
+    folder = tmp_path / "dmd"
+    summary = compare(["dmd", "imm"], "ring", folder, steps=2, samples=64, overrides=TINY)
+    assert list(summary["methods"]["dmd"]["quality"]) == ["1"]
+    assert list(summary["methods"]["imm"]["quality"]) == ["1", "2", "4", "8"]
+    line = next(line for line in describe(summary).splitlines() if line.startswith("dmd"))
+    assert line.split()[2:5] == ["-", "-", "-"]
+    said = verdicts(summary)
+    assert "learnt one step alone" in said["dmd"]["cons"]
+    assert not any("2 steps" in words for words in said["dmd"]["pros"] + said["dmd"]["cons"])
+    assert "best at 8 steps" in said["imm"]["pros"]
+    assert (folder / "samples.png").stat().st_size > 1000
+
+
+def test_a_method_that_the_overrides_do_not_suit_is_refused_before_any_trains(tmp_path: Path) -> None:
+    """Although it comes last."""
+    with pytest.raises(ConfigError, match=r"path\.name: scm fits the paths"):
+        compare(["meanflow", "scm"], "ring", tmp_path / "none", steps=2, overrides=[*TINY, "--path.name", "ve"])
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_finished_comparison_trains_nothing_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And finds the same numbers, but for what a clock says."""
     before = json.loads((folder / "summary.json").read_text(encoding="utf-8"))

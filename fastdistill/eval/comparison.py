@@ -77,7 +77,7 @@ def table(summary: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     first, second = MAIN[summary["data"]]
     rows = []
     for name, row in ranked(summary).items():
-        cells = [_cell(first, row["quality"][number][first]) for number in NUMBERS]
+        cells = [_cell(first, row["quality"].get(number, {}).get(first)) for number in NUMBERS]
         cells += [_cell(second, row["quality"]["1"][second])]
         cells += [f"{1000 * row['cost']['seconds_per_step']['mean']:.1f}"]
         cells += [f"{row['cost']['peak_bytes']['mean'] / 2**20:.2f}"]
@@ -109,8 +109,10 @@ def verdicts(summary: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
     control = field.get(CONTROL)
     for name, row in field.items():
         pros, cons = [], []
-        for number in NUMBERS:
-            values = sorted(other["quality"][number][first]["mean"] for other in field.values())
+        for number in row["quality"]:
+            values = sorted(
+                other["quality"][number][first]["mean"] for other in field.values() if number in other["quality"]
+            )
             value, steps = row["quality"][number][first]["mean"], f"{number} step{'s' * (number != '1')}"
             if value == values[0]:
                 pros.append(f"best at {steps}")
@@ -118,10 +120,12 @@ def verdicts(summary: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
                 pros.append(f"in the best quarter at {steps}")
             elif len(values) > 3 and value > values[-1 - len(values) // 4]:
                 cons.append(f"in the worst quarter at {steps}")
-        one, eight = (row["quality"][number][first]["mean"] for number in ("1", "8"))
-        (pros if eight < 0.9 * one else cons).append(
-            f"eight steps give {eight / one:.2f} times the {HEADINGS[first]} of one"
-        )
+        one, *more = (spread[first]["mean"] for spread in row["quality"].values())
+        if more:
+            last = f"{list(row['quality'])[-1]} steps give {more[-1] / one:.2f} times the {HEADINGS[first]} of one"
+            (pros if more[-1] < 0.9 * one else cons).append(last)
+        else:
+            cons.append("learnt one step alone")
         spread = row["quality"]["1"][first]
         if len(spread["values"]) > 1 and spread["std"] > 0.2 * spread["mean"]:
             cons.append(f"seeds differ by {spread['std'] / spread['mean']:.0%}")
@@ -155,6 +159,8 @@ def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _cell(metric: str, spread: Mapping[str, Any]) -> str:
+def _cell(metric: str, spread: Mapping[str, Any] | None) -> str:
+    if spread is None:
+        return "-"
     text = format_value(metric, spread["mean"])
     return text if len(spread["values"]) == 1 else f"{text} ± {format_value(metric, spread['std'])}"

@@ -25,12 +25,11 @@ def draw_quality(
     axes = figure.add_subplot(xscale="log")
     tidy(axes, f"{name}, lower is better", "")
     for place, row in enumerate(rows.values()):
-        for steps, color in COLORS.items():
-            spread = row["quality"][steps][metric]
-            label = f"{steps} step{'s' * (steps != '1')}" if place == 0 else None
-            axes.errorbar(
-                spread["mean"], place, xerr=spread["std"] or None, fmt="o", color=color, markersize=6, label=label
-            )
+        for steps, quality in row["quality"].items():
+            spread = quality[metric]
+            axes.errorbar(spread["mean"], place, xerr=spread["std"] or None, fmt="o", color=COLORS[steps], markersize=6)
+    for steps, color in COLORS.items():
+        axes.plot([], [], "o", color=color, markersize=6, label=f"{steps} step{'s' * (steps != '1')}")
     for reference, row in references.items():
         if reference in ("data", "held_out"):
             axes.axvline(row[metric], color=FAINT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
@@ -62,8 +61,11 @@ def draw_cost(rows: Mapping[str, Any], metric: str, name: str) -> bytes:
 
 
 def draw_samples(grids: Mapping[str, Mapping[str, Tensor]]) -> bytes:
-    """Samples of every method at every number of steps, all from the same noise: points, or lines of digits."""
-    columns = list(next(iter(grids.values())))
+    """Samples of every method at every number of steps, all from the same noise: points, or lines of digits.
+
+    A number of steps that a method doesn't have is left blank.
+    """
+    columns = sorted({steps for panels in grids.values() for steps in panels}, key=int)
     is_points = next(iter(next(iter(grids.values())).values())).ndim == 2
     width, height = (1.35, 1.35) if is_points else (2.6, 0.34)
     size = (1.6 + width * len(columns), 0.4 + height * len(grids))
@@ -71,11 +73,12 @@ def draw_samples(grids: Mapping[str, Mapping[str, Tensor]]) -> bytes:
     for line, (method, panels) in enumerate(grids.items()):
         y = 1 - (0.35 + height * (line + 1)) / size[1]
         figure.text(1.5 / size[0], y + 0.5 * height / size[1], method, ha="right", va="center", fontsize=8, color=INK)
-        for column, (steps, samples) in enumerate(panels.items()):
+        for column, steps in enumerate(columns):
             x = (1.6 + width * column) / size[0]
             axes = figure.add_axes((x, y, 0.96 * width / size[0], 0.94 * height / size[1]))
             axes.set_axis_off()
-            _draw_panel(axes, samples, is_points)
+            if steps in panels:
+                _draw_panel(axes, panels[steps], is_points)
             if line == 0:
                 axes.set_title(f"{steps} step{'s' * (steps != '1')}", fontsize=8, color=FAINT)
     return png_of_figure(figure)

@@ -45,8 +45,9 @@ def evaluate(
 
     Args:
         run: a run folder.
-        steps: of the sampler; None: 1, 2, 4, 8, and 32 for samplers of velocities; 1 alone for a sampler that adds
-            noise to what was trained with noise matched to data.
+        steps: of the sampler; None: those of 1, 2, 4, 8, and 32 for samplers of velocities, for which the run learnt
+            where to start (DMD: as many as it has times), and 1 alone for a sampler that adds noise to what was trained
+            with noise matched to data.
         n: how many samples; None: for digits as many as there are real ones, with their labels; for the ring 4096.
         sampler, guidance, gamma: see `fastdistill.train.sampling.Sampling`; None: the run's own.
         judge: for digits, to share one; None: its classifier is trained for, and kept in, this run folder.
@@ -69,7 +70,7 @@ def evaluate(
     net, config = load_run(run, device=device)
     how = Sampling(sampler, guidance, gamma).resolve(config)
     usual = (1, 2, 4, 8, 32) if how.sampler in ("euler", "heun") else (1, 2, 4, 8)
-    steps = steps or [number for number in usual if number <= how.most_steps(config)]
+    steps = steps or how.measured_steps(config, usual)
     result: dict[str, Any] = {"data": config.data.name, "method": config.method.name, "sampler": how.sampler}
     if "velocity" in config.method.learns:
         result["straightness"] = measure_straightness(net, config, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +79,11 @@ class Sampling:
         renoises = self.sampler == "consistency" or (self.sampler == "gamma" and self.gamma != 0)
         coupled = couples(config) or config.path.build().coupling != "independent"
         return 1 if renoises and coupled else math.inf
+
+    def measured_steps(self, config: TrainConfig, numbers: Iterable[int]) -> list[int]:
+        """Those of the numbers in which this sampler, resolved, says something of the method: 1 and those learnt."""
+        most = min(self.most_steps(config), config.method.learnt_steps)
+        return [number for number in numbers if number <= most]
 
 
 OWN = Sampling()  # the method's own way throughout

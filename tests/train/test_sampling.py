@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastdistill.train import ConfigError, generate
 from fastdistill.train.run import build_network
+from fastdistill.train.sampling import OWN
 from tests.train.conftest import MakeConfig
 
 
@@ -54,6 +55,25 @@ def test_a_generator_of_several_steps_starts_at_the_times_it_was_trained_at(tiny
         net = Recorder()
         generate(net, config, 2, steps=steps)
         assert net.times == [(t, 0.0) for t in starts]
+
+
+def test_imm_starts_at_the_last_time_that_it_learnt(tiny: MakeConfig) -> None:
+    """And not at 1, where its noise level may be infinite."""
+    net = Recorder()
+    generate(net, tiny(method={"name": "imm", "high": 0.75}), 2, steps=3)
+    assert net.times == [(0.75, 0.5), (0.5, 0.25), (0.25, 0.0)]
+
+
+def test_a_run_is_measured_in_the_steps_that_it_learnt(tiny: MakeConfig) -> None:
+    """A generator in as many as it has times, a distilled ReFlow in one, the others in all."""
+    for method, expected in (
+        ({"name": "dmd", "generator_times": (1.0, 0.5)}, [1, 2]),
+        ({"name": "rcm"}, [1, 2, 4, 8]),
+        ({"name": "reflow", "distil": True}, [1]),
+        ({"name": "reflow"}, [1, 2, 4, 8]),
+    ):
+        config = tiny(method=method | {"sample_steps": 1}, teacher="x")
+        assert OWN.resolve(config).measured_steps(config, (1, 2, 4, 8)) == expected
 
 
 def test_guidance_pairs_labels_with_none(tiny_digits: MakeConfig) -> None:

@@ -6,6 +6,7 @@ can pass them on: what is left to write are the times. See `fastdistill.objectiv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -176,6 +177,11 @@ class MethodSettings(Settings):
     def sample_times(self, steps: int) -> Steps:
         """What the sampler walks in so many steps: equal ones, or the times themselves, falling to 0."""
         return steps
+
+    @property
+    def learnt_steps(self) -> float:
+        """The most steps for which it learnt where to start; more are possible, and no measure of the method."""
+        return math.inf
 
     def check(self, config: TrainConfig) -> None:
         """Raise a ConfigError for what the fields don't allow together, or with the rest of the configuration."""

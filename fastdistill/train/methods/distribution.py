@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -40,7 +41,9 @@ class IMM(MethodSettings):
     low: float = Field(0.0, ge=0, lt=1)
     """The least time."""
     high: float = Field(0.994, gt=0, le=1)
-    """The greatest time, below 1 so that the noise level is finite."""
+    """The greatest time, below 1 so that the noise level is finite; samples start there, from the path's noise."""
+    sharpness: float | None = Field(None, gt=0)
+    """Of the kernel's exponent; None: 1 / (t - s)."""
 
     learns: ClassVar[tuple[Learnt, ...]] = ("map",)
     guides_maps: ClassVar[bool] = True
@@ -56,6 +59,9 @@ class IMM(MethodSettings):
             generator=context.generator,
             device=context.device,
         )
+
+    def sample_times(self, steps: int) -> Steps:
+        return [self.high * (1 - step / steps) for step in range(steps + 1)]
 
     def check(self, config: TrainConfig) -> None:
         if config.data.batch % self.group:
@@ -116,6 +122,10 @@ class ScoreMethod(MethodSettings):
         return (*self.generator_times, 0.0) if steps == len(self.generator_times) else steps
 
     @property
+    def learnt_steps(self) -> float:
+        return len(self.generator_times)
+
+    @property
     def simulated_times(self) -> tuple[float, ...] | None:
         """The times of backward simulation, where it takes part."""
         return self.generator_times if self.backward_simulation and len(self.generator_times) > 1 else None
@@ -164,6 +174,10 @@ class RCM(ContinuousConsistency, ScoreMethod):
     """Of the score term."""
 
     learns: ClassVar[tuple[Learnt, ...]] = ("end",)
+
+    @property
+    def learnt_steps(self) -> float:
+        return math.inf  # its continuous consistency knows all times
 
     def check(self, config: TrainConfig) -> None:
         super().check(config)
