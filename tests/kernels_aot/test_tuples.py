@@ -1,4 +1,4 @@
-"""What the kernels do with tuples, compiled: Triton 3.6 needs help with each (`kernels/triton36.py`), later ones don't."""
+"""What the kernels do with tuples, compiled: Triton 3.6 needs help with it (`kernels/triton36.py`), later ones none."""
 
 from __future__ import annotations
 
