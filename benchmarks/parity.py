@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from fastdistill.benchmarks import environment, results
+from fastdistill.benchmarks import environment, packages, results
 from fastdistill.benchmarks.parity_plugin import LOST, read
 
 PASSED, CRASHED, HUNG = "passed", "crashed", "hung"  # or "failed", as pytest says
@@ -178,11 +178,9 @@ def _save(content: dict[str, Any], path: Path) -> None:
 
 def begun(path: Path) -> dict[str, Any]:
     """The file's content, if it is of this commit and these versions; else of a new one."""
-    import triton
-
     head = os.environ.get("COMMIT") or environment.commit()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    about = {"device": device, "torch": torch.__version__, "triton": triton.__version__, "commit": head}
+    about = {"device": device, "torch": torch.__version__, "triton": packages.versions().get("triton"), "commit": head}
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

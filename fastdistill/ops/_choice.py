@@ -16,6 +16,8 @@ from torch import Tensor
 from fastdistill import _compat
 
 IMPLEMENTATIONS = ("auto", "torch", "triton", "cuda")
+# Asked once: torch.compile of torch 2.11 can't trace the question.
+AUTOCASTING = frozenset(name for name in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(name))
 
 
 # Thread -> the functorch level whose tangents keep no graph there. A plain dict, because torch.compile traces no
@@ -95,7 +97,7 @@ def check_like(name: str, x: Tensor, other_name: str, other: Tensor, *, dtype: b
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast asks for on `device`, or None where it is off or unknown."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if device.type in AUTOCASTING and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
 
