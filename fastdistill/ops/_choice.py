@@ -16,7 +16,8 @@ from torch import Tensor
 from fastdistill import _compat
 
 IMPLEMENTATIONS = ("auto", "torch", "triton", "cuda")
-# Asked once: torch.compile of torch 2.11 can't trace the question.
+# Asked once: torch.compile of torch 2.11 can't trace these questions.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 AUTOCASTING = frozenset(name for name in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(name))
 
 
@@ -54,7 +55,7 @@ def tangent_grad() -> bool:
 
 def triton_problem(device: torch.device) -> str | None:
     """Why the Triton kernels can't run on tensors of `device`, or None where they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "the package triton is not installed"
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return None
