@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -69,8 +70,11 @@ def _mask(mask: Tensor | None) -> Strided | None:
 def use_descriptors(arch: int, *tensors: Tensor | None) -> bool:
     """Whether to load these by TMA: where the GPU has it, all of them allow it, and the tensor cores take the rows.
 
-    Exact float32 is for the ordinary cores. Its rows go to the registers, and more of these would be needed.
+    Exact float32 is for the ordinary cores. Its rows go to the registers, and more of these would be needed. With
+    FASTDISTILL_DESCRIPTORS=0 in the environment nothing is: where a driver or a Triton can't.
     """
+    if os.environ.get("FASTDISTILL_DESCRIPTORS") == "0":
+        return False
     present = [x for x in tensors if x is not None]
     exact = any(x.dtype == torch.float32 for x in present) and precision(torch.float32) == "ieee"
     return arch >= 90 and not exact and all(describable(x) for x in present)

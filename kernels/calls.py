@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from .triton36 import mend
+
+mend()  # here, because every kernel is launched by way of this
+
 
 class Launch(NamedTuple):
     """`kernel[grid](*args, **options)`."""

@@ -253,12 +253,14 @@ def _backward_kernel(
         live = (offs_t < T)[:, None] & (offs_c < C)[None, :]
         at = (b, offs_t, offs_c, live)
         xh, t_xh, a, rstd = _normalised(IN, STATS, T, at, C, RMS, COLUMNS)
-        (dxh, dt_xh), (dw, dt_w), (db, dt_b), (ds, dt_s), (dm, dt_m) = _through_affine(CO, IN, xh, t_xh, at, C)
+        row, of_w, of_b, of_s, of_m = _through_affine(CO, IN, xh, t_xh, at, C)
         dr, dt_r = None, None
         if not COLUMNS:  # with columns only, the cotangents of r are all that flows into it
-            dr, dt_r = _through_norm(dxh, dt_xh, xh, t_xh, a, rstd, C, RMS)
+            dr, dt_r = _through_norm(row[0], row[1], xh, t_xh, a, rstd, C, RMS)
         dg, dt_g = _through_residual(CO, IN, OUT, dr, dt_r, b * T + offs_t, at, C)
-        found = _in_order(dw, db, ds, dm, dg, dt_w, dt_b, dt_s, dt_m, dt_g)
+        found = _in_order(
+            of_w[0], of_b[0], of_s[0], of_m[0], dg, of_w[1], of_b[1], of_s[1], of_m[1], dt_g
+        )  # fmt: skip
         for i in tl.static_range(len(WHOLE)):
             store_rows(WHOLE[i], b * T + offs_t, offs_c, live, found[i], C)
         sums = _summed_up(sums, PARTIAL, found)

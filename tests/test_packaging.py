@@ -134,7 +134,7 @@ def test_the_version_is_the_same_everywhere() -> None:
 
 def test_the_core_depends_on_torch_and_triton_alone() -> None:
     """Whatever else is needed is in an extra."""
-    assert project()["dependencies"] == ["torch>=2.11", 'triton; platform_system == "Linux"']
+    assert project()["dependencies"] == ["torch>=2.11", 'triton>=3.6; platform_system == "Linux"']
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill import ops
+from fastdistill.ops._choice import AUTOCASTING
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -15,7 +16,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 
     Under it a linear layer computes in the dtype of its parameters.
     """
-    if not torch.amp.is_autocast_available(device.type):  # the meta device, for one
+    if device.type not in AUTOCASTING:  # the meta device, for one
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 

@@ -16,6 +16,9 @@ from torch import Tensor
 from fastdistill import _compat
 
 IMPLEMENTATIONS = ("auto", "torch", "triton", "cuda")
+# Asked once: torch.compile of torch 2.11 can't trace these questions.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+AUTOCASTING = frozenset(name for name in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(name))
 
 
 # Thread -> the functorch level whose tangents keep no graph there. A plain dict, because torch.compile traces no
@@ -52,7 +55,7 @@ def tangent_grad() -> bool:
 
 def triton_problem(device: torch.device) -> str | None:
     """Why the Triton kernels can't run on tensors of `device`, or None where they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "the package triton is not installed"
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return None
@@ -95,7 +98,7 @@ def check_like(name: str, x: Tensor, other_name: str, other: Tensor, *, dtype: b
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast asks for on `device`, or None where it is off or unknown."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if device.type in AUTOCASTING and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
 

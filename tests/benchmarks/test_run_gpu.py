@@ -40,11 +40,43 @@ def test_a_suite_and_the_merged_file(tmp_path: Path) -> None:
     assert {x["extra_info"]["suite"] for x in content["benchmarks"]} == {"block"}
 
 
+def test_the_pieces_for_a_short_lease(tmp_path: Path) -> None:
+    """Each of their steps leaves its file, at most eight together, and the second goes on where the first ended."""
+    variables = {"OUT": str(tmp_path / "out"), "COMMIT": "0123456789ab", "JOBS": "1"}
+    done = run("first", **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    log = (tmp_path / "out" / "first.log").read_text()
+    steps = ["parity", "tuning", "dit", "launches"]
+    assert [line.split("] ")[1].split(",")[0] for line in log.splitlines() if ", until " in line] == steps
+    parity = json.loads((tmp_path / "out" / "parity.json").read_text())
+    assert parity["counts"] == {"passed": len(parity["tests"])} and parity["commit"] == "0123456789ab"
+    assert json.loads((tmp_path / "out" / "dit.json").read_text())["benchmarks"]
+    second = run("second", **variables)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert f"{len(parity['tests'])} of them there already" in second.stdout
+    names = {path.name for path in (tmp_path / "out").iterdir()} | {"tuned.json"}
+    expected = {"first.log", "second.log", "parity.json", "dit.json", "norms.json", "launches.json", "launches.md"}
+    assert names == expected | {"tuned.json"} and len(names) <= 8
+
+
 def test_it_says_what_it_does() -> None:
     """Without a piece it prints its pieces and their variables; what it calls is there."""
     done = run("")
     assert done.returncode == 2
-    words = ("parity", "tune", "compiled", "merge", "OUT", "WHEELS", "CONFIGS", "BUDGET", "SMOKE", *SUITES)
+    words = (
+        "first",
+        "second",
+        "parity",
+        "tune",
+        "compiled",
+        "merge",
+        "OUT",
+        "WHEELS",
+        "CONFIGS",
+        "BUDGET",
+        "SMOKE",
+        *SUITES,
+    )
     assert all(word in done.stdout for word in words)
     text = SCRIPT.read_text()
     folders = re.findall(r"tests/\w+", text)

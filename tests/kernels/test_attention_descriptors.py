@@ -47,6 +47,13 @@ def test_what_descriptors_can_name() -> None:
         torch.set_float32_matmul_precision("highest")
 
 
+def test_the_environment_can_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = normal(2, 4, 8, 72).half()
+    assert use_descriptors(90, x)
+    monkeypatch.setenv("FASTDISTILL_DESCRIPTORS", "0")
+    assert not use_descriptors(90, x)
+
+
 def test_a_gpu_with_tma_gets_them_by_default() -> None:
     """Packed sequences don't, for a tile of one would reach into the next; pointers come with the tiles of sm_80."""
     primals, _ = inputs(n=8, d=64, dtype=torch.float16)

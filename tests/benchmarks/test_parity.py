@@ -1,0 +1,119 @@
+"""Tests in processes that may die: whatever happens to one of them, the others are heard and the file stays whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from fastdistill.benchmarks import parity
+from fastdistill.benchmarks.parity_plugin import read
+
+ROOT = Path(__file__).parents[2]
+GOOD = """
+def test_first():
+    assert True
+
+def test_second():
+    assert True
+"""
+BAD = """
+import os, signal, time
+
+def test_before():
+    assert True
+
+def test_wrong():
+    assert 1 + 1 == 3
+
+def test_segfault():
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+def test_between():
+    assert True
+
+def test_hangs():
+    time.sleep(600)
+
+def test_after():
+    assert True
+"""
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """The program on the tests of a folder."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COMMIT": "0123456"}
+    command = [sys.executable, "-m", "fastdistill.benchmarks.parity", "--json", "parity.json", "--jobs", "2"]
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*command, *arguments], env=environment, cwd=folder, stdout=pipe, stderr=pipe, text=True)
+
+
+def content(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "parity.json").read_text())
+    return found
+
+
+def test_each_death_costs_one_test(tmp_path: Path) -> None:
+    """Wrong, segmentation fault, endless: each noted with its end, all others run; and only the missing run again."""
+    (tmp_path / "test_good.py").write_text(GOOD)
+    (tmp_path / "test_bad.py").write_text(BAD)
+    program = start(tmp_path, "--patience", "8", "--budget", "200", "test_good.py", "test_bad.py")
+    printed, errors = program.communicate(timeout=200)
+    assert program.returncode == 1, printed + errors
+    tests = content(tmp_path)["tests"]
+    outcomes = {test.partition("::test_")[2]: result["outcome"] for test, result in tests.items()}
+    passed = dict.fromkeys(("first", "second", "before", "between", "after"), "passed")
+    assert outcomes == {**passed, "wrong": "failed", "segfault": "crashed", "hangs": "hung"}
+    assert "1 + 1" in tests["test_bad.py::test_wrong"]["traceback"]
+    assert tests["test_bad.py::test_segfault"]["traceback"].startswith(f"signal {signal.SIGSEGV}")
+    assert content(tmp_path)["not_run"] == [] and "crashed: test_bad.py::test_segfault" in printed
+    program = start(tmp_path, "test_good.py")
+    assert "2 tests, 2 of them there already" in program.communicate(timeout=100)[0]
+    assert program.returncode == 0 and len(content(tmp_path)["tests"]) == 8
+
+
+def test_what_is_killed_has_left_what_it_knew(tmp_path: Path) -> None:
+    """A whole file; and asked to end, it takes its processes along."""
+    (tmp_path / "test_good.py").write_text(GOOD)
+    (tmp_path / "test_slow.py").write_text(
+        "import os, time\ndef test_slow():\n    open('pid', 'w').write(str(os.getpid()))\n    time.sleep(600)\n"
+    )
+    program = start(tmp_path, "test_good.py", "test_slow.py")
+    stop_at = time.monotonic() + 90
+    while time.monotonic() < stop_at and not (
+        (tmp_path / "pid").exists() and (tmp_path / "parity.json").exists() and len(content(tmp_path)["tests"]) == 2
+    ):
+        time.sleep(0.2)
+    assert len(content(tmp_path)["tests"]) == 2
+    program.send_signal(signal.SIGTERM)
+    program.communicate(timeout=30)
+    assert program.returncode == 143
+    assert content(tmp_path)["not_run"] == ["test_slow.py::test_slow"]
+    pid = int((tmp_path / "pid").read_text())
+    assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]
+
+
+def test_half_a_line_is_not_read(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    said.write_text(
+        '{"test": "a"}\n{"test": "a", "outcome": "passed", "seconds": 1, "traceback": null}\n{"test": "b"}\n{"te'
+    )
+    assert read(said) == ({"a": {"outcome": "passed", "seconds": 1, "traceback": None}}, "b")
+
+
+def test_a_process_gets_tests_of_one_file(tmp_path: Path) -> None:
+    """And of those that compile most, one."""
+    tests = ["a.py::1", "a.py::2", "a.py::3", "b.py::1", "tests/gpu/c.py::1", "tests/gpu/c.py::2"]
+    assert parity.chunks(tests, 2) == [tests[:2], tests[2:3], tests[3:4], tests[4:5], tests[5:]]
+
+
+def test_the_core_is_there() -> None:
+    for path in (*parity.CORE, *parity.ALL):
+        file, _, name = path.partition("::")
+        assert (ROOT / file).exists()
+        assert f"def {name}(" in (ROOT / file).read_text() if name else True
