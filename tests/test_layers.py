@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "couplings": set(),
     "times": {"paths"},
     "samplers": {"paths", "times"},
-    "objectives": {"paths", "times", "samplers", "jvp"},
+    "objectives": {"paths", "times", "samplers", "jvp", "_compat"},
     "eval.exact": {"paths"},
     "train": {"api", "jvp", "nn", "models", "paths", "couplings", "times", "samplers", "objectives", "eval.exact"},
     "eval": {"api", "models", "paths", "times", "samplers", "objectives", "train", "eval.exact"},
