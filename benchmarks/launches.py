@@ -172,7 +172,7 @@ def speed(run: Callable[[], Tensors], least: int, clock: Clock) -> dict[str, flo
     """On a GPU: the median time, GB/s as if the floor's bytes had been moved, and the kernels that really ran."""
     timed = clock.warm_up(run)
     seconds = statistics.median(clock.sample(timed) for _ in range(20))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         run()
         torch.cuda.synchronize()
     ran = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]

@@ -18,7 +18,7 @@ def describe_environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__},  # with +cu130
         "cpu": {"cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
         "cuda": torch.version.cuda,
         "gpu": _gpu(),

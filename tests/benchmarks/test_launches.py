@@ -173,6 +173,6 @@ def test_a_time_becomes_gigabytes_per_second(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     events = [SimpleNamespace(device_type=kind) for kind in (DeviceType.CPU, DeviceType.CUDA, DeviceType.CUDA)]
     profiler = nullcontext(SimpleNamespace(events=lambda: events))
-    monkeypatch.setattr(torch.profiler, "profile", lambda activities: profiler)
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities, acc_events: profiler)
     found = launches.speed(lambda: (), 6_000_000, CpuClock(timer=lambda: next(ticks)))
     assert found == pytest.approx({"ms": 2.0, "gb_per_s": 3.0, "kernels_profiled": 2})
