@@ -37,7 +37,7 @@ def facm(
     flow-matching condition (t, t). With (F, DF) at (t, 0), one jvp along (w, 1, 0),
         g = [F - (w - t DF)],  target = [F] - (1 - (1 - t)^p) clamp(g, -1, 1),
         e = ||F - target||^2 (mean over elements),
-        L_FM(F, w) = ||F - w||^2 (mean over elements) + 1 - cos(F, w) (over a whole row).
+        L_FM(F, w) = ||F - w||^2 (mean over elements) + 1 - cos(F, w) (over a row; the authors' code: over channels).
     Here t = 0 is the data; the paper's time runs the other way. Every row has both terms.
 
     Args:
