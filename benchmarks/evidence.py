@@ -36,7 +36,7 @@ from fastdistill.eval.exact import Ring
 from fastdistill.eval.metrics import precision_recall, sliced_wasserstein, two_sample_accuracy
 from fastdistill.eval.ring import exact_flow
 from fastdistill.jvp import jvp
-from fastdistill.train import NonFiniteError, TrainConfig, load_run, train
+from fastdistill.train import NonFiniteError, TrainConfig, train
 from fastdistill.train.data import generator_at
 from fastdistill.train.files import write_text
 from fastdistill.train.methods import METHODS
@@ -307,7 +307,7 @@ def add_checks(result: dict[str, Any], runs: Mapping[str, Sequence[TrainConfig]]
         if not all("checks" in each for each in stored):
             continue
         for steps, quality in result["methods"][name].get("quality", {}).items():
-            quality |= compare._spread([each["checks"][steps] for each in stored])
+            quality |= compare.spread([each["checks"][steps] for each in stored])
 
 
 def add_references(references: dict[str, dict[str, float]], judge: DigitJudge) -> None:
@@ -385,8 +385,7 @@ def grids(names: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Tensor]
     found = {}
     for name in names:
         seeds = sorted(path.parents[1] for path in folder.glob(f"seed*/{name}/export/ema.safetensors"))
-        config = load_run(seeds[0])[1]
-        found[name] = compare.draw_grids(config.model_copy(update={"out": seeds[0]}))
+        found[name] = compare.draw_grids(seeds[0])
     return found
 
 

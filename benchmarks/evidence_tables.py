@@ -19,7 +19,7 @@ from fastdistill.eval import comparison
 
 Summary = Mapping[str, Any]
 EVIDENCE, ARTICLE = ROOT / "docs" / "evidence", ROOT / "docs" / "methods.md"
-STEPS = ("1", "2", "4", "8")
+STEPS = comparison.NUMBERS
 BLOCK = re.compile(r"(<!-- compare:begin ([\w ]+) -->\n)(.*?)(<!-- compare:end \2 -->)", re.DOTALL)
 FIGURE = re.compile(r"(<!-- figure:begin (\w+) -->\n)(.*?)(<!-- figure:end \2 -->)", re.DOTALL)
 FIGURES = {

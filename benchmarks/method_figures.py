@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import io
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from fastdistill import samplers
 from fastdistill.benchmarks import evidence_tables as tables
 from fastdistill.benchmarks import run_figures
 from fastdistill.benchmarks.environment import ROOT
-from fastdistill.benchmarks.run_figures import dots, modes_of, plane
+from fastdistill.benchmarks.run_figures import dots, follow, modes_of, plane
 from fastdistill.eval.exact import Ring
 from fastdistill.eval.figures import FAINT, INK
 from fastdistill.train.methods import METHODS
@@ -85,20 +84,10 @@ def noise(count: int, seed: int = 0) -> Tensor:
     return torch.randn(count, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def trajectories(velocity: Callable[[Tensor, Tensor], Tensor], x1: Tensor, steps: int = 200) -> Tensor:
-    """Points (steps + 1, N, 2) of the Heun solution from t = 1 to 0 at equal times."""
-    points, width = [x1], 1 / steps
-    for i in range(steps):
-        t, s = (torch.full((len(x1),), 1 - (i + k) * width, dtype=x1.dtype) for k in (0, 1))
-        v = velocity(points[-1], t)
-        points.append(points[-1] - width * 0.5 * (v + velocity(points[-1] - width * v, s)))
-    return torch.stack(points)
-
-
 def draw_paths(count: int = 1600) -> Figure:
     """From noise to data along the exact flow: five moments, each point coloured by the mode in which it ends."""
     ring, x1 = Ring(), noise(count)
-    path = trajectories(ring.velocity, x1)
+    path = follow(ring.velocity, x1, 200)
     colors = modes_of(path[-1])
     moments = (1.0, 0.75, 0.5, 0.25, 0.0)
     figure = Figure(figsize=(11, 2.45), dpi=120, facecolor="white")
@@ -122,7 +111,7 @@ def draw_jumps(steps: tuple[int, ...] = (1, 2, 4)) -> Figure:
     ring = Ring()
     angles = torch.arange(10, dtype=torch.float64) * (2 * torch.pi / 10) + 0.35
     x1 = 1.15 * torch.stack((angles.cos(), angles.sin()), 1)
-    path = trajectories(ring.velocity, x1)
+    path = follow(ring.velocity, x1, 200)
     data, _ = ring.sample(1500, torch.Generator().manual_seed(1))
     figure = Figure(figsize=(9.6, 3.45), dpi=160, facecolor="white")
     for place, number in enumerate(steps):

@@ -18,11 +18,10 @@ from fastdistill.eval.figures import FAINT, INK, tile
 from fastdistill.eval.ring import compare, exact_flow
 from fastdistill.train import load_run
 from fastdistill.train.data import Digits, generator_at
-from fastdistill.train.sampling import draw, generate
+from fastdistill.train.sampling import NUMBERS, OWN, draw, generate
 
 # One hue a mode, going around as the ring does; the first and the fifth are the student's and the teacher's.
 MODES = ("#2c6e8f", "#4f9a94", "#8aae6a", "#c9a94a", "#b07d4f", "#a9502f", "#8a5a83", "#5a6aa0")
-STEPS = (1, 2, 4, 8)
 LIMIT = 3.2
 
 
@@ -51,30 +50,33 @@ def draw_ring_methods(runs: Mapping[str, Path], count: int = 700) -> Figure:
     """Every method at each number of steps from the same noise, each point in the colour of where the exact flow ends.
 
     So a point of the wrong colour went to another mode, and a method that draws modes together shows it; a sampler that
-    renoises mixes colours on purpose. The number in a panel is SW2, the distance of the laws.
+    renoises mixes colours on purpose. The number in a panel is SW2, the distance of the laws. Blank: not learnt.
     """
     columns, size, label = 2, 0.92, 1.35
     lines = -(-len(runs) // columns)
-    width, height = columns * (label + size * len(STEPS)) + 0.1, size * lines + 0.3
+    width, height = columns * (label + size * len(NUMBERS)) + 0.1, size * lines + 0.3
     figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
     for place, (name, run) in enumerate(runs.items()):
         net, config = load_run(run, device="cpu")
         x1 = torch.randn(count, 2, generator=generator_at(0, "picture"))
         exact = exact_flow(x1, config.path.build())
         column, line = divmod(place, lines)
-        left, bottom = column * (label + size * len(STEPS)), height - 0.3 - size * (line + 1)
+        left, bottom = column * (label + size * len(NUMBERS)), height - 0.3 - size * (line + 1)
         middle = (bottom + size / 2) / height
         figure.text((left + label - 0.08) / width, middle, name, ha="right", va="center", fontsize=8, color=INK)
-        for index, number in enumerate(STEPS):
-            x = draw(net, config, x1, None, number)
+        learnt = OWN.resolve(config).measured_steps(config)
+        for index, number in enumerate(NUMBERS):
             corner = (left + label + size * index) / width
             axes = plane(figure, (corner, bottom / height, size / width, size / height), limit=3.0)
+            if line == 0:
+                axes.set_title(f"{number} step{'s' * (number > 1)}", fontsize=8, color=FAINT, pad=2)
+            if number not in learnt:
+                continue
+            x = draw(net, config, x1, None, number)
             dots(axes, x, s=1.6, c=modes_of(exact), linewidths=0, alpha=0.8)
             distance = f"{compare(x, exact, 0.0)['sliced_wasserstein']:.2f}"
             box = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.8}
             axes.text(0, 0, distance, ha="center", va="center", fontsize=6.5, color=INK, bbox=box)
-            if line == 0:
-                axes.set_title(f"{number} step{'s' * (number > 1)}", fontsize=8, color=FAINT, pad=2)
     return figure
 
 
@@ -118,19 +120,21 @@ def straightness(stops: Tensor) -> float:
 
 @torch.no_grad()
 def draw_digit_methods(runs: Mapping[str, Path]) -> Figure:
-    """Ten digits of every method at each number of steps, from the same noise, with real ones below."""
+    """Ten digits of every method at each number of steps, from the same noise, real ones below; blank: not learnt."""
     digits, label, size, gap = Digits(), 1.45, 2.1, 0.12
-    width, height = label + (size + gap) * len(STEPS), 0.235 * (len(runs) + 1) + 0.4
+    width, height = label + (size + gap) * len(NUMBERS), 0.235 * (len(runs) + 1) + 0.4
     figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
     real = torch.stack([digits.x[digits.y == k][0] for k in range(digits.num_classes)])
     for line, name in enumerate([*runs, "real digits"]):
         y = (height - 0.3 - 0.235 * (line + 1) - 0.06 * (line == len(runs))) / height
         figure.text((label - 0.08) / width, y + 0.1 / height, name, ha="right", va="center", fontsize=8, color=INK)
-        for column, number in enumerate(STEPS if name in runs else STEPS[:1]):
-            images = real
-            if name in runs:
-                net, config = load_run(runs[name], device="cpu")
-                images = generate(net, config, 80, steps=number).cpu()[: digits.num_classes]
+        panels = {1: real}
+        if name in runs:
+            net, config = load_run(runs[name], device="cpu")
+            learnt = OWN.resolve(config).measured_steps(config)
+            panels = {number: generate(net, config, 80, steps=number).cpu()[: digits.num_classes] for number in learnt}
+        for number, images in panels.items():
+            column = NUMBERS.index(number)
             place = ((label + (size + gap) * column) / width, y, size / width, 0.21 / height)
             axes = figure.add_axes(place)
             axes.imshow(tile(images, digits.num_classes, 3), cmap="gray", vmin=0, vmax=255)

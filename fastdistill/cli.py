@@ -324,7 +324,7 @@ def _plot_flow_map(run: Path) -> Path:
     x1 = torch.randn(2000, 2, generator=generator_at(0, "samples"))
     net, config = load_run(run)
     panels = {"exact flow map": exact_flow(x1, config.path.build())}
-    for steps in OWN.resolve(config).measured_steps(config, (1, 2, 4, 8)):
+    for steps in OWN.resolve(config).measured_steps(config):
         panels[f"{config.method.name}, {steps} step{'s' * (steps > 1)}"] = generate(
             net, config, 2000, steps=steps
         ).cpu()

@@ -34,7 +34,6 @@ from fastdistill.train.settings import nearest
 from fastdistill.train.state import new_state, pick_device
 
 STEPS = {"ring": 3000, "digits": 4000}
-NUMBERS = (1, 2, 4, 8)
 TEACHER = "flow_matching"  # a method of the comparison like any other, and whom the others follow
 GRID = {"ring": 2000, "digits": 80}
 COST_POINTS, COST_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0), 5  # shares of a run, and how many steps are timed at each
@@ -99,7 +98,7 @@ def compare(
     judge = DigitJudge(out) if data == "digits" else None
     summary = summarise(runs, failed, judge, samples)
     write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    grids = {name: draw_grids(configs[0]) for name, configs in runs.items() if name not in failed}
+    grids = {name: draw_grids(configs[0].out) for name, configs in runs.items() if name not in failed}
     curves = {name: read_metrics(configs[0].out) for name, configs in runs.items() if name not in failed}
     comparison.write_report(out / "report.html", summary, grids, curves)
     return summary
@@ -143,12 +142,12 @@ def summarise(
         references |= found[0]["references"]
         rows[name] |= {
             "sampler": found[0]["sampler"],
-            "quality": {str(number): _spread([each["steps"][str(number)] for each in found]) for number in steps},
-            "cost": _spread([measure_cost(config) for config in configs]),
+            "quality": {str(number): spread([each["steps"][str(number)] for each in found]) for number in steps},
+            "cost": spread([measure_cost(config) for config in configs]),
         }
         straightness = [{"straightness": each["straightness"]} for each in found if "straightness" in each]
         if straightness:
-            rows[name] |= _spread(straightness)
+            rows[name] |= spread(straightness)
     net, _ = load_run(first.out, device="cpu")
     return {
         "data": first.data.name,
@@ -213,16 +212,16 @@ def _time_steps(state: dict[str, Any], config: TrainConfig, dataset: Any, first:
     return statistics.median(seconds[1:])
 
 
-def draw_grids(config: TrainConfig) -> dict[str, torch.Tensor]:
+def draw_grids(run: Path) -> dict[str, torch.Tensor]:
     """Samples for the pictures, by number of steps, from the same noise for every method."""
-    net, config = load_run(config.out)
+    net, config = load_run(run)
     count = GRID[config.data.name]
     return {str(number): generate(net, config, count, steps=number).cpu() for number in numbers_of(config)}
 
 
 def numbers_of(config: TrainConfig) -> list[int]:
-    """The numbers of steps in which a run is measured: those of `NUMBERS` that it learnt."""
-    return OWN.resolve(config).measured_steps(config, NUMBERS)
+    """The numbers of steps in which a run is measured: those that it learnt."""
+    return OWN.resolve(config).measured_steps(config)
 
 
 def describe_method(config: TrainConfig) -> dict[str, Any]:
@@ -250,7 +249,7 @@ def _train(config: TrainConfig) -> str | None:
     return None
 
 
-def _spread(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+def spread(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Mean, standard deviation and values over the seeds, of each metric."""
     return {
         metric: {

@@ -265,20 +265,14 @@ def guided_map(net: Net, scale: float, null: int) -> Net:
     """
 
     def average(x: Tensor, t: Tensor, s: Tensor, y: Tensor) -> Tensor:
-        u_label, u_null = conditional_pair(net, x, t, y, null, s)
+        u_label, u_null = conditional_pair(net, x, t, s, y, null)
         return u_null + scale * (u_label - u_null)
 
     return average
 
 
-def conditional_pair(
-    net: Net, x: Tensor, t: Tensor, y: Tensor, null: int, s: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The velocities from t to s with labels y and with no label, each (B, ...), from one call on the doubled batch.
-
-    s = None asks for the instantaneous ones, s = t.
-    """
-    s = t if s is None else s
+def conditional_pair(net: Net, x: Tensor, t: Tensor, s: Tensor, y: Tensor, null: int) -> tuple[Tensor, Tensor]:
+    """The velocities from t to s with labels y and with no label, each (B, ...), from one call on the doubled batch."""
     x, t, s, y = torch.cat((x, x)), torch.cat((t, t)), torch.cat((s, s)), torch.cat((y, torch.full_like(y, null)))
     u_label, u_null = net(x, t=t, s=s, y=y).chunk(2)
     return u_label, u_null

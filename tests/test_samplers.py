@@ -305,7 +305,7 @@ def test_guidance_extrapolates_from_no_label_to_the_label() -> None:
     v = guided(net, y, scale=2.5, null=3)(x, t)
     v_label, v_null = net(x, t, t, y), net(x, t, t, None)
     torch.testing.assert_close(v, v_null + 2.5 * (v_label - v_null))
-    torch.testing.assert_close(conditional_pair(net, x, t, y, 3), (v_label, v_null))
+    torch.testing.assert_close(conditional_pair(net, x, t, t, y, 3), (v_label, v_null))
     assert net.rows[0] == 6
 
 

@@ -12,12 +12,13 @@ from torch import Tensor
 from fastdistill.eval import comparison_figures as figures
 from fastdistill.eval.evaluate import HEADINGS, format_value, row_name
 from fastdistill.eval.report import inline
+from fastdistill.train import sampling
 from fastdistill.train.config import flat
 from fastdistill.train.files import replacing, write_text
 from fastdistill.train.methods import METHODS
 
 MAIN = {"ring": ("sliced_wasserstein", "map_error"), "digits": ("frechet", "accuracy")}
-NUMBERS = ("1", "2", "4", "8")
+NUMBERS = tuple(map(str, sampling.NUMBERS))
 CONTROL = "flow_matching"
 
 

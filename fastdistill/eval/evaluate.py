@@ -16,7 +16,7 @@ from fastdistill.train import TrainConfig, load_run
 from fastdistill.train.config import couples
 from fastdistill.train.data import DATASETS, generator_at
 from fastdistill.train.files import write_text
-from fastdistill.train.sampling import Sampling
+from fastdistill.train.sampling import NUMBERS, Sampling
 
 HEADINGS = {
     "frechet": "Fréchet",
@@ -46,8 +46,8 @@ def evaluate(
     Args:
         run: a run folder.
         steps: of the sampler; None: those of 1, 2, 4, 8, and 32 for samplers of velocities, for which the run learnt
-            where to start (DMD: as many as it has times), and 1 alone for a sampler that adds noise to what was trained
-            with noise matched to data.
+            where to start (DMD: those that start at its times), and 1 alone for a sampler that adds noise to what was
+            trained with noise matched to data.
         n: how many samples; None: for digits as many as there are real ones, with their labels; for the ring 4096.
         sampler, guidance, gamma: see `fastdistill.train.sampling.Sampling`; None: the run's own.
         judge: for digits, to share one; None: its classifier is trained for, and kept in, this run folder.
@@ -69,7 +69,7 @@ def evaluate(
     run = Path(run)
     net, config = load_run(run, device=device)
     how = Sampling(sampler, guidance, gamma).resolve(config)
-    usual = (1, 2, 4, 8, 32) if how.sampler in ("euler", "heun") else (1, 2, 4, 8)
+    usual = (*NUMBERS, 32) if how.sampler in ("euler", "heun") else NUMBERS
     steps = steps or how.measured_steps(config, usual)
     result: dict[str, Any] = {"data": config.data.name, "method": config.method.name, "sampler": how.sampler}
     if "velocity" in config.method.learns:

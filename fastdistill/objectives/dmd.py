@@ -56,8 +56,8 @@ def dmd(
 
     Returns:
         The scalar loss, averaged over rows and elements, and detached scalars: `loss`, `raw_error` (mean square of
-        both data predictions' difference: 0 where the laws agree), `gan_loss` with `gan`. The value of the loss says
-        little: it has no minimum at a match of single samples.
+        both data predictions' difference: 0 where the laws agree), with `gan` also `gan_loss`, and "terms", the loss's
+        two parts with their graph. The value of the loss says little: it has no minimum at a match of single samples.
 
     Raises:
         ValueError: an argument whose shape doesn't fit, a network that is None, a path with coupled pairs, or t off the

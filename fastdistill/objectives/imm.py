@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.objectives.checks import check_batch
+from fastdistill.objectives.identities import flow_map
 from fastdistill.paths import LINEAR, Path, expand_time
 from fastdistill.samplers import Net
 
@@ -68,9 +69,9 @@ def imm(
     _check_groups(t, r, s, group)
     x_t = path.interpolate(x0, x1, t)
     x_r = _ddim(path, x_t, x0, t, r)
-    ends = _flow_map(net, x_t, t, s, y)
+    ends = flow_map(net, x_t, t, s, y)
     with torch.no_grad():
-        goals = _flow_map(net if target is None else target, x_r, r, s, y)
+        goals = flow_map(target or net, x_r, r, s, y)
     if sharpness is None:
         scale = 1 / (t - s).clamp_min(1e-6)
     else:
@@ -124,10 +125,6 @@ def imm_weight(path: Path, t: Tensor, a: float = 2.0, b: float = 4.0) -> Tensor:
     turn = alpha * path.d_beta(t) - path.d_alpha(t) * beta
     squares = alpha.square() + beta.square()
     return beta * turn * alpha ** (a - 1) / ((beta.square() + math.exp(-b) * alpha.square()) * squares)
-
-
-def _flow_map(net: Net, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None) -> Tensor:
-    return x - expand_time(t - s, x) * net(x, t=t, s=s, y=y)
 
 
 def _ddim(path: Path, x_t: Tensor, x0: Tensor, t: Tensor, r: Tensor) -> Tensor:

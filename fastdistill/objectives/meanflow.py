@@ -50,7 +50,8 @@ def meanflow(
 
     Returns:
         The scalar loss, and detached: `loss`, `raw_error` (mean square residual; at p = 1 the loss itself stays near 1
-        by design), `tangent_norm` (root mean square of du/dt on distinct rows), `distinct_share`, "rows".
+        by design), `tangent_norm` (root mean square of du/dt on distinct rows), `distinct_share`, "rows"; and
+            with their graph "terms", the parts of the loss.
 
     Raises:
         ValueError: an argument whose shape doesn't fit, guidance without labels, or, on the CPU, times out of order.

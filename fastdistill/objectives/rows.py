@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Metrics = dict[str, Any]  # detached scalars by name, and under "rows" a dict of detached (B,) tensors
+Metrics = dict[str, Any]  # detached scalars; "rows": detached (B,) tensors; "terms": the loss's parts, with graph
 Index = slice | Tensor
 
 

@@ -70,7 +70,7 @@ def _check_teachers(config: TrainConfig) -> None:
                 f"{role}: {method.name} learns without a {what}; remove it, {start}or choose a method.name that "
                 f"follows one: {', '.join(able)}"
             )
-        if not given and (role in objective.needs or (role == "teacher" and method.makes_pairs)):
+        if not given and (role in objective.needs or (role == "teacher" and method.needs_teacher())):
             raise ConfigError(f"{role}: {method.name} needs a {what}: {MAKE_A_TEACHER.format(data=config.data.name)}")
 
 
@@ -203,7 +203,7 @@ def _how_to_do_without(config: TrainConfig, role: str) -> str:
     run, method = getattr(config, role), config.method
     shipped = f"{config.data.name}-flow"
     advice = f" (fastdistill train {shipped})" if run == Path("runs") / shipped else ""
-    required = role in method.objective().needs or (role == "teacher" and (method.makes_pairs or method.has_critic))
+    required = role in method.objective().needs or (role == "teacher" and method.needs_teacher())
     if not required and not config.init_from_teacher:
         advice += f", or learn without one: --{role.replace('_', '-')} None"
     return advice

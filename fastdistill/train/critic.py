@@ -52,11 +52,11 @@ class Critic:
         self.weights = [weight for net in self._networks().values() for weight in net.parameters()]
         self.optimizer = torch.optim.AdamW(self.weights, lr=settings.lr, betas=betas, weight_decay=0.0, fused=True)
 
-    def warm_up(self, context: Context, method: ScoreMethod, precision: torch.autocast) -> Metrics:
+    def warm_up(self, context: Context, method: ScoreMethod, precision: torch.autocast) -> None:
         """The updates before the generator's first one: at that step, before its loss; none at any other."""
         first = self.settings.updates
         extra = self.settings.warmup_updates * (context.step == 0)
-        return self._train(context, method, precision, range(first, first + extra))
+        self._train(context, method, precision, range(first, first + extra))
 
     def update(self, context: Context, method: ScoreMethod, precision: torch.autocast) -> Metrics:
         """Train on fresh samples of the generator; the metrics of the last update.

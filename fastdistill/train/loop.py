@@ -107,7 +107,7 @@ def run_steps(state: dict[str, Any], config: TrainConfig, run: Path) -> None:
 
 
 def train_step(state: dict[str, Any], config: TrainConfig, dataset: Dataset | Pairs, run: Path) -> dict[str, Tensor]:
-    """One update. Raises NonFiniteError before the weights are touched."""
+    """One update. Raises NonFiniteError before any of it is saved; of the loss, before the weights are touched."""
     net, optimizer, step = state["net"], state["optimizer"], state["step"]
     context = make_context(state, config, make_batch(dataset, config, step, state["device"]))
     critic = state["critic"]
@@ -206,7 +206,7 @@ def stop_non_finite(step: int, name: str, value: Tensor, where: str, run: Path) 
     """Raise the NonFiniteError of a step whose metric `name` isn't finite."""
     good = list_checkpoints(run)
     raise NonFiniteError(
-        f"step {step}: {name} is {value.item()} ({where}). The run stopped before that update, and nothing of it was "
+        f"step {step}: {name} is {value.item()} ({where}). The run stopped there, and nothing of that step was "
         f"saved; the last good checkpoint is {good[0] if good else 'none yet'}. The same settings would stop at the "
         f"same step: try a smaller --optim.lr or a longer --optim.warmup-steps, with another --out"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import operator
 from collections.abc import Callable
@@ -24,6 +25,7 @@ def perceptual_of(config: TrainConfig, device: torch.device) -> Distance | None:
     return None if name is None else load_distance(name, DATASETS[config.data.name].shape, device)
 
 
+@functools.lru_cache(maxsize=2)  # each check of a configuration asks, and a pretrained network is slow to make
 def load_distance(name: str, shape: tuple[int, ...], device: torch.device) -> Distance:
     """Import a distance and call it once on two random rows.
 

@@ -14,6 +14,7 @@ from fastdistill.train.config import TrainConfig, couples
 from fastdistill.train.data import DATASETS, generator_at
 from fastdistill.train.settings import ConfigError
 
+NUMBERS = (1, 2, 4, 8)  # of steps, in which runs are measured and shown
 GRID_ROWS, GRID_POINTS = 8, 2000
 # What a network must have learnt for each sampler; see `MethodSettings.learns`.
 NEEDS = {
@@ -80,10 +81,10 @@ class Sampling:
         coupled = couples(config) or config.path.build().coupling != "independent"
         return 1 if renoises and coupled else math.inf
 
-    def measured_steps(self, config: TrainConfig, numbers: Iterable[int]) -> list[int]:
-        """Those of the numbers in which this sampler, resolved, says something of the method: 1 and those learnt."""
-        most = min(self.most_steps(config), config.method.learnt_steps)
-        return [number for number in numbers if number <= most]
+    def measured_steps(self, config: TrainConfig, numbers: Iterable[int] = NUMBERS) -> list[int]:
+        """Those of the numbers that this sampler, resolved, can make and whose starts the method learnt."""
+        most, method = self.most_steps(config), config.method
+        return [number for number in numbers if number <= most and method.has_learnt(number)]
 
 
 OWN = Sampling()  # the method's own way throughout
@@ -102,9 +103,9 @@ def draw(
 ) -> Tensor:
     """Take unit noise x1 (B, ...) to data (B, ...) in `steps` steps; y (B,) labels or None, all on one device.
 
-    The steps are equal ones, except for a generator that was trained at so many times: then they start at those, while
-    another number of equal steps starts where it never learnt to jump. Noise that a sampler adds on the way is drawn on
-    the CPU from the seed.
+    The times are the method's `sample_times`: equal steps from 1, for IMM from its `high`; a generator that was trained
+    at so many times starts at those, while in another number of steps it may start where it never learnt to jump. Noise
+    that a sampler adds on the way is drawn on the CPU from the seed.
     """
     how = how.resolve(config, steps)
     assert how.sampler is not None and how.guidance is not None

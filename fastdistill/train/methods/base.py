@@ -6,7 +6,6 @@ can pass them on: what is left to write are the times. See `fastdistill.objectiv
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -146,6 +145,11 @@ class MethodSettings(Settings):
     """The objective's name, where it isn't the method's own."""
 
     @classmethod
+    def needs_teacher(cls) -> bool:
+        """Whether it can't do without one."""
+        return cls.makes_pairs or cls.has_critic or "teacher" in cls.objective().needs
+
+    @classmethod
     def objective(cls) -> Objective:
         """Its row of the registry."""
         return objectives.get(cls.learned_from or cls.model_fields["name"].default)
@@ -178,10 +182,9 @@ class MethodSettings(Settings):
         """What the sampler walks in so many steps: equal ones, or the times themselves, falling to 0."""
         return steps
 
-    @property
-    def learnt_steps(self) -> float:
-        """The most steps for which it learnt where to start; more are possible, and no measure of the method."""
-        return math.inf
+    def has_learnt(self, steps: int) -> bool:
+        """Whether it learnt all times at which so many steps start; others are possible, and no measure of it."""
+        return True
 
     def check(self, config: TrainConfig) -> None:
         """Raise a ConfigError for what the fields don't allow together, or with the rest of the configuration."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -14,7 +13,7 @@ from torch import Tensor
 from fastdistill.objectives.dmd import dmd_gradient, simulate
 from fastdistill.objectives.velocity import Guidance
 from fastdistill.paths import expand_time
-from fastdistill.samplers import Steps
+from fastdistill.samplers import Steps, intervals
 from fastdistill.times import Uniform, imm_times
 from fastdistill.train.methods.base import Context, GuidanceSettings, Learnt, MethodSettings
 from fastdistill.train.methods.consistency import ContinuousConsistency
@@ -121,9 +120,8 @@ class ScoreMethod(MethodSettings):
     def sample_times(self, steps: int) -> Steps:
         return (*self.generator_times, 0.0) if steps == len(self.generator_times) else steps
 
-    @property
-    def learnt_steps(self) -> float:
-        return len(self.generator_times)
+    def has_learnt(self, steps: int) -> bool:
+        return {t for t, _ in intervals(self.sample_times(steps))} <= set(self.generator_times)
 
     @property
     def simulated_times(self) -> tuple[float, ...] | None:
@@ -175,14 +173,11 @@ class RCM(ContinuousConsistency, ScoreMethod):
 
     learns: ClassVar[tuple[Learnt, ...]] = ("end",)
 
-    @property
-    def learnt_steps(self) -> float:
-        return math.inf  # its continuous consistency knows all times
+    def has_learnt(self, steps: int) -> bool:
+        return True  # its continuous consistency knows all times
 
     def check(self, config: TrainConfig) -> None:
         super().check(config)
-        if config.teacher is None:
-            raise ConfigError("teacher: rcm needs a teacher, whose score its samples are compared with")
         if self.generator_times != (1.0,):
             raise ConfigError("method.generator_times: rcm makes its samples in one step, so expected [1]")
         if self.critic.gan:

@@ -147,9 +147,8 @@ class ReFlow(Instantaneous):
     makes_pairs: ClassVar[bool] = True
     learned_from: ClassVar[str | None] = "flow_matching"
 
-    @property
-    def learnt_steps(self) -> float:
-        return 1 if self.distil else math.inf
+    def has_learnt(self, steps: int) -> bool:
+        return steps == 1 or not self.distil
 
     def check(self, config: TrainConfig) -> None:
         if self.distil and self.sample_steps != 1:
