@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,19 +10,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastdistill as fd
-from fastdistill.benchmarks import packages, plain
+from fastdistill.benchmarks import plain
 from fastdistill.benchmarks.attention import COMPILED_TOKENS, matrices_too_large
 from fastdistill.benchmarks.common import (
     DIFFERENCES,
-    IMPLEMENTATIONS,
     JVP,
     WRITTEN_OUT,
     compiled,
     dual_provider,
+    ours,
     plain_floor,
 )
 from fastdistill.benchmarks.registry import (
-    OURS,
     PEER,
     Case,
     Dual,
@@ -107,17 +105,8 @@ def _common(op: DualOp, device: torch.device) -> list[Provider]:
     def refuses_compiled(case: Case) -> str | None:
         return too_large(case) if case.size("n") <= COMPILED_TOKENS else f"compiled up to {COMPILED_TOKENS} tokens only"
 
-    ours = [
-        dual_provider(
-            f"fastdistill {impl}",
-            OURS,
-            partial(_pair, impl=impl),
-            absent=packages.impl_problem(impl, device),
-        )
-        for impl in IMPLEMENTATIONS
-    ]
     return [
-        *ours,
+        *ours(op, device),
         dual_provider(f"{JVP}, math", PEER, lambda case: by_jvp(OWN(case)), refuses=too_large, context=_math),
         dual_provider(
             WRITTEN_OUT, PEER, lambda case: by_jvp(NORMS_WRITTEN_OUT(case)), refuses=too_large, context=_math

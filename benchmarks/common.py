@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -108,13 +108,8 @@ def compiled(formula: Callable[[Case], Callable[..., Any]], refuses: Refusal = l
 
     def fresh(case: Case) -> Dual:
         torch.compiler.reset()  # each case is another shape of the same code, and dynamo gives up after a few
-        plain = by_jvp(formula(case))
-
-        def run(primals: Tensors, tangents: Sequence[Any], mixed: bool) -> tuple[Tensors, Tensors]:
-            return plain(primals, tangents, mixed)
-
-        run_compiled: Dual = torch.compile(run, dynamic=False)
-        return run_compiled
+        compiled_dual: Dual = torch.compile(by_jvp(formula(case)), dynamic=False)
+        return compiled_dual
 
     return dual_provider(COMPILED, PEER, dual, refuses=refused)
 

@@ -230,13 +230,13 @@ def block_rows(sizes: Sizes, device: str) -> list[dict[str, Any]]:
     return rows
 
 
-def tables(rows: Sequence[dict[str, Any]], blocks: Sequence[dict[str, Any]], copy: float | None) -> str:
+def tables(rows: Sequence[dict[str, Any]], blocks: Sequence[dict[str, Any]], copy: float | None, sizes: Sizes) -> str:
     """Both tables, and what the numbers mean."""
-    sizes = Sizes()
     bandwidth = "GB/s: not yet measured." if copy is None else f"GB/s: of a copy, {copy:.0f}."
+    size = f"{sizes.tokens} tokens of width {sizes.width}"
     legend = (
-        f"Counted by `python -m fastdistill.benchmarks.launches` at the sizes of DiT-XL/2 ({sizes.batch} x {TOKENS} "
-        f"tokens, width {WIDTH}, {HEADS} heads). A cell is kernels · bytes an element. PyTorch's kernels are those "
+        f"Counted by `python -m fastdistill.benchmarks.launches` on {sizes.batch} x {size}, {sizes.heads} heads "
+        f"(DiT-XL/2: {TOKENS} of {WIDTH}, {HEADS}). A cell is kernels · bytes an element. PyTorch's kernels are those "
         f"that its dispatcher runs; Triton's are launches, with PyTorch's kernels beside them. {bandwidth}"
     )
     text = [legend, ""]
@@ -244,7 +244,7 @@ def tables(rows: Sequence[dict[str, Any]], blocks: Sequence[dict[str, Any]], cop
         for dtype in DTYPES:
             text += [f"{title}, {dtype}:", "", *_op_table(rows, direction, dtype), ""]
     text += [
-        f"A DiT block with its tangent, bfloat16 autocast, float32 parameters, 1 x {TOKENS} tokens of width {WIDTH}:",
+        f"A DiT block with its tangent, bfloat16 autocast, float32 parameters, 1 x {size}:",
         "",
         "| block | | kernels | matmuls | Triton | casts | others | MiB moved |",
         "|---|---|---|---|---|---|---|---|",
@@ -289,8 +289,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     lines = json.dumps(results | {"ops": rows, "blocks": blocks}).replace('{"op"', '\n{"op"')
     args.out.with_suffix(".json").write_text(lines.replace('{"block"', '\n{"block"') + "\n", encoding="utf-8")
-    args.out.with_suffix(".md").write_text(tables(rows, blocks, copy), encoding="utf-8")
-    print(tables(rows, blocks, copy))
+    text = tables(rows, blocks, copy, sizes)
+    args.out.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

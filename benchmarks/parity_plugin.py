@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from fastdistill.benchmarks.clock import still_works
+
 LOST = 70  # the status of a process whose GPU does nothing any more
 LONGEST = 12000  # characters of a traceback
 
@@ -25,18 +27,8 @@ def pytest_runtest_logreport(report: Any) -> None:
     outcome = "failed" if report.failed else "skipped" if report.skipped else "passed"
     said = {"test": report.nodeid, "outcome": outcome, "seconds": round(report.duration, 3)}
     _say({**said, "traceback": None if report.passed else report.longreprtext[-LONGEST:]})
-    if report.failed and not _gpu_works():
+    if report.failed and not still_works(torch.device("cuda" if torch.cuda.is_initialized() else "cpu")):
         os._exit(LOST)
-
-
-def _gpu_works() -> bool:
-    if not torch.cuda.is_initialized():
-        return True
-    try:
-        torch.cuda.synchronize()
-        return float(torch.ones(1, device="cuda").sum()) == 1
-    except RuntimeError:
-        return False
 
 
 def _say(line: dict[str, Any]) -> None:

@@ -52,10 +52,6 @@ def _gated_residual_ada_norm(
     return r.to(x.dtype), (y if shift is None else y + shift).to(h.dtype)
 
 
-def _reference_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return reference.attention(q, k, v)
-
-
 OWN: dict[str, Callable[..., Any]] = {
     "ada_layer_norm": _ada_layer_norm,
     "ada_rms_norm": _ada_rms_norm,
@@ -70,7 +66,7 @@ OWN: dict[str, Callable[..., Any]] = {
 # The same, decomposed: any order of derivatives, in any dtype, and what Inductor is given.
 DECOMPOSED: dict[str, Callable[..., Any]] = {
     name: getattr(reference, name) for name in OWN if name != "scaled_dot_product_attention"
-} | {"scaled_dot_product_attention": _reference_attention}
+} | {"scaled_dot_product_attention": reference.attention}
 # PyTorch's own but for the norms, whose forward mode has a wrong reverse mode in torch 2.13.
 WRITTEN_OUT = {**OWN, **{name: op for name, op in DECOMPOSED.items() if name.endswith("norm")}}
 # What has no derivative of its own to lose, and stays ours.

@@ -115,8 +115,6 @@ class Results:
         found = self.machine.get("ceilings")
         found = found if isinstance(found, Mapping) else {}
         tflops, gbs = found.get("matmul_tflops"), found.get("copy_gbs")
-        if gbs is None and found.get("copy_tb_per_s") is not None:
-            gbs = 1000 * found["copy_tb_per_s"]
         return {name: float(x) for name, x in (("tflops", tflops), ("gbs", gbs)) if isinstance(x, int | float)}
 
 

@@ -2,7 +2,7 @@
 # What only a GPU can show, in pieces of under ten minutes each, on a machine that may be offline:
 #
 #   benchmarks/run_gpu.sh first      for a GPU lent for a quarter of an hour: nine minutes (BUDGET=540) of what matters
-#                                    most: the core of parity, configs of the headline shapes, `dit` of XL, launches
+#                                    most: the core of parity, configs of the headline shapes, `dit` of XL, B, launches
 #   benchmarks/run_gpu.sh second     four minutes (BUDGET=230) of the rest: all of parity, then norms
 #   benchmarks/run_gpu.sh parity     every test of the kernels, on CUDA, in a process for a few each: $OUT/parity.json
 #   benchmarks/run_gpu.sh tune       configs for this GPU: $OUT/tuned.json, a table like kernels/configs.json
@@ -106,7 +106,7 @@ bench_once() {
 }
 
 # Everybody but what takes half a minute to compile: that is a piece of its own.
-suite() { bench "$1" --providers '^(?!.*compiled)'; }
+suite() { bench "$@" --providers '^(?!.*compiled)'; }
 
 compiled() {
     local failed=0
@@ -144,6 +144,7 @@ tune_headline() {
             --lengths 4096 --tangents qkv --kernels "$kernels" 2>&1 | tee -a "$LOG" || true
     done
     kill $keeper
+    rm -f "$OUT/.tuned"
     cp "$table" "$OUT/tuned.json"
 }
 
@@ -175,8 +176,8 @@ first() {
     share 60 "tuning"
     tune_headline || true
     share 92 "dit, XL/2; then B/2, whose heads of 64 more of the others can do"
-    bench dit --providers '^(?!.*compiled)' --cases 'XL/2-(256|1024)px|quick' || true
-    bench dit --providers '^(?!.*compiled)' --cases 'B/2-(256|1024)px|quick' || true
+    suite dit --cases 'XL/2-(256|1024)px|quick' || true
+    suite dit --cases 'B/2-(256|1024)px|quick' || true
     share 100 "launches"
     launches || true
 }

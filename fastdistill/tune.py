@@ -30,6 +30,7 @@ from torch import Tensor
 
 from fastdistill.eager import attention as eager
 from fastdistill.kernels import attention, configs
+from fastdistill.kernels.arguments import use_descriptors
 from fastdistill.kernels.configs import Config, Entry
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -56,7 +57,9 @@ class Case(NamedTuple):
         return f"{self.kernel} {dtype} D={self.d} tangents {tangents} mask {self.mask} N={self.length}"
 
     def entry(self, arch: int, config: Config, measured: str | None = None) -> Entry:
-        """The line of the table."""
+        """The line of the table, where a launch reads it: among those of sm_80 if it goes by pointers."""
+        if not use_descriptors(arch, torch.empty(1, 1, 16, self.d, dtype=self.dtype)):
+            arch = min(arch, 80)
         bits = self.dtype.itemsize * 8
         log2_length = configs.bucket(self.length)
         return Entry(self.kernel, arch, bits, self.d, self.tangents, self.mask, log2_length, config, measured)
@@ -155,11 +158,11 @@ def tune(
     report: Callable[[str], None] = print,
 ) -> list[Entry]:  # fmt: skip
     """Add the fastest config of each case to the file, one by one; cases that it has are left out unless `again`."""
-    known = {_key(entry): entry for entry in (configs.read(path) if path.exists() else ())}
+    known = {entry[:7]: entry for entry in (configs.read(path) if path.exists() else ())}
     started = time.monotonic()
     for number, case in enumerate(cases, start=1):
         head = f"[{number}/{len(cases)}] {case}:"
-        key = _key(case.entry(runner.arch, configs.INTERPRETED))
+        key = case.entry(runner.arch, configs.INTERPRETED)[:7]
         if key in known and not again:
             report(f"{head} known, {words(known[key].config)}")
             continue
@@ -178,8 +181,10 @@ def tune(
 def _fastest(case: Case, runner: Runner) -> tuple[Entry | None, str]:
     """The entry of the fastest config whose results are right, and what there is to say of it."""
     started = time.monotonic()
-    shipped = configs.nearest(case.entry(runner.arch, configs.INTERPRETED), configs.shipped())
-    tried = list(dict.fromkeys([*([shipped.config] if shipped else []), *candidates(case)]))
+    place = case.entry(runner.arch, configs.INTERPRETED)
+    shipped = configs.nearest(place, configs.shipped())
+    shared_kib = 99 if place.arch == 80 else 227  # what all GPUs have that read those rows
+    tried = list(dict.fromkeys([*([shipped.config] if shipped else []), *candidates(case, shared_kib)]))
     fitting = runner.fitting(case, tried)
     times = {config: runner.milliseconds(case, config) for config in fitting}
     faults = []
@@ -193,10 +198,6 @@ def _fastest(case: Case, runner: Runner) -> tuple[Entry | None, str]:
         line = "; ".join([f"{line}, {time.monotonic() - started:.0f} s", *faults])
         return case.entry(runner.arch, config, measured), line
     return None, "; ".join([f"none of {len(tried)} configs can be used", *faults])
-
-
-def _key(entry: Entry) -> tuple[Any, ...]:
-    return entry[:7]
 
 
 def words(config: Config) -> str:
@@ -383,7 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if path is None:
         parser.error("there is no CUDA device here: nothing can be measured, and the shipped configs are in use")
     if args.export:
-        table = {_key(entry): entry for file in (args.export, path) if file.exists() for entry in configs.read(file)}
+        table = {entry[:7]: entry for file in (args.export, path) if file.exists() for entry in configs.read(file)}
         configs.write(args.export, list(table.values()))
         print(f"{args.export}: {len(table)} entries")
         return

@@ -68,6 +68,18 @@ def test_the_fastest_config_is_kept_and_used(path: Path) -> None:
     assert look_up(1024) == look_up(99) == FASTEST
 
 
+def test_what_is_found_stands_where_a_launch_looks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU with descriptors, too, a launch by pointers reads the rows of sm_80: exact float32, or by wish."""
+    exact = CASE._replace(dtype=torch.float32)
+    (entry,) = tune.tune([exact], MadeUpGPU(), path, report=lambda line: None)
+    assert entry.arch == 80
+    monkeypatch.setenv("FASTDISTILL_DESCRIPTORS", "0")
+    assert {entry.arch for entry in tune.tune([CASE], MadeUpGPU(), path, report=lambda line: None)} == {80}
+    monkeypatch.delenv("FASTDISTILL_DESCRIPTORS")
+    entries = tune.tune([CASE], MadeUpGPU(), path, report=lambda line: None)
+    assert sorted(entry.arch for entry in entries) == [80, 80, 90]
+
+
 def test_a_wrong_result_is_never_kept(path: Path) -> None:
     """However fast: the next fastest wins, and the report says what was left out."""
     report: list[str] = []

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.eager._rows import Gradients, Rows, accumulator_dtype, memory, part, row_blocks
-from fastdistill.eager.norm import _sum, backward_block, forward_block, plan
+from fastdistill.eager.norm import _multiply_add, _sum, backward_block, forward_block, plan
 
 
 def gated_norm_forward(
@@ -158,17 +158,10 @@ def _residual(
     x, h = x.to(dtype), h.to(dtype)
     t_x, t_h, gate, t_gate = (None if a is None else a.to(dtype) for a in (t_x, t_h, gate, t_gate))
     r = x + h if gate is None else torch.addcmul(x, gate, h)
-    t_r = _sum_of_product(t_x, t_gate, h)
+    t_r = t_x if t_gate is None else _multiply_add(t_x, t_gate, h)
     if gate is None or t_h is None:
         return r, _sum(t_r, t_h)
-    return r, _sum_of_product(t_r, gate, t_h)
-
-
-def _sum_of_product(x: Tensor | None, factor: Tensor | None, y: Tensor) -> Tensor | None:
-    """x + factor * y, where None is zero."""
-    if factor is None:
-        return x
-    return factor * y if x is None else torch.addcmul(x, factor, y)
+    return r, _multiply_add(t_r, gate, t_h)
 
 
 def _product(x: Tensor | None, y: Tensor | None) -> Tensor | None:

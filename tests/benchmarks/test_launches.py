@@ -150,7 +150,10 @@ def test_the_recorded_tables_are_complete_and_those_of_the_counts() -> None:
     path = RESULTS / "launches"
     table = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     copy = table["copy_gb_per_s"]
-    assert launches.tables(table["ops"], table["blocks"], copy) == path.with_suffix(".md").read_text(encoding="utf-8")
+    sizes = launches.Sizes(**table["sizes"])
+    assert launches.tables(table["ops"], table["blocks"], copy, sizes) == path.with_suffix(".md").read_text(
+        encoding="utf-8"
+    )
     ours = [row for row in table["ops"] if (row["way"], row["direction"]) == (WAYS[2], "forward")]
     assert len(ours) == 12 * len(DTYPES) and all(row["kernels"] == 1 for row in ours)
 
@@ -163,7 +166,8 @@ def test_the_program_writes_both_files_and_speeds_where_there_are_any(
     assert "GB/s: not yet measured" in out.with_suffix(".md").read_text() == capsys.readouterr().out[:-1]
     table = json.loads(out.with_suffix(".json").read_text())
     timed = [row | {"gb_per_s": 1234.5} for row in table["ops"]]
-    text = launches.tables(timed, table["blocks"], 3000.0)
+    text = launches.tables(timed, table["blocks"], 3000.0, launches.Sizes(**table["sizes"]))
+    assert "on 1 x 4 tokens of width 64" in text
     assert "| GB/s | of torch.func.jvp |" in text and "| 1234 | 1234 |" in text and "of a copy, 3000" in text
 
 

@@ -24,6 +24,7 @@ def test_second():
 """
 BAD = """
 import os, signal, time
+import pytest
 
 def test_before():
     assert True
@@ -41,6 +42,15 @@ def test_hangs():
     time.sleep(600)
 
 def test_after():
+    assert True
+
+@pytest.fixture
+def breaks_late():
+    yield
+    time.sleep(1.5)
+    raise RuntimeError("torn")
+
+def test_teardown(breaks_late):
     assert True
 """
 
@@ -68,13 +78,22 @@ def test_each_death_costs_one_test(tmp_path: Path) -> None:
     tests = content(tmp_path)["tests"]
     outcomes = {test.partition("::test_")[2]: result["outcome"] for test, result in tests.items()}
     passed = dict.fromkeys(("first", "second", "before", "between", "after"), "passed")
-    assert outcomes == {**passed, "wrong": "failed", "segfault": "crashed", "hangs": "hung"}
+    assert outcomes == {**passed, "wrong": "failed", "segfault": "crashed", "hangs": "hung", "teardown": "failed"}
     assert "1 + 1" in tests["test_bad.py::test_wrong"]["traceback"]
     assert tests["test_bad.py::test_segfault"]["traceback"].startswith(f"signal {signal.SIGSEGV}")
     assert content(tmp_path)["not_run"] == [] and "crashed: test_bad.py::test_segfault" in printed
     program = start(tmp_path, "test_good.py")
     assert "2 tests, 2 of them there already" in program.communicate(timeout=100)[0]
-    assert program.returncode == 0 and len(content(tmp_path)["tests"]) == 8
+    assert program.returncode == 0 and len(content(tmp_path)["tests"]) == 9
+
+
+def test_a_file_that_cannot_be_imported_is_an_error(tmp_path: Path) -> None:
+    """And no green run of the others."""
+    (tmp_path / "test_good.py").write_text(GOOD)
+    (tmp_path / "test_broken.py").write_text("import nothere\n\ndef test_it():\n    assert True\n")
+    program = start(tmp_path, "test_good.py", "test_broken.py")
+    errors = program.communicate(timeout=100)[1]
+    assert program.returncode == 1 and "can't collect" in errors and "nothere" in errors
 
 
 def test_what_is_killed_has_left_what_it_knew(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_a_suite_and_the_merged_file(tmp_path: Path) -> None:
     assert {x["extra_info"]["suite"] for x in content["benchmarks"]} == {"block"}
 
 
-def test_the_pieces_for_a_short_lease(tmp_path: Path) -> None:
+def test_the_pieces_for_a_quarter_of_an_hour(tmp_path: Path) -> None:
     """Each of their steps leaves its file, at most eight together, and the second goes on where the first ended."""
     variables = {"OUT": str(tmp_path / "out"), "COMMIT": "0123456789ab", "JOBS": "1"}
     done = run("first", **variables)
@@ -54,9 +54,8 @@ def test_the_pieces_for_a_short_lease(tmp_path: Path) -> None:
     second = run("second", **variables)
     assert second.returncode == 0, second.stdout + second.stderr
     assert f"{len(parity['tests'])} of them there already" in second.stdout
-    names = {path.name for path in (tmp_path / "out").iterdir()} | {"tuned.json"}
     expected = {"first.log", "second.log", "parity.json", "dit.json", "norms.json", "launches.json", "launches.md"}
-    assert names == expected | {"tuned.json"} and len(names) <= 8
+    assert {path.name for path in (tmp_path / "out").iterdir()} == expected  # and tuned.json, on a GPU: eight
 
 
 def test_it_says_what_it_does() -> None:

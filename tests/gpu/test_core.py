@@ -9,7 +9,7 @@ import torch
 
 import fastdistill as fd
 from fastdistill import reference
-from fastdistill.testing import assert_accurate, relative_error
+from fastdistill.testing import assert_accurate
 from tests.kernels.attention_cases import CAUSAL, check, inputs, normal, packed_inputs
 from tests.kernels.backward_cases import check_backward, cotangents_of
 
@@ -63,7 +63,7 @@ def test_the_norms_of_a_dit_with_all_gradients(width: int) -> None:
     def both(fn: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         leaves = [x.detach().clone().requires_grad_() for x in tensors]
         out, t_out = torch.func.jvp(fn, tuple(leaves[:3]), tuple(leaves[3:]))
-        loss = (out.float().sin() * t_out.float()).sum() if out.dtype != torch.float64 else (out.sin() * t_out).sum()
+        loss = (out.double().sin() * t_out.double()).sum()
         return (out.detach(), t_out.detach(), *torch.autograd.grad(loss, leaves))
 
     point = [normal(2, 300, width).bfloat16(), 0.3 * normal(2, 1, width), 0.3 * normal(2, 1, width)]
@@ -71,6 +71,5 @@ def test_the_norms_of_a_dit_with_all_gradients(width: int) -> None:
     found = both(fd.ada_layer_norm, *point)
     truths = both(reference.ada_layer_norm, *(x.double() for x in point))
     baselines = both(reference.ada_layer_norm, *point)
-    assert_accurate(found[0], truths[0], baselines[0], name="y")
-    assert_accurate(found[1], truths[1], baselines[1], name="t_y")
-    assert max(relative_error(x, truth) for x, truth in zip(found[2:], truths[2:])) < 2e-2
+    for i, (x, truth, baseline) in enumerate(zip(found, truths, baselines)):
+        assert_accurate(x, truth, baseline, name=f"result {i}")
