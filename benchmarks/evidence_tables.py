@@ -102,6 +102,9 @@ def measured_line(name: str, data: str, result: Mapping[str, Any]) -> str:
     values = " / ".join(cell(result["methods"][name], steps, metric, digits) for steps in STEPS)
     said = comparison.verdicts(result)[name]
     found = [f"{title}: {', '.join(said[key])}." for title, key in (("For", "pros"), ("Against", "cons")) if said[key]]
+    row = result["methods"][name]
+    if row["settings"]["identity"] == "fm" and "straightness" in row:  # of the flow that it samples by
+        found.insert(0, f"Straightness, averaged over elements: {row['straightness']['mean']:.4f}.")
     return " ".join([f"`{name}`, {data}: {words} {values} at {' / '.join(STEPS)} steps.", *found])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
 from typing import Any
 
 from fastdistill.objectives import Objective
@@ -51,10 +50,11 @@ def explain(name: str | None = None) -> str:
         **({"weight": weights()} if "weight" in method.model_fields else {}),
         "sampler": f"{objective.sampler}; its network serves {', '.join(serves(method))}",
         "defaults": ", ".join(f"{key}={value}" for key, value in defaults(method).items()),
-        "sources": sources(objective.sources),
+        "recipe": f"on the ring: {ring_method(name)}",
+        "sources": "; ".join((*method.own_sources, *objective.sources)),
         "code": f"{objective.function.__module__}.{objective.function.__name__}",
         "try": f"fastdistill train ring --method.name {name}"
-        + " --teacher runs/ring-flow" * (follows(method, objective) or "teacher" in ring_recipe(name)),
+        + " --teacher runs/ring-flow" * (method.needs_teacher() or "teacher" in ring_recipe(name)),
     }
     head = f"{name}: {summary_of(method)}"
     return "\n".join([*textwrap.wrap(head, WIDTH), "", *(_entry(key, str(value)) for key, value in lines.items())])
@@ -65,7 +65,7 @@ def table() -> str:
     rows = [["method", "identity", "times", "needs", "sampler", "networks serve"]]
     for name, method in METHODS.items():
         objective = method.objective()
-        needed = [need for need in ("teacher", "second network", "pairs") if need in _short_needs(method, objective)]
+        needed = [need for need in ("teacher", "second network", "pairs") if need in _short_needs(method)]
         rows.append(
             [name, objective.identity, ", ".join(objective.times), ", ".join(needed) or "-", objective.sampler,
              ", ".join(method.learns)]
@@ -82,7 +82,7 @@ def needs(method: type[MethodSettings], objective: Objective) -> str:
         found.append(NEEDED["teacher"])
     if method.makes_pairs:
         found.append(f"{NEEDED['teacher']}, whose flow makes the pairs")
-    if "teacher" in objective.takes and not follows(method, objective):
+    if "teacher" in objective.takes and not method.needs_teacher():
         found.append("nothing; with --teacher RUN it follows the teacher's velocity instead of the data's")
     return "; ".join(found) or "nothing"
 
@@ -113,14 +113,16 @@ def paths(objective: Objective) -> str:
     return ", ".join(sorted(objective.paths)) + anywhere
 
 
-def follows(method: type[MethodSettings], objective: Objective) -> bool:
-    """Whether it can't do without a teacher."""
-    return method.makes_pairs or method.has_critic or "teacher" in objective.needs
-
-
 def ring_recipe(name: str) -> dict[str, Any]:
     """What the shipped ring changes for this method; where it names a teacher, training there needs one."""
     return read_yaml(SHIPPED / "ring.yaml")["methods"].get(name) or {}
+
+
+def ring_method(name: str) -> str:
+    """The settings of the method in that recipe, which take the place of its defaults."""
+    shipped = read_yaml(SHIPPED / "ring.yaml")["method"]
+    changed = flat(shipped if shipped["name"] == name else ring_recipe(name).get("method", {}))
+    return ", ".join(f"{key}={value}" for key, value in changed.items() if key != "name") or "the defaults"
 
 
 def serves(method: type[MethodSettings]) -> list[str]:
@@ -140,13 +142,8 @@ def summary_of(method: type[MethodSettings]) -> str:
     return (method.__doc__ or "").strip().splitlines()[0].partition(": ")[2]
 
 
-def sources(given: str | Sequence[str]) -> str:
-    """Sources in one line."""
-    return given if isinstance(given, str) else "; ".join(given)
-
-
-def _short_needs(method: type[MethodSettings], objective: Objective) -> set[str]:
-    found = {"teacher"} if follows(method, objective) else set()
+def _short_needs(method: type[MethodSettings]) -> set[str]:
+    found = {"teacher"} if method.needs_teacher() else set()
     return found | ({"second network"} if method.has_critic else set()) | ({"pairs"} if method.makes_pairs else set())
 
 

@@ -88,16 +88,19 @@ def draw_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], columns: in
     """Raw error and tangent norm of each method against its steps, a panel each: what the loss often can't tell."""
     lines = -(-len(curves) // columns)
     figure = Figure(figsize=(2.3 * columns, 1.75 * lines), dpi=130, layout="constrained", facecolor="white")
+    shown = {"raw_error": COLORS["1"], "tangent_norm": COLORS["8"]}
     for place, (method, points) in enumerate(curves.items(), start=1):
         axes = figure.add_subplot(lines, columns, place, yscale="log")
         tidy(axes, "", "")
         axes.set_title(method, fontsize=8.5, color=INK, loc="left")
-        for metric, color in (("raw_error", COLORS["1"]), ("tangent_norm", COLORS["8"])):
+        for metric, color in shown.items():
             seen = [point for point in points if point.get(metric, 0) > 0]
             if seen:
-                axes.plot([p["step"] for p in seen], [p[metric] for p in seen], color=color, linewidth=1, label=metric)
+                axes.plot([p["step"] for p in seen], [p[metric] for p in seen], color=color, linewidth=1)
         _plain_numbers(axes.yaxis)
         axes.tick_params(labelsize=6)
+    for metric, color in shown.items():  # whether or not the first method has both
+        figure.axes[0].plot([], [], color=color, linewidth=1, label=metric)
     figure.axes[0].legend(frameon=False, fontsize=6, labelcolor=INK)
     return png_of_figure(figure)
 

@@ -141,6 +141,8 @@ class MethodSettings(Settings):
     """Whether its data are noise and where a teacher's flow takes it, rather than data and fresh noise."""
     guides_maps: ClassVar[bool] = False
     """Whether its source guides samples of its map by labels, u_null + scale (u_y - u_null), rather than its target."""
+    own_sources: ClassVar[tuple[str, ...]] = ()
+    """Papers beside those of its objective."""
     learned_from: ClassVar[str | None] = None
     """The objective's name, where it isn't the method's own."""
 

@@ -145,6 +145,9 @@ class ReFlow(Instantaneous):
     """Train at t = 1 alone: the last round, whose network makes one step and no more. Needs sample_steps 1."""
 
     makes_pairs: ClassVar[bool] = True
+    own_sources: ClassVar[tuple[str, ...]] = (
+        "Liu et al. 2023 (rectified flow), arXiv:2209.03003, algorithm 1 (pairs: fastdistill.objectives.coupled_pairs)",
+    )
     learned_from: ClassVar[str | None] = "flow_matching"
 
     def has_learnt(self, steps: int) -> bool:
