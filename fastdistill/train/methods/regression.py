@@ -146,7 +146,7 @@ class ReFlow(Instantaneous):
 
     makes_pairs: ClassVar[bool] = True
     own_sources: ClassVar[tuple[str, ...]] = (
-        "Liu et al. 2023 (rectified flow), arXiv:2209.03003, algorithm 1 (pairs: fastdistill.objectives.coupled_pairs)",
+        "Liu et al. 2023 (rectified flow), arXiv:2209.03003, algorithm 1; pairs by objectives.reflow.coupled_pairs",
     )
     learned_from: ClassVar[str | None] = "flow_matching"
 
