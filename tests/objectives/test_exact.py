@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -138,13 +139,17 @@ def whitened(path: Path) -> tuple[Gaussian, Tensor, Tensor]:
 # Guidance is inside the one velocity
 
 
+UNGUIDED = {"guidance": None, "weak_teacher": None}
 GUIDED = [name for name in TAUGHT if name != "consistency"]  # whose solver is as exact as its order
 
 
-def guided_gate(name: str, kind: str, by_row: bool, plain_tangent: bool = False) -> tuple[float, float]:
+def guided_gate(
+    name: str, kind: str, by_row: bool, plain_tangent: bool = False, gap: float = 0.0
+) -> tuple[float, float]:
     """Residual and gradient at the exact guided solution, guided by labels or by a weak teacher.
 
-    With `plain_tangent`, the planted error: the tangent runs along the teacher's unguided velocity.
+    With `plain_tangent`, the planted error: the tangent runs along the teacher's unguided velocity. `gap` is t - r of
+    discrete consistency.
     """
     path, objective, times = Cosine(), objectives.get(name), draw_times()
     student = GuidedGaussians([0.3, 1.5, 4.0, 0.8], 2.0, path=path)
@@ -172,6 +177,8 @@ def guided_gate(name: str, kind: str, by_row: bool, plain_tangent: bool = False)
         assert (g is not None) == by_row, "the scale reaches the network where it differs by row, and only there"
         return student(x, t, s, y, g) + theta * x.sin()
 
+    if gap:
+        times["r"] = times["t"] - gap
     inputs = [times[key] for key in objective.times]
     loss, metrics = objective.function(net, x0, x1, *inputs, **options)
     gradient = torch.autograd.grad(loss, theta)[0].abs().item()
@@ -183,6 +190,24 @@ def guided_gate(name: str, kind: str, by_row: bool, plain_tangent: bool = False)
 @pytest.mark.parametrize("name", GUIDED)
 def test_guided_solution_is_exact(name: str, kind: str, by_row: bool) -> None:
     assert max(guided_gate(name, kind, by_row)) < EXACT
+
+
+@pytest.mark.parametrize("by_row", [False, True], ids=["one-scale", "scale-by-row"])
+@pytest.mark.parametrize("kind", ["labels", "weak"])
+def test_guided_consistency_distillation_is_as_exact_as_its_solver(
+    kind: str, by_row: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heun's order along the guided flow; planted: a step along the plain one, whose error no nearer neighbour mends."""
+
+    def residual(gap: float) -> float:
+        torch.manual_seed(0)
+        return guided_gate("consistency", kind, by_row, gap=gap)[0]
+
+    assert 3.6 < residual(0.02) / residual(0.01) < 4.4
+    module = importlib.import_module("fastdistill.objectives.consistency")  # the package's name is the function
+    right = module.target_velocity
+    monkeypatch.setattr(module, "target_velocity", lambda *args, **given: right(*args, **given | UNGUIDED))
+    assert residual(0.01) > 0.05
 
 
 @pytest.mark.parametrize("name", [name for name in GUIDED if objectives.get(name).identity == "eulerian"])
