@@ -197,7 +197,7 @@ def test_guided_solution_is_exact(name: str, kind: str, by_row: bool) -> None:
 def test_guided_consistency_distillation_is_as_exact_as_its_solver(
     kind: str, by_row: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Heun's order along the guided flow; planted: a step along the plain one, whose error no nearer neighbour mends."""
+    """Heun's order along the guided flow; planted: a step along the plain one, which no small gap mends."""
 
     def residual(gap: float) -> float:
         torch.manual_seed(0)
