@@ -22,6 +22,7 @@ __all__ = [
     "functorch_level",
     "has_tangent",
     "is_batched",
+    "is_legacy_batched",
     "make_dual",
     "redispatching",
     "unpack_dual",
@@ -51,6 +52,14 @@ def is_batched(x: torch.Tensor) -> bool:
             return True
         x = functorch.get_unwrapped(x)
     return False
+
+
+def is_legacy_batched(x: torch.Tensor) -> bool:
+    """Whether `x` belongs to the older vmap behind `torch.autograd.functional` and `is_grads_batched`.
+
+    It knows no batching rule for `alias`, which `make_dual` takes of its primal.
+    """
+    return bool(torch._C._functorch.is_legacy_batchedtensor(x))
 
 
 def functorch_active() -> bool:

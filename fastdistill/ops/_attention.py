@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdistill import _compat
 from fastdistill.ops import _choice, _dense
 from fastdistill.ops._dual import DualOp, Spec, Tensors
 
@@ -58,7 +59,7 @@ def _call(primals: Any, tangents: Tensors, attrs: Sequence[Any]) -> _Call:
     if len(rest) == 1:
         (mask,), cu_seqlens = rest, None
     else:
-        mask, cu_seqlens = None, (*rest, *attrs[:2])
+        mask, cu_seqlens = None, (*(cu.to(torch.int32) for cu in rest), *attrs[:2])
     left, right, lower_right, scale, with_lse, impl = attrs[-6:]
     four = [*tangents[:3], tangents[3] if mask is not None else None]
     return _Call(q, k, v, mask, four, cu_seqlens, (left, right), lower_right, scale, with_lse, impl)
@@ -100,8 +101,7 @@ def _forward(
     primals: Tensors, tangents: Tensors, attrs: Sequence[Any], tangent_grad: bool
 ) -> tuple[Tensors, Tensors, Tensors]:
     call = _call(primals, tangents, attrs)
-    if call.cu_seqlens is not None:
-        _check_sequences(*call.cu_seqlens, call.q.shape[2], call.k.shape[2])
+    _check_sequences(primals, attrs)
     mask, t_mask = call.masks
     differentiated = tangent_grad and any(t is not None for t in tangents)
     module = _choice.implementation("attention", choose(call.q, call.v, call.impl))
@@ -111,9 +111,16 @@ def _forward(
     return (o, lse), (t_o, mu), residuals
 
 
-def _check_sequences(cu_n: Tensor, cu_m: Tensor, max_n: int, max_m: int, total_n: int, total_m: int) -> None:
-    """Refuse bounds that would have a kernel read or leave out the wrong rows; on a GPU without waiting for it."""
-    for name, cu, longest, total in (("q", cu_n, max_n, total_n), ("k", cu_m, max_m, total_m)):
+def _check_sequences(primals: Any, attrs: Sequence[Any]) -> None:
+    """Refuse bounds that would have a kernel read or leave out the wrong rows; on a GPU without waiting for it.
+
+    They are read as int64, as they may have come: narrower, bounds and differences could wrap to what fits.
+    """
+    if len(primals) != len(PACKED):
+        return
+    q, k, _, cu_n, cu_m = primals
+    for name, cu, longest, total in (("q", cu_n, attrs[0], q.shape[2]), ("k", cu_m, attrs[1], k.shape[2])):
+        cu = cu.long()
         lengths = cu.diff()
         holds = (cu[0] >= 0) & (cu[-1] <= total) & ((lengths >= 0) & (lengths <= longest)).all()
         message = (
@@ -169,6 +176,8 @@ def _math(primals: Any, tangents: Any, attrs: Sequence[Any]) -> tuple[Tensors, T
             "attention: expected one level of forward AD, got a tangent of a tangent, which has no fused form. "
             "impl='torch' computes it exactly, with memory that grows with N M."
         )
+    if not torch.compiler.is_compiling() and not any(map(_compat.is_batched, primals[3:] if call.cu_seqlens else ())):
+        _check_sequences(primals, attrs)
     return _dense.attention_dual(
         (call.q, call.k, call.v, call.mask),
         tuple(call.tangents),

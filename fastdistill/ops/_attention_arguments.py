@@ -11,6 +11,7 @@ from torch import Tensor
 from fastdistill.ops import _choice
 
 ALIGNMENTS = ("upper_left", "lower_right")
+LARGEST = 2**31 - 1  # of a position, which kernels count in 32 bits
 
 
 def checked(
@@ -33,7 +34,7 @@ def checked(
 def checked_packed(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, longest: tuple[int, int], enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Packed sequences, (tokens, H, dim), as a batch of one, and their bounds as int32."""
+    """Packed sequences, (tokens, H, dim), as a batch of one, and their bounds, which the op narrows once it checked."""
     for name, x in (("query", q), ("key", k), ("value", v)):
         _choice.check_tensor(name, x)
         if x.dim() != 3:
@@ -42,10 +43,10 @@ def checked_packed(
     _check_dims(q, k, v, -2, -3, enable_gqa)
     cu_q, cu_k = checked_bounds(cu_q, cu_k, q)
     for name, length in zip(("max_q", "max_k"), longest, strict=True):
-        if not isinstance(length, int | torch.SymInt) or length < 0:
-            raise ValueError(f"{name}: expected the length of the longest sequence, got {length}")
+        if not isinstance(length, int | torch.SymInt) or not 0 <= length <= LARGEST:
+            raise ValueError(f"{name}: expected the length of the longest sequence, at most {LARGEST}, got {length}")
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    return q, k, v, cu_q.to(torch.int32), cu_k.to(torch.int32)
+    return q, k, v, cu_q, cu_k
 
 
 def checked_bounds(cu_q: Tensor, cu_k: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,7 +55,7 @@ def checked_bounds(cu_q: Tensor, cu_k: Tensor | None, q: Tensor) -> tuple[Tensor
     for name, cu in (("cu_seq_q", cu_q), ("cu_seq_k", cu_k)):
         if not isinstance(cu, Tensor) or cu.dtype not in (torch.int32, torch.int64) or cu.dim() != 1:
             got = f"{cu.dtype} of {tuple(cu.shape)}" if isinstance(cu, Tensor) else type(cu).__name__
-            raise ValueError(f"{name}: expected a one-dimensional int32 tensor, got {got}")
+            raise ValueError(f"{name}: expected a one-dimensional tensor of int32 or int64, got {got}")
         _choice.check_like(name, cu, "query", q, dtype=False)
         if cu.shape[0] < 1 or cu.shape != cu_q.shape:
             raise ValueError(f"{name}: expected one bound more than sequences, as cu_seq_q, got {cu.shape[0]}")
@@ -105,7 +106,7 @@ def band(window_size: Any, is_causal: bool, align: str, square: bool) -> tuple[i
         raise ValueError(
             f"window_size: expected (left, right), each at least 0, or -1 for no limit; got {window_size!r}"
         )
-    left, right = sides
+    left, right = (side if side < LARGEST else -1 for side in sides)  # beyond the last position of any sequence
     if is_causal:
         right = 0
     return left, right, align == "lower_right" and (left, right) != (-1, -1) and not square

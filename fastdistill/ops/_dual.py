@@ -178,10 +178,7 @@ class DualOp:
         primals, tangents, attrs, tangent_grad = self._split_dual(args)
         duals = _unpack((*primals, *tangents))
         if all(t is None for _, t in duals):
-            if _needs_grad((*primals, *tangents)):
-                return _compat.apply_function(self._function, *args)  # type: ignore[attr-defined]
-            with _compat.below_autograd():
-                return self._op("_dual")(*args)
+            return self._recorded(*args)
         absent = [primals[0].new_empty(0) for _ in (*self.outputs, *self.residuals)]  # type: ignore[union-attr]
         if any(t is not None for t in tangents):  # a tangent of a tangent
             if attrs[-1] == "triton":
@@ -193,8 +190,23 @@ class DualOp:
             return (*outs, *(packed(t, args[0]) for t in t_outs), *absent[len(self.outputs) :])
         given = [None if t is None or p is None else t.to(p.dtype) for p, t in duals[: len(primals)]]
         bare = [None if x is None else p for x, (p, _) in zip(primals, duals)]
-        outs, t_outs, _ = self._split_results(self._op("_dual")(*bare, *given, *attrs, tangent_grad))
-        return (*(_compat.make_dual(x, t) for x, t in zip(outs, t_outs)), *absent)
+        kept = primals if tangent_grad else None
+        outs, t_outs, residuals = self._split_results(self._recorded(*bare, *given, *attrs, tangent_grad, duals=kept))
+        if any(map(_compat.is_legacy_batched, outs)):  # no dual has a batched primal there: the primals' own are not
+            none = [None] * len(primals)
+            outs, *_ = self._split_results(self._recorded(*bare, *none, *attrs, tangent_grad, duals=kept))
+        return (*(_compat.make_dual(x, t) for x, t in zip(outs, t_outs)), *absent[: len(outs)], *residuals)
+
+    def _recorded(self, *args: Any, duals: Tensors | None = None) -> Any:
+        """`name_dual` of tensors without tangents of their own, with its reverse mode where somebody needs it.
+
+        `duals` are the primals with the tangents that the caller took off: the reverse mode keeps them, so that the
+        gradient taken from it moves as its arguments do.
+        """
+        if _needs_grad(args[: 2 * len(self.primals)]):
+            return _compat.apply_function(self._function, *args, duals)  # type: ignore[attr-defined]
+        with _compat.below_autograd():
+            return self._op("_dual")(*args)
 
     def _dual(self, *args: Any) -> tuple[Tensor, ...]:
         primals, tangents, attrs, tangent_grad = self._split_dual(args)
@@ -228,12 +240,37 @@ class DualOp:
         d_outs, dt_outs, primals, tangents, *_, (*attrs, needs) = self._split_backward(args)
         tensors = (*d_outs, *dt_outs, *primals, *tangents)
         if any(t is not None for _, t in _unpack(tensors)):
-            grads = self.math_backward(d_outs, dt_outs, primals, tangents, attrs, needs)
+            grads = self._moving_gradients(*args)
+            if grads is None:
+                grads = self.math_backward(d_outs, dt_outs, primals, tangents, attrs, needs)
             return tuple(primals[0].new_empty(0) if g is None else g for g in grads)
         if _needs_grad(tensors):  # somebody may differentiate again, as torch.func.grad always might
             return _compat.apply_function(self._again, *args)  # type: ignore[attr-defined]
         with _compat.below_autograd():
             return self._op("_backward")(*args)
+
+    def _moving_gradients(self, *args: Any) -> Tensors | None:
+        """The gradients of dual tensors with their tangents, by two fused calls; None where that takes `math_backward`.
+
+        The gradient Jᵀd has the tangent Jᵀt_d + (D Jᵀ)[t_x] d. Second derivatives are symmetric, so that this is the
+        gradient of <t_d, y> + <d, t_y> with respect to the primals: the reverse mode of `name_dual` once more.
+        """
+        d_outs, dt_outs, primals, tangents, outs, t_outs, residuals, (*attrs, needs) = self._split_backward(args)
+        tensors, k, n = (*d_outs, *primals), len(d_outs), len(primals)
+        if _needs_grad(tensors) or any(x is not None for x in (*dt_outs, *tangents)):
+            return None
+        (d, t_d), (x, t_x), (o, t_o) = (zip(*map(_aligned, part)) for part in (d_outs, primals, outs))
+        t_o = tuple(saved if t is None else t for saved, t in zip(t_outs, t_o))
+        moves = any(t is not None for t in t_x)
+        if moves and self.saves_outputs and any(map(is_absent, t_o)):
+            return None
+        if any(map(_compat.is_legacy_batched, (z for z in (*d, *t_d, *x, *t_x) if z is not None))):
+            return None
+        none, rest = (None,) * n, (*o, *t_o, *residuals, *attrs, [*needs[:n], *[False] * n])
+        grads = self._op("_backward")(*d, *none[:1] * k, *x, *none, *rest)
+        t_grads = self._op("_backward")(*t_d, *(d if moves else none[:1] * k), *x, *(t_x if moves else none), *rest)
+        moving = [_compat.make_dual(g, t) if need else None for g, t, need in zip(grads, t_grads, needs[:n])]
+        return [*moving, *none]
 
     def _backward(self, *args: Any) -> tuple[Tensor, ...]:
         d_outs, dt_outs, primals, tangents, *saved, (*attrs, needs) = self._split_backward(args)
@@ -252,18 +289,20 @@ class DualOp:
     # vmap folds the new dimension into the batch; where it can't, it loops.
 
     def _vmap(self, info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
-        return self._batched(self._op(), info, in_dims, args, len(self.primals))
+        return self._batched(self._op(), self._fake, info, in_dims, args, len(self.primals))
 
     def _vmap_dual(self, info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
-        return self._batched(self._op("_dual"), info, in_dims, args, 2 * len(self.primals))
+        return self._batched(self._op("_dual"), self._fake_dual, info, in_dims, args, 2 * len(self.primals))
 
     def _vmap_backward(self, info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
-        return _looped(self._op("_backward"), info, in_dims, args)
+        return _looped(self._op("_backward"), self._fake_backward, info, in_dims, args)
 
-    def _batched(self, op: Any, info: Any, in_dims: Sequence[Any], args: Sequence[Any], tensors: int) -> Any:
+    def _batched(
+        self, op: Any, fake: Any, info: Any, in_dims: Sequence[Any], args: Sequence[Any], tensors: int
+    ) -> Any:
         names = [name.rstrip("?") for name in self.primals] * 2
         if any(dim is not None and names[i] in self.unfoldable for i, dim in enumerate(in_dims[:tensors])):
-            return _looped(op, info, in_dims, args)
+            return _looped(op, fake, info, in_dims, args)
         first, dim = args[0], in_dims[0]
         batch = first.shape[0] if dim is None else first.movedim(dim, 0).shape[1]
         folded = [
@@ -300,6 +339,12 @@ def _unpack(tensors: Tensors) -> list[tuple[Tensor | None, Tensor | None]]:
     return [(None, None) if x is None else _compat.unpack_dual(x) for x in tensors]
 
 
+def _aligned(x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Primal and tangent in the primal's dtype."""
+    primal, tangent = (None, None) if x is None else _compat.unpack_dual(x)
+    return primal, tangent if tangent is None or primal is None else tangent.to(primal.dtype)
+
+
 def _needs_grad(tensors: Tensors) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
@@ -310,13 +355,21 @@ def _fold(x: Tensor, dim: int | None, size: int, batch: int) -> Tensor:
     return x.expand(size, batch, *x.shape[2:]).reshape(size * batch, *x.shape[2:])
 
 
-def _looped(op: Any, info: Any, in_dims: Sequence[Any], args: Sequence[Any]) -> Any:
-    """One call an example: for what can't be folded, such as per-example gradients of a shared weight."""
+def _looped(op: Any, fake: Any, info: Any, in_dims: Sequence[Any], args: Sequence[Any]) -> Any:
+    """One call an example: for what can't be folded, such as per-example gradients of a shared weight.
+
+    Without examples the op's `fake` tells the shapes.
+    """
+    if info.batch_size == 0:
+        one = [
+            x.new_empty(x.movedim(d, 0).shape[1:]) if isinstance(x, Tensor) and d is not None else x
+            for x, d in zip(args, in_dims)
+        ]
+        outs = [x.new_empty((0, *x.shape)) for x in _tuple(fake(*one))]
+        return _single(outs), _single([0] * len(outs))
     rows = [
         op(*(x if d is None or not isinstance(x, Tensor) else x.select(d, i) for x, d in zip(args, in_dims)))
         for i in range(info.batch_size)
     ]
-    if isinstance(rows[0], Tensor):
-        return torch.stack(rows), 0
-    outs = [torch.stack(column) for column in zip(*rows)]
-    return tuple(outs), tuple(0 for _ in outs)
+    outs = [torch.stack(column) for column in zip(*map(_tuple, rows))]
+    return _single(outs), _single([0] * len(outs))

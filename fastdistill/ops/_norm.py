@@ -165,13 +165,21 @@ def _native(primals: Tensors, attrs: Sequence[Any]) -> Tensors | None:
     assert x is not None
     if impl != "auto" or any(p is not None and p.dtype != x.dtype for p in primals):
         return None
-    if (scale is not None or shift is not None) and x.dtype in (torch.bfloat16, torch.float16):
+    composed = scale is not None or shift is not None or (rms and bias is not None)
+    if composed and x.dtype in (torch.bfloat16, torch.float16):
         return None
-    width = x.shape[-1:]
     with _choice.without_autocast(x.device):
-        y = F.rms_norm(x, width, weight, eps) if rms else F.layer_norm(x, width, weight, bias, eps)
+        y = native_norm(x, weight, bias, eps, rms)
         y = y if scale is None else y * (1 + scale)
         return (y if shift is None else y + shift,)
+
+
+def native_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
+    """PyTorch's own norm over the last dimension; its RMSNorm takes no bias, which is added here."""
+    if not rms:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    y = F.rms_norm(x, x.shape[-1:], weight, eps)
+    return y if bias is None else y + bias
 
 
 def _specs(

@@ -23,18 +23,18 @@ def reverse_mode(op: Any) -> type[_compat.SingleLevelFunction]:
         @staticmethod
         def forward(*args: Any) -> Any:
             with _compat.redispatching():
-                return op._op("_dual")(*args)
+                return op._op("_dual")(*args[:-1])
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            primals, tangents, attrs, tangent_grad = op._split_dual(inputs)
+            primals, tangents, attrs, tangent_grad = op._split_dual(inputs[:-1])
             outs, t_outs, residuals = op._split_results(output)
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*residuals, *(() if tangent_grad else t_outs))
             kept = tangents if tangent_grad else [None] * n
             absent = [x.new_empty(0) for x in outs]
             saved = [*outs, *(t_outs if tangent_grad else absent)] if op.saves_outputs else absent * 2
-            ctx.save_for_backward(*primals, *kept, *saved, *residuals)
+            ctx.save_for_backward(*(inputs[-1] or primals), *kept, *saved, *residuals)
             ctx.attrs = attrs
 
         @staticmethod
@@ -45,10 +45,24 @@ def reverse_mode(op: Any) -> type[_compat.SingleLevelFunction]:
             mixed = any(d is not None for d in dt_outs)
             needs = [ctx.needs_input_grad[i] and (i < n or mixed) for i in range(2 * n)]
             saved = list(ctx.saved_tensors)
+            primals, tangents, saved = saved[:n], saved[n : 2 * n], saved[2 * n :]
+
+            def gradients(d: Any, dt: Any, x: Any, t: Any, needs: list[bool]) -> list[Tensor | None]:
+                grads = op._op("_backward")(*d, *dt, *x, *t, *saved, *ctx.attrs, needs)
+                return [g if need else None for g, need in zip(grads, needs)]
+
+            none = (None,) * n
             if not mixed:
-                saved[n : 2 * n] = [None] * n
-            grads = op._op("_backward")(*d_outs, *dt_outs, *saved, *ctx.attrs, needs)
-            return (*(g if need else None for g, need in zip(grads, needs)), *[None] * (len(ctx.attrs) + 1))
+                grads = gradients(d_outs, dt_outs, primals, none, needs)
+            elif not any(map(_moves, (*primals, *d_outs))):
+                grads = gradients(d_outs, dt_outs, primals, tangents, needs)
+            else:  # the tangents' own gradient doesn't move with the primals: there is one level of tangents
+                bare = [x if x is None else _compat.unpack_dual(x)[0] for x in primals]
+                grads = gradients(none[:1] * k, dt_outs, bare, tangents, needs)
+                if any(d is not None for d in d_outs):
+                    more = gradients(d_outs, none[:1] * k, primals, none, [*needs[:n], *[False] * n])
+                    grads = [a if b is None else b if a is None else a + b for a, b in zip(grads, more)]
+            return (*grads, *[None] * (len(ctx.needs_input_grad) - 2 * n))
 
     Dual.__name__ = Dual.__qualname__ = f"{op.name.title().replace('_', '')}Dual"
     return Dual
@@ -74,9 +88,11 @@ def reverse_mode_of_backward(op: Any) -> type[_compat.SingleLevelFunction]:
 
         @staticmethod
         def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-            tensors: list[Any] = list(ctx.saved_tensors)
+            tensors: list[Any] = list(map(_alive, ctx.saved_tensors))
             moving = [i for i in range(len(tensors)) if ctx.needs_input_grad[i]]
             used = [i for i, d in enumerate(cotangents) if d is not None]
+            if not used or all(x is None for x in tensors[: 2 * k]):
+                return (None,) * ctx.count
 
             def gradients(*leaves: Tensor) -> tuple[Tensor, ...]:
                 filled = list(tensors)
@@ -86,9 +102,23 @@ def reverse_mode_of_backward(op: Any) -> type[_compat.SingleLevelFunction]:
                 grads = op.math_backward(*parts, ctx.attrs, ctx.needs)
                 return tuple(grads[i] for i in used)
 
-            _, pull, *_ = torch.func.vjp(gradients, *(tensors[i] for i in moving))
-            results = dict(zip(moving, pull(tuple(cotangents[i] for i in used)))) if used else {}
+            grads, pull, *_ = torch.func.vjp(gradients, *(tensors[i] for i in moving))
+            results = dict(zip(moving, pull(tuple(_like(cotangents[i], g) for i, g in zip(used, grads)))))
             return tuple(results.get(i) for i in range(ctx.count))
 
     Again.__name__ = Again.__qualname__ = f"{op.name.title().replace('_', '')}Backward"
     return Again
+
+
+def _moves(x: Tensor | None) -> bool:
+    return x is not None and _compat.unpack_dual(x)[1] is not None
+
+
+def _alive(x: Tensor | None) -> Tensor | None:
+    """A saved tensor without the wrapper of a functorch level that has ended, in which `torch.func.vjp` fails."""
+    return x.view_as(x) if x is not None and _compat.functorch_active() else x
+
+
+def _like(cotangent: Any, of: Tensor) -> Tensor:
+    """A cotangent that is mapped wherever its tensor is: `torch.func.vjp` fails on one that vmap doesn't see."""
+    return cotangent + torch.zeros_like(of) if _compat.is_batched(of) else cotangent

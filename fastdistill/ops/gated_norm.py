@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastdistill.ops import _choice, _dense
 from fastdistill.ops._dual import DualOp, Spec, Tensors
-from fastdistill.ops._norm import Call, check_modulation, choose
+from fastdistill.ops._norm import Call, check_modulation, choose, native_norm
 
 
 def gated_residual_ada_norm(
@@ -185,7 +184,7 @@ def _native(primals: Tensors, attrs: Sequence[Any]) -> Tensors | None:
         return None
     with _choice.without_autocast(x.device):
         r = x + (h if gate is None else gate * h)
-        y = F.rms_norm(r, r.shape[-1:], weight, eps) if rms else F.layer_norm(r, r.shape[-1:], weight, bias, eps)
+        y = native_norm(r, weight, bias, eps, rms)
         y = y if scale is None else y * (1 + scale)
         return r, y if shift is None else y + shift
 
