@@ -11,8 +11,9 @@ An op has one or more outputs, each with a tangent. A missing tangent is `None`,
 doesn't produce (no tangent, an output or a residual that nobody asked for) is an empty tensor inside the dispatcher,
 whose schemas are fixed, and `None` everywhere else.
 
-Higher derivatives (a tangent of a tangent, the gradient of a gradient) take `math` and `math_backward`: the same
-formulas in plain, endlessly differentiable PyTorch.
+The tangent of a gradient is fused, too: the backward once more, with its cotangents exchanged. Other higher derivatives
+(a tangent of a tangent, the gradient of a gradient) take `math` and `math_backward`: the same formulas in plain,
+endlessly differentiable PyTorch.
 """
 
 from __future__ import annotations
@@ -297,9 +298,7 @@ class DualOp:
     def _vmap_backward(self, info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
         return _looped(self._op("_backward"), self._fake_backward, info, in_dims, args)
 
-    def _batched(
-        self, op: Any, fake: Any, info: Any, in_dims: Sequence[Any], args: Sequence[Any], tensors: int
-    ) -> Any:
+    def _batched(self, op: Any, fake: Any, info: Any, in_dims: Sequence[Any], args: Sequence[Any], tensors: int) -> Any:
         names = [name.rstrip("?") for name in self.primals] * 2
         if any(dim is not None and names[i] in self.unfoldable for i, dim in enumerate(in_dims[:tensors])):
             return _looped(op, fake, info, in_dims, args)

@@ -102,8 +102,8 @@ def reverse_mode_of_backward(op: Any) -> type[_compat.SingleLevelFunction]:
                 grads = op.math_backward(*parts, ctx.attrs, ctx.needs)
                 return tuple(grads[i] for i in used)
 
-            grads, pull, *_ = torch.func.vjp(gradients, *(tensors[i] for i in moving))
-            results = dict(zip(moving, pull(tuple(_like(cotangents[i], g) for i, g in zip(used, grads)))))
+            _, pull, *_ = torch.func.vjp(gradients, *(tensors[i] for i in moving))
+            results = dict(zip(moving, pull(tuple(cotangents[i] for i in used))))
             return tuple(results.get(i) for i in range(ctx.count))
 
     Again.__name__ = Again.__qualname__ = f"{op.name.title().replace('_', '')}Backward"
@@ -117,8 +117,3 @@ def _moves(x: Tensor | None) -> bool:
 def _alive(x: Tensor | None) -> Tensor | None:
     """A saved tensor without the wrapper of a functorch level that has ended, in which `torch.func.vjp` fails."""
     return x.view_as(x) if x is not None and _compat.functorch_active() else x
-
-
-def _like(cotangent: Any, of: Tensor) -> Tensor:
-    """A cotangent that is mapped wherever its tensor is: `torch.func.vjp` fails on one that vmap doesn't see."""
-    return cotangent + torch.zeros_like(of) if _compat.is_batched(of) else cotangent

@@ -39,8 +39,9 @@ def scaled_dot_product_attention(
     """`torch.nn.functional.scaled_dot_product_attention`, differentiable in forward mode with O(N·D) memory.
 
     Under `torch.func.jvp`, `torch.autograd.forward_ad` or `fastdistill.jvp`, primal and tangent come from one fused
-    pass, and no (N, M) matrix is stored, forward or backward. (Two things do need one: the gradient of a float mask,
-    and second derivatives.) Without tangents it is PyTorch's own op, where that can do what is asked.
+    pass, and no (N, M) matrix is stored, forward, backward, or in the tangent of a gradient that keeps no graph. (Two
+    things do need one: the gradient of a float mask, and other second derivatives.) Without tangents it is PyTorch's
+    own op, where that can do what is asked.
 
     Args:
         query: (..., H, N, D), at least three dimensions, float64, float32, bfloat16 or float16.

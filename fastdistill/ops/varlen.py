@@ -35,8 +35,8 @@ def varlen_attention(
         query: packed sequences, (tokens, H, D).
         key: (tokens of the keys, H, D), or (..., Hkv, D) with `enable_gqa` and H a multiple of Hkv.
         value: (tokens of the keys, H or Hkv, Dv).
-        cu_seq_q: int32 or int64, (sequences + 1,): sequence z has the queries cu_seq_q[z] to cu_seq_q[z + 1] - 1. Tokens outside
-            all sequences get an output of zero.
+        cu_seq_q: int32 or int64, (sequences + 1,): sequence z has the queries cu_seq_q[z] to cu_seq_q[z + 1] - 1.
+            Tokens outside all sequences get an output of zero.
         cu_seq_k: the same for keys and values; None is cu_seq_q.
         max_q: length of the longest sequence of queries, or more. A sequence that is longer raises: a ValueError on a
             CPU, a device-side assertion on a GPU, which nobody waits for.

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.func import jacfwd, jvp, vmap
+from torch.autograd import forward_ad
+from torch.func import grad, jacfwd, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import fastdistill as fd
@@ -209,3 +210,16 @@ def test_norms_run_the_kernel_under_functorch() -> None:
     push = lambda op: jvp(op, (x, w), (x.sin(), w.cos()))  # noqa: E731
     pair = push(lambda x, w: fd.layer_norm(x, (40,), w, impl="triton"))
     assert_same(pair, push(lambda x, w: reference.layer_norm(x, (40,), w)))
+
+
+@pytest.mark.parametrize("op", [ours, partial(fd.geglu, impl="triton")], ids=["attention", "geglu"])
+def test_the_tangent_of_a_gradient_is_the_kernels_too(op: Op) -> None:
+    plain = reference.attention if op is ours else reference.geglu
+    x, t_x = (points(seed)[: 3 if op is ours else 2] for seed in (1, 2))
+    slope = lambda f: grad(lambda *a: f(*a).sin().sum(), argnums=tuple(range(len(x))))  # noqa: E731
+    expected = jvp(slope(plain), tuple(x), tuple(t_x))
+    assert_same(jvp(slope(op), tuple(x), tuple(t_x)), expected)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(a.clone().requires_grad_(), t) for a, t in zip(x, t_x)]
+        grads = torch.autograd.grad(op(*duals).sin().sum(), duals)
+        assert_same([forward_ad.unpack_dual(g).tangent for g in grads], list(expected[1]))

@@ -139,10 +139,10 @@ def test_no_matrix_of_tokens_by_tokens_is_stored() -> None:
     [
         ({"query": torch.ones(1, 12, 4, 8)}, r"query: expected packed sequences \(tokens, H, dim\)"),
         ({"value": torch.ones(11, 2, 6, dtype=torch.float64)}, "value: expected heads and length"),
-        ({"cu_seq_q": [0, 5, 5, 8, 12]}, "cu_seq_q: expected a one-dimensional int32 tensor, got list"),
+        ({"cu_seq_q": [0, 5, 5, 8, 12]}, "cu_seq_q: expected a one-dimensional tensor of int32 or int64, got list"),
         (
             {"cu_seq_q": torch.tensor([0.0, 12.0])},
-            "cu_seq_q: expected a one-dimensional int32 tensor, got torch.float32",
+            "cu_seq_q: expected a one-dimensional tensor of int32 or int64, got torch.float32",
         ),
         ({"cu_seq_k": torch.tensor([0, 12])}, "cu_seq_k: expected one bound more than sequences"),
         ({"max_q": 4}, "cu_seq_q, max_q: expected bounds .* at most max_q=4"),
@@ -178,3 +178,34 @@ def test_centring_looks_at_no_token_outside_all_sequences() -> None:
         fd.varlen_attention(q, k, v, cu, cu, 3, 3, enable_gqa=True, centre=centre) for centre in (False, True)
     )
     torch.testing.assert_close(centred, plain)
+
+
+def test_bounds_are_checked_as_they_came() -> None:
+    """A bound beyond 32 bits must not wrap to one that fits: plain, under forward AD, and twice so."""
+    x, t_x = torch.randn(8, 2, 4), torch.randn(8, 2, 4)
+    for bound in (2**32 + 4, 2**31 + 4, -(2**32) + 4):
+        cu = torch.tensor([0, bound])
+        run = lambda x: fd.varlen_attention(x, x, x, cu, None, 4, 4, impl="torch")  # noqa: B023, E731
+        for f in (run, lambda x: jvp(run, (x,), (t_x,)), lambda x: jvp(lambda y: jvp(run, (y,), (t_x,)), (x,), (t_x,))):  # noqa: B023
+            with pytest.raises(ValueError, match=r"cu_seq_q, max_q: expected bounds that rise .*; got \[0, "):
+                f(x)
+    with pytest.raises(ValueError, match="max_k: expected the length of the longest sequence, at most 2147483647"):
+        fd.varlen_attention(x, x, x, torch.tensor([0, 8]), None, 8, 2**32 + 8)
+
+
+def test_int64_bounds_are_as_good_as_int32() -> None:
+    x, cu = torch.randn(8, 2, 4), torch.tensor([0, 3, 8])
+    wide, narrow = (fd.varlen_attention(x, x, x, bounds, None, 5, 5) for bounds in (cu, cu.int()))
+    assert torch.equal(wide, narrow)
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch"])
+@pytest.mark.parametrize("side", [2**31, 2**32 + 1, 2**63 - 1, 2**80])
+def test_a_window_beyond_every_sequence_is_no_limit(side: int, impl: str) -> None:
+    """Sums of positions and sides must not wrap, either."""
+    x, cu = torch.randn(8, 2, 4, dtype=torch.float64), torch.tensor([0, 3, 8])
+    for window, same in (((side, 0), (-1, 0)), ((1, side), (1, -1))):
+        run = lambda x, w: fd.varlen_attention(x, x, x, cu, None, 5, 5, window_size=w, impl=impl)  # noqa: E731
+        torch.testing.assert_close(run(x, window), run(x, same), rtol=0, atol=0)
+        one = lambda x, w: fd.scaled_dot_product_attention(x, x, x, window_size=w, impl=impl)  # noqa: E731
+        torch.testing.assert_close(one(x, window), one(x, same), rtol=0, atol=0)
