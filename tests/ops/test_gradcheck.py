@@ -64,3 +64,18 @@ def test_a_second_derivative_of_flash_is_refused_as_pytorch_refuses_it() -> None
         (g,) = torch.autograd.grad(fd.scaled_dot_product_attention(q, q, q).sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="not implemented"):
         torch.autograd.grad(g.sum(), q)
+
+
+def test_merging_of_attention() -> None:
+    """Two parts of the keys, of which the second sees nothing in its first row."""
+    outs = [torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    lses = [torch.randn(2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+
+    def run(a: Tensor, b: Tensor, lse_a: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+        dead = torch.tensor([True, False])
+        return fd.ops.merge_attention([a, b], [lse_a, lse_b.masked_fill(dead, float("-inf"))])
+
+    checks = {"check_batched_grad": True}
+    every = {"check_forward_ad": True, "check_batched_forward_grad": True, "check_undefined_grad": True, **checks}
+    assert gradcheck(run, [*outs, *lses], **every)
+    assert gradgradcheck(run, [*outs, *lses], check_fwd_over_rev=True, check_rev_over_rev=True, **checks)
