@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastdistill.ops import _choice, _dense
+from fastdistill.ops import _functional as F
 from fastdistill.ops._dual import DualOp, Spec, Tensors
 from fastdistill.ops._norm import Call, check_modulation, choose
 
