@@ -110,7 +110,7 @@ def check_tensor(name: str, x: object) -> None:
 
 def number(name: str, value: Any) -> float:
     """A number as a float; a tensor only where it is a constant, as in PyTorch: its derivatives would be lost."""
-    if isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat):
+    if isinstance(value, int | float | torch.SymInt | torch.SymFloat | numbers.Real):
         return float(value)
     if isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad and not _compat.has_tangent(value):
         return float(value)
