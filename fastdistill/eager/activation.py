@@ -13,8 +13,8 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import gelu, silu  # bound here: a user may assign ours in their place
 
 from fastdistill.eager._rows import accumulator_dtype, elements
 
@@ -130,7 +130,7 @@ def _sum_into(out: Tensor, x: Tensor | None, y: Tensor | None, factor: Tensor | 
 
 def phi(x: Tensor, kind: str) -> Tensor:
     """The activation itself."""
-    return F.silu(x) if kind == "silu" else F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+    return silu(x) if kind == "silu" else gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
 def along(u: Tensor, x: Tensor, kind: str) -> Tensor:

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastdistill import _compat
 from fastdistill.ops import _choice, _dense
+from fastdistill.ops import _functional as F
 from fastdistill.ops._dual import DualOp, Spec, Tensors
 
 MAX_TRITON_HEAD_DIM = 256
@@ -205,10 +205,13 @@ def _native(primals: Tensors, attrs: Sequence[Any]) -> Tensors | None:
     causal = call.window == (-1, 0) and not call.lower_right and call.mask is None
     if call.impl != "auto" or call.with_lse or call.cu_seqlens or not (causal or call.window == UNLIMITED):
         return None
+    if call.mask is not None and call.q.device.type != "cpu" and call.mask.dtype not in (torch.bool, call.q.dtype):
+        return None  # PyTorch's fused kernels for GPUs refuse a float32 mask beside 16-bit queries
     gqa = call.q.shape[1] != call.k.shape[1]
-    out = F.scaled_dot_product_attention(
-        call.q, call.k, call.v, call.masks[0], is_causal=causal, scale=call.scale, enable_gqa=gqa
-    )
+    with _choice.without_autocast(call.q.device):
+        out = F.scaled_dot_product_attention(
+            call.q, call.k, call.v, call.masks[0], is_causal=causal, scale=call.scale, enable_gqa=gqa
+        )
     return out, None
 
 

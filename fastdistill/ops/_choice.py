@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import numbers
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +27,24 @@ AUTOCASTING = frozenset(name for name in ("cpu", "cuda", "xpu", "mps") if torch.
 # context variable; what is compiled has one driver at one level, and the entry COMPILED.
 _CONSTANT: dict[int, int] = {}
 COMPILED = 0
+
+
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
+
+
+def accepts_x(op: Callable[Params, Result]) -> Callable[Params, Result]:
+    """`op` with `x` as another name of its first argument, which PyTorch, and so its signature, calls `input`."""
+
+    @wraps(op)
+    def renamed(*args: Params.args, **kwargs: Params.kwargs) -> Result:
+        if "x" in kwargs:
+            if args or "input" in kwargs:
+                raise TypeError(f"x: {op.__name__} takes it as another name of input, got both")
+            kwargs["input"] = kwargs.pop("x")
+        return op(*args, **kwargs)
+
+    return renamed
 
 
 def _thread() -> int:
@@ -86,6 +106,15 @@ def check_tensor(name: str, x: object) -> None:
         raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
     if x.dtype.itemsize == 1:
         raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16, got {x.dtype}")
+
+
+def number(name: str, value: Any) -> float:
+    """A number as a float; a tensor only where it is a constant, as in PyTorch: its derivatives would be lost."""
+    if isinstance(value, int | float | torch.SymInt | torch.SymFloat | numbers.Real):
+        return float(value)
+    if isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad and not _compat.has_tangent(value):
+        return float(value)
+    raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
 def check_like(name: str, x: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from fastdistill.ops import _functional as F
 
 NEG_INF = float("-inf")
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastdistill.ops import _choice, _dense
+from fastdistill.ops import _functional as F
 from fastdistill.ops._dual import DualOp, Spec, Tensors
 
 MAX_TRITON_WIDTH = 8192
@@ -29,28 +29,29 @@ class Call:
         eps: float,
         rms: bool,
         impl: str,
+        first: str = "x",
     ) -> None:
-        _choice.check_tensor("x", x)
+        _choice.check_tensor(first, x)
         if isinstance(normalized_shape, int):
             raise TypeError(f"normalized_shape: expected a sequence such as ({normalized_shape},), got an int")
         self.normalized = tuple(normalized_shape)
         if not self.normalized or tuple(x.shape[-len(self.normalized) :]) != self.normalized:
             raise ValueError(
-                f"normalized_shape: expected the last dimensions of x {tuple(x.shape)}, got {self.normalized}"
+                f"normalized_shape: expected the last dimensions of {first} {tuple(x.shape)}, got {self.normalized}"
             )
         self.named = [("x", x), ("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift)]
+        for name, value in self.named[1:]:
+            if value is not None:
+                _choice.check_tensor(name, value)
+                _choice.check_like(name, value, first, x, dtype=False)
         for name, value in self.named[1:3]:
             if value is not None and tuple(value.shape) != self.normalized:
                 raise ValueError(f"{name}: expected shape {self.normalized}, got {tuple(value.shape)}")
         for name, value in self.named[3:]:
             if value is not None:
                 check_modulation(name, value, x)
-        for name, value in self.named[1:]:
-            if value is not None:
-                _choice.check_tensor(name, value)
-                _choice.check_like(name, value, "x", x, dtype=False)
         _choice.check_impl(impl, x.device)
-        self.x, self.attrs = x, (float(eps), rms, impl)
+        self.x, self.attrs = x, (_choice.number("eps", eps), rms, impl)
 
     def run(self) -> Tensor:
         """The norm of (possibly dual) tensors."""
@@ -108,9 +109,9 @@ def check_modulation(name: str, value: Tensor, x: Tensor) -> None:
         )
 
 
-def default_eps(x: Tensor, eps: float | None) -> float:
+def default_eps(x: Tensor, eps: float | None, name: str = "x") -> float:
     """PyTorch's eps of an RMSNorm: where none is given, that of the dtype."""
-    _choice.check_tensor("x", x)
+    _choice.check_tensor(name, x)
     return torch.finfo(x.dtype).eps if eps is None else eps
 
 

@@ -12,30 +12,31 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastdistill.eager import activation as eager  # now, not when first used: see `_functional`
 from fastdistill.ops import _choice
 from fastdistill.ops._dual import DualOp, Spec, Tensors
 
 KINDS = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
-def gelu(x: Tensor, approximate: str = "none", *, impl: str = "auto") -> Tensor:
+@_choice.accepts_x
+def gelu(input: Tensor, approximate: str = "none", *, impl: str = "auto") -> Tensor:
     """`torch.nn.functional.gelu`, one kernel for primal and tangent under forward AD.
 
     Args:
-        x: any shape and strides; float64, float32, bfloat16 or float16, computed in float32 or better.
+        input: any shape and strides; float64, float32, bfloat16 or float16, computed in float32 or better.
         approximate: "none" | "tanh".
         impl: "auto" | "torch" | "triton"; an explicit choice never falls back.
 
     Returns:
-        x's shape and dtype.
+        input's shape and dtype.
 
     Equivalent to:
-        F.gelu(x, approximate=approximate)
+        F.gelu(input, approximate=approximate)
     """
-    return _Call([("x", x)], _gelu_kind(approximate), impl).run()
+    return _Call([("input", input)], _gelu_kind(approximate), impl).run()
 
 
 def gelu_jvp(
@@ -51,13 +52,23 @@ def gelu_jvp(
     return _Call([("x", x)], _gelu_kind(approximate), impl).pair([t_x], tangent_grad)
 
 
-def silu(x: Tensor, *, impl: str = "auto") -> Tensor:
-    """`torch.nn.functional.silu`, one kernel for primal and tangent under forward AD. Arguments as in `gelu`.
+@_choice.accepts_x
+def silu(input: Tensor, inplace: bool = False, *, impl: str = "auto") -> Tensor:
+    """`torch.nn.functional.silu`, one kernel for primal and tangent under forward AD.
+
+    Args:
+        input: as in `gelu`.
+        inplace: write the result, and its tangent, over input's, and return input itself.
+        impl: as in `gelu`.
 
     Equivalent to:
-        F.silu(x)
+        F.silu(input, inplace)
     """
-    return _Call([("x", x)], "silu", impl).run()
+    if not inplace:
+        return _Call([("input", input)], "silu", impl).run()
+    _choice.check_tensor("input", input)
+    old = input.clone() if torch.is_grad_enabled() else input  # a gradient is taken at what is overwritten
+    return input.copy_(_Call([("input", old)], "silu", impl).run())
 
 
 def silu_jvp(x: Tensor, t_x: Tensor | None, *, tangent_grad: bool = False, impl: str = "auto") -> tuple[Tensor, Tensor]:
@@ -213,7 +224,7 @@ def _native(primals: Tensors, attrs: Sequence[Any]) -> Tensors | None:
     narrow = x.dtype in (torch.bfloat16, torch.float16)
     if impl != "auto" or (up is not None and (narrow or choose(x, impl) == "triton")):
         return None
-    y = F.silu(x) if kind == "silu" else F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+    y = eager.phi(x, kind)
     return (y if up is None else y * up,)
 
 

@@ -8,14 +8,15 @@ Derivation, backward passes and operation counts: kernels/README.md.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastdistill.ops import _attention_arguments as arguments
 from fastdistill.ops import _centring, _choice
+from fastdistill.ops import _functional as F
 from fastdistill.ops._attention import ATTENTION, UNLIMITED, choose, triton_problem, unfit_for_triton
 from fastdistill.ops._dual import Tensors
 
@@ -44,14 +45,14 @@ def scaled_dot_product_attention(
     own op, where that can do what is asked.
 
     Args:
-        query: (..., H, N, D), at least three dimensions, float64, float32, bfloat16 or float16.
-        key: (..., H, M, D), its batch dimensions those of query, or (..., Hkv, M, D) with `enable_gqa` and H a multiple
-            of Hkv.
-        value: (..., H, M, Dv), or (..., Hkv, M, Dv).
-        attn_mask: broadcastable to (..., H, N, M): bool (True = attend), or float, added to the logits. A query that
-            may attend to no key gets an output and a tangent of zero.
+        query: (..., N, D), at least two dimensions, the third from the end being the heads H; float64, float32,
+            bfloat16 or float16.
+        key, value: (..., M, D) and (..., M, Dv). Batch dimensions and heads of all three broadcast; with `enable_gqa`
+            the heads of key and of value may be any two divisors of H.
+        attn_mask: broadcastable to (..., H, N, M): bool (True = attend), or of float32 or query's dtype, added to the
+            logits. A query that may attend to no key gets an output and a tangent of zero.
         dropout_p: must be 0.0 where a tangent flows.
-        is_causal: query i attends to keys j <= i (see `align`); excludes `attn_mask`.
+        is_causal: query i attends to keys j <= i (see `align`), of those that `attn_mask` leaves.
         scale: factor of the logits, 1/sqrt(D) by default.
         window_size: (left, right): query i attends to keys from i - left to i + right; -1 is no limit. A side of the
             work outside the window is not done. Combines with `attn_mask` and `is_causal`.
@@ -76,15 +77,21 @@ def scaled_dot_product_attention(
     Equivalent to:
         F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     """
-    for name, x in (("query", query), ("key", key), ("value", value)):
+    for name, x in zip(arguments.NAMES, (query, key, value)):
         _choice.check_tensor(name, x)
+    if not centre:  # or else the means are taken first
+        query, key, value = arguments.lowered(query, key, value)
+    to = arguments.layout(query, key, value, enable_gqa)
+    q, k, v = to.queries(query), to.keys(key), to.keys(value)
     means = _centring.Means(None, None)
     if centre:
-        key, value, means = _centring.centred(key, value)
-    query, key, value, attn_mask = arguments.lowered(query, key, value, attn_mask)
-    primals = arguments.checked(query, key, value, attn_mask, is_causal, enable_gqa)
-    band = arguments.band(window_size, is_causal, align, query.shape[-2] == key.shape[-2])
-    _choice.check_impl(impl, query.device)
+        k, v, means = _centring.centred(k, v)
+        q, k, v = arguments.lowered(q, k, v)
+    mask = arguments.lowered(q, attn_mask)[1]
+    arguments.check_padded(q, k, v, mask, to, is_causal)
+    band = arguments.band(window_size, is_causal, align, q.shape[-2] == k.shape[-2])
+    _choice.check_impl(impl, q.device)
+    primals = (q, k, v, to.mask(mask))
     if dropout_p != 0.0:
         ours_alone = band not in ((*UNLIMITED, False), (-1, 0, False)) or return_lse or centre or impl != "auto"
         if ours_alone or _is_dual(primals):
@@ -92,16 +99,29 @@ def scaled_dot_product_attention(
                 "dropout_p: expected 0.0 under forward AD or with an explicit impl, window_size, align, return_lse or "
                 f"centre, got {dropout_p}"
             )
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    factor = arguments.scale_of(query, scale)
+        return _with_dropout(query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    factor = arguments.scale_of(q, scale)
     attrs = (*band, factor, return_lse or centre, impl)
-    out, lse = (x if x is None else _unfolded(x, query) for x in ATTENTION(primals, attrs, _choice.tangent_grad()))
+    out, lse = ATTENTION(primals, attrs, _choice.tangent_grad())
     assert out is not None
-    if lse is not None:
-        out, lse = means.restore(out, lse), _centring.shifted(lse, lse, means.logits(query, factor))
-    return (out, lse) if return_lse else out
+    if lse is None:
+        return to.unfolded(out)
+    out = to.unfolded(means.restore(out, lse))
+    return (out, to.unfolded(_centring.shifted(lse, lse, means.logits(q, factor)))) if return_lse else out
+
+
+def _with_dropout(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool, **more: Any
+) -> Tensor:
+    """PyTorch's own op, which takes dropout; it takes a mask or is_causal, so both become one mask."""
+    if not isinstance(dropout_p, int | float) or not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p: expected a probability, from 0 to 1, got {dropout_p!r}")
+    if is_causal and mask is not None:
+        seen = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        mask = mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, float("-inf"))
+        is_causal = False
+    with _choice.without_autocast(query.device):
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal, **more)
 
 
 def attention_jvp(
@@ -137,33 +157,31 @@ def attention_jvp(
     Equivalent to:
         torch.func.jvp(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, ...), (q, k, v), (t_q, t_k, t_v))
     """
-    means = t_means = _centring.Means(None, None)
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    names = ("q", "k", "v")
+    for name, x in zip(names, (q, k, v)):
         _choice.check_tensor(name, x)
-    if centre:
-        t_k, t_v = _choice.checked_tangents([("k", k, t_k), ("v", v, t_v)], tangent_grad)
-        (k, v, means), (t_k, t_v, t_means) = _centring.centred(k, v), _centring.centred(t_k, t_v)
-    primals = arguments.checked(q, k, v, attn_mask, is_causal, enable_gqa)
+    to = arguments.layout(q, k, v, enable_gqa, names)
+    arguments.check_padded(q, k, v, attn_mask, to, is_causal, names)
     band = arguments.band(window_size, is_causal, align, q.shape[-2] == k.shape[-2])
     named = [("q", q, t_q), ("k", k, t_k), ("v", v, t_v), ("attn_mask", attn_mask, t_attn_mask)]
-    given = _choice.checked_tangents(named, tangent_grad)
+    t_q, t_k, t_v, t_mask = _choice.checked_tangents(named, tangent_grad)
     _choice.check_impl(impl, q.device)
-    tangents = [*map(arguments.four_dims, given[:3]), arguments.mask_four_dims(given[3], q)]
+    q, k, v, mask = to.queries(q), to.keys(k), to.keys(v), to.mask(attn_mask)
+    t_q, t_k, t_v, t_mask = to.queries(t_q), to.keys(t_k), to.keys(t_v), to.mask(t_mask)
+    means = t_means = _centring.Means(None, None)
+    if centre:
+        (k, v, means), (t_k, t_v, t_means) = _centring.centred(k, v), _centring.centred(t_k, t_v)
     factor = arguments.scale_of(q, scale)
-    outs, t_outs = ATTENTION.pair(primals, tangents, (*band, factor, return_lse, impl), tangent_grad)
-    out, lse, t_out, t_lse = (_unfolded(x, q) for x in (*outs, *t_outs))
-    out, t_out = means.restore(out, lse), t_means.restore(t_out, lse)
+    attrs = (*band, factor, return_lse, impl)
+    (out, lse), (t_out, t_lse) = ATTENTION.pair((q, k, v, mask), (t_q, t_k, t_v, t_mask), attrs, tangent_grad)
+    out, t_out = to.unfolded(means.restore(out, lse)), to.unfolded(t_means.restore(t_out, lse))
     if not return_lse:
         return out, t_out
-    terms = [t_means.logits(q, factor), None if given[0] is None else means.logits(given[0], factor)]
+    terms = [t_means.logits(q, factor), None if t_q is None else means.logits(t_q, factor)]
     if not tangent_grad:
         terms = [x if x is None else x.detach() for x in terms]
     t_lse = _centring.shifted(t_lse, lse, *terms)
-    return out, t_out, _centring.shifted(lse, lse, means.logits(q, factor)), t_lse
-
-
-def _unfolded(x: Tensor, q: Tensor) -> Tensor:
-    return x.reshape(*q.shape[:-3], *x.shape[1:])
+    return out, t_out, to.unfolded(_centring.shifted(lse, lse, means.logits(q, factor))), to.unfolded(t_lse)
 
 
 def _is_dual(tensors: Tensors) -> bool:
@@ -179,12 +197,16 @@ def explain(
     Raises:
         ValueError, TypeError: arguments that the op itself would refuse.
     """
-    arguments.checked(q, k, v, attn_mask, False, enable_gqa)
+    names = ("q", "k", "v")
+    for name, x in zip(names, (q, k, v)):
+        _choice.check_tensor(name, x)
+    to = arguments.layout(q, k, v, enable_gqa, names)
+    arguments.check_padded(q, k, v, attn_mask, to, False, names)
     _choice.check_impl(impl, q.device)
     chosen = choose(q, v, impl)
     if impl == "triton" and (problem := unfit_for_triton(q, v)):
         raise ValueError(f"impl='triton' cannot run: {problem}")
     reason = "asked for by name" if impl != "auto" else triton_problem(q, v) or "the fastest that can run"
-    shape = f"B={q.shape[:-3].numel()} H={q.shape[-3]} N={q.shape[-2]} M={k.shape[-2]} D={q.shape[-1]}"
+    shape = f"B={math.prod(to.lead[:-1])} H={to.heads} N={q.shape[-2]} M={k.shape[-2]} D={q.shape[-1]}"
     plain = "" if impl != "auto" else "; without tangents, torch.nn.functional.scaled_dot_product_attention"
     return f"attention {shape} {q.dtype} on {q.device}: {chosen} ({reason}){plain}"

@@ -13,29 +13,30 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastdistill.ops import _choice
+from fastdistill.ops import _functional as F
 from fastdistill.ops._dual import DualOp, Spec, Tensors
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
+@_choice.accepts_x
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
     """`torch.nn.functional.linear`, whose tangent skips what does not move.
 
     Args:
-        x: (..., K).
-        weight: (N, K), of x's dtype.
-        bias: (N,), or None.
+        input: (..., K), floating-point: unlike PyTorch's, no integers, which have no tangents.
+        weight: (N, K), or (K,) for a result without the last dimension; of input's dtype.
+        bias: (N,), or anything that broadcasts to the result; or None.
         impl: "auto" | "torch"; there is no Triton kernel.
 
     Returns:
-        (..., N) of x's dtype; under autocast all three are cast first, as PyTorch does.
+        (..., N), or (...), of input's dtype; under autocast all three are cast first, as PyTorch does.
 
     Equivalent to:
-        F.linear(x, weight, bias)
+        F.linear(input, weight, bias)
     """
-    return _Call(x, weight, bias, impl).run()
+    return _Call(input, weight, bias, impl, "input").run()
 
 
 def linear_jvp(
@@ -60,49 +61,70 @@ def linear_jvp(
 
 
 class _Call:
-    """One call: arguments checked by name, and x brought to two dimensions or more."""
+    """One call: arguments checked by name, x brought to two dimensions or more, weight to two, bias to (N,).
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> None:
-        _choice.check_tensor("x", x)
+    A bias of another shape is left out of the op, and added to what it returns.
+    """
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, impl: str, first: str = "x") -> None:
+        _choice.check_tensor(first, x)
         _choice.check_tensor("weight", weight)
-        if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        if x.dim() == 0 or weight.dim() not in (1, 2) or weight.shape[-1] != x.shape[-1]:
             raise ValueError(
-                f"weight: expected (N, K) for x (..., K), got {tuple(weight.shape)} for x {tuple(x.shape)}"
+                f"weight: expected (N, K) or (K,) for {first} (..., K), got {tuple(weight.shape)} for {first} "
+                f"{tuple(x.shape)}"
             )
+        self.shape = (*x.shape[:-1], *weight.shape[:-1])
         if bias is not None:
             _choice.check_tensor("bias", bias)
-            if bias.shape != weight.shape[:1]:
-                raise ValueError(f"bias: expected shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
+            if bias.shape != weight.shape[:-1] and not _broadcasts(bias.shape, self.shape):
+                raise ValueError(
+                    f"bias: expected shape {tuple(weight.shape[:-1])}, or one that broadcasts to {self.shape}, "
+                    f"got {tuple(bias.shape)}"
+                )
         low = _choice.autocast_dtype(x.device)
         cast = [z if z is None or low is None or z.dtype == torch.float64 else z.to(low) for z in (x, weight, bias)]
         self.named = list(zip(("x", "weight", "bias"), cast))
         assert cast[0] is not None
-        self.x: Tensor = cast[0]
         for name, value in self.named[1:]:
             if value is not None:
-                _choice.check_like(name, value, "x", self.x)
+                _choice.check_like(name, value, first, cast[0])
         _choice.check_impl(impl, x.device)
         if impl == "triton":
             raise ValueError("impl='triton': linear has no Triton kernel; use 'torch' or 'auto'")
-        self.attrs, self.shape = (impl,), (*x.shape[:-1], weight.shape[0])
+        self.attrs = (impl,)
+        self.bias_apart = bias is not None and (weight.dim() == 1 or bias.shape != weight.shape[:1])
 
     def run(self) -> Tensor:
-        (y,) = LINEAR(self._canonical([z for _, z in self.named]), self.attrs, _choice.tangent_grad())
+        values = [z for _, z in self.named]
+        (y,) = LINEAR(self._canonical(values), self.attrs, _choice.tangent_grad())
         assert y is not None
-        return y.reshape(self.shape)
+        return self._finished(y, values[2])
 
     def pair(
         self, t_x: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None, tangent_grad: bool
     ) -> tuple[Tensor, Tensor]:
         given = [(name, z, t) for (name, z), t in zip(self.named, (t_x, t_weight, t_bias))]
-        tangents = self._canonical(_choice.checked_tangents(given, tangent_grad))
-        primals = self._canonical([z for _, z in self.named])
-        (y,), (t_y,) = LINEAR.pair(primals, tangents, self.attrs, tangent_grad)
-        return y.reshape(self.shape), t_y.reshape(self.shape)
+        tangents, values = _choice.checked_tangents(given, tangent_grad), [z for _, z in self.named]
+        (y,), (t_y,) = LINEAR.pair(self._canonical(values), self._canonical(tangents), self.attrs, tangent_grad)
+        return self._finished(y, values[2]), self._finished(t_y, tangents[2])
 
     def _canonical(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        x, *rest = tensors
-        return [x if x is None or x.dim() > 1 else x[None], *rest]
+        x, weight, bias = tensors
+        return [
+            x if x is None or x.dim() > 1 else x[None],
+            weight if weight is None or weight.dim() > 1 else weight[None],
+            None if self.bias_apart else bias,
+        ]
+
+    def _finished(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        y = y.reshape(self.shape)
+        return y + bias if self.bias_apart and bias is not None else y
+
+
+def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    beyond = len(shape) - len(to)
+    return beyond <= 0 and all(size in (1, to[i - beyond]) for i, size in enumerate(shape))
 
 
 def joins(rows: int, summed: int, columns: int) -> bool:
@@ -142,7 +164,12 @@ def _forward(
         t_y = F.linear(rows, t_weight, t_bias) if t_y is None else t_y.addmm_(rows, t_weight.t())
     elif t_y is None and t_bias is not None:
         t_y = t_bias.expand(len(rows), -1).clone()
-    return (y.reshape(shape),), (None if t_y is None else t_y.reshape(shape),), ()
+    return (_whole(y, shape),), (None if t_y is None else _whole(t_y, shape),), ()
+
+
+def _whole(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """Rows in the shape of the result; no view, which autograd would not let the user change in place."""
+    return y if y.dim() == len(shape) else torch.ops.aten._unsafe_view(y, shape)
 
 
 def _backward(

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fastdistill.ops._choice import accepts_x
 from fastdistill.ops._norm import Call, default_eps
 
 
+@accepts_x
 def layer_norm(
-    x: Tensor,
+    input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -27,19 +29,20 @@ def layer_norm(
     """`torch.nn.functional.layer_norm`, one kernel for primal and tangent under forward AD.
 
     Args:
-        x: (..., *normalized_shape), float64, float32, bfloat16 or float16; statistics are taken in float32 or better.
+        input: (..., *normalized_shape), float64, float32, bfloat16 or float16; statistics are taken in float32 or
+            better.
         normalized_shape: the trailing dimensions to normalise over.
         weight, bias: of shape `normalized_shape`, or None.
         eps: added to the variance.
         impl: "auto" | "torch" | "triton"; an explicit choice never falls back.
 
     Returns:
-        x's shape and dtype.
+        input's shape and dtype.
 
     Equivalent to:
-        F.layer_norm(x, normalized_shape, weight, bias, eps)
+        F.layer_norm(input, normalized_shape, weight, bias, eps)
     """
-    return Call(x, normalized_shape, weight, bias, None, None, eps, False, impl).run()
+    return Call(input, normalized_shape, weight, bias, None, None, eps, False, impl, "input").run()
 
 
 def layer_norm_jvp(
@@ -69,8 +72,9 @@ def layer_norm_jvp(
     return call.pair(t_x, t_weight, t_bias, None, None, tangent_grad)
 
 
+@accepts_x
 def rms_norm(
-    x: Tensor,
+    input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
@@ -79,12 +83,13 @@ def rms_norm(
 ) -> Tensor:
     """`torch.nn.functional.rms_norm`, one kernel for primal and tangent under forward AD.
 
-    Arguments as in `layer_norm`; `eps=None` is the machine epsilon of x's dtype, as in PyTorch.
+    Arguments as in `layer_norm`; `eps=None` is the machine epsilon of input's dtype, as in PyTorch.
 
     Equivalent to:
-        F.rms_norm(x, normalized_shape, weight, eps)
+        F.rms_norm(input, normalized_shape, weight, eps)
     """
-    return Call(x, normalized_shape, weight, None, None, None, default_eps(x, eps), True, impl).run()
+    eps = default_eps(input, eps, "input")
+    return Call(input, normalized_shape, weight, None, None, None, eps, True, impl, "input").run()
 
 
 def rms_norm_jvp(

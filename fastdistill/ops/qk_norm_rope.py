@@ -108,7 +108,7 @@ def qk_norm_rope(
     named = _named(q, k, q_weight, k_weight, q_bias, k_bias)
     constants = _check(named, cos, sin, norm, impl)
     primals = [x for _, x in named] + constants
-    q_out, k_out = QK_NORM_ROPE(primals, (norm, float(eps), interleaved, impl), _choice.tangent_grad())
+    q_out, k_out = QK_NORM_ROPE(primals, (norm, _choice.number("eps", eps), interleaved, impl), _choice.tangent_grad())
     assert q_out is not None and k_out is not None
     return q_out, k_out
 
@@ -146,7 +146,7 @@ def qk_norm_rope_jvp(
     constants = _check(named, cos, sin, norm, impl)
     given = (t_q, t_k, t_q_weight, t_k_weight, t_q_bias, t_k_bias)
     tangents = _choice.checked_tangents([(name, x, t) for (name, x), t in zip(named, given)], tangent_grad)
-    primals, attrs = [x for _, x in named] + constants, (norm, float(eps), interleaved, impl)
+    primals, attrs = [x for _, x in named] + constants, (norm, _choice.number("eps", eps), interleaved, impl)
     outs, t_outs = QK_NORM_ROPE.pair(primals, [*tangents, None, None], attrs, tangent_grad)
     return (outs[0], outs[1]), (t_outs[0], t_outs[1])
 
@@ -191,7 +191,8 @@ def _check(
             raise ValueError(f"{name}: expected shape {tuple(q.shape[-1:])}, got {tuple(x.shape)}")
     _choice.check_impl(impl, q.device)
     if (cos is None) != (sin is None):
-        raise ValueError(f"sin: expected {'None' if cos is None else 'a tensor'} as cos is, got the other")
+        got = type(sin).__name__
+        raise ValueError(f"sin: expected {'None as cos is' if cos is None else 'a tensor as cos is'}, got {got}")
     return [None if x is None else _angles(name, x, q, k) for name, x in (("cos", cos), ("sin", sin))]
 
 

@@ -187,8 +187,8 @@ X = torch.ones(2, 5)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: fd.gelu(3.0), "x: expected a tensor, got float"),
-        (lambda: fd.silu(X.long()), "x: expected a floating-point tensor"),
+        (lambda: fd.gelu(3.0), "input: expected a tensor, got float"),
+        (lambda: fd.silu(X.long()), "input: expected a floating-point tensor"),
         (lambda: fd.gelu(X, "erf"), "approximate: expected 'none' or 'tanh', got 'erf'"),
         (lambda: fd.swiglu(X, X[:1]), r"up: expected shape \(2, 5\) as gate, got \(1, 5\)"),
         (lambda: fd.swiglu(X, X.double()), r"up: expected torch.float32 as gate, got torch.float64"),

@@ -179,18 +179,30 @@ def broken(**changes: Any) -> dict[str, Any]:
             {"query": torch.ones(2, 4, 5, 8, dtype=torch.long)},
             "expected a floating-point tensor, got torch.int64",
         ),
-        ({"key": torch.ones(4, 5, 8)}, "key: expected .* as many dimensions as query"),
-        ({"key": torch.ones(3, 4, 5, 8)}, r"key: expected batch dimensions \(2,\)"),
+        ({"query": torch.ones(8)}, r"query: expected \(..., length, dim\), at least two dimensions, got \(8,\)"),
+        ({"key": torch.ones(3, 4, 5, 8)}, r"key: expected batch dimensions that broadcast with \(2,\), got \(3,\)"),
+        ({"value": torch.ones(3, 2, 4, 5, 8).mT}, r"value: expected length 5 as key, got 8"),
+        ({"value": torch.ones(7, 3, 4, 5, 8)}, r"value: expected batch .* with \(1, 2\), got \(7, 3\)"),
         ({"key": torch.ones(2, 4, 5, 6)}, "key: expected head dim 8"),
-        ({"value": torch.ones(2, 4, 6, 8)}, r"value: expected heads and length \(4, 5\)"),
+        ({"value": torch.ones(2, 4, 6, 8)}, "value: expected length 5 as key, got 6"),
         ({"value": torch.ones(2, 4, 5, 8, dtype=torch.float16)}, "value: expected torch.float32"),
-        ({"key": torch.ones(2, 2, 5, 8), "value": torch.ones(2, 2, 5, 8)}, "enable_gqa=True"),
+        (
+            {"key": torch.ones(2, 2, 5, 8), "value": torch.ones(2, 2, 5, 8)},
+            "key: expected 4 heads as query, or 1",
+        ),
+        ({"value": torch.ones(2, 3, 5, 8)}, "value: expected 4 heads as query, or 1 .* got 3"),
+        (
+            {"value": torch.ones(2, 3, 5, 8), "enable_gqa": True},
+            "value: expected a divisor of the 4 heads of query, got 3",
+        ),
         ({"attn_mask": torch.ones(5, 4, dtype=torch.bool)}, "attn_mask: expected a shape that broadcasts"),
         ({"attn_mask": torch.ones(5, 5, dtype=torch.int32)}, "attn_mask: expected torch.bool or torch.float32"),
-        (
-            {"attn_mask": torch.ones(5, 5, dtype=torch.bool), "is_causal": True},
-            "attn_mask: expected None",
-        ),
+        ({"attn_mask": torch.ones(3, 2, 4, 5, 5)}, r"attn_mask: expected .* to \(2, 4, 5, 5\), got \(3, 2, 4, 5, 5\)"),
+        ({"attn_mask": torch.ones(5, 5).double()}, "attn_mask: expected torch.bool or torch.float32 as query"),
+        ({"attn_mask": [True]}, "attn_mask: expected a tensor or None, got list"),
+        ({"is_causal": 1}, "is_causal: expected a bool, got int"),
+        ({"dropout_p": 1.5}, "dropout_p: expected a probability, from 0 to 1, got 1.5"),
+        ({"dropout_p": "half"}, "dropout_p: expected a probability"),
         ({"impl": "fast"}, "impl: expected one of 'auto'"),
         ({"impl": "cuda"}, "no CUDA extension"),
         ({"dropout_p": 0.1, "impl": "torch"}, "dropout_p: expected 0.0"),
@@ -250,5 +262,5 @@ def test_explain_names_the_choice_and_its_reason() -> None:
     q, k, v = make_qkv(n=5, d=8)
     assert "torch (no triton: tensors are on 'cpu')" in fd.explain(q, k, v)
     assert "asked for by name" in fd.explain(q, k, v, impl="torch")
-    with pytest.raises(ValueError, match="key: expected head dim"):
+    with pytest.raises(ValueError, match="k: expected head dim 8 as q, got 4"):
         fd.explain(q, k[..., :4], v)

@@ -174,14 +174,20 @@ X = torch.ones(2, 5, 8)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: fd.layer_norm(3.0, (8,)), "x: expected a tensor, got float"),
-        (lambda: fd.layer_norm(X.long(), (8,)), "x: expected a floating-point tensor"),
+        (lambda: fd.layer_norm(3.0, (8,)), "input: expected a tensor, got float"),
+        (lambda: fd.layer_norm(X.long(), (8,)), "input: expected a floating-point tensor"),
         (
             lambda: fd.layer_norm(X, (7,)),
             r"normalized_shape: expected the last .* \(2, 5, 8\), got \(7,\)",
         ),
         (lambda: fd.layer_norm(X, (8,), X), r"weight: expected shape \(8,\), got \(2, 5, 8\)"),
+        (lambda: fd.layer_norm(X, 8), r"normalized_shape: expected a sequence such as \(8,\), got an int"),
+        (lambda: fd.layer_norm(X, ()), r"normalized_shape: expected the last dimensions of input .* got \(\)"),
+        (lambda: fd.layer_norm(X, (8,), [1.0] * 8), "weight: expected a tensor, got list"),
+        (lambda: fd.layer_norm(X, (8,), eps="small"), "eps: expected a number, got str"),
+        (lambda: fd.rms_norm(X, (8,), eps=X[0, 0, 0].clone().requires_grad_()), "eps: expected a number, got Tensor"),
         (lambda: fd.layer_norm(X, (8,), None, X[0, 0].to("meta")), "bias: expected device cpu"),
+        (lambda: fd.ada_layer_norm(X, 1.0, X), "scale: expected a tensor, got float"),
         (lambda: fd.ada_layer_norm(X, X[:, 0], X), "scale: expected 3 dimensions that broadcast to x"),
         (lambda: fd.ada_layer_norm(X, X, X[:, :2]), "shift: expected 3 dimensions that broadcast to x"),
         (lambda: fd.rms_norm(X, (8,), impl="quick"), "impl: expected one of"),
