@@ -115,10 +115,10 @@ def test_shortcut_samples_the_finest_steps_with_its_velocity(tiny: MakeConfig) -
 
 
 def test_alpha_flow_takes_half_of_the_rows_and_a_bound() -> None:
-    """As the code's recipes; the ring's velocities are larger than the bound."""
+    """As the code's recipes have them."""
     settings = method("alpha_flow")
     assert settings.distinct == 0.5 and settings.keywords(context())["clamp"] == 4.0
-    assert load_config("ring", ["--method.name", "alpha_flow"]).method.clamp is None
+    assert method("alpha_flow", clamp=None).keywords(context())["clamp"] is None
 
 
 CHANGED: list[tuple[dict[str, Any], dict[str, Any]]] = [

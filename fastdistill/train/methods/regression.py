@@ -161,7 +161,7 @@ class AlphaFlow(PairedTimes):
     """Offset of the adaptive weight, in units of the error summed over a row."""
     clamp: float | None = Field(4.0, gt=0)
     """Largest absolute value in the target of rows with s != t, while alpha > 0; None: no bound. For data of unit
-    variance: larger velocities, as the ring has them, it draws to their middle."""
+    variance: where velocities are larger it draws their mean to 0."""
 
     def keywords(self, context: Context) -> dict[str, Any]:
         return super().keywords(context) | {"alpha": self.alpha(context)}
