@@ -31,6 +31,7 @@ def alpha_flow(
     target: Net | None = None,
     alpha: float = 1.0,
     c: float = 1e-3,
+    clamp: float | None = None,
     distinct_rows: int | None = None,
     jvp: Jvp = fused_jvp,
 ) -> tuple[Tensor, Metrics]:
@@ -38,18 +39,20 @@ def alpha_flow(
 
     alpha goes from 1, where all (t, s) regress w, to 0, where it is MeanFlow; the paper takes a sigmoid of the step,
     clamped: below 0.005 it is 0. At alpha = 0 the residual is that of its limit, by one jvp along (w, 1, 0), and the
-    weight 1 / ([e] + c). Errors are summed over the elements of a row and averaged over rows; rows with s = t are
-    flow matching at any alpha.
+    weight 1 / ([e] + c). Rows with s = t are flow matching at any alpha: e = ||u - w||^2 with that same weight. Errors
+    are summed over the elements of a row and averaged over rows.
 
     Args:
         alpha: a number in [0, 1], computed from the step by the caller.
         target: the network of the bracket, e.g. an EMA; None is `net` itself. Unused at alpha = 0.
-        c: the offset of the weight, in units of the summed error.
+        c: the offset of the weight, in units of the summed error; the code's 1e-3 is in units of the mean.
+        clamp: the largest absolute value of an element of the bracket, on rows with s < t and at alpha > 0. The code
+            has 4, for data of unit variance; where velocities are larger it moves their mean. None: no bound.
         The other arguments are those of `meanflow`.
 
     Returns:
-        The loss and metrics; `raw_error` is the mean square of the residual over alpha, comparable at all alpha, and
-        `tangent_norm` is there at alpha = 0 only.
+        The loss and metrics; `raw_error` is the mean square of the residual, over alpha where s < t, so that it is
+        comparable at all alpha; `tangent_norm` is there at alpha = 0 only.
 
     Raises:
         ValueError: alpha outside [0, 1], and as `meanflow`. TypeError: an alpha that is no plain number.
@@ -59,7 +62,7 @@ def alpha_flow(
     """
     check_batch(x0, x1, t, s, y)
     check_share("alpha", alpha)
-    check_positive(c=c)
+    check_positive(c=c, **({} if clamp is None else {"clamp": clamp}))
     if alpha == 0:
         return meanflow(
             net, x0, x1, t, s, y=y, path=path, teacher=teacher, weak_teacher=weak_teacher, guidance=guidance, c=c,
@@ -69,16 +72,19 @@ def alpha_flow(
     w = target_velocity(
         net, x, path.velocity(x0, x1, t), t, y=y, teacher=teacher, weak_teacher=weak_teacher, guidance=guidance
     )
-    step = alpha * (t - s)
+    # Rows are told apart by masks, which wait for no queue as indices do.
+    step, apart = alpha * (t - s), t != s
+    share = torch.ones_like(t).masked_fill(apart, alpha)  # how much of the bracket is w, and the weight
     with torch.no_grad():
         after = evaluate(target or net, x - expand_time(step, x) * w, t - step, s, y, g)
         goal = alpha * w + (1 - alpha) * after
+        goal = torch.where(expand_time(apart, x), goal if clamp is None else goal.clamp(-clamp, clamp), w)
     residual = evaluate(net, x, t, s, y, g) - goal
     error = squared(residual)
-    weighted, apart = alpha * error / (error.detach() + c), t != s
+    weighted = share.to(error) * error / (error.detach() + c)
     loss = weighted.mean()
-    terms = {  # by masks, which wait for no queue as indices do
+    terms = {
         "distillation": torch.where(apart, weighted, 0.0).mean(),
         "anchor": torch.where(apart, 0.0, weighted).mean(),
     }
-    return loss, measure(loss, residual / alpha, t, s) | {"terms": terms}
+    return loss, measure(loss, residual / expand_time(share, residual), t, s) | {"terms": terms}

@@ -34,6 +34,13 @@ def check_batch(
         check_times(end, s, 0.0, t, "in [0, t]")
 
 
+def check_labels(name: str, labels: Tensor | None, y: Tensor | None) -> None:
+    """Refuse labels that aren't the labels y, of the same shape, in another state."""
+    if labels is not None and (y is None or labels.shape != y.shape):
+        expected = "None without y" if y is None else f"the shape of y, {tuple(y.shape)}"
+        raise ValueError(f"{name}: expected {expected}, got shape {tuple(labels.shape)}")
+
+
 def check_times(name: str, value: Tensor, low: float, high: Tensor | float, meaning: str) -> None:
     """Refuse times outside [low, high], on the CPU."""
     if value.is_cpu:
@@ -113,6 +120,19 @@ def check_keeps_data(path: Path, t: Tensor) -> None:
     """Refuse, on the CPU, a time at which the path is noise alone, so that its noise level is infinite."""
     if t.is_cpu and not bool((path.alpha(t) > 1e-12).all()):
         raise ValueError("t: expected times at which the path holds some data, alpha(t) > 0, got one with alpha = 0")
+
+
+def check_halves(delta: Tensor, finest: int | None) -> float:
+    """Return the least gap of a half jump, or 0 without a grid; refuse, on the CPU, halves between 0 and that."""
+    if finest is None:
+        return 0.0
+    if isinstance(finest, bool) or not isinstance(finest, int) or finest < 1:
+        raise ValueError(f"finest: expected None or a number of steps, at least 1, got {finest!r}")
+    slack = 1e-3 / finest  # times are rounded, and the next length is twice this one
+    if delta.is_cpu:
+        meaning = f"0 or at least 1 / finest = 1/{finest} (finest=None is for halves of any length)"
+        _refuse("delta", delta, (delta == 0) | (delta >= 1 / finest - slack), meaning)
+    return 1 / finest + slack
 
 
 def check_midpoint(value: Tensor | float, rows: int) -> None:

@@ -42,17 +42,24 @@ def eulerian(
     x: Tensor,
     t: Tensor,
     s: Tensor,
-    w: Tensor,
+    w: Tensor | None,
     *,
     y: Tensor | None = None,
     g: Tensor | None = None,
     jvp: Jvp,
+    time: float | None = 1.0,
+    tangent_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """u(x, t, s) and D_w u, both (B, ...): how u changes while (x, t) moves along w and s stays.
 
+    Args:
+        w, time: the two parts of the direction; None leaves one out, for the other part of D_w u alone.
+        tangent_grad: let gradients flow through D_w u; `jvp` must then take that keyword.
+
     Equivalent to: jvp(u, (x, t, s), (w, 1, 0)).
     """
-    u, du_dt = jvp(lambda x, t, s: evaluate(net, x, t, s, y, g), (x, t, s), (w, 1.0, None))
+    options = {"tangent_grad": True} if tangent_grad else {}
+    u, du_dt = jvp(lambda x, t, s: evaluate(net, x, t, s, y, g), (x, t, s), (w, time, None), **options)
     return u, du_dt
 
 
@@ -99,6 +106,7 @@ def semigroup_target(
     *,
     y: Tensor | None = None,
     g: Tensor | None = None,
+    least: float = 0.0,
 ) -> Tensor:
     """The average velocity from t to s by two jumps of `net` that meet at m = t - fraction (t - s); (B, ...).
 
@@ -107,9 +115,14 @@ def semigroup_target(
 
     Args:
         fraction: a number or (B,) in [0, 1].
+        least: jumps no longer than this are made with the velocity, u(x, t, t), which flow matching trains.
     """
     m = t - fraction * (t - s)
-    first = evaluate(net, x, t, m, y, g).to(x.dtype)
-    second = evaluate(net, x - expand_time(t - m, x) * first, m, s, y, g).to(x.dtype)
+
+    def end(start: Tensor, stop: Tensor) -> Tensor:
+        return torch.where(start - stop > least, stop, start) if least else stop
+
+    first = evaluate(net, x, t, end(t, m), y, g).to(x.dtype)
+    second = evaluate(net, x - expand_time(t - m, x) * first, m, end(m, s), y, g).to(x.dtype)
     part = expand_time(fraction.to(x), x) if isinstance(fraction, Tensor) else fraction
     return part * first + (1 - part) * second

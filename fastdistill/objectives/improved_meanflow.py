@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.jvp import jvp as fused_jvp
-from fastdistill.objectives.checks import check_batch
+from fastdistill.objectives.checks import check_batch, check_labels
 from fastdistill.objectives.identities import Jvp, eulerian, eulerian_residual, evaluate
 from fastdistill.objectives.metric import adaptive
 from fastdistill.objectives.rows import Metrics, measure, pick, split_rows, split_terms
@@ -23,6 +23,7 @@ def improved_meanflow(
     s: Tensor,
     *,
     y: Tensor | None = None,
+    undropped: Tensor | None = None,
     path: Path = LINEAR,
     teacher: Net | None = None,
     weak_teacher: Net | None = None,
@@ -41,11 +42,14 @@ def improved_meanflow(
     elements of a row. The paper's share of rows with s = t is 50 %.
 
     Args:
+        undropped: (B,), the labels as they were before some became "no label" in y. The tangent of such a row runs
+            along the velocity of the label it had, as in the paper's code, which is right on average as v_hat is: the
+            tangent is linear in its direction. None: y.
         velocity_head: velocity_head(x, t=t, s=t, y=y) predicts w, gives the tangent's direction and the two estimates
             of guidance from data; it is trained with the same metric. The paper's shares the network's first blocks.
             None: all of that is the network's own u(x, t, t).
         guidance: `Guidance.improved(scale, null)` is the paper's; a (B,) scale reaches the network as `g`, and thus the
-            tangent.
+            tangent. The paper draws an interval a row and embeds its ends, too; here one interval holds for all.
         The other arguments, and the metrics, are those of `meanflow`.
 
     Returns:
@@ -58,6 +62,7 @@ def improved_meanflow(
     Source: Geng et al. 2025, arXiv:2512.02012, algorithm 1 and equation 12.
     """
     check_batch(x0, x1, t, s, y)
+    check_labels("undropped", undropped, y)
     x, g = path.interpolate(x0, x1, t), scale_rows(guidance)
     direction = net if velocity_head is None else velocity_head
     w = target_velocity(
@@ -65,10 +70,11 @@ def improved_meanflow(
     )
     far, near = split_rows(t, s, distinct_rows)
     x_far, t_far, s_far, w_far, y_far, g_far = pick(far, x, t, s, w, y, g)
+    (labels,) = pick(far, y if undropped is None else undropped)
     x_near, t_near, w_near, y_near, g_near = pick(near, x, t, w, y, g)
     parts, du_dt = [], x[:0]
     if len(t_far):
-        v = own_velocity(direction, x_far, t_far, y=y_far, g=g_far)
+        v = own_velocity(direction, x_far, t_far, y=labels, g=g_far)
         u, du_dt = eulerian(net, x_far, t_far, s_far, v, y=y_far, g=g_far, jvp=jvp)
         parts.append(eulerian_residual(u, du_dt, w_far, t_far, s_far))
     if len(t_near):

@@ -29,9 +29,9 @@ from fastdistill.objectives.tvm import tvm
 from fastdistill.paths import PATHS
 
 # Keywords that mean the same in all methods: everything else that a function takes is an option of its own.
-SHARED = frozenset(
-    {"y", "path", "teacher", "weak_teacher", "guidance", "target", "weighting", "warmup", "distinct_rows", "jvp"}
-)
+SHARED = frozenset({"y", "undropped", "path", "jvp", "teacher", "weak_teacher", "guidance", "target"}) | {
+    "weighting", "warmup", "factor", "distinct_rows",
+}  # fmt: skip
 IDENTITIES = ("fm", "eulerian", "lagrangian", "semigroup", "moment", "score")
 
 
@@ -113,7 +113,7 @@ OBJECTIVES: dict[str, Objective] = {
         tangent=ALONG,
         formula="A(p, c) of Δ = u − [w − (t−s) D_w u];  A(p, c) = e / [e + c]^p, e = ‖Δ‖²",
         sources=("Geng et al. 2025, arXiv:2505.13447, algorithm 1, section 4",),
-        reduction="sum over elements; t != s in 25 % of the rows (its CIFAR-10 recipe: 75 %)",
+        reduction="sum over elements; t != s in 25 % of the rows (on CIFAR-10: 75 %)",
         sampler="average_velocity",
     ),
     "improved_meanflow": Objective(
@@ -127,9 +127,10 @@ OBJECTIVES: dict[str, Objective] = {
     "alpha_flow": Objective(
         alpha_flow, "semigroup", ("t", "s"),
         tangent="none for alpha > 0; at alpha = 0 MeanFlow's, along (w, 1, 0)",
-        formula="a e / ([e] + c), e = ‖u − [a w + (1−a) u⁻(x_t − Δ w, t − Δ, s)]‖², Δ = a (t−s), a: 1 → 0",
+        formula="s = t: e / ([e] + c), e = ‖u − w‖²; else a e / ([e] + c), "
+        "e = ‖u − [a w + (1−a) u⁻(x_t − Δ w, t − Δ, s)]‖², Δ = a (t−s), a: 1 → 0",
         sources=("Zhang et al. 2025, arXiv:2510.20771, definition 1",),
-        reduction="sum over elements; t != s in 25 % to 75 % of the rows, as MeanFlow",
+        reduction="sum over elements; t != s in 50 % of the rows (its code also has 75 %)",
         sampler="average_velocity",
     ),
     "consistency": Objective(
@@ -189,15 +190,17 @@ OBJECTIVES: dict[str, Objective] = {
     "shortcut": Objective(
         shortcut, "semigroup", ("t", "delta"),
         tangent="none",
-        formula="δ = 0: ‖u(x_t, t, t) − w‖²; else ‖u(x_t, t, t−2δ) − [½ (u⁻(x_t, t, t−δ) + u⁻(x′, t−δ, t−2δ))]‖²",
+        formula="δ = 0: ‖u(x_t, t, t) − w‖²; else ‖u(x_t, t, t−2δ) − [½ (u⁻(x_t, t, t−δ) + u⁻(x′, t−δ, t−2δ))]‖²; "
+        "the finest halves by u⁻(x_t, t, t) and u⁻(x′, t−δ, t−δ)",
         sources=("Frans et al. 2025, arXiv:2410.12557",),
         reduction="mean over elements; t != s in 1/8 of the rows",
         sampler="average_velocity",
     ),
     "esd": Objective(
         esd, "eulerian", ("t", "s"),
-        tangent="D_v u = jvp(u, (x_t, t, s), (v, 1, 0)) along the own diagonal v; no gradient through it",
-        formula="s = t: ‖u(x_t, t, t) − w‖²; else ‖u − [v − (t−s) D_v u]‖², v = [u(x_t, t, t)]",
+        tangent="D_v u = jvp(u, (x_t, t, s), (v, 1, 0)) along the own diagonal v, with gradient through du/dt alone; "
+        "by option through all of it, or none",
+        formula="s = t: ‖u(x_t, t, t) − w‖²; else ‖u − v + (t−s) (du/dt + [(du/dx) v])‖², v = [u(x_t, t, t)]",
         sources=("Boffi et al. 2025, arXiv:2505.18825, proposition 2.3",),
         reduction="mean over elements; t != s in 25 % of the rows",
         sampler="average_velocity",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdistill.objectives.checks import check_batch, check_times
+from fastdistill.objectives.checks import check_batch, check_halves, check_times
 from fastdistill.objectives.identities import evaluate, semigroup_target
 from fastdistill.objectives.metric import Weighting, squared, weigh
 from fastdistill.objectives.rows import Metrics, measure, pick, split_rows, split_terms
@@ -28,6 +28,7 @@ def shortcut(
     guidance: Guidance | Autoguidance | None = None,
     target: Net | None = None,
     weighting: Weighting | None = None,
+    finest: int | None = 128,
     distinct_rows: int | None = None,
 ) -> tuple[Tensor, Metrics]:
     """The loss ||u(x_t, t, t - 2 delta) - [(u(x_t, t, t - delta) + u(x', t - delta, t - 2 delta)) / 2]||^2 on rows with
@@ -35,10 +36,13 @@ def shortcut(
 
     x' is where the first half ends. The error is one of velocities, which is the flow map's over (2 delta)^2. The paper
     splits off 1/8 of the rows and draws delta from powers of two down to 1/128 (`fastdistill.times`), t from multiples.
+    Halves of the finest length, delta = 1 / finest, are no target of a longer jump, so that no row would train them:
+    they are steps along the velocity, u(x_t, t, t) and u(x', t - delta, t - delta), as in the paper's code.
 
     Args:
         delta: (B,), half of the jump, 0 <= 2 delta <= t.
         target: the network of the bracket, an EMA in the paper; None is `net` itself.
+        finest: the steps of the finest grid, as the times were drawn with. None: every half is asked at its own gap.
         distinct_rows: the number of leading rows with delta > 0; None finds them by value.
         The other arguments are those of `meanflow`; guidance acts on the rows with delta = 0, and the jumps inherit it.
 
@@ -46,19 +50,20 @@ def shortcut(
         The loss and the metrics; there is no tangent.
 
     Raises:
-        ValueError: on the CPU, 2 delta outside [0, t], and as `meanflow`.
+        ValueError: on the CPU, 2 delta outside [0, t] or a delta between 0 and 1 / finest, and as `meanflow`.
 
-    Equivalent to: psd with midpoint = 1/2, unweighted.
+    Equivalent to: psd with midpoint = 1/2, unweighted, at finest = None.
     Source: Frans et al. 2025, arXiv:2410.12557, its flow-matching and self-consistency targets.
     """
     check_batch(x0, x1, t, delta, y, end="delta")
     check_times("delta", delta, 0.0, t / 2, "in [0, t/2], half of the jump")
+    least = check_halves(delta, finest)
     x, rows, s = path.interpolate(x0, x1, t), scale_rows(guidance), (t - 2 * delta).clamp_min(0)
     far, near = split_rows(t, t - delta, distinct_rows)
     x_far, t_far, s_far, y_far, g_far = pick(far, x, t, s, y, rows)
     parts = []
     if len(t_far):
-        goal = semigroup_target(target or net, x_far, t_far, s_far, 0.5, y=y_far, g=g_far)
+        goal = semigroup_target(target or net, x_far, t_far, s_far, 0.5, y=y_far, g=g_far, least=least)
         parts.append(evaluate(net, x_far, t_far, s_far, y_far, g_far) - goal)
     w = target_velocity(
         net, x, path.velocity(x0, x1, t), t, y=y, teacher=teacher, weak_teacher=weak_teacher, guidance=guidance

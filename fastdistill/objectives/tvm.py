@@ -9,7 +9,7 @@ from fastdistill.objectives.checks import check_batch
 from fastdistill.objectives.identities import Jvp, evaluate, lagrangian
 from fastdistill.objectives.metric import Weighting, squared, weigh
 from fastdistill.objectives.rows import Metrics, measure
-from fastdistill.objectives.velocity import Autoguidance, Guidance, own_velocity, scale_rows, target_velocity
+from fastdistill.objectives.velocity import Autoguidance, Guidance, Number, own_velocity, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path, expand_time
 from fastdistill.samplers import Net
 
@@ -28,6 +28,7 @@ def tvm(
     guidance: Guidance | Autoguidance | None = None,
     target: Net | None = None,
     weighting: Weighting | None = None,
+    factor: Number = 1.0,
     jvp: Jvp = fused_jvp,
 ) -> tuple[Tensor, Metrics]:
     """The loss ||d/ds f(x_t, t, s) - [u_target(f, s, s)]||^2 + ||u(x_s, s, s) - w||^2, a mean over elements and rows.
@@ -38,12 +39,15 @@ def tvm(
     of its own in the best runs, and the network's normalisation layers are RMSNorm throughout, to bound its slope.
 
     Args:
-        target: the network of the bracket; None is `net` itself.
+        target: the network of the bracket, and of the estimates of guidance from data; None is `net` itself.
         weighting: a learned log-variance of (t, s) on the first term.
+        factor: what both residuals are multiplied by, a number or (B,). The paper's code has 1 / scale with guidance,
+            since w grows with the scale: so rows of every scale count alike.
         The other arguments are those of `meanflow`.
 
     Returns:
-        The loss; `raw_error` is the mean square of the first residual, `anchor_error` that of the second.
+        The loss; `raw_error` is the mean square of the first residual, `anchor_error` that of the second, before
+        any factor.
 
     Raises:
         ValueError: as `meanflow`.
@@ -58,12 +62,13 @@ def tvm(
     terminal = u - d * du_ds - own_velocity(target or net, (x - d * u).detach(), s, y=y, g=rows)
     x_s = path.interpolate(x0, x1, s)
     w = target_velocity(
-        net, x_s, path.velocity(x0, x1, s), s, y=y, teacher=teacher, weak_teacher=weak_teacher, guidance=guidance
-    )
+        target or net, x_s, path.velocity(x0, x1, s), s, y=y, teacher=teacher, weak_teacher=weak_teacher,
+        guidance=guidance,
+    )  # fmt: skip
     anchor = evaluate(net, x_s, s, s, y, rows) - w
     terms = {
-        "distillation": weigh(squared(terminal, "mean"), weighting, t, s).mean(),
-        "anchor": squared(anchor, "mean").mean(),
+        "distillation": weigh(factor**2 * squared(terminal, "mean"), weighting, t, s).mean(),
+        "anchor": (factor**2 * squared(anchor, "mean")).mean(),
     }
     loss = terms["distillation"] + terms["anchor"]
     metrics = measure(loss, terminal, t, s, tangent=du_ds)

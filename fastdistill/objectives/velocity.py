@@ -31,7 +31,7 @@ class Guidance:
 
     Args:
         omega, kappa: MeanFlow's letters; omega > 0 and 0 <= kappa < 1. As (B,) tensors the rows have scales of their
-            own: the student is then called with g = scale (B,), which it has to embed.
+            own: the student is then called with g = scale (B,), which it has to embed, and without a label with g = 1.
         null: the label that stands for "no label", i.e. the number of classes.
         interval: the times [t_a, t_b] that are guided.
 
@@ -112,7 +112,7 @@ def target_velocity(
     """The velocity w at (x, t), shape and dtype of x, without gradient.
 
     Args:
-        net: the student; evaluated only for guidance from data.
+        net: the student, or its average; evaluated only for guidance from data.
         x, v_hat: (B, ...), the state and its conditional velocity, which stands for the marginal one without a teacher.
         t, y: (B,).
         teacher: a network whose instantaneous velocity replaces v_hat.
@@ -167,9 +167,13 @@ def _check_sources(
 
 
 def _pair(net: Net, x: Tensor, t: Tensor, y: Tensor, null: int, g: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The instantaneous velocities with labels y and with no label, from one call on the doubled batch."""
+    """The instantaneous velocities with labels y and with no label, from one call on the doubled batch.
+
+    Without a label there is nothing to guide, so that the network is asked at the scale 1 there.
+    """
     x2, t2, y2 = torch.cat((x, x)), torch.cat((t, t)), torch.cat((y, torch.full_like(y, null)))
-    v_label, v_null = evaluate(net, x2, t2, t2, y2, None if g is None else torch.cat((g, g))).to(x.dtype).chunk(2)
+    g2 = None if g is None else torch.cat((g, torch.ones_like(g)))
+    v_label, v_null = evaluate(net, x2, t2, t2, y2, g2).to(x.dtype).chunk(2)
     return v_label, v_null
 
 

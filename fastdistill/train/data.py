@@ -32,6 +32,7 @@ class Batch:
     x1: Tensor  # (B, ...) noise
     y: Tensor | None  # (B,) int64 labels; None where the data has no classes
     null: int  # the label that stands for "no label": the number of classes
+    undropped: Tensor | None = None  # (B,) int64: the labels as they were before some of y became null
 
 
 class Digits:

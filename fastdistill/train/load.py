@@ -11,6 +11,7 @@ import tyro
 from fastdistill.train.checks import check_config
 from fastdistill.train.config import TrainConfig, parse_config, read_yaml
 from fastdistill.train.methods import METHODS
+from fastdistill.train.methods.regression import MEANFLOW_RECIPES
 from fastdistill.train.settings import ConfigError, nearest
 
 SHIPPED = Path(__file__).parents[1] / "configs"
@@ -40,6 +41,9 @@ def load_config(source: str | Path, overrides: Sequence[str] = (), *, out: Path 
     stem = path.stem
     if name is not None and name != given.get("method", {}).get("name"):
         given, stem = choose_method(given, name, recipes), f"{path.stem}-{name}"
+    recipe, overrides = take_option(overrides, "--method.recipe")
+    if recipe is not None:
+        given = given | {"method": choose_recipe(given.get("method") or {}, recipe)}
     given = {"out": f"runs/{stem}"} | given | ({"out": str(out)} if out else {})
     config = parse_config(given, str(path))
     if overrides:
@@ -54,6 +58,12 @@ def load_config(source: str | Path, overrides: Sequence[str] = (), *, out: Path 
         )
     check_config(config)
     return config
+
+
+def choose_recipe(method: Mapping[str, Any], recipe: str) -> dict[str, Any]:
+    """The fields of a method with a named recipe in the place of those that it fills in."""
+    filled = {field for fields in MEANFLOW_RECIPES.values() for field in fields}
+    return {name: value for name, value in method.items() if name not in filled} | {"recipe": recipe}
 
 
 def find_config(source: str | Path) -> Path:

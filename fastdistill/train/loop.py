@@ -196,10 +196,11 @@ def make_batch(dataset: Dataset | Pairs, config: TrainConfig, step: int, device:
         x1 = torch.randn(x0.shape, generator=generator_at(seed, "noise", step))
         if couples(config):
             x0, x1 = couplings.optimal_transport(x0, x1)
+    undropped = None if y is None else y.to(device)
     if y is not None:
         dropped = generator_at(seed, "labels", step)
         y = drop_labels(y, config.data.label_dropout, dataset.num_classes, dropped).to(device)
-    return Batch(x0.to(device), x1.to(device), y, dataset.num_classes)
+    return Batch(x0.to(device), x1.to(device), y, dataset.num_classes, undropped)
 
 
 def stop_non_finite(step: int, name: str, value: Tensor, where: str, run: Path) -> NoReturn:

@@ -111,7 +111,7 @@ def draw(
     assert how.sampler is not None and how.guidance is not None
     told = config.method.conditions_on_guidance
     return samplers.sample(
-        how.sampler,
+        config.method.sampler_for(how.sampler, steps),
         net,
         x1,
         config.method.sample_times(steps),

@@ -129,7 +129,7 @@ TAUGHT: dict[str, dict[str, Any]] = {
     "facm": {},
     "ayf_emd": {},
     "ayf_lmd": {},
-    "shortcut": {},
+    "shortcut": {"finest": None},  # the finest halves are steps along the velocity, and exact as they get short
     "esd": {},
     "lsd": {},
     "psd": {},
@@ -157,20 +157,20 @@ Jvp = Callable[..., Any]
 # Errors of the tangent (w, 1, 0)
 
 
-def swapped_times(fn: Any, primals: Any, tangents: Any) -> tuple[Tensor, Tensor]:
+def swapped_times(fn: Any, primals: Any, tangents: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """The seed's argument order, u(x, s, t) along (w, 0, 1)."""
-    (x, t, s), (w, _, _) = primals, tangents
-    return fn(x, t, s), jvp(fn, (x, s, t), (w, None, 1.0))[1]
+    (x, t, s), (w, time, _) = primals, tangents
+    return fn(x, t, s), jvp(fn, (x, s, t), (w, None, time), **options)[1]
 
 
-def no_time_tangent(fn: Any, primals: Any, tangents: Any) -> Any:
+def no_time_tangent(fn: Any, primals: Any, tangents: Any, **options: Any) -> Any:
     """(w, 0, 0)."""
-    return jvp(fn, primals, (tangents[0], None, None))
+    return jvp(fn, primals, (tangents[0], None, None), **options)
 
 
-def no_state_tangent(fn: Any, primals: Any, tangents: Any) -> Any:
+def no_state_tangent(fn: Any, primals: Any, tangents: Any, **options: Any) -> Any:
     """(0, 1, 0)."""
-    return jvp(fn, primals, (None, 1.0, None))
+    return jvp(fn, primals, (None, tangents[1], None), **options)
 
 
 def wrong_sign(fn: Any, primals: Any, tangents: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -179,15 +179,16 @@ def wrong_sign(fn: Any, primals: Any, tangents: Any, **options: Any) -> tuple[Te
     return u, -du
 
 
-def gap_held_fixed(fn: Any, primals: Any, tangents: Any) -> Any:
+def gap_held_fixed(fn: Any, primals: Any, tangents: Any, **options: Any) -> Any:
     """A network of (x, t, h = t - s) along (w, 1, 0), where (w, 1, 1) is right: s moves along with t."""
     x, t, s = primals
-    return jvp(lambda x, t, h: fn(x, t, t - h), (x, t, t - s), tangents)
+    return jvp(lambda x, t, h: fn(x, t, t - h), (x, t, t - s), tangents, **options)
 
 
-def backward_velocity(fn: Any, primals: Any, tangents: Any) -> Any:
+def backward_velocity(fn: Any, primals: Any, tangents: Any, **options: Any) -> Any:
     """(-w, 1, 0)."""
-    return jvp(fn, primals, (-tangents[0], 1.0, None))
+    w, time, _ = tangents
+    return jvp(fn, primals, (None if w is None else -w, time, None), **options)
 
 
 # Errors of the tangent (0, 0, 1)

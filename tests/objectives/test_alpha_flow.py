@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from fastdistill.objectives import alpha_flow, meanflow
@@ -29,10 +30,37 @@ def test_its_target_is_a_step_along_w_and_then_its_own_jump() -> None:
     t, s, a, w = times["t"], times["s"], 0.3, x1 - x0
     x, step = (1 - t)[:, None] * x0 + t[:, None] * x1, a * (t - s)
     goal = a * w + (1 - a) * target(x - step[:, None] * w, t - step, s)
+    goal, share = torch.where((t == s)[:, None], w, goal), torch.where(t == s, 1.0, torch.tensor(a, dtype=t.dtype))
     error = (net(x, t, s) - goal.detach()).square().sum(1)
     ours, metrics = alpha_flow(net, x0, x1, t, s, alpha=a, target=target, c=0.1)
-    assert_same_gradient(ours, (a * error / (error.detach() + 0.1)).mean(), net)
-    torch.testing.assert_close(metrics["raw_error"], error.detach().mean() / 3 / a**2)
+    assert_same_gradient(ours, (share * error / (error.detach() + 0.1)).mean(), net)
+    torch.testing.assert_close(metrics["raw_error"], (error.detach() / share**2).mean() / 3)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.005, 0.5, 1.0])
+def test_rows_with_equal_times_are_flow_matching_of_weight_one_at_any_alpha(alpha: float) -> None:
+    """With a target that they never ask, and next to rows whose own weight is alpha."""
+    net, target, (x0, x1, times) = SmallNet(), SmallNet(), random_batch()
+    t, s = times["t"], times["s"]
+    x = (1 - t)[:, None] * x0 + t[:, None] * x1
+    error = (net(x, t, t) - (x1 - x0)).square().sum(1)
+    plain = torch.where(t == s, error / (error.detach() + 1e-3), 0.0).mean()
+    _, metrics = alpha_flow(net, x0, x1, t, s, alpha=alpha, target=target)
+    assert_same_gradient(metrics["terms"]["anchor"], plain, net)
+
+
+def test_clamp_bounds_the_target_of_the_rows_apart_alone() -> None:
+    """Every element of the bracket; and MeanFlow's target at alpha = 0 has no bound."""
+    net, (x0, x1, times) = SmallNet(), random_batch()
+    t, s, a, bound = times["t"], times["s"], 0.5, 0.7
+    x, w, step = (1 - t)[:, None] * x0 + t[:, None] * x1, x1 - x0, a * (t - s)
+    goal = (a * w + (1 - a) * net(x - step[:, None] * w, t - step, s)).clamp(-bound, bound)
+    error = (net(x, t, s) - torch.where((t == s)[:, None], w, goal).detach()).square().sum(1)
+    share = torch.where(t == s, 1.0, torch.tensor(a, dtype=t.dtype))
+    ours, _ = alpha_flow(net, x0, x1, t, s, alpha=a, clamp=bound)
+    assert_same_gradient(ours, (share * error / (error.detach() + 1e-3)).mean(), net)
+    assert ours != alpha_flow(net, x0, x1, t, s, alpha=a)[0]
+    assert alpha_flow(net, x0, x1, t, s, alpha=0.0, clamp=bound)[0] == alpha_flow(net, x0, x1, t, s, alpha=0.0)[0]
 
 
 def test_its_terms_are_the_rows_apart_and_on_the_diagonal() -> None:

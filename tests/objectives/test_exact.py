@@ -60,6 +60,23 @@ def test_weights_and_normalisation_do_not_move_the_solution(name: str) -> None:
     assert max(Gate(name, Cosine(), taught=True, options=options)()) < EXACT
 
 
+@pytest.mark.parametrize("through", ["time", "tangent", "nothing"])
+@pytest.mark.parametrize("path", PATHS)
+def test_esd_is_exact_whatever_its_gradient_flows_through(path: Path, through: str) -> None:
+    assert max(Gate("esd", path, taught=True, options={"through": through})()) < EXACT
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_shortcuts_finest_halves_are_exact_to_first_order_in_their_length(path: Path) -> None:
+    """They are steps along the velocity; halves that are longer than the finest are as exact as the map."""
+    gate, errors = Gate("shortcut", path, taught=True), []
+    for finest in (64, 128):
+        gate.times["delta"] = torch.full((ROWS,), 1 / finest, dtype=torch.float64)
+        errors.append(gate(finest=finest)[0])
+        assert max(gate(finest=2 * finest)) < EXACT
+    assert 1.6 < errors[0] / errors[1] < 2.4
+
+
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 0.9])
 def test_alpha_flow_is_exact_where_the_flow_is_straight(alpha: float) -> None:
     """Its step along w is then the flow's; elsewhere the error is of first order in alpha."""
@@ -165,10 +182,12 @@ def guided_gate(
     options |= TAUGHT[name] | ({"score_gradient": torch.zeros_like(x1)} if name == "rcm" else {})
     if plain_tangent:
 
-        def along_plain(fn: Any, primals: Any, tangents: Any) -> Any:
+        def along_plain(fn: Any, primals: Any, tangents: Any, **more: Any) -> Any:
             x, t, _ = primals
+            if tangents[0] is None:
+                return jvp(fn, primals, tangents, **more)
             labels = y if len(x) == ROWS else y[times["s"] < times["t"]]  # some methods pass the rows with s != t only
-            return jvp(fn, primals, (plain(x, t, t, labels), *tangents[1:]))
+            return jvp(fn, primals, (plain(x, t, t, labels), *tangents[1:]), **more)
 
         options["jvp"] = along_plain
     theta = torch.zeros(1, dtype=torch.float64, requires_grad=True)

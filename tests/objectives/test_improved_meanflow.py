@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -65,3 +66,54 @@ def test_scales_by_row_condition_direction_and_tangent() -> None:
 
     loss, _ = improved_meanflow(net, x0, x1, times["t"], times["s"], y=y, guidance=Guidance.improved(scale, null=3))
     assert loss.isfinite()
+
+
+def test_no_label_is_asked_at_the_scale_one() -> None:
+    """By the head, in the guidance of the target; the rows' own scales go with their labels."""
+    (x0, x1, times), y = random_batch(), torch.arange(ROWS) % 3
+    inner, scale = SmallNet(), 1.5 + torch.rand(ROWS, dtype=torch.float64)
+    asked: list[Tensor] = []
+
+    def head(x: Tensor, t: Tensor, s: Tensor, y: Tensor, g: Tensor) -> Tensor:
+        asked.extend((g[y == 3], g[y != 3]))
+        return inner(x, t, s, y)
+
+    def net(x: Tensor, t: Tensor, s: Tensor, y: Tensor, g: Tensor) -> Tensor:
+        return inner(x, t, s, y)
+
+    guidance = Guidance.improved(scale, null=3)
+    improved_meanflow(net, x0, x1, times["t"], times["s"], y=y, velocity_head=head, guidance=guidance)
+    without, labelled = torch.cat(asked[::2]), torch.cat(asked[1::2])
+    assert len(without) == ROWS and (without == 1).all()
+    assert (labelled > 1).all()
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_tangent_of_a_dropped_row_runs_along_the_velocity_of_its_label(guided: bool) -> None:
+    """Its target is v_hat, its network is asked without a label, and only the direction knows the label."""
+    net, (x0, x1, times), labels = SmallNet(), random_batch(), torch.arange(ROWS) % 3
+    t, s, y = times["t"], times["s"], torch.where(torch.arange(ROWS) % 2 == 0, 3, labels)
+    guidance = Guidance.improved(2.0, null=3) if guided else None
+    directions: list[Tensor] = []
+
+    def listening(fn: Any, primals: Any, tangents: Any) -> Any:
+        directions.append(tangents[0])
+        return jvp(fn, primals, tangents)
+
+    options: dict[str, Any] = {"y": y, "guidance": guidance, "jvp": listening}
+    loss, _ = improved_meanflow(net, x0, x1, t, s, undropped=labels, **options)
+    x, apart = (1 - t)[:, None] * x0 + t[:, None] * x1, t != s
+    torch.testing.assert_close(directions[0], net(x, t, t, labels)[apart].detach())
+    other, _ = improved_meanflow(net, x0, x1, t, s, **options)
+    torch.testing.assert_close(directions[1], net(x, t, t, y)[apart].detach())
+    assert loss != other
+    same, _ = improved_meanflow(net, x0, x1, t, s, undropped=y, **options)
+    assert same == other
+
+
+def test_labels_before_the_drop_of_another_shape_are_refused() -> None:
+    (x0, x1, times), y = random_batch(), torch.arange(ROWS) % 3
+    with pytest.raises(ValueError, match=r"^undropped: expected the shape of y, \(48,\), got shape \(3,\)"):
+        improved_meanflow(SmallNet(), x0, x1, times["t"], times["s"], y=y, undropped=y[:3])
+    with pytest.raises(ValueError, match=r"^undropped: expected None without y, got shape"):
+        improved_meanflow(SmallNet(), x0, x1, times["t"], times["s"], undropped=y)

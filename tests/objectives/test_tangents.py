@@ -18,7 +18,7 @@ from fastdistill.objectives import Guidance, adapters
 from fastdistill.paths import LINEAR, Cosine, Path, TrigFlow
 from tests.objectives.cases import EULERIAN, LAGRANGIAN, ROWS, TAUGHT, WIDTH, Jvp, SmallNet, draw_times
 
-THROUGH = ["lsd", "tvm"]  # gradients flow through the tangent
+THROUGH = ["esd", "lsd", "tvm"]  # gradients flow through the tangent
 
 
 def dense(primals: Any, tangents: Any) -> list[Tensor]:
@@ -48,12 +48,13 @@ def central_difference(fn: Any, primals: Any, tangents: Any, tangent_grad: bool 
 
 def double_backward(fn: Any, primals: Any, tangents: Any, tangent_grad: bool = False) -> tuple[Tensor, Tensor]:
     """The derivative, by a cotangent z, of the directional derivative of (z, fn): reverse mode twice."""
-    points = [primal.detach().requires_grad_() for primal in primals]
-    u = fn(*points)
-    z = torch.zeros_like(u, requires_grad=True)
-    pulled = torch.autograd.grad(u, points, z, create_graph=True)
-    total = sum((part * direction).sum() for part, direction in zip(pulled, dense(primals, tangents), strict=True))
-    (du,) = torch.autograd.grad(total, z, create_graph=True)
+    with torch.enable_grad():  # also where an objective wants no gradient of the tangent
+        points = [primal.detach().requires_grad_() for primal in primals]
+        u = fn(*points)
+        z = torch.zeros_like(u, requires_grad=True)
+        pulled = torch.autograd.grad(u, points, z, create_graph=True)
+        total = sum((part * direction).sum() for part, direction in zip(pulled, dense(primals, tangents), strict=True))
+        (du,) = torch.autograd.grad(total, z, create_graph=True)
     return u, du if tangent_grad else du.detach()
 
 

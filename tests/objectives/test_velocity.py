@@ -138,7 +138,7 @@ def test_improved_guidance_is_the_one_with_omega_1() -> None:
     w = target_velocity(net, x, v_hat, t, y=y, guidance=guidance)
     torch.testing.assert_close(w, v_hat + (1 - 1 / scale)[:, None] * x * (y - 3)[:, None])
     torch.testing.assert_close(guidance.scale, scale)
-    assert torch.equal(seen[0], torch.cat((scale, scale)))
+    assert torch.equal(seen[0], torch.cat((scale, torch.ones_like(scale)))), "no label, no guidance"
     with pytest.raises(ValueError, match=r"^scale: expected >= 1, got 0.5"):
         Guidance.improved(0.5, null=3)
     assert scale_rows(guidance) is not None

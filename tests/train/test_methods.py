@@ -38,7 +38,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 # What an objective offers and a configuration file can't hold, or the trainer decides.
 NOT_SETTINGS = {"y", "path", "jvp", "generator", "teacher", "weak_teacher", "target", "weighting", "warmup", "alpha",
-                "distinct_rows", "fake", "gan", "gan_weight", "levels",
+                "distinct_rows", "undropped", "factor", "fake", "gan", "gan_weight", "levels",
                 "weight", "midpoint", "score_gradient"}  # fmt: skip
 
 
@@ -196,7 +196,7 @@ def test_a_round_of_reflow_can_be_the_teacher_of_the_next(teacher: Path, tmp_pat
 
 
 def test_the_two_times_can_have_laws_of_their_own(tiny: MakeConfig) -> None:
-    """MeanFlow's CIFAR-10 recipe; without `end_times` both draws have the one law, as they always had."""
+    """The CIFAR-10 recipe of MeanFlow's code; without `end_times` both draws have the one law, as they always had."""
     recipe = {"times": {"mean": -0.6, "std": 1.6}, "end_times": {"mean": -4.0, "std": 1.6}, "distinct": 0.75}
     laws = {key: value | {"law": "logit_normal"} for key, value in recipe.items() if isinstance(value, dict)}
     for name in ("meanflow", "improved_meanflow", "alpha_flow"):

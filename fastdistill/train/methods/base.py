@@ -188,6 +188,19 @@ class MethodSettings(Settings):
         """Whether it learnt all times at which so many steps start; others are possible, and no measure of it."""
         return True
 
+    def sampler_for(self, sampler: str, steps: int) -> str:
+        """The name of the sampler that does what `sampler` means in so many steps, for a network of this method."""
+        return sampler
+
+    def definition(self, config: TrainConfig) -> int | None:
+        """Return the number of the definition of a step, counted where it changed; None is the first one.
+
+        A checkpoint holds it: a run whose method has changed since, in what this configuration asks of it, is refused
+        rather than continued as something else. The second definition asks a network that is told a scale, and no
+        label, at the scale 1.
+        """
+        return 2 if self.conditions_on_guidance and config.teacher is None else None
+
     def check(self, config: TrainConfig) -> None:
         """Raise a ConfigError for what the fields don't allow together, or with the rest of the configuration."""
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from fastdistill.objectives.esd import Through
 from fastdistill.times import LogitNormal, dyadic_times, gap_times, triangle_times
 from fastdistill.train.methods.base import Context, Decay, GuidanceSettings, Learnt, MethodSettings, Share, ramp
 from fastdistill.train.settings import Settings
+
+if TYPE_CHECKING:
+    from fastdistill.train.config import TrainConfig
 
 
 class GapTimes(Settings):
@@ -69,7 +73,7 @@ class Shortcut(MethodSettings):
     distinct: Share = 0.125
     """Share of the rows with jumps; the others are plain flow matching."""
     finest: int = Field(128, ge=2)
-    """Steps of the finest grid, a power of 2."""
+    """Steps of the finest grid, a power of 2. The steps of that grid are made with the velocity."""
     target_ema: Decay | None = 0.999
     """Decay of the averaged network that makes the two jumps; None: the network itself, detached."""
     guidance: GuidanceSettings = GuidanceSettings()
@@ -79,6 +83,16 @@ class Shortcut(MethodSettings):
         return dyadic_times(
             context.rows, self.distinct, finest=self.finest, generator=context.generator, device=context.device
         )
+
+    def sampler_for(self, sampler: str, steps: int) -> str:
+        # No row trains jumps of the finest length or below: as in training, these are steps along the velocity.
+        return "euler" if sampler == "average_velocity" and steps >= self.finest else sampler
+
+    def has_learnt(self, steps: int) -> bool:
+        return steps & (steps - 1) == 0 and steps <= self.finest
+
+    def definition(self, config: TrainConfig) -> int | None:
+        return 2  # the finest halves are made with the velocity
 
 
 class SelfDistillation(MethodSettings):
@@ -101,6 +115,12 @@ class ESD(SelfDistillation):
     """Eulerian self-distillation: the map must not change as its start moves along the network's own flow."""
 
     name: Literal["esd"] = "esd"
+    through: Through = "time"
+    """What the gradient flows through beside u: du/dt alone, the whole tangent, or nothing. The first is the authors'
+    choice; the others need less time a step, and the last one less memory too."""
+
+    def definition(self, config: TrainConfig) -> int | None:
+        return super().definition(config) if self.through == "nothing" else 2
 
 
 class LSD(SelfDistillation):
@@ -133,7 +153,14 @@ class TVM(MethodSettings):
     target_ema: Decay | None = 0.99
     """Decay of the averaged network that gives the velocity at the end; None: the network itself, detached."""
     guidance: GuidanceSettings = GuidanceSettings()
-    """Guidance inside the velocity."""
+    """Guidance inside the velocity. Both residuals are then divided by its scale."""
 
     def draw_times(self, context: Context) -> tuple[Tensor, ...]:
         return self.times.draw(context)
+
+    def keywords(self, context: Context) -> dict[str, Any]:
+        given = super().keywords(context)
+        return given if given["guidance"] is None else given | {"factor": 1 / given["guidance"].scale}
+
+    def definition(self, config: TrainConfig) -> int | None:
+        return 2 if self.guidance.active else None  # by the average network without a label, over the scale

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fastdistill.objectives.velocity import Autoguidance, Guidance
@@ -47,8 +48,8 @@ class PairedTimes(MethodSettings):
     times: Times = LogitNormalTimes()
     """The law of both draws, or of the first where `end_times` is given; t is the larger of the two, s the smaller."""
     end_times: Times | None = None
-    """The law of the second draw; None: as `times`. MeanFlow's recipe for CIFAR-10 has mean -0.6 there and -4 here, std
-    1.6 in both, and `distinct` 0.75. Choose it in a file; the command line can then change its numbers."""
+    """The law of the second draw; None: as `times`. Choose it in a file; the command line can then change its
+    numbers."""
     distinct: Share = 0.25
     """Share of the rows with s != t, which pay for a tangent; the others are plain flow matching."""
 
@@ -63,10 +64,26 @@ class PairedTimes(MethodSettings):
         )
 
 
+MEANFLOW_RECIPES: dict[str, dict[str, Any]] = {
+    "cifar10_paper": {"times": {"law": "logit_normal", "mean": -2.0, "std": 2.0}, "distinct": 0.75, "p": 0.75},
+    "cifar10_code": {
+        "times": {"law": "logit_normal", "mean": -0.6, "std": 1.6},
+        "end_times": {"law": "logit_normal", "mean": -4.0, "std": 1.6},
+        "distinct": 0.75,
+        "p": 0.75,
+    },
+}
+"""Fields of `MeanFlow` by the name of a recipe: of the paper's text, and of the authors' code in PyTorch."""
+
+
 class MeanFlow(PairedTimes):
     """MeanFlow: the network learns the average velocity, and sampling jumps along it, in one step if wished."""
 
     name: Literal["meanflow"] = "meanflow"
+    recipe: Literal["cifar10_paper", "cifar10_code"] | None = None
+    """Fill times, end_times, distinct and p as the paper has them for CIFAR-10, both times LN(-2, 2), or as the
+    authors' code has them, LN(-0.6, 1.6) and LN(-4, 1.6); 75 % of the rows have s != t and p is 0.75 in both. Any of
+    these that a file gives beside it holds; on the command line a recipe replaces the file's."""
     p: float = Field(1.0, ge=0)
     """Exponent of the adaptive weight; 0 is the plain square."""
     c: float = Field(1e-2, gt=0)
@@ -74,9 +91,25 @@ class MeanFlow(PairedTimes):
     guidance: GuidanceSettings = GuidanceSettings()
     """Guidance inside the target, so that sampling needs none."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_the_recipe(cls, fields: Any) -> Any:
+        recipe = fields.get("recipe") if isinstance(fields, Mapping) else None
+        return {**MEANFLOW_RECIPES[recipe], **fields} if recipe in MEANFLOW_RECIPES else fields
+
 
 class ImprovedGuidance(GuidanceSettings):
     """Guidance as improved MeanFlow writes it: the scale alone decides how much of the estimate is the student's."""
+
+    scale_to: float | None = Field(None, gt=0)
+    """Each row gets a scale of its own, log-uniform from `scale` to this, and the network is told: needs
+    model.guidance. The paper's are 1 and 8."""
+
+    def draw_scale(self, context: Context) -> float | Tensor:
+        if self.scale_to is None:
+            return self.scale
+        share = torch.rand(context.rows, generator=context.generator).to(context.device)
+        return self.scale * (self.scale_to / self.scale) ** share
 
     def build(self, context: Context) -> Guidance | Autoguidance | None:
         if context.teacher is not None or not self.active:
@@ -104,11 +137,20 @@ class ImprovedMeanFlow(PairedTimes):
                 f"{self.guidance.kappa}"
             )
 
+    def keywords(self, context: Context) -> dict[str, Any]:
+        return super().keywords(context) | {"undropped": context.batch.undropped}
+
+    def definition(self, config: TrainConfig) -> int | None:
+        # Log-uniform scales, no label at the scale 1; the tangent of a dropped row runs along its label's velocity.
+        return 2 if config.data.label_dropout or self.guidance.active else None
+
 
 class AlphaFlow(PairedTimes):
     """Alpha-Flow: from flow matching to MeanFlow by a curriculum, through jumps of ever shorter first parts."""
 
     name: Literal["alpha_flow"] = "alpha_flow"
+    distinct: Share = 0.5
+    """Share of the rows with s != t; the others are plain flow matching."""
     guidance: GuidanceSettings = GuidanceSettings()
     """Guidance inside the target."""
     gain: float = Field(25.0, gt=0)
@@ -117,9 +159,15 @@ class AlphaFlow(PairedTimes):
     """An alpha so near to 1 or 0 is taken for it."""
     c: float = Field(1e-3, gt=0)
     """Offset of the adaptive weight, in units of the error summed over a row."""
+    clamp: float | None = Field(4.0, gt=0)
+    """Largest absolute value in the target of rows with s != t, while alpha > 0; None: no bound. For data of unit
+    variance: where velocities are larger it draws their mean to 0."""
 
     def keywords(self, context: Context) -> dict[str, Any]:
         return super().keywords(context) | {"alpha": self.alpha(context)}
+
+    def definition(self, config: TrainConfig) -> int | None:
+        return 2  # rows with s = t are flow matching of weight 1
 
     @property
     def depends_on_steps(self) -> bool:
