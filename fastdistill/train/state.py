@@ -34,6 +34,7 @@ UNCHANGED = {
     "teacher_sha256": "the teacher's weights",
     "weak_teacher_sha256": "the weak teacher's weights",
     "precision": "the precision",
+    "definition": "what the method computes",
 }
 
 
@@ -71,6 +72,7 @@ def new_state(config: TrainConfig, device: torch.device) -> dict[str, Any]:
         "scheduler": warm_up(optimizer, optim.warmup_steps),
         "device": device,
         "precision": pick_precision(config, device),
+        "definition": method.definition(config),
         "path": config.path.build(),
         **frozen,
     }

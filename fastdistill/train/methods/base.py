@@ -188,6 +188,14 @@ class MethodSettings(Settings):
         """Whether it learnt all times at which so many steps start; others are possible, and no measure of it."""
         return True
 
+    def definition(self, config: TrainConfig) -> int | None:
+        """Return the number of the definition of a step, counted where it changed; None is the first one.
+
+        A checkpoint holds it: a run whose method has changed since, in what this configuration asks of it, is refused
+        rather than continued as something else.
+        """
+        return None
+
     def check(self, config: TrainConfig) -> None:
         """Raise a ConfigError for what the fields don't allow together, or with the rest of the configuration."""
 
