@@ -17,7 +17,7 @@ from fastdistill.samplers import Steps, intervals
 from fastdistill.times import imm_times
 from fastdistill.train.methods.base import Context, GuidanceSettings, Learnt, MethodSettings
 from fastdistill.train.methods.consistency import ArctanTimes, ContinuousConsistency
-from fastdistill.train.methods.times import KarrasLevels, Levels, ShiftedLevels
+from fastdistill.train.methods.times import FakeLevels, KarrasLevels, Levels, SameLevels, ShiftedLevels
 from fastdistill.train.settings import ConfigError, Settings
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ class CriticSettings(Settings):
     """Its learning rate."""
     levels: Levels = KarrasLevels()
     """The law of the noise levels at which the scores are compared. Two numbers: times uniform between them."""
-    fake_levels: Levels | None = KarrasLevels(low=0.0, high=1.0)
-    """The law at which the second network is trained, and the discriminator; None: that of `levels`."""
+    fake_levels: FakeLevels = KarrasLevels(low=0.0, high=1.0)
+    """The law at which the second network is trained, and the discriminator; same: that of `levels`."""
     gan: bool = False
     """Add a discriminator, as DMD2 does: real data then correct what the teacher got wrong."""
     gan_weight: float = Field(3e-3, gt=0)
@@ -89,7 +89,7 @@ class CriticSettings(Settings):
     @property
     def trained_levels(self) -> Levels:
         """The law at which the second network is trained."""
-        return self.levels if self.fake_levels is None else self.fake_levels
+        return self.levels if isinstance(self.fake_levels, SameLevels) else self.fake_levels
 
     def check(self) -> None:
         """Raise a ConfigError for a range of levels that is empty."""
@@ -106,8 +106,8 @@ class ConsistentCriticSettings(CriticSettings):
     """Its updates in each training step, that is, for each update of the generator."""
     levels: Levels = ShiftedLevels()
     """The law of the noise levels at which the scores are compared. Two numbers: times uniform between them."""
-    fake_levels: Levels | None = None
-    """The law at which the second network is trained; None: that of `levels`."""
+    fake_levels: FakeLevels = SameLevels()
+    """The law at which the second network is trained; same: that of `levels`."""
 
 
 class ScoreMethod(MethodSettings):

@@ -79,6 +79,12 @@ class TimeLevels(Settings):
         return Uniform(self.low, self.high)
 
 
+class SameLevels(Settings):
+    """Those of the law beside it."""
+
+    law: Literal["same"] = "same"
+
+
 def _from_pair(given: Any) -> Any:
     """Two numbers by themselves are times, as in the configurations of versions that knew no other law."""
     if isinstance(given, Sequence) and not isinstance(given, str) and len(given) == 2:
@@ -86,6 +92,7 @@ def _from_pair(given: Any) -> Any:
     return given
 
 
-Levels = Annotated[
-    Annotated[KarrasLevels | ShiftedLevels | TimeLevels, Field(discriminator="law")], BeforeValidator(_from_pair)
+Levels = Annotated[KarrasLevels | ShiftedLevels | TimeLevels, Field(discriminator="law"), BeforeValidator(_from_pair)]
+FakeLevels = Annotated[
+    SameLevels | KarrasLevels | ShiftedLevels | TimeLevels, Field(discriminator="law"), BeforeValidator(_from_pair)
 ]
