@@ -13,8 +13,10 @@ from fastdistill import objectives, times
 from fastdistill.paths import EDM, LINEAR, VE, Cosine, Path, TrigFlow
 from fastdistill.times import (
     ArctanLogNormal,
+    KarrasLevel,
     LogitNormal,
     LogNormalLevel,
+    ShiftedLevel,
     TimeSampler,
     Uniform,
     distinct_rows,
@@ -28,7 +30,17 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("sampler", [LogitNormal(), Uniform(), ArctanLogNormal(), LogNormalLevel(EDM())])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        LogitNormal(),
+        Uniform(),
+        ArctanLogNormal(),
+        LogNormalLevel(EDM()),
+        KarrasLevel(LINEAR),
+        ShiftedLevel(LINEAR),
+    ],
+)
 def test_times_are_a_function_of_the_generator_seed(sampler: TimeSampler) -> None:
     assert torch.equal(sampler(64, seeded(3)), sampler(64, seeded(3)))
     assert not torch.equal(sampler(64, seeded(3)), sampler(64, seeded(4)))
@@ -113,6 +125,28 @@ def test_level_law_is_log_normal_in_the_noise_level_of_any_path(path: Path) -> N
     torch.testing.assert_close(
         times.level_of_time(path, times.time_of_level(path, levels)).float(), levels, rtol=1e-4, atol=0
     )
+
+
+def test_karras_levels_are_edms_times_and_the_same_levels_on_every_path() -> None:
+    """Shares of its grid; a path that ends at less noise, or starts at more, has a grid between its own ends."""
+    share = Uniform(0.02, 0.98)(COUNT, seeded())
+    torch.testing.assert_close(KarrasLevel(EDM())(COUNT, seeded()), share, rtol=0, atol=1e-5)
+    level = EDM().beta(share.double())
+    for path in (LINEAR, Cosine(), TrigFlow(0.5)):
+        t = KarrasLevel(path)(COUNT, seeded())
+        torch.testing.assert_close(times.level_of_time(path, t), level, rtol=1e-3, atol=1e-6)
+    short = EDM(0.1, 4.0)
+    torch.testing.assert_close(KarrasLevel(short, 0, 1)(64, seeded()), Uniform()(64, seeded()), rtol=0, atol=1e-5)
+
+
+def test_shifted_levels_are_a_uniform_time_pushed_towards_the_noise() -> None:
+    """On the linear path itself 5 q / (1 + 4 q), and as much noise on any other."""
+    q = Uniform()(COUNT, seeded())
+    t = ShiftedLevel(LINEAR, 5.0)(COUNT, seeded())
+    torch.testing.assert_close(t, 5 * q / (1 + 4 * q), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ShiftedLevel(LINEAR, 1.0)(COUNT, seeded()), q, rtol=1e-5, atol=1e-6)
+    angle = ShiftedLevel(Cosine(), 5.0)(1000, seeded()).double() * math.pi / 2
+    torch.testing.assert_close(angle.tan(), times.level_of_time(LINEAR, t[:1000]), rtol=1e-2, atol=1e-6)
 
 
 def test_triangle_is_uniform_and_so_is_its_diagonal() -> None:
@@ -266,6 +300,9 @@ def test_bad_settings_are_refused_by_name() -> None:
         (lambda: ArctanLogNormal(sigma_data=0), r"^sigma_data: .* got 0"),
         (lambda: ArctanLogNormal(std=-1), r"^std: "),
         (lambda: LogNormalLevel(EDM(), math.inf), r"^mean: "),
+        (lambda: KarrasLevel(EDM(), 0.9, 0.1), r"^low, high: .* got 0.9, 0.1"),
+        (lambda: KarrasLevel(EDM(), rho=0.5), r"^rho: .* >= 1, got 0.5"),
+        (lambda: ShiftedLevel(LINEAR, 0.0), r"^shift: .* > 0, got 0"),
         (lambda: times.triangle_times(8, 1.5), r"^distinct: "),
         (lambda: times.gap_times(8, Uniform(), -0.1), r"^distinct: "),
         (lambda: times.dyadic_times(8, finest=100), r"^finest: expected a power of 2, at least 2, got 100"),

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdistill.objectives.checks import check_apart, check_batch, check_choice, check_deterministic
+from fastdistill.objectives.checks import check_apart, check_batch, check_deterministic
 from fastdistill.objectives.identities import flow_map
 from fastdistill.objectives.metric import Weighting, row_distance, weigh
 from fastdistill.objectives.rows import Metrics, measure
+from fastdistill.objectives.solvers import solver_step
 from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path, expand_time
 from fastdistill.samplers import Net
@@ -50,7 +50,9 @@ def consistency(
         distance: "l2" (summed over elements), "huber" with `c`, or "lpips": the caller's `perceptual` network.
         weight: lambda(t, r), elementwise; None is 1 (CM). Improved consistency training's is one over the gap of the
             noise levels beta / alpha, 1 / (sigma(t) - sigma(r)), on the path `EDM`; it is 0 where sigma(t) is infinite.
-        solver: "heun", "euler", or solver(x, t, r) -> x_r; only with a teacher.
+        solver: "heun" (CM's, which on the path "edm" steps in the noise level), "euler", "heun_in_time" or
+            "euler_in_time", see `fastdistill.objectives.solvers.solver_step`; or solver(x, t, r) -> x_r. Only with a
+            teacher.
         The other arguments are those of `meanflow`; guidance is inside the teacher's velocity.
 
     Returns:
@@ -74,13 +76,13 @@ def consistency(
         if teacher is None:
             x_r = path.interpolate(x0, x1, r)
         elif isinstance(solver, str):
-            check_choice("solver", solver, ("heun", "euler"))
-            follow: dict[str, Any] = {"y": y, "teacher": teacher, "weak_teacher": weak_teacher, "guidance": guidance}
-            step = expand_time(t - r, x)
-            v = target_velocity(net, x, None, t, **follow)
-            x_r = x - step * v
-            if solver == "heun":
-                x_r = x - step * 0.5 * (v + target_velocity(net, x_r, None, r, **follow))
+
+            def velocity(x: Tensor, t: Tensor) -> Tensor:
+                return target_velocity(
+                    net, x, None, t, y=y, teacher=teacher, weak_teacher=weak_teacher, guidance=guidance
+                )
+
+            x_r = solver_step(solver, velocity, x, t, r, path)
         else:
             x_r = solver(x, t, r)
         goal = flow_map(target or net, x_r, r, s, y, g)

@@ -17,7 +17,7 @@ from fastdistill.objectives.critic import Discriminator, gan_generator_loss
 from fastdistill.objectives.velocity import Guidance, target_velocity
 from fastdistill.paths import LINEAR, Path, convert, expand_time
 from fastdistill.samplers import Net, gamma, intervals
-from fastdistill.times import TimeSampler, Uniform
+from fastdistill.times import KarrasLevel, TimeSampler
 
 
 def dmd(
@@ -43,12 +43,13 @@ def dmd(
 
     Args:
         net: the generator, called as net(x, t=t, s=0, y=y); 1 step: t = 1 in all rows.
-        x0, x1: data and noise, (B, ...), alike in shape. x0 matters only where t < 1 without backward simulation.
+        x0, x1: data and noise, (B, ...), alike in shape. x0 matters only where t < 1 without backward simulation: at
+            t = 1 the generator starts from `path.prior(x1)`, as samplers do, on every path.
         t: (B,), the times at which the generator starts.
         teacher, fake: networks of instantaneous velocities; no gradient reaches them.
         y: (B,) int64 labels, or None.
         guidance: classifier-free guidance of the teacher.
-        levels: law of tau, the time at which the scores are compared; None is Uniform(0.02, 0.98).
+        levels: law of tau, the time at which the scores are compared; None is KarrasLevel(path), DMD2's.
         gan: a discriminator of states at tau; its loss is added, times `gan_weight`. Train it by `gan_critic_loss`.
         backward_simulation: the generator's own falling times, 1 first and 0 left out. Its inputs at t are then what
             it makes itself on the way from noise, without gradient, as in sampling.
@@ -67,11 +68,11 @@ def dmd(
     """
     check_batch(x0, x1, t, y=y)
     if backward_simulation is None:
-        x = path.interpolate(x0, x1, t)
+        x = generator_input(path, x0, x1, t)
     else:
         x = simulate(net, x1, t, backward_simulation, y=y, path=path, generator=generator)
     samples = x - expand_time(t, x) * net(x, t=t, s=torch.zeros_like(t), y=y)
-    tau = (levels or Uniform(0.02, 0.98))(len(x), generator, x.device).to(t.dtype)
+    tau = (levels or KarrasLevel(path))(len(x), generator, x.device).to(t.dtype)
     noise = _noise(x1, generator)
     delta, difference = _gradient(samples, noise, tau, teacher, fake, y, path, guidance)
     loss = surrogate(samples, delta)
@@ -114,6 +115,14 @@ def dmd_gradient(
 def surrogate(samples: Tensor, delta: Tensor) -> Tensor:
     """(1/2) ||G - [G - delta]||^2, averaged over rows and elements: a loss whose gradient by G is delta / numel."""
     return 0.5 * (samples - (samples - delta).detach()).square().mean()
+
+
+def generator_input(path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+    """Return the states (B, ...) that a generator starts from at t (B,): x_t, but for t = 1 the sampler's own prior.
+
+    They differ on the paths whose data never fade, such as EDM, where x_1 = x0 + sigma x1 would tell the generator x0.
+    """
+    return torch.where(expand_time(t == 1, x0), path.prior(x1), path.interpolate(x0, x1, t))
 
 
 @torch.no_grad()

@@ -30,8 +30,9 @@ def ect(
 
     Both states share x0 and x1. sigma = beta / alpha is the noise level, so that the loss is the same on every path, of
     which the paper's own is "edm". The norm is over all elements of a row (summed squares, not squared after), smoothed
-    below `c`. Rows with r = 0 are plain denoising. Dropout must draw the same numbers in both calls: the caller's `net`
-    and `target` see to that, or use none.
+    below `c`. Rows with r = 0 are plain denoising on every path: their target is x0 and their gap is all of sigma(t),
+    also where the path itself starts at some noise. Dropout must draw the same numbers in both calls: the caller's
+    `net` and `target` see to that, or use none.
 
     Args:
         r: (B,), the next time towards the data, 0 <= r < t; `fastdistill.times.ect_times` lets it approach t by stages.
@@ -51,10 +52,11 @@ def ect(
     check_apart(t, r)
     check_deterministic(path, "ect", "use path 'edm' or 'linear'")
     check_keeps_data(path, t)
-    x, s = path.interpolate(x0, x1, t), torch.zeros_like(t)
+    x, s, clean = path.interpolate(x0, x1, t), torch.zeros_like(t), r == 0
     with torch.no_grad():
         goal = flow_map(target or net, path.interpolate(x0, x1, r), r, s, y)
+        goal = torch.where(expand_time(clean, x), x0, goal)
     residual = flow_map(net, x, t, s, y) - goal
-    gap = path.beta(t) / path.alpha(t) - path.beta(r) / path.alpha(r)
+    gap = path.beta(t) / path.alpha(t) - torch.where(clean, 0.0, path.beta(r) / path.alpha(r))
     loss = weigh(pseudo_huber(residual, c) / gap, weighting, t, r).mean()
     return loss, measure(loss, residual / expand_time(t - r, x), t, s)

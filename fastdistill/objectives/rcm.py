@@ -9,10 +9,10 @@ from torch import Tensor
 
 from fastdistill.jvp import jvp as fused_jvp
 from fastdistill.objectives.checks import check_present
+from fastdistill.objectives.continuous import Tangent, regress
 from fastdistill.objectives.identities import Jvp, flow_map
 from fastdistill.objectives.metric import Weighting, squared
 from fastdistill.objectives.rows import Metrics
-from fastdistill.objectives.scm import scm
 from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows
 from fastdistill.paths import LINEAR, Path
 from fastdistill.samplers import Net
@@ -36,37 +36,43 @@ def rcm(
     parameterization: str = "velocity",
     c: float | None = 0.1,
     score_gradient: ScoreGradient | None = None,
-    score_weight: float = 0.01,
+    score_weight: float = 0.02,
     jvp: Jvp = fused_jvp,
 ) -> tuple[Tensor, Metrics]:
-    """The loss of `scm` + score_weight ||G - [G - delta]||^2 / 2 at one-step samples G = f(beta(1) x1, 1, 0).
+    """The loss ||F - [F + g / (||g|| + c)]||^2 + score_weight ||G - [G - delta]||^2 / 2 at G = f(beta(1) x1, 1, 0).
 
-    delta is a direction on samples that raises the divergence from the data's law, such as DMD's difference of the fake
-    and the real prediction: consistency covers all modes, the score term sharpens them. Both terms are averaged over
-    elements and rows.
+    The first term is that of `scm` but for its warm-up, see `warm_up`. In the second, of one-step samples G, delta is a
+    direction that raises the divergence from the data's law, such as DMD's difference of the fake and the real
+    prediction: consistency covers all modes, the score term sharpens them. Both are averaged over elements and rows.
 
     Args:
         score_gradient: needed: delta of the shape of x1, or score_gradient(G, y) -> delta, called without gradient.
-        score_weight: of the second term; the paper's is 0.01, of a term without the half.
+        score_weight: of the second term. The authors' weights, 100 and 1 of sums of squares without a half, are 0.02.
+            0 leaves the term out, and makes no samples.
+        weighting: a learned log-variance of the first term; the authors have none. At its optimum it divides that
+            term by its own error, so that the second one is left with next to no share of the gradient.
         The other arguments are those of `scm`.
 
     Returns:
-        The loss and the metrics of `scm`, with `score_loss`, the second term unweighted.
+        The loss and the metrics of `scm`; with a score_weight also `score_loss`, the second term unweighted, and
+        "terms", the loss's two parts with their graph.
 
     Raises:
         ValueError: no score_gradient, or one of another shape; a negative score_weight; and as `scm`.
 
-    Equivalent to: scm(...) + score_weight dmd(...), which own their networks.
+    Equivalent to: at warmup 1 scm(...) + score_weight dmd(...), which own their networks.
     Source: Zheng et al. 2025 (rCM), arXiv:2510.08431, equations 4 and 6 and algorithm 1, which makes its samples in a
-        random number of the student's own steps.
+        random number of the student's own steps; weights and warm-up are those of the authors' code.
     """
     check_present("score_gradient", score_gradient, "rcm", "a tensor like x1 or score_gradient(samples, y)")
     if not 0 <= score_weight < float("inf"):
         raise ValueError(f"score_weight: expected a finite number >= 0, got {score_weight}")
-    loss, metrics = scm(
-        net, x0, x1, t, y=y, path=path, teacher=teacher, weak_teacher=weak_teacher, guidance=guidance,
+    loss, metrics = regress(
+        warm_up, net, x0, x1, t, y=y, path=path, teacher=teacher, weak_teacher=weak_teacher, guidance=guidance,
         weighting=weighting, warmup=warmup, parameterization=parameterization, c=c, jvp=jvp,
     )  # fmt: skip
+    if score_weight == 0:
+        return loss, metrics
     one = torch.ones_like(t)
     samples = flow_map(net, path.prior(x1), one, torch.zeros_like(t), y, scale_rows(guidance))
     with torch.no_grad():
@@ -78,3 +84,16 @@ def rcm(
     terms = {"distillation": loss, "score": score_weight * score_loss}
     loss = loss + terms["score"]
     return loss, metrics | {"loss": loss.detach(), "score_loss": score_loss.detach(), "terms": terms}
+
+
+def warm_up(tangent: Tangent, warmup: float) -> Tensor:
+    """Return g = sqrt(1 - r^2 (1 - k^2)) pull + k (r turn + carried), which at r = 1 is k D_w f / W.
+
+    On the circle it is -cos sqrt(1 - r^2 sin^2) (F - w) - cos sin (r x + dF/dt), where sCM has
+    -cos^2 (F - w) - r cos sin (x + dF/dt): the network's own derivative enters whole at every r. On the linear path,
+    and with the parameterization "average", where k = 1 and nothing turns, it is the whole derivative at every r.
+
+    Source: the authors' code of rCM, https://github.com/NVlabs/rcm, in the student's step of consistency.
+    """
+    k, r = tangent.k, warmup
+    return (1 - r**2 * (1 - k**2)).sqrt() * tangent.pull + k * (r * tangent.turn + tangent.carried)

@@ -136,7 +136,8 @@ OBJECTIVES: dict[str, Objective] = {
     "consistency": Objective(
         consistency, "semigroup", ("t", "r"),
         tangent="none",
-        formula="λ(t, r) dist(f(x_t, t, 0), [f⁻(x_r, r, 0)]); x_r by the teacher's flow (CD) or from x0, x1 (CT)",
+        formula="λ(t, r) dist(f(x_t, t, 0), [f⁻(x_r, r, 0)]); x_r by the teacher's flow (CD; Heun, on edm in the noise "
+        "level) or from x0, x1 (CT)",
         sources=("Song et al. 2023, arXiv:2303.01469, algorithms 2 and 3", "Song and Dhariwal 2024, arXiv:2310.14189"),
         reduction="l2 and huber sum over elements; s = 0 in all rows",
         sampler="consistency",
@@ -144,7 +145,8 @@ OBJECTIVES: dict[str, Objective] = {
     "ect": Objective(
         ect, "semigroup", ("t", "r"),
         tangent="none",
-        formula="‖f(x_t, t, 0) − [f(x_r, r, 0)]‖ / (σ(t) − σ(r)), σ = β/α, x_t and x_r from the same x0, x1",
+        formula="‖f(x_t, t, 0) − [f(x_r, r, 0)]‖ / (σ(t) − σ(r)), σ = β/α, x_t and x_r from the same x0, x1; "
+        "r = 0: ‖f(x_t, t, 0) − x0‖ / σ(t)",
         sources=("Geng et al. 2025, arXiv:2406.14548, section 3",),
         reduction="norm of the sum over elements; s = 0 in all rows",
         sampler="consistency",
@@ -231,10 +233,12 @@ OBJECTIVES: dict[str, Objective] = {
     ),
     "rcm": Objective(
         rcm, "eulerian", ("t",),
-        tangent="as scm",
-        formula="scm + λ ½ ‖G − [G − δ]‖², G = f(x_1, 1, 0), δ = score_gradient(G)",
-        sources=("Zheng et al. 2025, arXiv:2510.08431, section 4.1, algorithm 1",),
-        reduction="mean over elements; s = 0 in all rows",
+        tangent="as scm, another warm-up",
+        formula="‖F − [F + ĝ]‖² + λ ½ ‖G − [G − δ]‖², ĝ = g/(‖g‖+c), G = f(x_1, 1, 0), δ = score_gradient(G); linear "
+        "path: g = (w − F) − t D_w F; trigonometric: g = −cos √(1 − r² sin²) (F − w) − cos sin (r x + dF/dt)",
+        sources=("Zheng et al. 2025, arXiv:2510.08431, section 4.1, algorithm 1; weights and warm-up of its code",),
+        reduction="mean over elements, the tangent's norm over their sum; s = 0 in all rows; λ = 0.02 is the authors' "
+        "100 and 1 of sums without a half",
         sampler="consistency",
         needs=frozenset({"score_gradient"}),
         paths=FROM_DATA,
@@ -252,7 +256,8 @@ OBJECTIVES: dict[str, Objective] = {
     "dmd": Objective(
         dmd, "score", ("t",),
         tangent="none; gradient through the samples alone",
-        formula="½ ‖G − [G − δ]‖², G = f(x_t, t, 0), δ = (x̂0_fake − x̂0_teacher)/mean |G − x̂0_teacher| at x_τ; "
+        formula="½ ‖G − [G − δ]‖², G = f(x_t, t, 0), x_1 noise alone, "
+        "δ = (x̂0_fake − x̂0_teacher)/mean |G − x̂0_teacher| at x_τ; "
         "DMD2: + λ softplus(−D(x_τ)), x_t from the generator's own steps",
         sources=("Yin et al. 2024, arXiv:2311.18828, equations 7 and 8", "Yin et al. 2024 (DMD2), arXiv:2405.14867"),
         reduction="mean over elements; s = 0 in all rows",

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastdistill.jvp import jvp as fused_jvp
-from fastdistill.objectives.checks import check_after_data, check_batch, check_choice, check_share, check_starts_at_data
-from fastdistill.objectives.identities import Jvp, eulerian
-from fastdistill.objectives.metric import Weighting, normalise_tangent, squared, weigh
-from fastdistill.objectives.rows import Metrics, measure
-from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows, target_velocity
-from fastdistill.paths import LINEAR, Path, expand_time
+from fastdistill.objectives.continuous import Tangent, regress
+from fastdistill.objectives.identities import Jvp
+from fastdistill.objectives.metric import Weighting
+from fastdistill.objectives.rows import Metrics
+from fastdistill.objectives.velocity import Autoguidance, Guidance
+from fastdistill.paths import LINEAR, Path
 from fastdistill.samplers import Net
 
 
@@ -60,28 +59,15 @@ def scm(
     Equivalent to: consistency in the limit r -> t; facm's second term up to weight and clamp; ayf_emd at s = 0.
     Source: Lu and Song 2025, arXiv:2410.11081, equations 6 and 8, algorithm 1.
     """
-    check_batch(x0, x1, t, y=y)
-    check_after_data(t)
-    check_share("warmup", warmup)
-    check_choice("parameterization", parameterization, ("velocity", "average"))
-    x, s, g_rows = path.interpolate(x0, x1, t), torch.zeros_like(t), scale_rows(guidance)
-    w = target_velocity(
-        net, x, path.velocity(x0, x1, t), t, y=y, teacher=teacher, weak_teacher=weak_teacher, guidance=guidance
-    )
-    u, du_dt = eulerian(net, x, t, s, w, y=y, g=g_rows, jvp=jvp)
-    time = expand_time(t, x)
-    rate = (w - u - time * du_dt).detach()  # D_w f
-    f_net, k, scale = u, torch.ones_like(time), torch.ones_like(time)
-    if parameterization == "velocity":
-        check_starts_at_data(path, "parameterization='velocity'", "use 'average', or path 'linear', 'cosine' or 'trig'")
-        beta, d_beta = path.beta(time), path.d_beta(time)
-        scale = path.alpha(time) * d_beta - beta * path.d_alpha(time)
-        k = d_beta / scale
-        f_net = ((k - 1) * x + time * u) / beta
-    own = k * (w / scale - f_net.detach())
-    direction = k * (own + warmup * (rate / scale - own))
-    if c is not None:
-        direction = normalise_tangent(direction, c)
-    error = squared(f_net - (f_net + direction).detach(), "mean")
-    loss = weigh(error, weighting, t, s).mean()
-    return loss, measure(loss, k * rate / scale, t, s, tangent=du_dt)
+    return regress(
+        warm_up, net, x0, x1, t, y=y, path=path, teacher=teacher, weak_teacher=weak_teacher, guidance=guidance,
+        weighting=weighting, warmup=warmup, parameterization=parameterization, c=c, jvp=jvp,
+    )  # fmt: skip
+
+
+def warm_up(tangent: Tangent, warmup: float) -> Tensor:
+    """Return g = k (pull + r (turn + carried)): at r = 0 flow matching, at r = 1 the whole derivative.
+
+    Source: Lu and Song 2025, arXiv:2410.11081, algorithm 1.
+    """
+    return tangent.k * (tangent.pull + warmup * (tangent.turn + tangent.carried))

@@ -10,8 +10,10 @@ from fastdistill.times.discrete import ct_points, ect_level, ect_stage, ect_time
 from fastdistill.times.laws import (
     ArctanLogNormal,
     Constant,
+    KarrasLevel,
     LogitNormal,
     LogNormalLevel,
+    ShiftedLevel,
     TimeSampler,
     Uniform,
     level_of_time,
@@ -30,8 +32,10 @@ from fastdistill.times.pairs import (
 __all__ = [
     "ArctanLogNormal",
     "Constant",
+    "KarrasLevel",
     "LogNormalLevel",
     "LogitNormal",
+    "ShiftedLevel",
     "TimeSampler",
     "Uniform",
     "ct_points",

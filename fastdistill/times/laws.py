@@ -119,6 +119,58 @@ class LogNormalLevel:
         return time_of_level(self.path, level)
 
 
+@dataclass(frozen=True)
+class KarrasLevel:
+    """The time at which a path's noise level is Karras's at a uniform share in [low, high) of his grid.
+
+    The grid is sigma = (a + share (b - a))^rho between a^rho, the larger of 0.002 and the path's least level, and
+    b^rho, the smaller of 80 and the path's greatest. On `EDM()` the share is the time itself. DMD2 compares scores at
+    low 0.02, high 0.98, and trains the fake score on the whole grid, which has 1,000 points there.
+    Source: Yin et al. 2024 (DMD2), arXiv:2405.14867, with the constants of its code; EDM, arXiv:2206.00364, equation 5.
+    """
+
+    path: Path
+    low: float = 0.02
+    high: float = 0.98
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        Uniform(self.low, self.high)
+        if not (math.isfinite(self.rho) and self.rho >= 1):
+            raise ValueError(f"rho: expected a finite number >= 1, got {self.rho}")
+
+    def __call__(
+        self, batch: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> Tensor:
+        share = Uniform(self.low, self.high)(batch, generator, device).double()
+        least, most = level_of_time(self.path, torch.tensor([0.0, 1.0])).clamp(0.002, 80.0).tolist()
+        start, end = least ** (1 / self.rho), most ** (1 / self.rho)
+        return time_of_level(self.path, (start + (end - start) * share) ** self.rho)
+
+
+@dataclass(frozen=True)
+class ShiftedLevel:
+    """The time at which a path's noise level is that of the linear path at shift q / (1 + (shift - 1) q), q uniform.
+
+    shift > 1 draws more noise; shift 1 is uniform on the linear path. rCM compares scores at shift 5.
+    Source: Esser et al. 2024, arXiv:2403.03206, its shift of timesteps; Zheng et al. 2025 (rCM), arXiv:2510.08431, with
+    the constant of its code.
+    """
+
+    path: Path
+    shift: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.shift) and self.shift > 0):
+            raise ValueError(f"shift: expected a finite number > 0, got {self.shift}")
+
+    def __call__(
+        self, batch: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> Tensor:
+        q = draw(torch.rand, batch, generator, device).double()
+        return time_of_level(self.path, self.shift * q / (1 - q))
+
+
 def level_of_time(path: Path, t: Tensor) -> Tensor:
     """The noise level beta / alpha of a path at t, float64, any shape; infinite where alpha is 0."""
     t = t.double()

@@ -160,7 +160,7 @@ def _try_objective(config: TrainConfig) -> None:
             batch=Batch(x0, x1, y, classes),
             generator=seed,
             seed=config.seed,
-            step=0,
+            step=method.starts if isinstance(method, ScoreMethod) else 0,  # where all of it takes part
             steps=config.steps,
             path=config.path.build(),
             teacher=net if config.teacher is not None else None,

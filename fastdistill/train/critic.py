@@ -53,18 +53,20 @@ class Critic:
         self.optimizer = torch.optim.AdamW(self.weights, lr=settings.lr, betas=betas, weight_decay=0.0, fused=True)
 
     def warm_up(self, context: Context, method: ScoreMethod, precision: torch.autocast) -> None:
-        """The updates before the generator's first one: at that step, before its loss; none at any other."""
+        """The updates before the generator's first one by scores: at that step, before its loss; none at any other."""
         first = self.settings.updates
-        extra = self.settings.warmup_updates * (context.step == 0)
+        extra = self.settings.warmup_updates * (context.step == method.starts)
         self._train(context, method, precision, range(first, first + extra))
 
     def update(self, context: Context, method: ScoreMethod, precision: torch.autocast) -> Metrics:
-        """Train on fresh samples of the generator; the metrics of the last update.
+        """Train on fresh samples of the generator; the metrics of the last update. None before `method.starts`.
 
         Args:
             method: which draws the samples.
             precision: the autocast of the run's forward passes.
         """
+        if context.step < method.starts:
+            return {}
         return self._train(context, method, precision, range(self.settings.updates))
 
     def _train(self, context: Context, method: ScoreMethod, precision: torch.autocast, numbers: range) -> Metrics:
@@ -77,7 +79,7 @@ class Critic:
             with precision:
                 samples = method.draw_samples(context, generator)
                 noise = torch.randn(batch.x0.shape, generator=generator).to(context.device)
-                tau = settings.law()(context.rows, generator, context.device)
+                tau = settings.trained_levels.sampler(context.path)(context.rows, generator, context.device)
                 loss, found = fake_score_loss(self.fake, samples, noise, tau, y=batch.y, path=context.path)
                 metrics = {"critic_loss": found["loss"]}
                 if self.gan is not None:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fastdistill.objectives import consistency, scm
-from fastdistill.paths import LINEAR, Cosine
+from fastdistill.objectives.solvers import solver_step
+from fastdistill.paths import EDM, LINEAR, Cosine, convert
 from tests.objectives.cases import SmallNet, gradients, random_batch
 
 
@@ -60,3 +61,15 @@ def test_its_gradient_over_twice_the_gap_tends_to_continuous_consistencys() -> N
         errors.append(((ours - truth).norm() / truth.norm()).item())
     assert errors[1] < 0.02
     assert 1.8 < errors[0] / errors[1] < 2.2
+
+
+def test_a_step_that_ends_without_noise_has_no_correction() -> None:
+    """As in EDM's algorithm 1: the slope there would divide by the noise. Exact for data in one point, at any step."""
+    path, x0, x1 = EDM(0.0, 20.0, 3.0), torch.full((4, 2), 0.3).double(), torch.randn(4, 2).double()
+    t, zero = torch.linspace(0.2, 1, 4).double(), torch.zeros(4).double()
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return convert(path, x, t, x0, "x0", "v")
+
+    for name in ("heun", "euler"):
+        torch.testing.assert_close(solver_step(name, velocity, path.interpolate(x0, x1, t), t, zero, path), x0)

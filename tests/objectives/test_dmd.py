@@ -15,7 +15,7 @@ from fastdistill.eval.exact import Gaussian
 from fastdistill.objectives import Guidance, flow_matching
 from fastdistill.objectives.critic import fake_score_loss, gan_critic_loss, gan_generator_loss
 from fastdistill.objectives.dmd import dmd, dmd_gradient, simulate, surrogate
-from fastdistill.paths import EDM, FM, LINEAR, OTCFM, Cosine, Path
+from fastdistill.paths import EDM, FM, LINEAR, OTCFM, VE, Cosine, Path
 from fastdistill.samplers import Net
 from fastdistill.times import Constant
 
@@ -141,6 +141,23 @@ def test_own_inputs_are_what_sampling_makes() -> None:
     rows = {1.0: x1, 0.7: second, 0.4: third}
     expected = torch.stack([rows[round(time, 1)][i] for i, time in enumerate(t.tolist())])
     torch.testing.assert_close(states, expected)
+
+
+@pytest.mark.parametrize("path", [EDM(), VE(), Cosine()], ids=lambda path: type(path).__name__)
+def test_a_generator_of_one_step_never_sees_data(path: Path) -> None:
+    """It starts from the sampler's own prior, also where data don't fade; later starts are states of the path."""
+    x0, x1, _ = batch(8)
+    t = torch.tensor([1.0, 0.5] * 4, dtype=torch.float64)
+    seen: list[Tensor] = []
+
+    def net(x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
+        seen.append(x)
+        return 0 * x
+
+    own = exact(law_at(0.0, path))
+    dmd(net, x0, x1, t, teacher=own, fake=own, path=path)
+    assert torch.equal(seen[0][::2], path.prior(x1)[::2])
+    assert torch.equal(seen[0][1::2], path.interpolate(x0, x1, t)[1::2])
 
 
 def test_backward_simulation_replaces_noised_data() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from fastdistill.objectives import adapters, consistency, ect
-from fastdistill.paths import EDM, LINEAR, carry_time
-from tests.objectives.cases import SmallNet, assert_same_gradient, random_batch
+from fastdistill.paths import EDM, FM, LINEAR, VE, Path, carry_time
+from tests.objectives.cases import ROWS, SmallNet, assert_same_gradient, random_batch
 
 
 def test_it_is_the_same_loss_on_the_linear_and_on_edms_path() -> None:
@@ -29,3 +30,17 @@ def test_it_is_consistency_by_pseudo_huber_over_the_gap_of_noise_levels() -> Non
     norm, metrics = ect(net, x0, x1, t, r)
     length = (metrics["rows"]["raw_error"] * 3).sqrt() * (t - r)
     torch.testing.assert_close(norm.detach(), (length * gap(t, r)).mean(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("path", [EDM(), VE(), FM(0.1)], ids=lambda path: type(path).__name__)
+def test_rows_that_reach_down_to_no_noise_learn_the_clean_data(path: Path) -> None:
+    """Over all of sigma(t), also on the paths that start at some noise; the others in the batch are as they were."""
+    net, (x0, x1, times) = SmallNet(), random_batch()
+    t, clean = times["t"], torch.arange(ROWS) % 2 == 0
+    r = torch.where(clean, 0.0, times["r"])
+    jump = path.interpolate(x0, x1, t) - t[:, None] * net(path.interpolate(x0, x1, t), t, 0 * t)
+    level = path.beta(t) / path.alpha(t)
+    whole, _ = ect(net, x0, x1, t, r, path=path, c=1e-9)
+    others, _ = ect(net, *(value[~clean] for value in (x0, x1, t, r)), path=path, c=1e-9)
+    denoising = ((jump - x0).norm(dim=1) / level)[clean].mean()
+    torch.testing.assert_close(whole, 0.5 * (denoising + others), rtol=1e-7, atol=0)

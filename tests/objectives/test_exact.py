@@ -100,6 +100,24 @@ def test_consistency_distillation_is_as_exact_as_its_solver(solver: str, order: 
     assert 0.9 * 2**order < errors[0] / errors[1] < 1.1 * 2**order
 
 
+@pytest.mark.parametrize("path", [EDM(0.01, 4.0, 3.0), VE(0.05, 4.0)], ids=lambda path: type(path).__name__)
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("euler_in_time", 1), ("heun_in_time", 2)])
+def test_both_kinds_of_steps_are_of_their_order_where_the_noise_level_is_finite(
+    solver: str, order: int, path: Path
+) -> None:
+    """In the noise level and in time, which are two different steps there."""
+    gate = Gate("consistency", path, taught=True)
+    errors = {}
+    for name in (solver, solver.removesuffix("_in_time")):
+        errors[name] = []
+        for gap in (0.02, 0.01):
+            gate.times["r"] = gate.times["t"] - gap
+            errors[name].append(gate(solver=name)[0])
+    assert 0.85 * 2**order < errors[solver][0] / errors[solver][1] < 1.15 * 2**order
+    assert (len(errors) == 1) == (solver in ("euler", "heun"))
+    assert len({tuple(found) for found in errors.values()}) == len(errors)
+
+
 # From data with noise the statement is one of expectations: the gradient vanishes
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from fastdistill.objectives import dmd_gradient, rcm, scm
-from fastdistill.paths import TrigFlow
+from fastdistill.jvp import jvp
+from fastdistill.objectives import adapters, dmd_gradient, rcm, scm
+from fastdistill.paths import EDM, LINEAR, Path, TrigFlow
 from tests.objectives.cases import ROWS, WIDTH, SmallNet, assert_same_gradient, exact_net, gaussian_law, random_batch
 
 
@@ -49,3 +51,50 @@ def test_both_terms_vanish_at_the_exact_map() -> None:
     loss, metrics = rcm(net, x1, x1, tau, score_gradient=score, **options)
     assert loss < 1e-20
     assert metrics["score_loss"] < 1e-20
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.25, 1.0])
+def test_the_warm_up_is_its_own_on_the_circle(warmup: float) -> None:
+    """By hand in the authors' letters: the network's derivative enters whole at every share r of the warm-up."""
+    net, (x0, x1, times) = SmallNet(), random_batch()
+    path, angle = TrigFlow(1.0), 0.5 * torch.pi * times["t"]
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    x, w = cos * x0 + sin * x1, cos * x1 - sin * x0
+    f, rate = jvp(lambda x, a: net(x, a, 0 * a), (x, angle), (w, 1.0))
+    g = -cos * (1 - (warmup * sin) ** 2).sqrt() * (f - w) - cos * sin * (warmup * x + rate)
+    g = (g / (g.norm(dim=1, keepdim=True) + 0.1)).detach()
+    theirs = (f - (f + g).detach()).square().mean()
+    options: dict[str, Any] = {"path": path, "warmup": warmup, "score_gradient": torch.zeros_like(x1)}
+    ours, _ = rcm(adapters.trigflow(net, path), x0, x1, times["t"], score_weight=0.0, **options)
+    torch.testing.assert_close(ours, theirs)
+    assert_same_gradient(ours, theirs, net)
+
+
+@pytest.mark.parametrize("path", [LINEAR, TrigFlow(0.5), EDM(0.05, 20.0)], ids=lambda path: type(path).__name__)
+@pytest.mark.parametrize("form", ["velocity", "average"])
+def test_every_form_is_scms_at_the_end_of_the_warm_up(form: str, path: Path) -> None:
+    """And where nothing turns, on the linear path or with the average velocity, at every share of it."""
+    if form == "velocity" and isinstance(path, EDM):
+        form = "average"
+    net, (x0, x1, times) = SmallNet(), random_batch()
+    options: dict[str, Any] = {"path": path, "parameterization": form}
+    whole, _ = scm(net, x0, x1, times["t"], **options)
+    found = {
+        r: rcm(net, x0, x1, times["t"], warmup=r, score_gradient=torch.zeros_like(x1), score_weight=0.0, **options)[0]
+        for r in (0.3, 1.0)
+    }
+    assert_same_gradient(found[1.0], whole, net)
+    turns = form == "velocity" and path != LINEAR
+    assert (abs(found[0.3] - whole) > 1e-4) == turns
+
+
+def test_without_its_weight_the_score_makes_no_samples() -> None:
+    net, (x0, x1, times) = SmallNet(), random_batch()
+
+    def never(samples: Tensor, y: Tensor | None) -> Tensor:
+        raise AssertionError("no samples expected")
+
+    loss, metrics = rcm(net, x0, x1, times["t"], score_gradient=never, score_weight=0.0)
+    torch.testing.assert_close(loss, scm(net, x0, x1, times["t"])[0])
+    assert "score_loss" not in metrics
+    assert "terms" not in metrics

@@ -77,6 +77,11 @@ from tests.train.conftest import MakeConfig
         ({"method": {"name": "dmd", "critic": {"levels": [0.5, 0.2]}}, "teacher": "x"}, ["method.critic.levels"]),
         ({"method": {"name": "reflow"}, "teacher": "x", "coupling": "optimal_transport"}, ["coupling: reflow couples"]),
         (
+            {"method": {"name": "reflow", "distil": True, "sample_steps": 1}, "teacher": "x", "path": {"name": "edm"}},
+            ["method.distil: its one step", "expected path.name linear, fm or icfm, got edm"],
+        ),
+        ({"method": {"name": "reflow", "distil": True, "sample_steps": 1}, "teacher": "x", "path": {"name": "fm"}}, []),
+        (
             {"method": {"name": "scm", "sampler": "euler"}},
             ["method.sampler: a network of scm serves consistency, got euler"],
         ),

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fastdistill.objectives.solvers import has_finite_level
 from fastdistill.paths import Path
 from fastdistill.times import (
     ArctanLogNormal,
@@ -63,8 +64,9 @@ class Consistency(MethodSettings):
     level favours low noise, and needs a path whose noise level stays finite, edm or ve. time is 1 / (t - r), the same
     on all of an even grid: it only keeps the loss from shrinking as the grid grows. None: neither.
     """
-    solver: Literal["heun", "euler"] = "heun"
-    """Of the teacher's step."""
+    solver: Literal["heun", "euler", "heun_in_time", "euler_in_time"] = "heun"
+    """Of the teacher's step: in the noise level on paths edm and ve, as in CM's code, and in time on those that end in
+    pure noise; the last two are in time on every path."""
     guidance: GuidanceSettings = GuidanceSettings()
     """Guidance of the teacher."""
 
@@ -101,11 +103,15 @@ class Consistency(MethodSettings):
             return lambda t, r: (1 / (level_of_time(path, t) - level_of_time(path, r))).to(t.dtype)
         return None if self.gap is None else lambda t, r: 1 / (t - r)
 
+    def definition(self, config: TrainConfig) -> int | None:
+        in_level = not self.solver.endswith("_in_time") and has_finite_level(config.path.build())
+        return 2 if config.teacher is not None and in_level else super().definition(config)
+
     def check(self, config: TrainConfig) -> None:
         if (self.distance == "lpips") != (self.perceptual is not None):
             needed = "package.module:attribute with distance lpips" if self.perceptual is None else "distance lpips too"
             raise ConfigError(f"method.perceptual: expected {needed}, got {self.perceptual} and {self.distance}")
-        if self.gap == "level" and float(config.path.build().alpha(torch.ones((), dtype=torch.float64))) < 1e-12:
+        if self.gap == "level" and not has_finite_level(config.path.build()):
             raise ConfigError(
                 f"method.gap: got level on path {config.path.name}, whose noise level is infinite at t = 1: the last "
                 f"interval would weigh 0, and one step would never be learnt; expected time, or path.name edm or ve"
@@ -144,6 +150,10 @@ class ECT(MethodSettings):
     @property
     def depends_on_steps(self) -> bool:
         return self.stages > 1
+
+    def definition(self, config: TrainConfig) -> int | None:
+        starts_noisy = float(config.path.build().beta(torch.zeros((), dtype=torch.float64))) > 0
+        return 2 if starts_noisy else super().definition(config)  # where r = 0 stands for the clean data
 
 
 class ArctanTimes(Settings):

@@ -10,13 +10,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fastdistill.objectives.dmd import dmd_gradient, simulate
+from fastdistill.objectives.dmd import dmd_gradient, generator_input, simulate
 from fastdistill.objectives.velocity import Guidance
 from fastdistill.paths import expand_time
 from fastdistill.samplers import Steps, intervals
-from fastdistill.times import Uniform, imm_times
+from fastdistill.times import imm_times
 from fastdistill.train.methods.base import Context, GuidanceSettings, Learnt, MethodSettings
-from fastdistill.train.methods.consistency import ContinuousConsistency
+from fastdistill.train.methods.consistency import ArctanTimes, ContinuousConsistency
+from fastdistill.train.methods.times import FakeLevels, KarrasLevels, Levels, SameLevels, ShiftedLevels
 from fastdistill.train.settings import ConfigError, Settings
 
 if TYPE_CHECKING:
@@ -76,16 +77,37 @@ class CriticSettings(Settings):
     """Its updates before the generator's first one, besides."""
     lr: float = Field(1e-3, gt=0)
     """Its learning rate."""
-    levels: tuple[float, float] = (0.02, 0.98)
-    """The scores are compared at times uniform between these two."""
+    levels: Levels = KarrasLevels()
+    """The law of the noise levels at which the scores are compared. Two numbers: times uniform between them."""
+    fake_levels: FakeLevels = KarrasLevels(low=0.0, high=1.0)
+    """The law at which the second network is trained, and the discriminator; same: that of `levels`."""
     gan: bool = False
     """Add a discriminator, as DMD2 does: real data then correct what the teacher got wrong."""
     gan_weight: float = Field(3e-3, gt=0)
     """Of the discriminator's part of the generator's loss."""
 
-    def law(self) -> Uniform:
-        """Of the times at which scores are compared."""
-        return Uniform(*self.levels)
+    @property
+    def trained_levels(self) -> Levels:
+        """The law at which the second network is trained."""
+        return self.levels if isinstance(self.fake_levels, SameLevels) else self.fake_levels
+
+    def check(self) -> None:
+        """Raise a ConfigError for a range of levels that is empty."""
+        for name in ("levels", "fake_levels"):
+            law = getattr(self, name)
+            if hasattr(law, "low") and not law.low < law.high:
+                raise ConfigError(f"method.critic.{name}: expected low < high, got {law.low:g}, {law.high:g}")
+
+
+class ConsistentCriticSettings(CriticSettings):
+    """The same with rCM's defaults: four updates, as of its five steps one is the student's."""
+
+    updates: int = Field(4, ge=1)
+    """Its updates in each training step, that is, for each update of the generator."""
+    levels: Levels = ShiftedLevels()
+    """The law of the noise levels at which the scores are compared. Two numbers: times uniform between them."""
+    fake_levels: FakeLevels = SameLevels()
+    """The law at which the second network is trained; same: that of `levels`."""
 
 
 class ScoreMethod(MethodSettings):
@@ -108,9 +130,7 @@ class ScoreMethod(MethodSettings):
         times = self.generator_times
         if not times or times[0] != 1 or times[-1] <= 0 or any(a <= b for a, b in pairwise(times)):
             raise ConfigError(f"method.generator_times: expected falling times from 1, above 0, got {list(times)}")
-        low, high = self.critic.levels
-        if not 0 <= low < high <= 1:
-            raise ConfigError(f"method.critic.levels: expected 0 <= low < high <= 1, got {low}, {high}")
+        self.critic.check()
         if self.conditions_on_guidance:
             raise ConfigError(
                 f"method.guidance.scale_to: {self.name} has one scale, which its generator isn't told; expected "
@@ -122,6 +142,14 @@ class ScoreMethod(MethodSettings):
 
     def has_learnt(self, steps: int) -> bool:
         return {t for t, _ in intervals(self.sample_times(steps))} <= set(self.generator_times)
+
+    @property
+    def starts(self) -> int:
+        """The step at which scores begin to take part; until then the second network stays as it is."""
+        return 0
+
+    def definition(self, config: TrainConfig) -> int | None:
+        return 2  # its samples start from noise alone on every path, and what compares scores has laws of its own
 
     @property
     def simulated_times(self) -> tuple[float, ...] | None:
@@ -140,14 +168,17 @@ class ScoreMethod(MethodSettings):
         x1 = torch.randn(batch.x1.shape, generator=generator).to(context.device)
         t = self.draw_starts(context, generator)
         if self.simulated_times is None:
-            x = context.path.interpolate(batch.x0, x1, t)
+            x = generator_input(context.path, batch.x0, x1, t)
         else:
             x = simulate(context.net, x1, t, self.simulated_times, y=batch.y, path=context.path, generator=generator)
         return x - expand_time(t, x) * context.net(x, t=t, s=torch.zeros_like(t), y=batch.y)
 
     def keywords(self, context: Context) -> dict[str, Any]:
         assert context.critic is not None
-        given = super().keywords(context) | {"fake": context.critic.fake, "levels": self.critic.law()}
+        given = super().keywords(context) | {
+            "fake": context.critic.fake,
+            "levels": self.critic.levels.sampler(context.path),
+        }
         if self.critic.gan:
             given |= {"gan": context.critic.gan, "gan_weight": self.critic.gan_weight}
         return given | {"backward_simulation": self.simulated_times}
@@ -168,10 +199,22 @@ class RCM(ContinuousConsistency, ScoreMethod):
     """rCM: continuous consistency, which covers all modes, and scores of one-step samples, which sharpen them."""
 
     name: Literal["rcm"] = "rcm"
-    score_weight: float = Field(0.01, ge=0)
-    """Of the score term."""
+    times: ArctanTimes = ArctanTimes(mean=-0.8, std=1.6)
+    """The law of the training times t."""
+    tangent_warmup: int = Field(1000, ge=0)
+    """Steps of the tangent's warm-up; only after them do scores take part, and does the second network train."""
+    learned_weight: bool = False
+    """Weigh the times by a learned variance; the authors don't, as next to it the score term has no say."""
+    critic: ConsistentCriticSettings = ConsistentCriticSettings()
+    """The second network and its training."""
+    score_weight: float = Field(0.02, ge=0)
+    """Of the score term, by means; the authors' weights, 100 and 1 of sums without a half, are 0.02."""
 
     learns: ClassVar[tuple[Learnt, ...]] = ("end",)
+
+    @property
+    def starts(self) -> int:
+        return self.tangent_warmup
 
     def has_learnt(self, steps: int) -> bool:
         return True  # its continuous consistency knows all times
@@ -184,13 +227,14 @@ class RCM(ContinuousConsistency, ScoreMethod):
             raise ConfigError("method.critic.gan: rcm has no discriminator; expected False, or method.name dmd")
 
     def keywords(self, context: Context) -> dict[str, Any]:
-        return super().keywords(context) | {"score_gradient": partial(self.score_gradient, context)}
+        given = super().keywords(context) | {"score_gradient": partial(self.score_gradient, context)}
+        return given | ({"score_weight": 0.0} if context.step < self.starts else {})
 
     def score_gradient(self, context: Context, samples: Tensor, y: Tensor | None) -> Tensor:
         """The direction in which samples (B, ...) leave the data's law, by the teacher's score and their own."""
         assert context.critic is not None and context.teacher is not None
         noise = torch.randn(samples.shape, generator=context.generator).to(samples)
-        tau = self.critic.law()(len(samples), context.generator, samples.device)
+        tau = self.critic.levels.sampler(context.path)(len(samples), context.generator, samples.device)
         guidance = self.guidance.build(context)
         return dmd_gradient(
             samples,

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fastdistill.objectives.velocity import Autoguidance, Guidance
+from fastdistill.paths import Path
 from fastdistill.times import pair_times
 from fastdistill.train.methods.base import Context, GuidanceSettings, Learnt, MethodSettings, Share
 from fastdistill.train.methods.times import LogitNormalTimes, Times
@@ -207,8 +208,20 @@ class ReFlow(Instantaneous):
                 f"method.sample_steps: with method.distil the network knows t = 1 alone, so expected 1, got "
                 f"{self.sample_steps}"
             )
+        if self.distil and not _is_straight(config.path.build()):
+            raise ConfigError(
+                f"method.distil: its one step follows the velocity at t = 1, which leads from pure noise to the data "
+                f"on a straight path alone; expected path.name linear, fm or icfm, got {config.path.name}"
+            )
 
     def draw_times(self, context: Context) -> tuple[Tensor, ...]:
         if self.distil:
             return (torch.ones(context.rows, device=context.device),)
         return super().draw_times(context)
+
+
+def _is_straight(path: Path) -> bool:
+    """Whether a pair's state moves at constant velocity from (almost) the data to pure noise."""
+    start, end = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    rates = [(f(end) - f(start) - d(end)).abs() for f, d in ((path.alpha, path.d_alpha), (path.beta, path.d_beta))]
+    return float(path.alpha(end)) < 1e-12 and max(map(float, rates)) < 1e-12
