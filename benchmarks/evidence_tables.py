@@ -43,7 +43,7 @@ PROTOCOL = {
 }
 # By data set: the metric that ranks methods, and what a table shows at every number of steps and at one step.
 Column = tuple[str, str, int]  # the metric, its name, digits after the point
-# (Map errors are of one step only: a sampler that renoises on the way leaves the trajectory on purpose.)
+# (Map errors are shown of one step only, to keep the table narrow: summary.json has those of all.)
 HEADLINE: dict[str, Column] = {"ring": ("sliced_wasserstein", "SW2", 3), "digits": ("frechet", "Fréchet distance", 1)}
 EVERY: dict[str, list[Column]] = {
     "ring": [("sliced_wasserstein", "SW2", 3)],

@@ -60,7 +60,7 @@ def test_references_of_many_steps_are_one_row() -> None:
 
 
 def test_the_whole_budget_is_in_the_tables_with_share_and_exponent() -> None:
-    """And how the recipes were tuned, and of how many samples a number is; not in a summary of before it was measured."""
+    """And how recipes were tuned, and of how many samples a number is; a summary that lacks the budget has no table."""
     summary = {"ring": ring(flow_matching=method((0.8,) * 4), scm=method((0.2,) * 4, teacher=True))}
     text = tables.closing_tables(summary)
     assert "| scm | teacher | 3,000 | 75 % | 0.5 | 3,000 |  |  | 2.30 (0.77) | 12 (6) |" in text
