@@ -26,7 +26,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     [
         ("flow_matching", 1.0),
         ("meanflow", 1.0),  # a jvp is one evaluation, as is a plain call
-        ("improved_meanflow", 1.75),  # 75 % of the rows ask for a direction first
+        ("improved_meanflow", 1.25),  # 25 % of the rows ask for a direction first
         ("ect", 2.0),
         ("scm", 2.0),  # the teacher's velocity and the jvp
         ("consistency", 4.0),  # two of the teacher's in Heun's step, two of the student
