@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fastdistill.eval import comparison
+from fastdistill.eval.budget import counting_rows, whole_budget
 from fastdistill.eval.digits import DigitJudge
 from fastdistill.eval.evaluate import evaluate
 from fastdistill.eval.records import describe_machine, read_metrics
@@ -132,6 +133,7 @@ def summarise(
     first = measured[0]
     rows: dict[str, Any] = {}
     references: dict[str, Any] = {}
+    count = 0
     for name, configs in runs.items():
         rows[name] = {"settings": describe_method(configs[0]), "failed": failed.get(name)}
         if name in failed:
@@ -140,10 +142,12 @@ def summarise(
         steps = numbers_of(configs[0])
         found = [measure(config.out, steps, n=samples, judge=judge, seed=config.seed) for config in configs]
         references |= found[0]["references"]
+        count = found[0]["set"]
         rows[name] |= {
             "sampler": found[0]["sampler"],
             "quality": {str(number): spread([each["steps"][str(number)] for each in found]) for number in steps},
-            "cost": spread([measure_cost(config) for config in configs]),
+            "cost": spread(costs := [measure_cost(config) for config in configs]),
+            "whole": spread([_measure_whole(config, cost) for config, cost in zip(configs, costs, strict=True)]),
         }
         straightness = [{"straightness": each["straightness"]} for each in found if "straightness" in each]
         if straightness:
@@ -157,6 +161,7 @@ def summarise(
             "network": first.model.preset,
             "parameters": count_parameters(net.requires_grad_(True)),
             "seeds": sorted({config.seed for configs in runs.values() for config in configs}),
+            "samples": count,
         },
         "methods": rows,
         "references": references,
@@ -164,14 +169,23 @@ def summarise(
     }
 
 
+def _measure_whole(config: TrainConfig, cost: Mapping[str, float]) -> Mapping[str, float]:
+    """A run's whole budget, with its teacher's, whose steps are measured as the run's own."""
+    if config.teacher is None:
+        return whole_budget(config, cost, None)
+    net, teacher = load_run(config.teacher, device="cpu")
+    return whole_budget(config, cost, (teacher, measure_cost(teacher), net))
+
+
 def measure_cost(config: TrainConfig) -> dict[str, float]:
-    """What a training step takes: seconds, and the most bytes of tensors alive in one.
+    """What a training step takes: seconds, network evaluations, and the most bytes of tensors alive in one.
 
     The seconds are timed now, on the run's device and from fresh weights: the run's log would also tell what else the
     machine did meanwhile. They are the mean, over `COST_POINTS` of the run, of the median of a few steps there, for a
     curriculum may cost more late than early. Before each median one step isn't timed, nor is the run's first, where a
     critic warms up. The bytes are the larger of those of the second step and of the last, for a curriculum may end with
-    a tangent, beside weights and optimiser: the same on every machine.
+    a tangent, beside weights and optimiser: the same on every machine. Evaluations are rows through networks, see
+    `fastdistill.eval.budget`: the mean over `COST_POINTS` of those of the step that isn't timed.
     """
     device = pick_device(config)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -189,8 +203,9 @@ def measure_cost(config: TrainConfig) -> dict[str, float]:
             peak = max(peak, recorder.peak)
         if device.type != "cpu":
             state = new_state(config, device)
-        seconds = [_time_steps(state, config, dataset, round(share * config.steps)) for share in COST_POINTS]
-    return {"seconds_per_step": statistics.fmean(seconds), "peak_bytes": peak}
+        timed = [_time_steps(state, config, dataset, round(share * config.steps)) for share in COST_POINTS]
+    seconds, rows = (statistics.fmean(values) for values in zip(*timed, strict=True))
+    return {"seconds_per_step": seconds, "evaluations_per_step": rows, "peak_bytes": peak}
 
 
 def _last_step(config: TrainConfig) -> int:
@@ -198,18 +213,21 @@ def _last_step(config: TrainConfig) -> int:
     return max(config.steps - 1, 1)
 
 
-def _time_steps(state: dict[str, Any], config: TrainConfig, dataset: Any, first: int) -> float:
-    """The median time of `COST_STEPS` training steps after the step `first`, or of the run's last ones."""
+def _time_steps(state: dict[str, Any], config: TrainConfig, dataset: Any, first: int) -> tuple[float, int]:
+    """The median time of `COST_STEPS` steps after the step `first`, or of the last ones; and that one's rows."""
     last, seconds = _last_step(config), []
     first = max(min(first, last - COST_STEPS), 1)
-    for step in range(first, first + 1 + COST_STEPS):
+    state["step"] = min(first, last)
+    with counting_rows(state["net"]) as rows:
+        train_step(state, config, dataset, config.out)
+    for step in range(first + 1, first + 1 + COST_STEPS):
         state["step"] = min(step, last)
         started = time.perf_counter()
         train_step(state, config, dataset, config.out)
         if state["device"].type == "cuda":
             torch.cuda.synchronize(state["device"])
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])
+    return statistics.median(seconds), sum(rows)
 
 
 def draw_grids(run: Path) -> dict[str, torch.Tensor]:

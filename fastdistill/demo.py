@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill.eval.digits import DigitJudge, Row
+from fastdistill.eval.digits import SETS, DigitJudge, Row
 from fastdistill.eval.evaluate import evaluate, format_table
 from fastdistill.eval.records import describe_machine, read_metrics, training_seconds
 from fastdistill.eval.report import write_report
@@ -44,7 +44,7 @@ def main(out: str | Path = "runs/demo") -> Path:
     student = load_config("digits-meanflow", ["--teacher", str(teacher.out)], out=out / "meanflow")
     _train("MeanFlow", student)
     configs = {"teacher": teacher, "meanflow": student}
-    _tell("evaluation: 1,797 samples for each number of steps")
+    _tell(f"evaluation: {SETS} sets of samples for each number of steps")
     summary = summarise(configs)
     write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     report = out / "report.html"

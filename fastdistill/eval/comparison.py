@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from fastdistill.eval import comparison_figures as figures
+from fastdistill.eval.budget import distinct_share, exponent
 from fastdistill.eval.evaluate import HEADINGS, format_value, row_name
 from fastdistill.eval.report import inline
 from fastdistill.train import sampling
@@ -54,6 +55,7 @@ def write_report(
         summary=summary,
         main=names,
         table=table(summary),
+        budget_heads=BUDGET,
         verdicts=verdicts(summary),
         recipes={name: recipe(row["settings"]) for name, row in summary["methods"].items()},
         failed={name: row["failed"] for name, row in summary["methods"].items() if row["failed"]},
@@ -82,16 +84,30 @@ def table(summary: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         cells += [_cell(second, row["quality"]["1"][second])]
         cells += [f"{1000 * row['cost']['seconds_per_step']['mean']:.1f}"]
         cells += [f"{row['cost']['peak_bytes']['mean'] / 2**20:.2f}"]
-        cells += ["yes" if row["settings"]["teacher"] else "", row["settings"]["tangent"]]
+        cells += ["yes" if row["settings"]["teacher"] else "", *budget_cells(row), row["settings"]["tangent"]]
         rows.append((name, cells))
     return rows
+
+
+BUDGET = ("s != t", "p", "teacher's steps", "pairs", "critic updates", "evaluations, 10^6", "seconds")
+
+
+def budget_cells(row: Mapping[str, Any]) -> list[str]:
+    """What a method's result cost as a whole, as `BUDGET` heads it: in all, and in brackets before its first step."""
+    whole = {name: spread["mean"] for name, spread in row["whole"].items()}
+    cells = [distinct_share(row["settings"]), exponent(row["settings"])]
+    cells += [f"{whole[name]:,.0f}" if whole[name] else "" for name in ("teacher_steps", "pairs", "critic_updates")]
+    for name, scale, digits in (("evaluations", 1e-6, 2), ("seconds", 1.0, 0)):
+        before = f" ({scale * whole[f'prior_{name}']:.{digits}f})" if whole[f"prior_{name}"] else ""
+        cells.append(f"{scale * whole[name]:.{digits}f}{before}")
+    return cells
 
 
 def describe(summary: Mapping[str, Any]) -> str:
     """The same table as text."""
     first, second = MAIN[summary["data"]]
     heads = [f"{HEADINGS[first]}@{number}" for number in NUMBERS]
-    heads += [f"{HEADINGS[second]}@1", "ms/step", "MiB", "teacher"]
+    heads += [f"{HEADINGS[second]}@1", "ms/step", "MiB", "teacher", *BUDGET]
     lines = [["", *heads]] + [[name, *cells[: len(heads)]] for name, cells in table(summary)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]

@@ -1,12 +1,17 @@
 """How good generated digits are: measured against the real ones, beside references that give a number its meaning.
 
-A distance alone says little, so the same is measured of resampled real digits (`bootstrap`: what copying them would
+A distance alone says little, so the same is measured of resampled training digits (`bootstrap`: what copying them would
 give), of unseen real digits (`held_out`), of one Gaussian a class (`class_gaussian`, which no network should lose to in
 the end) and of `noise`.
+
+A Fréchet distance of few samples is larger than one of many, whoever made them. So every number, of networks and of
+references, is one of n images against the same 1,501 training digits, and n is at most the number of the unseen, 296.
+More images than that are measured in equal sets, whose numbers are averaged: by default six sets of 296.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,10 +32,11 @@ from fastdistill.train.data import Digits, generator_at
 from fastdistill.train.sampling import OWN, Sampling, draw
 
 Row = dict[str, float]
+SETS = 6  # of as many images as there are unseen digits: about as many as all real ones
 
 
 class DigitJudge:
-    """Measures sets of images (N, 1, 8, 8) in [-1, 1] against the real digits; deterministic, on the CPU.
+    """Measures sets of images (N, 1, 8, 8) in [-1, 1] against the training digits; deterministic, on the CPU.
 
     Args:
         folder: where the classifier is kept, as `classifier.safetensors`.
@@ -38,50 +44,66 @@ class DigitJudge:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.digits = folder, Digits()
-        self.x = torch.cat((self.digits.x, self.digits.held_out_x))
-        self.y = torch.cat((self.digits.y, self.digits.held_out_y))
+        self.x, self.y = self.digits.x, self.digits.y
+        self.unseen = len(self.digits.held_out_y)
         self.classifier = cached_classifier(folder / "classifier.safetensors", self.digits.x, self.digits.y)
         self._references: dict[tuple[int | None, int], dict[str, Row]] = {}
 
     def labels(self, count: int | None = None) -> Tensor:
-        """Labels (count,) int64 in the real frequencies, sorted; None: as many as there are real digits."""
-        count = count or len(self.y)
+        """Labels (count,) int64 in the real frequencies, sorted; None: `SETS` times as many as are unseen."""
+        count = count or SETS * self.unseen
         return self.y.sort().values[torch.arange(count) * len(self.y) // count]
 
-    def measure(self, x: Tensor, y: Tensor, seconds: float, real: Tensor | None = None) -> Row:
+    def set_size(self, count: int) -> int:
+        """How many images a number is measured of, where there are `count`: a whole set's, at most the unseen's."""
+        return count // self._number_of_sets(count)
+
+    def measure(self, x: Tensor, y: Tensor, seconds: float) -> Row:
         """The four numbers of a row of the table.
 
         Args:
             x: the images; y: the labels that they are meant to show.
             seconds: that it took to make all of them.
-            real: what to compare them with; None: all real digits.
         """
-        real = self.x if real is None else real
-        return {
-            "frechet": frechet_distance(self.classifier.features(x), self.classifier.features(real)),
-            "accuracy": self.classifier.accuracy(x, y),
-            "sliced_wasserstein": sliced_wasserstein(x.flatten(1), real.flatten(1)),
-            "seconds_per_sample": seconds / len(x),
-        }
+        real = self.classifier.features(self.x)
+        rows = [
+            {
+                "frechet": frechet_distance(self.classifier.features(part), real),
+                "accuracy": self.classifier.accuracy(part, labels),
+                "sliced_wasserstein": sliced_wasserstein(part.flatten(1), self.x.flatten(1)),
+            }
+            for part, labels in zip(self._sets(x), self._sets(y), strict=True)
+        ]
+        return _mean(rows) | {"seconds_per_sample": seconds / len(x)}
 
     def check(self, x: Tensor) -> Row:
         """What a Fréchet distance can't tell: precision, recall, and whether images x are copies of the training set.
 
-        Precision, recall and the two-sample accuracy `c2st` (0.5: can't be told from real ones) are those of the
-        classifier's features. The nearest-neighbour ratio, in pixels, is 1 for images as far from the training set as
-        unseen digits are, and 0 for copies.
+        Precision, recall and the two-sample accuracy `c2st` (0.5: can't be told from the training digits) are those of
+        the classifier's features. The nearest-neighbour ratio, in pixels, is 1 for images as far from the training set
+        as unseen digits are, and 0 for copies.
         """
-        features, real = self.classifier.features(x), self.classifier.features(self.x)
-        precision, recall = precision_recall(features, real)
-        train, held_out = self.digits.x.flatten(1), self.digits.held_out_x.flatten(1)
-        ratio = nearest_neighbour_ratio(x.flatten(1), train, held_out)
-        c2st = two_sample_accuracy(features, real)
-        return {"precision": precision, "recall": recall, "c2st": c2st, "nearest_neighbour_ratio": ratio}
+        real, rows = self.classifier.features(self.x), []
+        for part in self._sets(x):
+            features = self.classifier.features(part)
+            precision, recall = precision_recall(features, real)
+            ratio = nearest_neighbour_ratio(part.flatten(1), self.x.flatten(1), self.digits.held_out_x.flatten(1))
+            c2st = two_sample_accuracy(features, real)
+            rows.append({"precision": precision, "recall": recall, "c2st": c2st, "nearest_neighbour_ratio": ratio})
+        return _mean(rows)
+
+    def _sets(self, x: Tensor) -> list[Tensor]:
+        """Images or labels, sorted by label, in equal sets of at most the unseen digits' number, alike in labels."""
+        number = self._number_of_sets(len(x))
+        return [x[first::number] for first in range(number)]
+
+    def _number_of_sets(self, count: int) -> int:
+        return -(-count // self.unseen)
 
     def references(self, count: int | None = None, *, seed: int = 0) -> dict[str, Row]:
-        """The same four numbers for what is no network's work, `count` images each.
+        """The same four numbers for what is no network's work, `count` images each; None: `SETS` times the unseen.
 
-        Held-out digits are compared with the training digits: a set that holds them would make them look too good.
+        Of unseen digits there is one set alone, of the size that all other sets have.
         """
         if (count, seed) not in self._references:
             self._references[count, seed] = self._measure_references(self.labels(count), seed)
@@ -91,15 +113,26 @@ class DigitJudge:
         bootstrap, seconds = _timed(lambda: self._resample(y, generator_at(seed, "bootstrap")))
         gaussian, gaussian_seconds = _timed(lambda: self._draw_gaussians(y, generator_at(seed, "class gaussian")))
         noise, noise_seconds = _timed(lambda: torch.randn(bootstrap.shape, generator=generator_at(seed, "noise")))
+        kept = self._spread(self.set_size(len(y)), self.digits.held_out_y)
         return {
             "bootstrap": self.measure(bootstrap, y, seconds),
-            "held_out": self.measure(self.digits.held_out_x, self.digits.held_out_y, 0.0, real=self.digits.x),
+            "held_out": self.measure(self.digits.held_out_x[kept], self.digits.held_out_y[kept], 0.0),
             "class_gaussian": self.measure(gaussian, y, gaussian_seconds),
             "noise": self.measure(noise, y, noise_seconds),
         }
 
+    def training_digits(self) -> tuple[Tensor, Tensor]:
+        """One set of training digits, as many as there are unseen ones, evenly from all classes, with their labels."""
+        kept = self._spread(self.unseen, self.y)
+        return self.x[kept], self.y[kept]
+
+    @staticmethod
+    def _spread(count: int, y: Tensor) -> Tensor:
+        """The places of `count` of the labels y, at even distances once they are sorted."""
+        return y.argsort(stable=True)[torch.arange(count) * len(y) // count]
+
     def _resample(self, y: Tensor, generator: torch.Generator) -> Tensor:
-        """Real digits with these labels, drawn with replacement."""
+        """Training digits with these labels, drawn with replacement."""
         drawn = self.x.new_empty(len(y), *self.x.shape[1:])
         for label in range(self.digits.num_classes):
             rows, pool = y == label, self.x[self.y == label]
@@ -134,7 +167,7 @@ def evaluate_network(
     Args:
         net, config: as `load_run` returns them.
         steps: of the sampler.
-        count: of images; None: as many as there are real digits.
+        count: of images; None: `SETS` times as many as there are unseen digits.
         how: which sampler, guidance and gamma.
     """
     device = next(net.parameters()).device
@@ -149,6 +182,11 @@ def evaluate_network(
         rows[str(number)] = judge.measure(x, labels, time.perf_counter() - started)
         checks[str(number)] = judge.check(x)
     return rows, checks
+
+
+def _mean(rows: Sequence[Row]) -> Row:
+    """The mean of each metric."""
+    return {metric: statistics.fmean(row[metric] for row in rows) for metric in rows[0]}
 
 
 def _timed(make: Callable[[], Tensor]) -> tuple[Tensor, float]:

@@ -18,6 +18,7 @@ from fastdistill.train.data import DATASETS, generator_at
 from fastdistill.train.files import write_text
 from fastdistill.train.sampling import NUMBERS, Sampling
 
+MEASURING = 2  # the way of measuring; a change of it makes stored results stale: see `benchmarks.evidence.measure`
 HEADINGS = {
     "frechet": "Fréchet",
     "accuracy": "accuracy",
@@ -48,15 +49,17 @@ def evaluate(
         steps: of the sampler; None: those of 1, 2, 4, 8, and 32 for samplers of velocities, for which the run learnt
             where to start (DMD: those that start at its times), and 1 alone for a sampler that adds noise to what was
             trained with noise matched to data.
-        n: how many samples; None: for digits as many as there are real ones, with their labels; for the ring 4096.
+        n: how many samples; None: for digits six sets of as many as there are unseen ones, 296, with labels in the
+            real frequencies; for the ring 4096.
         sampler, guidance, gamma: see `fastdistill.train.sampling.Sampling`; None: the run's own.
         judge: for digits, to share one; None: its classifier is trained for, and kept in, this run folder.
         device: None: the GPU if there is one. Metrics are computed on the CPU.
 
     Returns:
-        What was written: `data`, `method`, `sampler`, `samples`, `straightness` where the network knows a velocity,
-        `coupled` for the ring (whether noise was matched to data), `steps` and `references`, both {name: {metric:
-        value}}, and for digits `checks`. See `fastdistill.eval.digits` and `fastdistill.eval.ring` for the metrics.
+        What was written: `data`, `method`, `sampler`, `samples`, `set` (of how many samples a number is), `measuring`,
+        `straightness` where the network knows a velocity, `coupled` for the ring (whether noise was matched to data),
+        `steps` and `references`, both {name: {metric: value}}, and for digits `checks`. See `fastdistill.eval.digits`
+        and `fastdistill.eval.ring` for the metrics.
 
     Raises:
         ValueError: an argument outside these rules, by name.
@@ -72,16 +75,19 @@ def evaluate(
     usual = (*NUMBERS, 32) if how.sampler in ("euler", "heun") else NUMBERS
     steps = steps or how.measured_steps(config, usual)
     result: dict[str, Any] = {"data": config.data.name, "method": config.method.name, "sampler": how.sampler}
+    result["measuring"] = MEASURING
     if "velocity" in config.method.learns:
         result["straightness"] = measure_straightness(net, config, seed)
     if config.data.name == "ring":
         count = n or 4096
-        result |= {"samples": count, "coupled": couples(config)}
+        result |= {"samples": count, "set": count, "coupled": couples(config)}
         result["steps"] = ring.evaluate_network(net, config, steps, count=count, how=how, seed=seed)
         result["references"] = ring.references(steps, count=count, path=config.path.build(), seed=seed)
+        result["references"] |= ring.exact_rows(config, steps, count=count, how=how, seed=seed)
     else:
         judge = judge or digits.DigitJudge(run)
         result["samples"] = len(judge.labels(n))
+        result["set"] = judge.set_size(result["samples"])
         result["steps"], result["checks"] = digits.evaluate_network(
             net, config, judge, steps, count=n, how=how, seed=seed
         )

@@ -32,6 +32,10 @@ def adaptive(residual: Tensor, p: float, c: float, reduce: Reduce = "sum") -> Te
     The denominator carries no gradient. p = 0 is the plain sum of squares; p = 1 gives rows of every error nearly the
     same gradient norm, and a value near 1 whatever the error: watch the raw error instead. c is in units of e,
     so its meaning depends on `reduce` and, for "sum", on the number of elements a row.
+
+    Where the target holds noise, as from data, p > 0 moves the optimum: it solves E[[e + c]^-p residual | x_t] = 0, not
+    E[residual | x_t] = 0, and lies nearer to the likeliest target. p = 0, or a target that is a function of x_t as a
+    teacher's is, keeps the mean.
     Source: Geng et al. 2025 (ECT), arXiv:2406.14548; MeanFlow, arXiv:2505.13447, section 4.3 "Loss metrics".
     """
     error = squared(residual, reduce)
@@ -41,7 +45,8 @@ def adaptive(residual: Tensor, p: float, c: float, reduce: Reduce = "sum") -> Te
 def pseudo_huber(residual: Tensor, c: float) -> Tensor:
     """sqrt(||residual||^2 + c^2) - c of each row, the square summed over its elements; (B,).
 
-    Quadratic below c, then linear. c > 0, so that its gradient exists at zero; iCT takes 0.00054 sqrt(elements).
+    Quadratic below c, then linear: of a noisy target it finds a smoothed median, and not the mean. c > 0, so that its
+    gradient exists at zero; iCT takes 0.00054 sqrt(elements).
     Source: Song and Dhariwal 2024 (iCT), arXiv:2310.14189, its Pseudo-Huber metric.
     """
     check_positive(c=c)
@@ -77,6 +82,8 @@ def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
 
 def normalise_tangent(g: Tensor, c: float = 0.1) -> Tensor:
     """g / (||g|| + c), the norm being that of a whole row: a row's pull on the network is then below 1.
+
+    Of a noisy g (from data) the mean of the result vanishes elsewhere than that of g: this moves the optimum.
 
     Source: Lu and Song 2025 (sCM), arXiv:2410.11081, section 4.2 "Tangent Normalization".
     """

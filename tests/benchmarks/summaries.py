@@ -16,7 +16,13 @@ def spread(*values: float) -> dict[str, Any]:
 def method(errors: tuple[float, ...], seconds: float = 0.002, teacher: bool = False) -> dict[str, Any]:
     """A method with these map errors at 1, 2, 4, 8 steps, and SW2 of half of that."""
     return {
-        "settings": {"identity": "eulerian", "tangent": "(w, 1, 0)", "teacher": teacher, "second_network": False},
+        "settings": {
+            "identity": "eulerian",
+            "tangent": "(w, 1, 0)",
+            "teacher": teacher,
+            "second_network": False,
+            "method": {"name": "meanflow", "p": 0.5, "distinct": 0.75},
+        },
         "failed": None,
         "sampler": "average_velocity",
         "quality": {
@@ -24,6 +30,16 @@ def method(errors: tuple[float, ...], seconds: float = 0.002, teacher: bool = Fa
             for steps, error in zip(STEPS, errors)
         },
         "cost": {"seconds_per_step": spread(seconds), "peak_bytes": spread(2.0**20)},
+        "whole": {
+            "steps": spread(3000.0),
+            "teacher_steps": spread(3000.0 * teacher),
+            "pairs": spread(0.0),
+            "critic_updates": spread(0.0),
+            "prior_evaluations": spread(768000.0 * teacher),
+            "prior_seconds": spread(6.0 * teacher),
+            "evaluations": spread(1536000.0 + 768000.0 * teacher),
+            "seconds": spread(3000 * seconds + 6.0 * teacher),
+        },
     }
 
 
@@ -31,7 +47,14 @@ def ring(**methods: dict[str, Any]) -> dict[str, Any]:
     """A comparison on the ring."""
     return {
         "data": "ring",
-        "budget": {"steps": 3000, "batch": 256, "network": "mlp-ring", "parameters": 22000, "seeds": [0, 1]},
+        "budget": {
+            "steps": 3000,
+            "batch": 256,
+            "network": "mlp-ring",
+            "parameters": 22000,
+            "seeds": [0, 1],
+            "samples": 4096,
+        },
         "methods": methods,
         "references": {"euler 1": {"map_error": 0.9, "sliced_wasserstein": 1.43}, "data": {"sliced_wasserstein": 0.05}},
         "environment": {"python": "3.12", "torch": "2.13"},

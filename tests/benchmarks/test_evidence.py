@@ -126,12 +126,12 @@ def test_floors_of_the_ring_are_small_and_not_zero() -> None:
 
 
 def test_a_measurement_is_kept_until_the_run_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A newer network, or steps that were not asked for before, are measured again."""
+    """A newer network, steps that were not asked for before, or another way of measuring, are measured again."""
     calls: list[tuple[int, ...]] = []
 
     def evaluate(run: Path, steps: tuple[int, ...], **keywords: Any) -> dict[str, Any]:
         calls.append(steps)
-        found = {"steps": {str(number): {"map_error": 0.1} for number in steps}}
+        found = {"measuring": evidence.MEASURING, "steps": {str(number): {"map_error": 0.1} for number in steps}}
         (run / "summary.json").write_text(json.dumps(found))
         return found
 
@@ -145,9 +145,13 @@ def test_a_measurement_is_kept_until_the_run_changes(tmp_path: Path, monkeypatch
     assert calls == [(1,)]
     evidence.measure(run, (1, 2))
     assert calls == [(1,), (1, 2)]
+    for older in ({"measuring": evidence.MEASURING - 1}, {}):
+        (run / "summary.json").write_text(json.dumps({"steps": {"1": {"map_error": 0.2}}} | older))
+        assert evidence.measure(run, (1,))["steps"]["1"]["map_error"] == 0.1
+    assert calls == [(1,), (1, 2), (1,), (1,)]
     os.utime(weights, (4e9, 4e9))
     evidence.measure(run, (1,))
-    assert calls == [(1,), (1, 2), (1,)]
+    assert calls == [(1,), (1, 2), (1,), (1,), (1,)]
 
 
 def test_references_of_digits_tell_copies_and_means_from_unseen_digits(tmp_path: Path) -> None:
@@ -155,7 +159,7 @@ def test_references_of_digits_tell_copies_and_means_from_unseen_digits(tmp_path:
     references: dict[str, dict[str, float]] = {"held_out": {"frechet": 4.6}}
     evidence.add_references(references, evidence.judge_in(tmp_path))
     unseen, copies, means = (references[name] for name in ("held_out", "training_digits", "class_mean"))
-    assert copies["frechet"] < 1 < unseen["frechet"] < means["frechet"]
+    assert copies["frechet"] < unseen["frechet"] < 0.1 * means["frechet"]
     assert copies["nearest_neighbour_ratio"] == 0
-    assert copies["c2st"] < 0.1 < 0.4 < unseen["c2st"] < 0.6 < means["c2st"]
+    assert copies["c2st"] < 0.35 < 0.4 < unseen["c2st"] < 0.6 < means["c2st"]
     assert means["recall"] < 0.1 < 0.7 < unseen["recall"]

@@ -39,9 +39,37 @@ def test_filling_twice_changes_nothing_and_an_empty_summary_empties() -> None:
 
 def test_table_ranks_by_one_step_and_names_references() -> None:
     lines = tables.results_table("ring", small()["ring"]).splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| meanflow", "| flow_matching", "| *euler 1*", "| *data*"]
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| meanflow", "| flow_matching", "| *euler*", "| *data*"]
     assert lines[0].count("|") == lines[2].count("|") == lines[-1].count("|")
     assert "| 5.0 | 1.00 |" in lines[2]
+
+
+def test_references_of_many_steps_are_one_row() -> None:
+    """Each number of steps in its own column; the exact map's row stands among them."""
+    result = small()["ring"]
+    result["references"] = {
+        "euler 1": {"sliced_wasserstein": 1.4, "map_error": 1.0},
+        "euler 4": {"sliced_wasserstein": 0.124},
+        "exact map 1": {"sliced_wasserstein": 0.0, "map_error": 0.0},
+        "exact map by consistency, against the flow 4": {"sliced_wasserstein": 0.05},
+    }
+    lines = tables.results_table("ring", result).splitlines()[4:]
+    assert lines[0].startswith("| *euler* | 1.400 |  | 0.124 |  | 1.000 |")
+    assert lines[1].startswith("| *exact map* | 0.000 |  |  |  | 0.000 |")
+    assert lines[2].startswith("| *exact map by consistency, against the flow* |  |  | 0.050 |  |  |")
+
+
+def test_the_whole_budget_is_in_the_tables_with_share_and_exponent() -> None:
+    """And how recipes were tuned, and of how many samples a number is; a summary that lacks the budget has no table."""
+    summary = {"ring": ring(flow_matching=method((0.8,) * 4), scm=method((0.2,) * 4, teacher=True))}
+    text = tables.closing_tables(summary)
+    assert "| scm | teacher | 3,000 | 75 % | 0.5 | 3,000 |  |  | 2.30 (0.77) | 12 (6) |" in text
+    assert "| flow_matching | data | 3,000 | 75 % | 0.5 |  |  |  | 1.54 | 6 |" in text
+    assert "Tuning: " in text
+    assert "Every number is one of 4,096 samples" in text
+    assert all(part in tables.evidence_page(summary) for part in ("Tuning: ", "the whole budget", "2.30 (0.77)"))
+    del summary["ring"]["budget"]["samples"]
+    assert "whole budget" not in tables.closing_tables(summary)
 
 
 def test_a_method_that_diverged_is_named_and_not_ranked() -> None:

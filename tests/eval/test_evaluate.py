@@ -16,6 +16,7 @@ from fastdistill.eval.evaluate import describe, evaluate
 from fastdistill.eval.exact import Ring
 from fastdistill.paths import ICFM, OTCFM
 from fastdistill.train import train
+from fastdistill.train.sampling import Sampling
 from tests.eval.conftest import small_config
 
 METRICS = {"frechet", "accuracy", "sliced_wasserstein", "seconds_per_sample"}
@@ -53,7 +54,10 @@ def test_a_ring_run_is_held_against_the_exact_flow(tmp_path: Path) -> None:
     run = train(small_config(tmp_path / "run", "ring", "meanflow"))
     result = evaluate(run, n=256)
     assert list(result["steps"]) == ["1", "2", "4", "8"]
-    assert list(result["references"]) == ["euler 1", "euler 2", "euler 4", "euler 8", "data"]
+    assert list(result["references"]) == [
+        *("euler 1", "euler 2", "euler 4", "euler 8", "data"),
+        *(f"exact map {number}" for number in (1, 2, 4, 8)),
+    ]
     assert result["steps"]["1"]["map_error"] > 0.3
     assert "meanflow, 2 steps" in describe(result)
     assert "its flow is not the one" not in describe(result)
@@ -71,22 +75,54 @@ def test_a_run_of_coupled_noise_and_data_is_measured_by_its_law(tmp_path: Path) 
 
 def test_the_exact_average_velocity_has_no_map_error_in_one_step(tmp_path: Path) -> None:
     """While Euler on the exact velocity needs many steps."""
-
-    class ExactNet(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(1))
-
-        def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
-            return Ring().average_velocity(x.double(), t.double(), s.double()).float()
-
     config = small_config(tmp_path / "run", "ring", "meanflow")
-    rows = ring.evaluate_network(ExactNet(), config, [1, 4], count=256)
+    rows = ring.evaluate_network(ExactMap(), config, [1, 4], count=256)
     floors = ring.references([1, 4, 32], count=256)
     assert max(row["map_error"] for row in rows.values()) < 1e-4
     assert max(row["sliced_wasserstein"] for row in rows.values()) < 1e-4
     assert floors["euler 1"]["map_error"] > 0.9 > floors["euler 4"]["map_error"] > floors["euler 32"]["map_error"]
     assert 0 < floors["data"]["sliced_wasserstein"] < 0.3
+
+
+class ExactMap(nn.Module):
+    """The ring's exact average velocity as a trained network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
+        return Ring().average_velocity(x.double(), t.double(), s.double()).float()
+
+
+@pytest.mark.parametrize("how", [Sampling("consistency"), Sampling("gamma", gamma=0.5), Sampling("gamma", gamma=0.0)])
+def test_the_exact_map_has_no_error_by_any_sampler(tmp_path: Path, how: Sampling) -> None:
+    """While against the flow from the same noise one that renoises has: its points are others, its law is the same."""
+    config = small_config(tmp_path / "run", "ring", "meanflow")
+    rows = ring.evaluate_network(ExactMap(), config, [1, 2, 4], count=512, how=how)
+    assert max(row["map_error"] for row in rows.values()) < 1e-4
+    assert max(row["sliced_wasserstein"] for row in rows.values()) < 1e-4
+    floors = ring.exact_rows(config, [1, 2, 4], count=512, how=how)
+    assert all(floors[f"exact map {number}"]["sliced_wasserstein"] == 0 for number in (1, 2, 4))
+    against = {name: row for name, row in floors.items() if "against the flow" in name}
+    assert len(against) == (0 if how.gamma == 0 else 3)
+    if against:
+        one, two, four = against.values()
+        assert one["map_error"] < 1e-4
+        assert min(two["map_error"], four["map_error"]) > 0.3
+        assert 0.01 < min(two["sliced_wasserstein"], four["sliced_wasserstein"]) < 0.3
+
+
+def test_a_wrong_map_that_renoises_is_found(tmp_path: Path) -> None:
+    """One that stops short of the data by a tenth, whatever the number of steps."""
+
+    class Short(ExactMap):
+        def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
+            return 0.9 * super().forward(x, t, s)
+
+    config = small_config(tmp_path / "run", "ring", "meanflow")
+    rows = ring.evaluate_network(Short(), config, [1, 2, 4], count=512, how=Sampling("consistency"))
+    assert min(row["map_error"] for row in rows.values()) > 0.03
 
 
 def test_another_sampler_gives_other_samples(tmp_path: Path) -> None:

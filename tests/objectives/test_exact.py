@@ -54,7 +54,8 @@ def test_the_average_velocitys_form_agrees_that_the_exact_solution_is_one(name: 
 
 
 @pytest.mark.parametrize("name", [name for name in TAUGHT if "c" in objectives.get(name).options])
-def test_weights_and_normalisation_do_not_move_the_solution(name: str) -> None:
+def test_weights_and_normalisation_do_not_move_the_solution_of_a_target_without_noise(name: str) -> None:
+    """The teacher's velocity is a function of x_t. Where the target has data's noise they do: test_noisy_weights.py."""
     others = {"scm": {"c": None}, "rcm": {"c": None}, "ayf_emd": {"c": None}, "ayf_lmd": {"c": None}}
     options = TAUGHT[name] | others.get(name, {"c": 10.0})
     assert max(Gate(name, Cosine(), taught=True, options=options)()) < EXACT
@@ -118,7 +119,7 @@ def test_both_kinds_of_steps_are_of_their_order_where_the_noise_level_is_finite(
     assert len({tuple(found) for found in errors.values()}) == len(errors)
 
 
-# From data with noise the statement is one of expectations: the gradient vanishes
+# From data with noise the statement is one of expectations: unless a row is weighed by its error, the gradient vanishes
 
 
 @pytest.mark.parametrize("path", [pytest.param(path, id=type(path).__name__) for path in (Linear(), TrigFlow())])
@@ -140,9 +141,11 @@ def test_both_kinds_of_steps_are_of_their_order_where_the_noise_level_is_finite(
     ],
 )
 def test_expected_gradient_from_data_vanishes(name: str, options: dict[str, Any], path: Path) -> None:
-    """The residual is linear in v_hat, whose mean is v. Moments are a Gaussian's own, so that means are expectations.
+    """The gradient is linear in v_hat, whose mean is v. Moments are a Gaussian's own, so that means are expectations.
 
-    Half of the methods regress v_hat on their diagonal only: there every row is on it.
+    Half of the methods regress v_hat on their diagonal only: there every row is on it. A weight of the row's own error
+    (p > 0, a normalised tangent) makes the gradient another function of v_hat and moves the solution, which the
+    symmetry of a Gaussian would hide here: test_noisy_weights.py.
     """
     law, x0, x1 = whitened(path)
     objective = objectives.get(name)

@@ -1,0 +1,111 @@
+"""What a method's result cost as a whole: its own training, its teacher's, and ReFlow's pairs, all counted alike.
+
+Equal numbers of steps are no equal budgets. A network evaluation here is one row through one network, forward: with or
+without a gradient, with or without a tangent, of the student, a teacher, a critic or an average. Seconds are those of a
+step as `fastdistill.compare` times it, times the number of steps; pairs are timed on a part of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdistill.objectives.reflow import coupled_pairs
+from fastdistill.train import TrainConfig
+from fastdistill.train.data import DATASETS, generator_at
+from fastdistill.train.methods import ReFlow, ScoreMethod
+
+Costs = Mapping[str, float]
+TIMED_PAIRS = 512
+
+
+@contextlib.contextmanager
+def counting_rows(net: nn.Module) -> Iterator[list[int]]:
+    """Count the rows that go through networks of the type of `net`: one entry a call, whosever network it is."""
+    kind, rows = type(net), []
+
+    def count(module: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any], _: Any) -> None:
+        if type(module) is kind:
+            rows.append(len(arguments[0] if arguments else keywords["x"]))
+
+    handle = nn.modules.module.register_module_forward_hook(count, with_kwargs=True)
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
+def whole_budget(config: TrainConfig, cost: Costs, teacher: tuple[TrainConfig, Costs, nn.Module] | None) -> Costs:
+    """A run's whole budget, from what a step of it and of its teacher costs.
+
+    Args:
+        cost: `seconds_per_step` and `evaluations_per_step`, as `fastdistill.compare.measure_cost` returns them.
+        teacher: its configuration, the cost of its steps and its network; None for a method from data.
+
+    Returns:
+        Numbers of `steps`, `teacher_steps`, `pairs` and `critic_updates`; `evaluations` and `seconds` in all, and
+        `prior_evaluations` and `prior_seconds`, the part that was spent before the first step.
+    """
+    method, pairs, updates = config.method, 0, 0
+    evaluations, seconds = 0.0, 0.0
+    if teacher is not None:
+        of, price, net = teacher
+        evaluations, seconds = of.steps * price["evaluations_per_step"], of.steps * price["seconds_per_step"]
+        if isinstance(method, ReFlow):
+            pairs = method.pairs
+            more = _price_of_pairs(config, method, net)
+            evaluations, seconds = evaluations + more[0], seconds + more[1]
+    if isinstance(method, ScoreMethod):
+        updates = config.steps * method.critic.updates + method.critic.warmup_updates
+    return {
+        "steps": config.steps,
+        "teacher_steps": 0 if teacher is None else teacher[0].steps,
+        "pairs": pairs,
+        "critic_updates": updates,
+        "prior_evaluations": evaluations,
+        "prior_seconds": seconds,
+        "evaluations": evaluations + config.steps * cost["evaluations_per_step"],
+        "seconds": seconds + config.steps * cost["seconds_per_step"],
+    }
+
+
+def _price_of_pairs(config: TrainConfig, method: ReFlow, net: nn.Module) -> tuple[float, float]:
+    """The evaluations and seconds that all pairs take, from those of `TIMED_PAIRS`."""
+    dataset, count = DATASETS[config.data.name], min(TIMED_PAIRS, method.pairs)
+    x1 = torch.randn(count, *dataset.shape, generator=generator_at(0, "timed pairs"))
+    y = torch.arange(count) % dataset.num_classes if dataset.num_classes else None
+    guidance: dict[str, Any] = {"scale": method.pair_guidance, "null": dataset.num_classes}
+    with counting_rows(net) as rows:
+        started = time.perf_counter()
+        coupled_pairs(net, x1, y, method.pair_steps, path=config.path.build(), **guidance)
+        seconds = time.perf_counter() - started
+    return sum(rows) * method.pairs / count, seconds * method.pairs / count
+
+
+def exponent(settings: Mapping[str, Any]) -> str:
+    """The p by which a row is divided by its own error, as [e + c]^p, from a method's settings; "0" is a plain square.
+
+    From a teacher any p has the same optimum; from data p > 0 has another (docs/methods.md).
+    """
+    method = settings["method"]
+    name = method["name"]
+    if name in ("meanflow", "improved_meanflow"):
+        return f"{method['p']:g}"
+    if name == "alpha_flow":
+        return "1"
+    norms = name in ("ect", "facm") or (name == "consistency" and method.get("distance") == "huber")
+    normalised = name in ("scm", "rcm", "ayf_emd", "ayf_lmd") and method.get("c") is not None
+    return "0.5" if norms or normalised else "-" if name in ("imm", "dmd") else "0"
+
+
+def distinct_share(settings: Mapping[str, Any]) -> str:
+    """The share of rows with s != t, from a method's settings: all where every row goes to s = 0 or has both terms."""
+    method = settings["method"]
+    if "distinct" in method:
+        return f"{100 * method['distinct']:.0f} %"
+    return "0 %" if method["name"] in ("flow_matching", "reflow") else "100 %"
