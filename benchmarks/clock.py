@@ -88,20 +88,22 @@ class CudaClock:
 
     Args:
         flushed: what is overwritten, several times as large as the cache.
+        timer: seconds, for what the host takes.
     """
 
     name = "CUDA events, cold L2 cache"
 
-    def __init__(self, flushed: Tensor | None = None) -> None:
+    def __init__(self, flushed: Tensor | None = None, timer: Callable[[], float] = time.perf_counter) -> None:
+        self._timer = timer
         self._flushed = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda") if flushed is None else flushed
 
     def warm_up(self, run: Run) -> Timed:
         """Calls until the last one can be timed, and how long the host takes to launch it."""
         run()
         torch.cuda.synchronize()
-        started = time.perf_counter()
+        started = self._timer()
         run()
-        host_seconds = time.perf_counter() - started
+        host_seconds = self._timer() - started
         flushes = 1 + int(min(host_seconds, 0.02) * 1.5 * BYTES_PER_SECOND / L2_FLUSH_BYTES)
         torch.cuda.synchronize()
         timed = Timed(run, 0.0, host_seconds, flushes)

@@ -5,8 +5,9 @@
 
 Each process runs a few tests and says what came of each. One that crashes, hangs, or leaves the GPU unusable (after an
 illegal access nothing runs any more in that process) ends with the test that did it; the tests it had not yet run go to
-another one. The file is whole at every moment, holds each traceback, and a run goes on where the file ends. It is of a
-commit: COMMIT, or the repository's.
+another one. A test hangs if it takes more than `--patience` seconds, not counting those in which its process waits for
+a busy processor. The file is whole at every moment, holds each traceback, and a run goes on where the file ends. It is
+of a commit: COMMIT, or the repository's.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ import torch
 
 from fastdistill.benchmarks import environment, packages, results
 from fastdistill.benchmarks.parity_plugin import LOST, read
+from fastdistill.benchmarks.patience import OwnTime
 
 PASSED, CRASHED, HUNG = "passed", "crashed", "hung"  # or "failed", as pytest says
 # What the numbers of a benchmark rest on, the most important first; the rest of tests/kernels can wait.
@@ -47,7 +49,8 @@ CORE = (
 ALL = ("tests/gpu", "tests/kernels")
 PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-W", "default", "-m", "not slow")
 CHUNK = 6  # tests a process: more would wait behind one that compiles for long; tests/gpu compiles most, so one each
-PATIENCE = 100.0  # seconds that one test may take
+PATIENCE = 100.0  # seconds that one test may take, by `OwnTime`
+Watch = Callable[[int], Callable[[], float]]  # from a process's id to what says how many seconds it had
 
 
 class Worker:
@@ -57,9 +60,10 @@ class Worker:
         tests: their ids, in order.
         folder: for what it says.
         number: of the worker.
+        watch: what says how many seconds a process had.
     """
 
-    def __init__(self, tests: Sequence[str], folder: Path, number: int) -> None:
+    def __init__(self, tests: Sequence[str], folder: Path, number: int, watch: Watch = OwnTime) -> None:
         self.tests, self.said, self.output = list(tests), folder / f"{number}.jsonl", folder / f"{number}.out"
         listed = folder / f"{number}.txt"
         listed.write_text("\n".join(tests) + "\n", encoding="utf-8")
@@ -72,7 +76,8 @@ class Worker:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._seen, self._since = -1, time.monotonic()
+        self._had = watch(self.process.pid)
+        self._seen, self._since = -1, 0.0
 
     def kill(self) -> None:
         """It and what it started."""
@@ -85,13 +90,15 @@ class Worker:
         ended = self.process.poll()
         found, running = read(self.said)
         if ended is None:
+            had = self._had()
             if len(found) != self._seen:
-                self._seen, self._since = len(found), time.monotonic()
-            if time.monotonic() - self._since <= patience:
+                self._seen, self._since = len(found), had
+            if had - self._since <= patience:
                 return found, None
             self.kill()
+            found, running = read(self.said)
         left = [test for test in self.tests if test not in found]
-        if ended == LOST or not left:
+        if ended == LOST or not left or (ended is None and len(found) != self._seen):  # the last: it ended just then
             return found, left
         # It died in the test that ran then; where it never began one, or said nothing of them, none would do better.
         lost = [running] if running is not None else left
@@ -129,7 +136,14 @@ def chunks(tests: Sequence[str], size: int = CHUNK) -> list[list[str]]:
 
 
 def run(
-    tests: Sequence[str], content: dict[str, Any], path: Path, *, jobs: int, budget: float, patience: float = PATIENCE
+    tests: Sequence[str],
+    content: dict[str, Any],
+    path: Path,
+    *,
+    jobs: int,
+    budget: float,
+    patience: float = PATIENCE,
+    watch: Watch = OwnTime,
 ) -> None:
     """Run them until the budget ends, and write the file whenever something is known."""
     waiting, working, number = chunks(tests), list[Worker](), 0
@@ -138,7 +152,7 @@ def run(
         try:
             while (waiting or working) and time.monotonic() < stop_at:
                 while waiting and len(working) < jobs:
-                    working.append(Worker(waiting.pop(0), Path(folder), number))
+                    working.append(Worker(waiting.pop(0), Path(folder), number, watch))
                     number += 1
                 for worker in list(working):
                     found, left = worker.found(patience)

@@ -68,7 +68,7 @@ except SystemExit:
 print(*(name for name in ("pydantic", "tyro", "sklearn", "matplotlib", "tensorboard") if name in sys.modules))
 """
     root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "", done.stdout
 
 

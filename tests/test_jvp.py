@@ -165,12 +165,12 @@ def test_another_thread_keeps_its_tangents_graph() -> None:
 
     def wait(x: Tensor) -> Tensor:
         inside.set()
-        done.wait(10)
+        done.wait()
         return x * 2
 
-    thread = threading.Thread(target=lambda: fd.jvp(wait, (torch.ones(2),), (1.0,)))
+    thread = threading.Thread(target=lambda: fd.jvp(wait, (torch.ones(2),), (1.0,)), daemon=True)
     thread.start()
-    inside.wait(10)
+    inside.wait()
     q = torch.randn(1, 2, 5, 4, requires_grad=True)
     tangent = torch.func.jvp(fd.scaled_dot_product_attention, (q, q, q), (q.detach(),) * 3)[1]
     done.set()
@@ -224,7 +224,7 @@ def test_drivers_on_two_threads_leave_nothing_behind() -> None:
             left.wait()
 
     left = threading.Event()
-    thread = threading.Thread(target=other)
+    thread = threading.Thread(target=other, daemon=True)
     thread.start()
     with tangents_without_grad(0):
         started.set()

@@ -24,7 +24,7 @@ def clone(tmp_path: Path) -> Path:
 def make(clone: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The finished `make`, run outside of this test run's own make and environment."""
     kept = {name: value for name, value in os.environ.items() if name in {"PATH", "HOME", "LANG"}}
-    return subprocess.run(["make", *arguments], cwd=clone, env=kept, capture_output=True, text=True, timeout=60)
+    return subprocess.run(["make", *arguments], cwd=clone, env=kept, capture_output=True, text=True)
 
 
 def python_that(clone: Path, name: str, script: str) -> str:

@@ -23,7 +23,7 @@ SITE_PACKAGES = sysconfig.get_path("purelib")
 
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     """The finished process, with its output as text."""
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
 def imported_from(folder: Path, cwd: Path) -> str:

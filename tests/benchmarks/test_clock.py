@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 
@@ -103,9 +101,17 @@ def test_events_enclose_the_call_and_nothing_else(gpu: list[str]) -> None:
 
 def test_a_slow_host_is_hidden_behind_more_flushes(gpu: list[str]) -> None:
     """Of about a tenth of a millisecond each; not without end."""
-    clock = CudaClock(Flushed(gpu))  # type: ignore[arg-type]
-    assert 12 <= clock.warm_up(lambda: time.sleep(0.001) or ()).flushes < 200
-    assert clock.warm_up(lambda: ()).flushes < 12
+    time = Time()
+    clock = CudaClock(Flushed(gpu), timer=time)  # type: ignore[arg-type]
+
+    def taking(seconds: float) -> int:
+        def run() -> tuple[torch.Tensor, ...]:
+            time.now += seconds
+            return ()
+
+        return clock.warm_up(run).flushes
+
+    assert [taking(seconds) for seconds in (0.0, 0.001, 0.02, 100.0)] == [1, 17, 336, 336]
 
 
 def test_memory_by_the_allocator_is_beyond_what_was_there(gpu: list[str]) -> None:

@@ -79,7 +79,7 @@ def test_pytest_benchmark_compares_such_files(tmp_path: Path) -> None:
     for path, seconds in zip(paths, (0.001, 0.002), strict=True):
         filled(path, fast=[seconds], floor=[0.0005])
     command = [sys.executable, "-m", "pytest_benchmark", "compare", *map(str, paths), "--columns", "median,ops"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"benchmark '{CASE.group}': 4 tests" in done.stdout
     assert "square[square-N4-float32-forward-fast]" in done.stdout

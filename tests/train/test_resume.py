@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastdistill.train import CheckpointError, ConfigError, TrainConfig, load_run, train
+from fastdistill.train import CheckpointError, ConfigError, TrainConfig, load_run, loop, train
 from fastdistill.train.checkpoint import list_checkpoints, read_checkpoint
 from tests.train.conftest import MakeConfig
 
@@ -60,9 +60,17 @@ def train_and_die(config: TrainConfig, moment: str, step: int) -> None:
     train(config)
 
 
-def train_here(config: TrainConfig) -> None:
-    """Train in this process."""
+def train_and_wait(config: TrainConfig, step: int) -> None:
+    """Train in this process up to a step, and then wait to be killed: whoever does it may be slow."""
     torch.set_num_threads(1)
+    train_step = loop.train_step
+
+    def step_or_wait(state: dict[str, Any], *arguments: Any) -> Any:
+        while state["step"] >= step:
+            signal.pause()
+        return train_step(state, *arguments)
+
+    pytest.MonkeyPatch().setattr(loop, "train_step", step_or_wait)  # never undone: this process ends here
     train(config)
 
 
@@ -74,7 +82,7 @@ def killed(target: Callable[..., None], *arguments: Any, when: Callable[[], bool
         time.sleep(0.001)
     if when is not None:
         process.kill()
-    process.join(120)
+    process.join()
     assert process.exitcode == -signal.SIGKILL
 
 
@@ -128,7 +136,7 @@ def test_killed_from_outside_at_any_moment_a_run_ends_the_same(tiny: MakeConfig)
     whole, config = train(tiny("whole", **changes)), tiny("killed", **changes)
     metrics = config.out / "metrics.jsonl"
     for size in (4_000, 12_000):
-        killed(train_here, config, when=partial(is_larger_than, metrics, size))
+        killed(train_and_wait, config, 110, when=partial(is_larger_than, metrics, size))
     assert list_checkpoints(config.out)
     assert_same_run(train(config), whole)
 
@@ -195,14 +203,14 @@ def test_a_folder_that_is_no_run_is_refused(tiny: MakeConfig, tmp_path: Path) ->
 def test_two_processes_never_train_in_one_folder(tiny: MakeConfig) -> None:
     """The second is refused while the first lives; a killed one leaves no lock."""
     config = tiny(steps=100_000)
-    process = PROCESSES.Process(target=train_here, args=(config,))
+    process = PROCESSES.Process(target=train_and_wait, args=(config, 20))
     process.start()
     while process.is_alive() and not (config.out / "metrics.jsonl").exists():
         time.sleep(0.01)
     with pytest.raises(ConfigError, match="another process is training"):
         train(tiny(steps=100_000))
     process.kill()
-    process.join(60)
+    process.join()
     newest = list_checkpoints(config.out)
     train(tiny(steps=int(newest[0].stem.removeprefix("step_")) + 1 if newest else 1))
 
