@@ -40,7 +40,7 @@ def main(out: str | Path = "runs/demo") -> Path:
         ConfigError: `out` holds a demo with other settings.
     """
     out = Path(out)
-    refuse_foreign_folder(out, "teacher/.lock")
+    refuse_foreign_folder(out, "teacher", ("report.html", "summary.json", "grid.png"))
     teacher = load_config("digits-flow", out=out / "teacher")
     _train("teacher", teacher)
     student = load_config("digits-meanflow", ["--teacher", str(teacher.out)], out=out / "meanflow")

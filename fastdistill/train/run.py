@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,18 +67,23 @@ def open_run(config: TrainConfig) -> Iterator[Path]:
         yield run
 
 
-def refuse_foreign_folder(out: Path, runs: str) -> None:
-    """Refuse a folder that is to hold several runs, where it holds something else.
+def refuse_foreign_folder(out: Path, runs: str, written: Sequence[str]) -> None:
+    """Refuse a folder that is to hold several runs and what is written about them, where others' files would be lost.
 
     Args:
         out: the folder.
         runs: a pattern of the runs in it, of which one is there as soon as the first was started.
+        written: the names of the files that will be written there.
     """
     with naming_what_is_read(out):
         if out.exists() and not out.is_dir():
             raise ConfigError(f"out: {out} is a file; expected a folder")
-        if out.is_dir() and any(out.iterdir()) and not any(out.glob(runs)):
-            raise ConfigError(f"out: {out} is not empty, and holds no runs of this command ({runs}); choose another")
+        there = [name for name in written if (out / name).exists()]
+        if there and not any(out.glob(runs)):
+            raise ConfigError(
+                f"out: {out} holds {', '.join(there)}, and no runs of this command ({runs}), so these are something "
+                f"else's; choose another"
+            )
 
 
 def begin_run(run: Path, config: TrainConfig) -> None:

@@ -84,7 +84,7 @@ def test_an_absurd_line_is_refused_in_a_line(
 
 FIELDS = {
     "out": "run",
-    "steps": "2",
+    "steps": "9",
     "data": "{name: ring, batch: 65536}",
     "model": "{preset: mlp-ring}",
     "method": "{name: meanflow}",

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tqdm import tqdm
 
 from fastdistill import cli
+from fastdistill.eval.classifier import cached_classifier
 from fastdistill.eval.records import describe_machine, read_metrics, training_seconds
 from fastdistill.train import CheckpointError, ConfigError, load_config, load_run, train
 from fastdistill.train.checkpoint import list_checkpoints
@@ -236,3 +238,26 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         temporary.write_bytes(bytes(100))
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_of_the_users_is_no_place_for_a_comparison_or_the_demo(tmp_path: Path) -> None:
+    """Both write reports by fixed names, which may be the user's there."""
+    (tmp_path / "report.html").write_text("mine", encoding="utf-8")
+    for command in (["compare", "--methods", "meanflow", "--steps", "1"], ["demo"]):
+        assert cli.main([*command, "--out", str(tmp_path)]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_classifier_is_trained_again_or_named(how: str, tmp_path: Path) -> None:
+    """It costs seconds, so that only what can't be replaced is refused."""
+    x, y = torch.zeros(20, 1, 8, 8), torch.arange(20) % 10
+    path = tmp_path / "classifier.safetensors"
+    path.write_bytes(b"x" * 100)
+    damage(path, how)
+    if how == "a folder":
+        with pytest.raises(WriteError, match=r"classifier\.safetensors can't be written: .*move away"):
+            cached_classifier(path, x, y)
+    else:
+        expected = cached_classifier(path, x, y).state_dict()
+        assert_same_state(cached_classifier(path, x, y).state_dict(), expected)
