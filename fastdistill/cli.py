@@ -79,7 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.name is None or error.name.startswith("fastdistill"):
             raise
         return fail(f"{error.name} is not installed; this command needs it: pip install 'fastdistill[train]'")
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, MemoryError) as error:
+        if _is_want_of_memory(error):
+            reason = (str(error).splitlines() or ["MemoryError"])[0]
+            return fail(f"there is too little memory ({reason}); ask for fewer rows or samples")
         status = _status_of(error)
         if status is None:
             raise
@@ -190,6 +193,7 @@ def run_train(args: argparse.Namespace) -> int:
 def run_sample(args: argparse.Namespace) -> int:
     """Draw samples into a picture or an array."""
     from fastdistill.train import ConfigError, generate, load_run
+    from fastdistill.train.files import replacing
     from fastdistill.train.logging import save_samples
 
     out: Path = args.out or args.run / "samples" / "sample.png"
@@ -213,7 +217,8 @@ def run_sample(args: argparse.Namespace) -> int:
     if out.suffix == ".npy":
         import numpy as np
 
-        np.save(out, samples.cpu().numpy())
+        with replacing(out) as temporary, temporary.open("wb") as file:
+            np.save(file, samples.cpu().numpy())
     else:
         save_samples(out, samples, columns=10)
     print(out)
@@ -295,6 +300,8 @@ def run_report(args: argparse.Namespace) -> int:
         return report.main(args.bench, args.out)
     except BenchError as error:
         return fail(str(error))
+    except OSError as error:
+        return fail(f"--out: {error.filename or args.out} can't be written: {error.strerror}")
 
 
 def run_doctor(args: argparse.Namespace) -> int:
@@ -318,6 +325,7 @@ def _plot_flow_map(run: Path) -> Path:
     from fastdistill.eval.ring import exact_flow
     from fastdistill.train import generate, load_run
     from fastdistill.train.data import generator_at
+    from fastdistill.train.files import replacing
     from fastdistill.train.logging import save_panels
     from fastdistill.train.sampling import OWN
 
@@ -329,7 +337,8 @@ def _plot_flow_map(run: Path) -> Path:
             net, config, 2000, steps=steps
         ).cpu()
     path = run / "samples" / "flow_map.png"
-    save_panels(path, panels)
+    with replacing(path) as temporary:
+        save_panels(temporary, panels)
     return path
 
 
@@ -367,12 +376,17 @@ def _status_of(error: Exception) -> int | None:
     return 1 if isinstance(error, NonFiniteError) else None
 
 
+def _is_want_of_memory(error: Exception) -> bool:
+    """Whether torch, on a GPU or not, or Python itself found no room for something."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)
+
+
 def _at_least(minimum: int) -> Callable[[str], int]:
-    """The type of an argument: a whole number from `minimum` up."""
+    """The type of an argument: a whole number from `minimum` up, of no more digits than torch can count to."""
 
     def parse(text: str) -> int:
-        if not text.lstrip("-").isdigit() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {minimum} up, got {text!r}")
+        if not (text.lstrip("-").isdecimal() and len(text) < 16) or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {minimum} up, got {text[:40]!r}")
         return int(text)
 
     return parse

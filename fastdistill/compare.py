@@ -30,12 +30,15 @@ from fastdistill.train.files import write_text
 from fastdistill.train.loop import make_batch, train_step
 from fastdistill.train.methods import METHODS
 from fastdistill.train.pairs import Pairs
+from fastdistill.train.run import refuse_foreign_folder
 from fastdistill.train.sampling import OWN
 from fastdistill.train.settings import nearest
 from fastdistill.train.state import new_state, pick_device
 
 STEPS = {"ring": 3000, "digits": 4000}
 TEACHER = "flow_matching"  # a method of the comparison like any other, and whom the others follow
+MOST_SEEDS = 1000
+WRITTEN = ("report.html", "summary.json", "quality.png", "cost.png", "samples.png", "curves.png")
 GRID = {"ring": 2000, "digits": 80}
 COST_POINTS, COST_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0), 5  # shares of a run, and how many steps are timed at each
 
@@ -78,9 +81,12 @@ def compare(
                 f"methods: expected names of {', '.join(METHODS)}; got {name!r}, {nearest(name, METHODS)}"
             )
     out = Path(out or f"runs/compare-{data}")
+    if isinstance(seeds, int) and seeds > MOST_SEEDS:
+        raise ConfigError(f"seeds: expected at most {MOST_SEEDS:,}, got {seeds}")
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not numbers or not chosen:
         raise ConfigError("seeds, methods: expected at least one of each")
+    refuse_foreign_folder(out, "seed*/*", WRITTEN)
     budget = ["--steps", str(steps or STEPS[data]), *overrides]
     for name in chosen:  # all of them before any trains
         configure(name, data, out / f"seed{numbers[0]}", budget)

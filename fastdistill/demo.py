@@ -24,6 +24,7 @@ from fastdistill.eval.report import write_report
 from fastdistill.train import TrainConfig, generate, load_config, load_run, train
 from fastdistill.train.data import Digits
 from fastdistill.train.files import write_text
+from fastdistill.train.run import refuse_foreign_folder
 
 TEACHER_STEPS, STUDENT_STEPS = (1, 2, 4, 8, 32), (1, 2, 4, 8)
 GRID_ROWS = 8
@@ -39,6 +40,7 @@ def main(out: str | Path = "runs/demo") -> Path:
         ConfigError: `out` holds a demo with other settings.
     """
     out = Path(out)
+    refuse_foreign_folder(out, "teacher", ("report.html", "summary.json", "grid.png"))
     teacher = load_config("digits-flow", out=out / "teacher")
     _train("teacher", teacher)
     student = load_config("digits-meanflow", ["--teacher", str(teacher.out)], out=out / "meanflow")

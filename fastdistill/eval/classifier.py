@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastdistill.train.files import replacing
+from fastdistill.train.files import replacing, writing
 
 FEATURES = 64
 
@@ -82,7 +82,8 @@ def cached_classifier(path: Path, x: Tensor, y: Tensor, *, seed: int = 0) -> Dig
     if stored is not None:
         return stored
     net = train_classifier(x, y, seed=seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         save_file(net.state_dict(), temporary, {"trained_on": key})
     return net
@@ -94,8 +95,8 @@ def _read(path: Path, key: str) -> DigitClassifier | None:
             if (file.metadata() or {}).get("trained_on") != key:
                 return None
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
-    except (FileNotFoundError, SafetensorError):
+        net = DigitClassifier(len(weights["head.bias"]))
+        net.load_state_dict(weights)
+    except (OSError, SafetensorError, KeyError, RuntimeError):
         return None
-    net = DigitClassifier(len(weights["head.bias"]))
-    net.load_state_dict(weights)
     return net.requires_grad_(False)

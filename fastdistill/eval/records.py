@@ -4,28 +4,59 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-from fastdistill.train import TrainConfig
+from fastdistill.train import CheckpointError, TrainConfig
 from fastdistill.train.environment import describe_environment
+from fastdistill.train.logging import read_points, tell
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """Return the points of a run's metrics.jsonl; damaged lines are left out, which is told on stderr.
+
+    Raises:
+        CheckpointError: it can't be read, or holds no point.
+    """
+    path = run / "metrics.jsonl"
+    points, damaged = read_points(path)
+    if damaged:
+        tell(f"{path}: {damaged} damaged lines are left out")
+    if not points:
+        raise CheckpointError(f"{path} holds no points to draw; remove {run} and start again to train it anew")
+    return points
 
 
 def training_seconds(config: TrainConfig) -> float:
     """How long a run's steps took, over all its sittings, from the pace that it logged."""
     seconds, done = 0.0, 0
     for point in read_metrics(config.out):
-        seconds += (point["step"] - done) * config.data.batch / point["samples_per_second"]
+        pace = point.get("samples_per_second", 0)
+        if pace <= 0:
+            place = f"{config.out / 'metrics.jsonl'}, step {point['step']}"
+            raise CheckpointError(f"{place}: expected samples_per_second above 0, got {pace}")
+        seconds += (point["step"] - done) * config.data.batch / pace
         done = int(point["step"])
     return seconds
 
 
 def describe_machine(run: Path | None = None) -> dict[str, str]:
-    """What a run ran on, in a few words for each thing; None: what this process runs on."""
-    found = describe_environment() if run is None else json.loads((run / "env.json").read_text(encoding="utf-8"))
+    """Say what a run ran on, in a few words for each thing; None: what this process runs on.
+
+    Raises:
+        CheckpointError: the run's env.json can't be read.
+    """
+    if run is None:
+        return _describe(describe_environment())
+    try:
+        return _describe(json.loads((run / "env.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            f"{run / 'env.json'} can't be read ({reason}); start the run again to write it"
+        ) from error
+
+
+def _describe(found: dict[str, Any]) -> dict[str, str]:
     gpu = found["gpu"]["name"] if found["gpu"] else "none"
     return {
         "python": found["python"],

@@ -2,39 +2,94 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastdistill.train.files import DamagedFileError, checksum_path, verify, write_checked
+from fastdistill.train.files import (
+    CheckpointError,
+    DamagedFileError,
+    checksum_path,
+    set_aside,
+    verify,
+    write_checked,
+    writing,
+)
+from fastdistill.train.settings import ConfigError
 
+__all__ = [
+    "CheckpointError",
+    "list_checkpoints",
+    "named_checkpoint",
+    "read_checkpoint",
+    "read_newest_checkpoint",
+    "save_checkpoint",
+    "set_aside_newer",
+    "step_of",
+]
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that can't be used. The message names it, and the one before it where that is good."""
+NAME = re.compile(r"step_(\d{8,})\.pt")
 
 
 def save_checkpoint(run: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write `checkpoints/step_<step>.pt` and remove all but the newest `keep`.
+    """Write `checkpoints/step_<step>.pt` and remove all but the newest `keep` of those that `save_checkpoint` wrote.
 
     Args:
         run: the run folder.
         step: how many steps are done.
         state: tensors, numbers, strings, lists and dicts of them: what `torch.load(weights_only=True)` reads.
         keep: how many checkpoints stay, this one included.
+
+    Raises:
+        WriteError: the disk is full, or the folder can't be written to.
     """
     path = run / "checkpoints" / f"step_{step:08d}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_checked(path, lambda temporary: torch.save(state, temporary))
-    for old in list_checkpoints(run)[keep:]:
-        old.unlink()
-        checksum_path(old).unlink(missing_ok=True)
+    written = [old for old in list_checkpoints(run) if step_of(old) <= step and checksum_path(old).is_file()]
+    for old in written[keep:]:
+        with writing(old):
+            old.unlink()
+            checksum_path(old).unlink(missing_ok=True)
     return path
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The run's checkpoints, newest first, unread."""
-    return sorted((run / "checkpoints").glob("step_*.pt"), reverse=True)
+    """Return the run's checkpoints, newest first, unread; files of other names than the trainer's are none."""
+    return sorted((path for path in (run / "checkpoints").glob("step_*.pt") if step_of(path) >= 0), key=step_of)[::-1]
+
+
+def step_of(path: Path) -> int:
+    """Return the step in a checkpoint's name, or -1 for a name that the trainer doesn't give."""
+    found = NAME.fullmatch(path.name)
+    step = int(found[1]) if found else -1
+    return step if path.name == f"step_{step:08d}.pt" else -1
+
+
+def named_checkpoint(run: Path, given: Path) -> Path:
+    """Return the run's checkpoint that `--resume-from` names: by its name alone, or by a path that leads to it.
+
+    Raises:
+        ConfigError: the path leads elsewhere, or the name is none of a checkpoint.
+    """
+    own = run / "checkpoints" / given.name
+    is_bare = given == Path(given.name)
+    if is_bare and given.is_file() and own.is_file() and not own.samefile(given):
+        raise ConfigError(f"resume_from: {given} lies here too, beside that of the run; expected the whole path, {own}")
+    if not is_bare and given.resolve() != own.resolve():
+        raise ConfigError(
+            f"resume_from: {given} is no checkpoint of {run}; expected a file in {own.parent}, for a run goes back "
+            f"only to what it was itself"
+        )
+    if step_of(own) < 0:
+        there = ", ".join(path.name for path in list_checkpoints(run)[:4]) or "none"
+        raise ConfigError(
+            f"resume_from: expected a name as step_00000500.pt, got {given.name}; in {own.parent} there are {there}"
+        )
+    return own
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -45,11 +100,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         verify(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except DamagedFileError as error:
         raise CheckpointError(f"checkpoint {error}") from error
     except Exception as error:  # the bytes are the ones written, so another torch wrote what this one can't read
-        raise CheckpointError(f"checkpoint {path} can't be read by torch {torch.__version__}: {error}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"checkpoint {path} can't be read by torch {torch.__version__}: {reason}") from error
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+        raise CheckpointError(f"checkpoint {path} holds no run's state: expected a dict with its step")
+    if step_of(path) not in (-1, state["step"]):
+        raise CheckpointError(f"checkpoint {path} holds step {state['step']}: it was renamed, or is another's")
+    return state
 
 
 def read_newest_checkpoint(run: Path) -> dict[str, Any] | None:
@@ -69,10 +130,15 @@ def read_newest_checkpoint(run: Path) -> dict[str, Any] | None:
 
 
 def set_aside_newer(run: Path, chosen: Path) -> list[Path]:
-    """Rename the checkpoints newer than `chosen` to `*.abandoned`, so that the run goes on from the chosen one."""
-    newer = [path for path in list_checkpoints(run) if path.name > chosen.name]
+    """Rename the checkpoints newer than `chosen` to `*.abandoned`, so that the run goes on from the chosen one.
+
+    Their checksums go with them, and what was set aside before stays: see `fastdistill.train.files.set_aside`.
+    """
+    newer = [path for path in list_checkpoints(run) if step_of(path) > step_of(chosen)]
     for path in newer:
-        path.rename(path.with_name(f"{path.name}.abandoned"))
+        set_aside(path, "abandoned")
+        if checksum_path(path).is_file():
+            set_aside(checksum_path(path), "abandoned")
     return newer
 
 

@@ -7,10 +7,13 @@ work.
 from __future__ import annotations
 
 import math
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed
 
 from fastdistill import models
 from fastdistill.objectives.metric import LogVariance
@@ -24,11 +27,14 @@ from fastdistill.train.config import (
 )
 from fastdistill.train.critic import Critic
 from fastdistill.train.data import DATASETS, Batch, generator_at
+from fastdistill.train.environment import memory_of_machine
 from fastdistill.train.methods import METHODS, Context, ScoreMethod
 from fastdistill.train.perceptual import perceptual_of
 from fastdistill.train.sampling import OWN
-from fastdistill.train.settings import ConfigError
+from fastdistill.train.settings import ConfigError, short
 
+TRIAL_ROWS = 4096
+COPIES = 5  # of each weight: itself, its gradient, two moments of the optimiser, its average
 MAKE_A_TEACHER = "a finished run, e.g. of `fastdistill train {data}-flow`, as --teacher runs/{data}-flow"
 
 
@@ -40,6 +46,7 @@ def check_config(config: TrainConfig) -> None:
     Raises:
         ConfigError: naming the fields.
     """
+    _check_places(config)
     classes = DATASETS[config.data.name].num_classes
     if config.data.label_dropout and not classes:
         raise ConfigError(f"data.label_dropout: {config.data.name} has no labels to drop, so expected 0")
@@ -53,6 +60,20 @@ def check_config(config: TrainConfig) -> None:
     _check_model(config)
     _check_device(config)
     _try_objective(config)
+
+
+def _check_places(config: TrainConfig) -> None:
+    """Refuse paths that no file can have, such as too long ones."""
+    for field in ("out", "teacher", "weak_teacher", "resume_from"):
+        place: Path | None = getattr(config, field)
+        try:
+            if place is not None:
+                os.stat(place)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError) as error:  # too long a name, or a NUL in it
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"{field}: {short(str(place))} can't be a path here: {reason}") from error
     if config.out.exists() and not config.out.is_dir():
         raise ConfigError(f"out: {config.out} is a file; expected a folder")
 
@@ -125,7 +146,9 @@ def _check_model(config: TrainConfig) -> None:
     dataset = DATASETS[config.data.name]
     shape: tuple[int, ...] = dataset.shape
     if config.model.preset not in models.PRESETS:
-        raise ConfigError(f"model.preset: expected one of {', '.join(models.PRESETS)}, got {config.model.preset!r}")
+        raise ConfigError(
+            f"model.preset: expected one of {', '.join(models.PRESETS)}, got {short(config.model.preset)}"
+        )
     preset = models.PRESETS[config.model.preset].arguments
     if ("channels" in preset and len(shape) != 3) or ("num_classes" in preset) != bool(dataset.num_classes):
         raise ConfigError(f"model.preset: {config.model.preset} can't take {config.data.name}, whose rows are {shape}")
@@ -134,7 +157,14 @@ def _check_model(config: TrainConfig) -> None:
             net = models.create(config.model.preset, **model_arguments(config))
     except ValueError as error:
         raise ConfigError(f"model.{error}".replace("model.overrides", "model")) from error
+    except (RuntimeError, ArithmeticError, TypeError, MemoryError) as error:  # more numbers than torch can count
+        chosen = config.model.model_dump(exclude={"preset"}, exclude_none=True)
+        sizes = ", ".join(f"{name} {short(value)}" for name, value in chosen.items())
+        raise ConfigError(
+            f"model: {config.model.preset} with {sizes} can't be built; expected smaller sizes"
+        ) from error
     arguments = cast(dict[str, Any], net.config)
+    _refuse_too_large(config, sum(weight.numel() for weight in net.parameters()), arguments)
     patch_size = arguments.get("patch_size", 1)
     if any(side % patch_size for side in shape[1:]):
         raise ConfigError(f"model.patch_size: expected a divisor of the sides of {shape}, got {patch_size}")
@@ -144,10 +174,38 @@ def _check_model(config: TrainConfig) -> None:
         )
 
 
+def _refuse_too_large(config: TrainConfig, weights: int, arguments: dict[str, Any]) -> None:
+    """What surely doesn't fit is refused by name, before the system kills whatever it likes for want of memory."""
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    memory = torch.cuda.get_device_properties(0).total_memory if on_gpu else memory_of_machine()
+    needed = 4 * COPIES * weights
+    if needed > memory:
+        raise ConfigError(
+            f"model: {weights:,} weights, their average, gradient and optimiser take {_in_gib(needed)}, and there are "
+            f"{_in_gib(memory)}; expected a smaller model.width or model.depth"
+        )
+    tokens = 1
+    if "patch_size" in arguments:
+        tokens = math.prod(side // arguments["patch_size"] for side in DATASETS[config.data.name].shape[1:])
+    needed = 2 * config.data.batch * tokens * arguments["width"] * arguments["depth"]  # one value a layer, in 16 bits
+    if needed > memory:
+        raise ConfigError(
+            f"data.batch: a step of {config.data.batch:,} rows takes more than {_in_gib(needed)}, and there are "
+            f"{_in_gib(memory)}; expected fewer rows, or a smaller model.width or model.depth"
+        )
+
+
+def _in_gib(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count < 2**80 else "more than any memory"
+
+
 def _try_objective(config: TrainConfig) -> None:
     """Call the objective once, on random rows and the smallest network: what it refuses, it refuses here."""
     method, dataset, seed = config.method, DATASETS[config.data.name], generator_at(config.seed, "trial")
     rows, classes = config.data.batch, dataset.num_classes
+    if rows > TRIAL_ROWS:  # whole groups of them, for a method that compares groups
+        group = getattr(method, "group", 1)
+        rows = max(group, TRIAL_ROWS // group * group)
     with torch.random.fork_rng(devices=[]):
         net = models.MLP(
             dim=math.prod(dataset.shape), width=2, depth=1, num_classes=classes, guidance=method.conditions_on_guidance
@@ -171,10 +229,13 @@ def _try_objective(config: TrainConfig) -> None:
             perceptual=perceptual_of(config, torch.device("cpu")),
             critic=critic,
         )
+        curriculum = (0, config.steps - 1) if method.depends_on_steps else (0,)
         try:
-            method.loss(context)
-        except ValueError as error:
-            raise ConfigError(f"method.name: {method.name} can't be trained so: {error}") from error
+            for step in curriculum:
+                method.loss(replace(context, step=step))
+        except (ValueError, ArithmeticError, MemoryError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+            raise ConfigError(f"method.name: {method.name} can't be trained so: {reason}") from error
 
 
 def _check_device(config: TrainConfig) -> None:
@@ -183,6 +244,23 @@ def _check_device(config: TrainConfig) -> None:
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     if config.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
         raise ConfigError("precision: this GPU has no bf16; expected auto or fp32")
+
+
+def check_one_process() -> None:
+    """Refuse to be one of several processes, as `torchrun` starts them: each would train alone, in the same folder.
+
+    Raises:
+        ConfigError: WORLD_SIZE is not 1, or torch.distributed is at work.
+    """
+    world = os.environ.get("WORLD_SIZE", "").strip() or "1"
+    if world == "1" and torch.distributed.is_available() and torch.distributed.is_initialized():
+        world = str(torch.distributed.get_world_size())
+    if world != "1":
+        raise ConfigError(
+            f"WORLD_SIZE: expected 1, got {short(world)[1:-1]}: the trainer has no distributed training, so torchrun "
+            f"and its like would train as many runs in one folder. Start it as one process; several, each with an "
+            f"--out of its own, may run side by side"
+        )
 
 
 def check_teacher(config: TrainConfig) -> None:

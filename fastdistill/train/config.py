@@ -14,9 +14,11 @@ from pydantic import Field, ValidationError
 from fastdistill import models, paths
 from fastdistill.train.data import DATASETS
 from fastdistill.train.methods import Method, Share
-from fastdistill.train.settings import ConfigError, Settings, explain, nearest
+from fastdistill.train.settings import ConfigError, Settings, explain, nearest, short
+from fastdistill.train.yaml_file import load_yaml
 
-Count = Annotated[int, Field(ge=1)]
+MOST = 10**12  # of steps: more than any machine makes
+Count = Annotated[int, Field(ge=1, le=MOST)]
 UNNAMED = frozenset({"gaussian"})  # paths that a configuration can't name: they take functions
 
 
@@ -25,7 +27,7 @@ class DataSettings(Settings):
 
     name: Literal["digits", "ring"]
     """digits: scikit-learn's 1,797 images of 8 x 8 pixels; ring: eight Gaussians in the plane."""
-    batch: Count = 128
+    batch: Annotated[int, Field(ge=1, le=2**24)] = 128
     """Rows in a step."""
     label_dropout: Share = 0.0
     """Share of the labels replaced by "no label": the training of classifier-free guidance."""
@@ -37,7 +39,7 @@ class ModelSettings(Settings):
     preset: str
     """A name of fastdistill.models.PRESETS."""
     width: Count | None = None
-    depth: Count | None = None
+    depth: Annotated[int, Field(ge=1, le=1024)] | None = None
     heads: Count | None = None
     patch_size: Count | None = None
     mlp_ratio: Annotated[float, Field(gt=0)] | None = None
@@ -70,11 +72,11 @@ class PathSettings(Settings):
         known = {name: None for name in paths.PATHS if name not in UNNAMED}
         if self.name not in known:
             raise ConfigError(
-                f"path.name: expected one of {', '.join(known)}, got {self.name!r}; {nearest(self.name, known)}"
+                f"path.name: expected one of {', '.join(known)}, got {short(self.name)}; {nearest(self.name, known)}"
             )
         try:
             return paths.get(self.name, **self.model_dump(exclude={"name"}, exclude_none=True))
-        except ValueError as error:
+        except (ValueError, ArithmeticError) as error:
             raise ConfigError(f"path: {error}") from error
 
 
@@ -85,7 +87,7 @@ class OptimSettings(Settings):
     """Learning rate after the warm-up."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     weight_decay: float = Field(0.0, ge=0)
-    warmup_steps: int = Field(100, ge=0)
+    warmup_steps: int = Field(100, ge=0, le=MOST)
     """Steps over which the learning rate grows linearly to `lr`."""
     clip_norm: float = Field(1.0, gt=0)
     """Largest norm of the gradient; a larger one is scaled down."""
@@ -109,7 +111,7 @@ class LogSettings(Settings):
 class DiagnosticsSettings(Settings):
     """What is looked at besides the metrics. Changing these never changes the weights."""
 
-    every: int = Field(500, ge=0)
+    every: int = Field(500, ge=0, le=MOST)
     """Steps between looks, which go into metrics.jsonl with the metrics; 0: never."""
     bins: int = Field(4, ge=1, le=16)
     """The raw error is given by bins of (t, s), so many on either axis."""
@@ -123,7 +125,7 @@ class TrainConfig(Settings):
 
     out: Path
     """The run folder. Started again with the same settings, the run goes on from its newest checkpoint."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**64)
     steps: Count
     """Training steps in all; a finished run goes on if this is raised, unless its method has a curriculum over them."""
     data: DataSettings
@@ -148,7 +150,8 @@ class TrainConfig(Settings):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the matmuls; weights are fp32. auto: bf16 on a GPU that has it, else fp32."""
     resume_from: Path | None = Field(None, exclude=True)
-    """An older checkpoint of this run to go back to; newer ones are set aside."""
+    """An older checkpoint of this run to go back to, by its name or its path; newer ones are set aside. Given again
+    after a kill, the same command goes on from where it was."""
 
 
 # The rest decides the weights: a run that goes on with another value of it would be a mixture of two runs.
@@ -159,12 +162,9 @@ FREE_TO_CHANGE = (
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no YAML: {error}") from error
+    content = load_yaml(path)
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected fields and their values, got {content!r}")
+        raise ConfigError(f"{path}: expected fields and their values, got {short(content)}")
     return content
 
 
@@ -208,7 +208,7 @@ def changed_fields(old: TrainConfig, new: TrainConfig) -> list[str]:
     missing, switched = "nothing", old.method.name != new.method.name
     order = sorted(before | after, key=lambda n: (n != "method.name", switched and n.startswith("method."), n))
     return [
-        f"{name}: {before.get(name, missing)!r} -> {after.get(name, missing)!r}"
+        f"{name}: {short(before.get(name, missing))} -> {short(after.get(name, missing))}"
         for name in order
         if before.get(name, missing) != after.get(name, missing)
     ]

@@ -6,6 +6,8 @@ import importlib.metadata
 import os
 import platform
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,15 @@ def describe_environment() -> dict[str, Any]:
         "gpu": _gpu(),
         "command": sys.argv,
     }
+
+
+def memory_of_machine() -> int:
+    """Return the bytes of main memory that this process may use: the machine's, or those of its container."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        with suppress(OSError, ValueError):  # absent, or the word max
+            found.append(int(limit.read_text(encoding="ascii")))
+    return min(found)
 
 
 def _version(package: str) -> str | None:

@@ -2,33 +2,102 @@
 
 `replacing` writes beside the target, makes the bytes durable and moves them into place in one step, so that a process
 killed at any moment leaves the old file or the new one. `write_checked` puts a sha256 beside a file, in the format of
-`sha256sum -c`.
+`sha256sum -c`. A full disk, a read-only folder and the like end in a `WriteError`, which names the file.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import shutil
+import string
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 class DamagedFileError(RuntimeError):
     """A file that is truncated or corrupt. The message names it."""
 
 
+class CheckpointError(RuntimeError):
+    """A file of a run that can't be read or written, most often a checkpoint. The message names it, and a way out."""
+
+
+class WriteError(CheckpointError):
+    """A file that can't be written, for a full disk or a read-only folder. The message names it, and a way out."""
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError into a WriteError that names the file.
+
+    Args:
+        path: the file to name, whichever temporary one the system complains about.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            advice = "; free some space and give the command again: what was saved before is whole"
+        elif error.errno in FORBIDDEN:
+            advice = "; choose a folder that can be written to"
+        elif isinstance(error, IsADirectoryError | FileExistsError | NotADirectoryError):
+            advice = "; move away what lies in its place"
+        else:
+            advice = ""
+        raise WriteError(f"{path} can't be written: {error.strerror or error}{advice}") from error
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write; on a clean exit it takes the place of `path` atomically and durably."""
+    """Yield a temporary path to write; on a clean exit it takes the place of `path` atomically and durably.
+
+    Raises:
+        WriteError: it can't be written; `path` is as it was before.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)  # the rename itself is durable only when its folder is
+        with writing(path):
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)  # the rename itself is durable only when its folder is
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def set_aside(path: Path, suffix: str) -> Path:
+    """Rename a file to `<name>.<suffix>`, or `<name>.<suffix>.2` and so on: nothing that lies there is overwritten."""
+    free = free_name(path, suffix)
+    with writing(free):
+        path.rename(free)
+    return free
+
+
+def copy_aside(path: Path, suffix: str) -> Path:
+    """Copy a file to the name that `set_aside` would give it."""
+    free = free_name(path, suffix)
+    with replacing(free) as temporary:
+        shutil.copyfile(path, temporary)
+    return free
+
+
+def free_name(path: Path, suffix: str) -> Path:
+    """Return the first of `<name>.<suffix>`, `<name>.<suffix>.2`, ... at which nothing lies."""
+    free, number = path.with_name(f"{path.name}.{suffix}"), 1
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.name}.{suffix}.{number}")
+    return free
 
 
 def write_text(path: Path, text: str) -> None:
@@ -43,7 +112,14 @@ def write_checked(path: Path, write: Callable[[Path], object]) -> None:
     The checksum goes first: a file in place always has one, and one without its file means nothing.
     """
     with replacing(path) as temporary:
-        write(temporary)
+        try:
+            write(temporary)
+        except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a failed write
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)  # before the free space is counted
+            free = shutil.disk_usage(path.parent).free
+            reason = f"{str(error).splitlines()[0]} ({free / 2**20:,.0f} MiB are free on its disk)"
+            raise OSError(errno.EFBIG, reason) from error
         write_text(checksum_path(path), f"{sha256(temporary)}  {path.name}\n")
 
 
@@ -51,17 +127,25 @@ def verify(path: Path) -> None:
     """Compare a file with its checksum.
 
     Raises:
-        DamagedFileError: it is missing, has no checksum, or its bytes are not the ones that were written.
+        DamagedFileError: it is missing, can't be read, has no checksum, or its bytes are not the ones that were
+            written.
     """
-    if not path.is_file():
-        raise DamagedFileError(f"{path} does not exist")
-    if not checksum_path(path).is_file():
-        raise DamagedFileError(f"{path} has no checksum beside it ({checksum_path(path).name})")
-    expected, actual = checksum_path(path).read_text(encoding="utf-8")[:64], sha256(path)
+    checksum = checksum_path(path)
+    try:
+        if not path.is_file():
+            raise DamagedFileError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}")
+        if not checksum.is_file():
+            raise DamagedFileError(f"{path} has no checksum beside it ({checksum.name})")
+        expected, actual = checksum.read_bytes()[:64].decode("ascii", "replace"), sha256(path)
+        size = path.stat().st_size
+    except OSError as error:
+        raise DamagedFileError(f"{path} can't be read: {error.strerror or error}") from error
+    if len(expected) < 64 or not set(expected) <= set(string.hexdigits):
+        raise DamagedFileError(f"{path} may be whole, but the checksum beside it is damaged ({checksum.name})")
     if actual != expected:
         raise DamagedFileError(
             f"{path} is truncated or corrupt: its sha256 should be {expected[:12]}..., and is {actual[:12]}... "
-            f"({path.stat().st_size} bytes)"
+            f"({size} bytes)"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from fastdistill.train.checks import check_config
 from fastdistill.train.config import TrainConfig, parse_config, read_yaml
 from fastdistill.train.methods import METHODS
 from fastdistill.train.methods.regression import MEANFLOW_RECIPES
-from fastdistill.train.settings import ConfigError, nearest
+from fastdistill.train.settings import ConfigError, nearest, short
 
 SHIPPED = Path(__file__).parents[1] / "configs"
 
@@ -36,10 +37,10 @@ def load_config(source: str | Path, overrides: Sequence[str] = (), *, out: Path 
     """
     path = find_config(source)
     given = read_yaml(path)
-    recipes = given.pop("methods", None) or {}
+    recipes = take_recipes(given, path)
     name, overrides = take_option(overrides, "--method.name")
-    stem = path.stem
-    if name is not None and name != given.get("method", {}).get("name"):
+    stem, method = path.stem, given.get("method")
+    if name is not None and not (isinstance(method, Mapping) and method.get("name") == name):
         given, stem = choose_method(given, name, recipes), f"{path.stem}-{name}"
     recipe, overrides = take_option(overrides, "--method.recipe")
     if recipe is not None:
@@ -68,10 +69,33 @@ def choose_recipe(method: Mapping[str, Any], recipe: str) -> dict[str, Any]:
 
 def find_config(source: str | Path) -> Path:
     """The file of a configuration, given by path or by shipped name."""
-    for path in (Path(source), SHIPPED / f"{source}.yaml"):
-        if path.is_file():
-            return path
-    raise ConfigError(f"{source}: no such file, and no shipped configuration; there are {', '.join(shipped_configs())}")
+    with suppress(OSError, ValueError):  # of a name that no file can have
+        for path in (Path(source), SHIPPED / f"{source}.yaml"):
+            if path.is_file():
+                return path
+    name, there = str(source), ", ".join(shipped_configs())
+    name = name if len(name) < 200 else short(name)
+    raise ConfigError(f"{name}: no such file, and no shipped configuration; there are {there}")
+
+
+def take_recipes(given: dict[str, Any], path: Path) -> dict[str, Mapping[str, Any]]:
+    """Remove the section `methods` of a file and return it, checked: a mapping of fields for each method."""
+    recipes = given.pop("methods", None)
+    if recipes is None:
+        return {}
+    if not isinstance(recipes, Mapping):
+        raise ConfigError(f"{path}: methods: expected names of methods, each with its fields, got {short(recipes)}")
+    for name, recipe in recipes.items():
+        if name not in METHODS:
+            raise ConfigError(f"{path}: methods: unknown method {short(name)}; {nearest(name, METHODS)}")
+        _refuse_no_fields(recipe, f"{path}: methods.{name}")
+        _refuse_no_fields((recipe or {}).get("method"), f"{path}: methods.{name}.method")
+    return {name: recipe or {} for name, recipe in recipes.items()}
+
+
+def _refuse_no_fields(value: Any, place: str) -> None:
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(f"{place}: expected fields and their values, got {short(value)}")
 
 
 def take_option(overrides: Sequence[str], option: str) -> tuple[str | None, list[str]]:
@@ -92,10 +116,11 @@ def take_option(overrides: Sequence[str], option: str) -> tuple[str | None, list
 def choose_method(given: Mapping[str, Any], name: str, recipes: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a file with another method in place of its own: the file's recipe for it, else its defaults."""
     if name not in METHODS:
-        raise ConfigError(f"method.name: expected one of {', '.join(METHODS)}, got {name!r}; {nearest(name, METHODS)}")
+        expected = ", ".join(METHODS)
+        raise ConfigError(f"method.name: expected one of {expected}, got {short(name)}; {nearest(name, METHODS)}")
     chosen = {**given, "method": {}}
-    for group, fields in (recipes.get(name) or {}).items():
+    for group, fields in recipes.get(name, {}).items():
         nested = isinstance(fields, Mapping) and isinstance(chosen.get(group), Mapping)
         chosen[group] = {**chosen[group], **fields} if nested else fields
-    chosen["method"] = {**chosen["method"], "name": name}
+    chosen["method"] = {**(chosen["method"] or {}), "name": name}
     return chosen

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,17 +21,17 @@ from tqdm import tqdm
 
 from fastdistill import couplings
 from fastdistill.train.checkpoint import list_checkpoints, save_checkpoint
-from fastdistill.train.checks import check_config, check_teacher
+from fastdistill.train.checks import check_config, check_one_process, check_teacher
 from fastdistill.train.config import TrainConfig, couples
 from fastdistill.train.data import DATASETS, Batch, Dataset, drop_labels, generator_at
 from fastdistill.train.diagnostics import attribute, measure, why_flat, why_no_cosines
-from fastdistill.train.files import intact
-from fastdistill.train.logging import RunLog, peak_memory, save_samples
+from fastdistill.train.files import WriteError, intact, set_aside
+from fastdistill.train.logging import RunLog, peak_memory, save_samples, tell
 from fastdistill.train.methods import Context, ScoreMethod
 from fastdistill.train.pairs import Pairs, make_pairs
-from fastdistill.train.run import export_network, open_run
+from fastdistill.train.run import begin_run, export_network, open_run
 from fastdistill.train.sampling import sample_grid
-from fastdistill.train.state import new_state, pick_device, resume, snapshot, tell
+from fastdistill.train.state import new_state, pick_device, resume, set_aside_what_is_left, snapshot
 
 
 class NonFiniteError(RuntimeError):
@@ -47,22 +49,44 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         ConfigError: settings that can't be run, or that differ from those of the run in the folder.
-        CheckpointError: the checkpoint to go on from is damaged, or the teacher changed since.
+        CheckpointError: the checkpoint to go on from is damaged, or the teacher changed since; as WriteError, a file
+            can't be written, e.g. because the disk is full.
         NonFiniteError: the loss or the gradient's norm is NaN or infinite. Nothing of that step is kept.
     """
+    check_one_process()
     check_config(config)
     check_teacher(config)
     device = pick_device(config)
-    with open_run(config) as run, torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with (
+        naming_files(config.out),
+        open_run(config) as run,
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+    ):
         state = new_state(config, device)
-        resume(state, config, run)
+        chosen = resume(state, config, run)
+        # Nothing was written so far: what is refused is as it was.
+        if chosen is not None:
+            set_aside_what_is_left(run, chosen)
+        begin_run(run, config)
         export = run / "export" / "ema.safetensors"
+        if export.exists() and not intact(export):
+            tell(f"{export} is damaged, or not the trainer's; it was set aside as {set_aside(export, 'damaged').name}")
         if state["step"] < config.steps:
             export.unlink(missing_ok=True)  # that of a shorter run, if any
             run_steps(state, config, run)
         if not intact(export):  # otherwise written once: students know their teacher by the file's checksum
             export_network(run, state["ema"].module, config, state["step"])
     return config.out
+
+
+@contextmanager
+def naming_files(run: Path) -> Iterator[None]:
+    """Turn an OSError that nothing beneath has turned into an error of ours into one that names the file."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise WriteError(f"{error.filename or run} can't be used: {reason}; see to it, and start again") from error
 
 
 def run_steps(state: dict[str, Any], config: TrainConfig, run: Path) -> None:
@@ -102,6 +126,7 @@ def run_steps(state: dict[str, Any], config: TrainConfig, run: Path) -> None:
 
             # once in a while: save everything that going on needs
             if step % every.checkpoint_every == 0 or last:
+                log.sync()
                 save_checkpoint(run, step, snapshot(state), every.keep_checkpoints)
                 restart_clock(state)
 

@@ -20,7 +20,7 @@ from fastdistill import paths
 from fastdistill.objectives.reflow import coupled_pairs
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.data import DATASETS, Dataset, epoch_rows, generator_at
-from fastdistill.train.files import intact, write_checked
+from fastdistill.train.files import intact, write_checked, writing
 from fastdistill.train.methods import ReFlow
 
 SHARD = 2048
@@ -58,7 +58,8 @@ def make_pairs(
     method = config.method
     assert isinstance(method, ReFlow)
     folder, total = run / "pairs", method.pairs
-    folder.mkdir(exist_ok=True)
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
     settings = {"pair_steps": str(method.pair_steps), "pair_guidance": str(method.pair_guidance)}
     made_by = {"teacher": digest, "seed": str(config.seed), **settings}
     shards = range(0, total, SHARD)

@@ -61,6 +61,8 @@ class Sampling:
         elif gamma is not None:
             raise ConfigError(f"gamma: expected none with the sampler {sampler}, for only gamma takes it; got {gamma}")
         guidance = method.sample_guidance if self.guidance is None else self.guidance
+        if not math.isfinite(guidance):
+            raise ConfigError(f"guidance: expected a finite number, got {guidance}")
         by_pairs = (NEEDS[sampler] == {"velocity"} or method.guides_maps) and not method.conditions_on_guidance
         if guidance != 1 and by_pairs and not config.data.label_dropout:
             raise ConfigError(f"guidance: the run never learnt what no label means, so expected 1, got {guidance}")

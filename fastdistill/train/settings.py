@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,24 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 class ConfigError(ValueError):
     """A configuration that can't be run. The message names the field, what was expected and what came."""
+
+
+SHOWN = 10  # how many wrong fields an error lists
+
+
+class _Shortener(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, 80, 80
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Python refuses to print a number of thousands of digits."""
+        return repr(x) if x.bit_length() < 200 else f"a whole number of {x.bit_length()} bits"
+
+
+def short(value: object) -> str:
+    """Return the repr of a value, cut to what a message has room for: wrong values may be of any size."""
+    return _Shortener().repr(value)
 
 
 class Settings(BaseModel):
@@ -24,19 +43,21 @@ class Settings(BaseModel):
         if isinstance(fields, Mapping):
             for name in fields:
                 if name not in cls.model_fields:
-                    raise ValueError(f"unknown field {name!r}; {nearest(name, cls.model_fields)}")
+                    raise ValueError(f"unknown field {short(name)}; {nearest(name, cls.model_fields)}")
         return fields
 
 
 def nearest(name: object, known: Mapping[str, Any]) -> str:
     """`did you mean 'steps'?`, or the whole list where nothing is near."""
-    close = difflib.get_close_matches(str(name), known, n=1)
+    close = difflib.get_close_matches(name if isinstance(name, str) and len(name) < 80 else short(name), known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
 
 
 def explain(error: ValidationError, given: Mapping[str, Any]) -> str:
     """One line a problem, each led by the dotted name of the field as it stands in what was given."""
-    return "\n".join(_explain_one(problem, given) for problem in error.errors(include_url=False))
+    problems = error.errors(include_url=False)
+    lines = [_explain_one(problem, given) for problem in problems[:SHOWN]]
+    return "\n".join([*lines, *[f"and {len(problems) - SHOWN} more"] * (len(problems) > SHOWN)])
 
 
 def _explain_one(problem: Mapping[str, Any], given: Mapping[str, Any]) -> str:
@@ -47,14 +68,15 @@ def _explain_one(problem: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     if kind == "union_tag_not_found":
         return f"{name}.{context['discriminator'].strip(chr(39))}: this field is required"
     if kind == "union_tag_invalid":
-        expected, got = context["expected_tags"], context["tag"]
+        expected, got = context["expected_tags"], str(context["tag"])
         tags = {tag.strip(" '"): None for tag in expected.split(",")}
-        guess = f"; {nearest(got, tags)}" if difflib.get_close_matches(str(got), tags, n=1) else ""
-        return f"{name}.{context['discriminator'].strip(chr(39))}: expected one of {expected}, got {got!r}{guess}"
+        guess = nearest(got, tags)
+        guess = f"; {guess}" if guess.startswith("did you mean") else ""
+        return f"{name}.{context['discriminator'].strip(chr(39))}: expected one of {expected}, got {short(got)}{guess}"
     if kind == "value_error":
         return f"{name}: {context['error']}" if name else str(context["error"])
     message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{name}: {message.replace('input should be', 'expected')}, got {problem['input']!r}"
+    return f"{name}: {message.replace('input should be', 'expected')}, got {short(problem['input'])}"
 
 
 def _place(loc: tuple[int | str, ...], given: Any, is_missing: bool) -> str:

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import copy
-import sys
+import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,18 +16,26 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from fastdistill import models
 from fastdistill.objectives.metric import LogVariance
-from fastdistill.train.checkpoint import CheckpointError, read_checkpoint, read_newest_checkpoint, set_aside_newer
+from fastdistill.train.checkpoint import (
+    CheckpointError,
+    list_checkpoints,
+    named_checkpoint,
+    read_checkpoint,
+    read_newest_checkpoint,
+    set_aside_newer,
+    step_of,
+)
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.critic import Critic
 from fastdistill.train.data import DATASETS
-from fastdistill.train.files import sha256
+from fastdistill.train.files import copy_aside, sha256
+from fastdistill.train.logging import tell
 from fastdistill.train.methods import ScoreMethod
 from fastdistill.train.perceptual import perceptual_of
-from fastdistill.train.run import build_network, load_run
+from fastdistill.train.run import build_network, load_run, load_weights, refuse_foreign_checkpoint
 from fastdistill.train.settings import ConfigError
 
 PARTS = ("net", "ema", "target", "weighting", "velocity_layer", "critic", "optimizer", "scheduler")
@@ -61,6 +70,8 @@ def new_state(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     decay = method.target_ema
     return {
         "step": 0,
+        "config": json.loads(config.model_dump_json(exclude={"out"})),  # the folder may be moved
+        "went_back": None,
         "net": net,
         "ema": average_of(net, ramped_ema(optim.ema)),
         "target": average_of(net, get_ema_multi_avg_fn(decay)) if decay is not None else None,
@@ -122,23 +133,28 @@ def snapshot(state: dict[str, Any]) -> dict[str, Any]:
     saved["rng"] = {"cpu": torch.get_rng_state()}
     if state["device"].type == "cuda":
         saved["rng"]["cuda"] = torch.cuda.get_rng_state(state["device"])
-    return saved | {name: state[name] for name in ("step", *UNCHANGED)}
+    return saved | {name: state[name] for name in ("step", "config", "went_back", *UNCHANGED)}
 
 
-def resume(state: dict[str, Any], config: TrainConfig, run: Path) -> None:
-    """Bring the state to the newest checkpoint, or to `config.resume_from`; leave it as it is where there is none."""
-    if config.resume_from is not None:
-        path = run / "checkpoints" / config.resume_from.name
-        saved = read_checkpoint(path)
-        for newer in set_aside_newer(run, path):
-            tell(f"{newer} was set aside as {newer.name}.abandoned")
-    else:
-        newest = read_newest_checkpoint(run)
-        if newest is None:
-            count = models.count_parameters(state["net"])
-            tell(f"training {count:,} parameters on {state['device'].type} in {config.out}")
-            return
-        saved = newest
+def resume(state: dict[str, Any], config: TrainConfig, run: Path) -> Path | None:
+    """Bring the state to the newest checkpoint, or to `config.resume_from`; leave it as it is where there is none.
+
+    Nothing is written, so that a run that is refused stays as it was.
+
+    Returns:
+        The checkpoint that the run goes on from, or None.
+
+    Raises:
+        ConfigError: the checkpoint is of other settings, or of more steps.
+        CheckpointError: it is damaged, or doesn't fit.
+    """
+    found = _choose_checkpoint(config, run)
+    if found is None:
+        count = models.count_parameters(state["net"])
+        tell(f"training {count:,} parameters on {state['device'].type} in {config.out}")
+        return None
+    path, saved = found
+    refuse_foreign_checkpoint(saved, config, path, "this command")
     if saved["step"] > config.steps:
         raise ConfigError(f"steps: {config.out} has done {saved['step']} already, so expected that or more")
     for name, meaning in UNCHANGED.items():
@@ -147,16 +163,61 @@ def resume(state: dict[str, Any], config: TrainConfig, run: Path) -> None:
                 f"{meaning} changed since this run's checkpoint at step {saved['step']} "
                 f"({saved.get(name)} -> {state[name]}): choose another --out to start afresh"
             )
+    source = f"checkpoint {path}"
     for name in PARTS:
         if state[name] is not None:
-            state[name].load_state_dict(saved[name])
-    torch.set_rng_state(saved["rng"]["cpu"])
-    if state["device"].type == "cuda" and "cuda" in saved["rng"]:
-        torch.cuda.set_rng_state(saved["rng"]["cuda"], state["device"])
+            if name not in saved:
+                raise CheckpointError(f"{source} doesn't fit what config.yaml describes: it holds no {name}")
+            load_weights(state[name], saved[name], source)
+    try:
+        torch.set_rng_state(saved["rng"]["cpu"])
+        if state["device"].type == "cuda" and "cuda" in saved["rng"]:
+            torch.cuda.set_rng_state(saved["rng"]["cuda"], state["device"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{source} holds no random state that this torch can take: {error}") from error
     state["step"] = saved["step"]
+    back = config.resume_from is not None and path.name == config.resume_from.name
+    state["went_back"] = _going_back(config) if back else saved.get("went_back")
     tell(f"going on from step {state['step']} of {config.steps} in {config.out}")
-    if saved["device"] != state["device"].type:
-        tell(f"so far it ran on {saved['device']}, from here on {state['device'].type}: not bit for bit the same run")
+    if saved.get("device") != state["device"].type:
+        told = f"so far it ran on {saved.get('device')}, from here on {state['device'].type}"
+        tell(f"{told}: not bit for bit the same run")
+    return path
+
+
+def _choose_checkpoint(config: TrainConfig, run: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from, and what it holds.
+
+    A command with --resume-from that was killed and is given again has gone back already: it goes on from where it was.
+    """
+    there = list_checkpoints(run)
+    if config.resume_from is None:
+        newest = read_newest_checkpoint(run)
+        return None if newest is None else (there[0], newest)
+    path = named_checkpoint(run, config.resume_from)
+    if there and step_of(there[0]) > step_of(path):
+        with suppress(CheckpointError):  # a damaged one is a reason to go back once more
+            saved = read_checkpoint(there[0])
+            if saved.get("went_back") == _going_back(config) and saved["step"] <= config.steps:
+                tell(f"this command went back to {path.name} already; it goes on from where it was")
+                return there[0], saved
+    return path, read_checkpoint(path)
+
+
+def _going_back(config: TrainConfig) -> dict[str, Any]:
+    """What tells a command that went back: checkpoints written after it hold this."""
+    assert config.resume_from is not None
+    return {"to": config.resume_from.name, "steps": config.steps}
+
+
+def set_aside_what_is_left(run: Path, chosen: Path) -> None:
+    """Keep what a run learnt after the checkpoint that it goes back to, out of the way: checkpoints and metrics."""
+    if not any(step_of(path) > step_of(chosen) for path in list_checkpoints(run)):
+        return
+    if (run / "metrics.jsonl").is_file():
+        copy_aside(run / "metrics.jsonl", "abandoned")
+    for newer in set_aside_newer(run, chosen):
+        tell(f"{newer} was set aside as {newer.name}.abandoned")
 
 
 def pick_device(config: TrainConfig) -> torch.device:
@@ -171,8 +232,3 @@ def pick_precision(config: TrainConfig, device: torch.device) -> str:
     if config.precision == "auto":
         return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     return config.precision
-
-
-def tell(message: str) -> None:
-    """Say something to whoever watches, below the progress bar if there is one."""
-    tqdm.write(message, file=sys.stderr)

@@ -124,7 +124,7 @@ class MethodSettings(Settings):
     """Train a second last layer, which predicts the velocity, beside the network's own; samples don't need it."""
     target_ema: Decay | None = None
     """Decay of the averaged network on the stop-gradient side, where there is one; None: the network, detached."""
-    sample_steps: int = Field(1, ge=1)
+    sample_steps: int = Field(1, ge=1, le=10_000)
     """Steps of the sample grids."""
     sampler: Sampler | None = None
     """Of all samples; None: the method's own, see `fastdistill explain`."""

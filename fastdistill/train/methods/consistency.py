@@ -110,14 +110,16 @@ class Consistency(MethodSettings):
     def check(self, config: TrainConfig) -> None:
         if (self.distance == "lpips") != (self.perceptual is not None):
             needed = "package.module:attribute with distance lpips" if self.perceptual is None else "distance lpips too"
-            raise ConfigError(f"method.perceptual: expected {needed}, got {self.perceptual} and {self.distance}")
+            raise ConfigError(
+                f"method.perceptual: expected {needed}, got {str(self.perceptual)[:80]} and {self.distance}"
+            )
         if self.gap == "level" and not has_finite_level(config.path.build()):
             raise ConfigError(
                 f"method.gap: got level on path {config.path.name}, whose noise level is infinite at t = 1: the last "
                 f"interval would weigh 0, and one step would never be learnt; expected time, or path.name edm or ve"
             )
-        if not 1 <= self.intervals[0] <= self.intervals[1]:
-            raise ConfigError(f"method.intervals: expected 1 <= first <= second, got {list(self.intervals)}")
+        if not 1 <= self.intervals[0] <= self.intervals[1] <= 2**20:
+            raise ConfigError(f"method.intervals: expected 1 <= first <= second <= 2^20, got {list(self.intervals)}")
         if self.guidance.active and config.teacher is None:
             raise ConfigError("method.guidance: consistency training follows no velocity; give a teacher, or scale 1")
 

@@ -18,7 +18,7 @@ from fastdistill.times import imm_times
 from fastdistill.train.methods.base import Context, GuidanceSettings, Learnt, MethodSettings
 from fastdistill.train.methods.consistency import ArctanTimes, ContinuousConsistency
 from fastdistill.train.methods.times import FakeLevels, KarrasLevels, Levels, SameLevels, ShiftedLevels
-from fastdistill.train.settings import ConfigError, Settings
+from fastdistill.train.settings import ConfigError, Settings, short
 
 if TYPE_CHECKING:
     from fastdistill.train.config import TrainConfig
@@ -28,7 +28,7 @@ class IMM(MethodSettings):
     """Inductive moment matching: jumps from t and from a little nearer to the data must end in the same law."""
 
     name: Literal["imm"] = "imm"
-    group: int = Field(4, ge=1)
+    group: int = Field(4, ge=1, le=4096)
     """Rows that share their times and are compared as a sample of one law; it divides data.batch."""
     statistic: Literal["v", "u"] = "v"
     """v: biased, never negative; u: unbiased."""
@@ -71,7 +71,7 @@ class IMM(MethodSettings):
 class CriticSettings(Settings):
     """The network of the samples' own score, which starts as the teacher and trains beside the generator."""
 
-    updates: int = Field(5, ge=1)
+    updates: int = Field(5, ge=1, le=10_000)
     """Its updates in each training step, that is, for each update of the generator."""
     warmup_updates: int = Field(0, ge=0)
     """Its updates before the generator's first one, besides."""
@@ -129,7 +129,9 @@ class ScoreMethod(MethodSettings):
     def check(self, config: TrainConfig) -> None:
         times = self.generator_times
         if not times or times[0] != 1 or times[-1] <= 0 or any(a <= b for a, b in pairwise(times)):
-            raise ConfigError(f"method.generator_times: expected falling times from 1, above 0, got {list(times)}")
+            raise ConfigError(
+                f"method.generator_times: expected falling times from 1, above 0, got {short(list(times))}"
+            )
         self.critic.check()
         if self.conditions_on_guidance:
             raise ConfigError(

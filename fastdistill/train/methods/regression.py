@@ -28,7 +28,7 @@ class Instantaneous(MethodSettings):
     """The law of the training times t."""
     weight: Literal["velocity", "data", "noise", "min_snr", "edm"] = "velocity"
     """The weight of the times, by the prediction whose plain square it amounts to; velocity is none."""
-    sample_steps: int = Field(16, ge=1)
+    sample_steps: int = Field(16, ge=1, le=10_000)
     """Steps of the sample grids."""
 
     learns: ClassVar[tuple[Learnt, ...]] = ("velocity",)
@@ -184,9 +184,9 @@ class ReFlow(Instantaneous):
     """ReFlow: flow matching on pairs of noise and where a teacher's flow takes it, which straightens the flow."""
 
     name: Literal["reflow"] = "reflow"
-    pairs: int = Field(20_000, ge=1)
+    pairs: int = Field(20_000, ge=1, le=10**8)
     """How many pairs are made, once, before training."""
-    pair_steps: int = Field(32, ge=1)
+    pair_steps: int = Field(32, ge=1, le=10_000)
     """Steps of Heun's method for each, two evaluations a step."""
     pair_guidance: float = Field(1.0, ge=0)
     """Classifier-free guidance scale of the teacher while it makes them."""
