@@ -41,8 +41,7 @@ class Public(NamedTuple):
             sizes = {**self.tensors, **options.pop("shapes", {})}
             for names in sorted(kept, key=sorted):
                 shapes = {name: size for name, size in sizes.items() if name not in self.optional or name in names}
-                masked_twice = options.get("is_causal") and "attn_mask" in shapes
-                if not masked_twice and not (options.get("norm") == "none" and names):
+                if not (options.get("norm") == "none" and names):
                     yield shapes, options
 
     def of_op(self, tensors: dict[str, Tensor], options: dict[str, Any], **more: Any) -> tuple[Tensor, ...]:
@@ -51,7 +50,8 @@ class Public(NamedTuple):
 
     def of_formula(self, tensors: dict[str, Tensor], options: dict[str, Any]) -> tuple[Tensor, ...]:
         """The formula's outputs, as a tuple."""
-        return _tuple(self.plain(**self._filled(tensors), **options))
+        given = {INPUT.get(name, name): x for name, x in self._filled(tensors).items()}
+        return _tuple(self.plain(**given, **options))
 
     def of_pair(
         self, tensors: dict[str, Tensor], tangents: dict[str, Tensor], options: dict[str, Any], **more: Any
@@ -126,6 +126,12 @@ def varlen_attention(
     return (torch.cat(outs), torch.cat(lses, -1)) if return_lse else torch.cat(outs)
 
 
+def silu(x: Tensor, inplace: bool) -> Tensor:
+    """The formula under the public op's argument names; a formula writes over nothing."""
+    return reference.silu(x)
+
+
+INPUT = {"input": "x"}  # PyTorch's name, ours in the pairs and the formulas
 PARAMETERS = {"weight": (3,), "bias": (3,)}
 MODULATED = {"x": (2, 2, 3), "scale": (2, 1, 3), "shift": (1, 2, 3)}
 WINDOWS: tuple[dict[str, Any], ...] = (
@@ -168,19 +174,21 @@ OPS = {
         fd.layer_norm,
         fd.layer_norm_jvp,
         reference.layer_norm,
-        {"x": (2, 3), **PARAMETERS},
+        {"input": (2, 3), **PARAMETERS},
         ("weight", "bias"),
         ({}, {"eps": 0.1}),
         {"normalized_shape": (3,)},
+        renamed=INPUT,
     ),
     "rms_norm": Public(
         fd.rms_norm,
         fd.rms_norm_jvp,
         reference.rms_norm,
-        {"x": (2, 3), "weight": (3,)},
+        {"input": (2, 3), "weight": (3,)},
         ("weight",),
         ({}, {"eps": 0.1}),
         {"normalized_shape": (3,)},
+        renamed=INPUT,
     ),
     "ada_layer_norm": Public(
         fd.ada_layer_norm,
@@ -219,8 +227,23 @@ OPS = {
         ({"norm": "rms"}, {"norm": "layer", "eps": 0.1}, {"norm": "none"}, {"interleaved": True}),
         {"cos": COS, "sin": SIN},
     ),
-    "gelu": Public(fd.gelu, fd.gelu_jvp, reference.gelu, {"x": (2, 3)}, options=({}, {"approximate": "tanh"})),
-    "silu": Public(fd.silu, fd.silu_jvp, reference.silu, {"x": (2, 3)}),
+    "gelu": Public(
+        fd.gelu,
+        fd.gelu_jvp,
+        reference.gelu,
+        {"input": (2, 3)},
+        options=({}, {"approximate": "tanh"}),
+        renamed=INPUT,
+    ),
+    "silu": Public(
+        fd.silu,
+        fd.silu_jvp,
+        silu,
+        {"input": (2, 3)},
+        options=({"inplace": False},),
+        renamed=INPUT,
+        op_alone=("inplace",),
+    ),
     "swiglu": Public(fd.swiglu, fd.swiglu_jvp, reference.swiglu, {"gate": (2, 3), "up": (2, 3)}),
     "geglu": Public(
         fd.geglu,
@@ -230,7 +253,12 @@ OPS = {
         options=({}, {"approximate": "tanh"}),
     ),
     "linear": Public(
-        fd.linear, fd.linear_jvp, reference.linear, {"x": (2, 3), "weight": (2, 3), "bias": (2,)}, ("bias",)
+        fd.linear,
+        fd.linear_jvp,
+        reference.linear,
+        {"input": (2, 3), "weight": (2, 3), "bias": (2,)},
+        ("bias",),
+        renamed=INPUT,
     ),
     "timestep_embedding": Public(
         fd.timestep_embedding,
