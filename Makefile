@@ -31,16 +31,16 @@ test: $(STAMP) ## Run the tests: first the kernels, interpreted on the CPU, then
 	$(PYTEST) --ignore=tests/kernels
 
 bench: $(STAMP) ## Run every benchmark that needs no GPU: each checks its numbers before it measures
-	set -e; for benchmark in cpu_attention driver_memory launches precision; do $(BIN)/python -m fastdistill.benchmarks.$$benchmark; done
+	set -e; for benchmark in run.cpu_attention count.driver_memory count.launches run.precision; do $(BIN)/python -m fastdistill.benchmarks.$$benchmark; done
 	$(ONE_THREAD) $(BIN)/fastdistill bench --suite dit,mmdit,norms,block,step,scaling --quick --device cpu
 
 aot: $(STAMP) ## Compile every kernel for GPUs that need not be there, about ten minutes: benchmarks/results/aot.md
-	$(ONE_THREAD) $(BIN)/python -m fastdistill.benchmarks.aot_table --jobs $(WORKERS)
+	$(ONE_THREAD) $(BIN)/python -m fastdistill.benchmarks.compile.aot_table --jobs $(WORKERS)
 
 evidence: $(STAMP) ## Every method on the ring and on digits, three seeds each, an hour and a half: docs/evidence, docs/methods.md
-	seq $(WORKERS) | $(ONE_THREAD) xargs -P $(WORKERS) -I % $(BIN)/python -m fastdistill.benchmarks.evidence --train-only
-	$(ONE_THREAD) $(BIN)/python -m fastdistill.benchmarks.evidence --collect
-	$(ONE_THREAD) $(BIN)/python -m fastdistill.benchmarks.method_figures --runs runs/evidence
+	seq $(WORKERS) | $(ONE_THREAD) xargs -P $(WORKERS) -I % $(BIN)/python -m fastdistill.benchmarks.methods.evidence --train-only
+	$(ONE_THREAD) $(BIN)/python -m fastdistill.benchmarks.methods.evidence --collect
+	$(ONE_THREAD) $(BIN)/python -m fastdistill.benchmarks.methods.method_figures --runs runs/evidence
 
 lint: $(STAMP) ## Check style, format and types
 	$(BIN)/ruff check .

@@ -69,7 +69,7 @@ share() {
 parity() {
     local tests=() status=0
     [ -z "${SMOKE:-}" ] || tests=(tests/kernels/test_tiles.py)
-    TRITON_INTERPRET=${SMOKE:-0} timeout -k 5 $(($(left) + 30)) "$PYTHON" -m fastdistill.benchmarks.parity \
+    TRITON_INTERPRET=${SMOKE:-0} timeout -k 5 $(($(left) + 30)) "$PYTHON" -m fastdistill.benchmarks.gpu.parity \
         --json "$OUT/parity.json" --budget "$(left)" ${JOBS:+--jobs "$JOBS"} "$@" "${tests[@]}" 2>&1 |
         tee -a "${LOG:-$OUT/parity.log}" || status=$?
     return $status
@@ -122,13 +122,13 @@ merge() {
     for name in $SUITES; do
         [ ! -e "$OUT/$name.json" ] || files+=("$OUT/$name.json")
     done
-    "$PYTHON" -m fastdistill.benchmarks.merge "${files[@]}" ${RESULTS:+--into "$RESULTS"}
+    "$PYTHON" -m fastdistill.benchmarks.gpu.merge "${files[@]}" ${RESULTS:+--into "$RESULTS"}
 }
 
 launches() {
     local options=(--batch 32)
     [ -z "${SMOKE:-}" ] || options=(--device cpu --batch 1 --tokens 4 --width 64)
-    timeout $(($(left) + 30)) "$PYTHON" -m fastdistill.benchmarks.launches "${options[@]}" --out "$OUT/launches" 2>&1 |
+    timeout $(($(left) + 30)) "$PYTHON" -m fastdistill.benchmarks.count.launches "${options[@]}" --out "$OUT/launches" 2>&1 |
         tee -a "${LOG:-$OUT/launches.log}"
 }
 

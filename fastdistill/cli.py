@@ -265,7 +265,7 @@ def run_bench(args: argparse.Namespace) -> int:
     """Measure, or list what would be measured."""
     if importlib.util.find_spec("pytest_benchmark") is None:
         return fail("pytest-benchmark is not installed; this command needs it: pip install 'fastdistill[bench]'")
-    from fastdistill.benchmarks import bench
+    from fastdistill.benchmarks.run import bench
 
     request = bench.Request(
         suites=[name for name in args.suite.split(",") if name],
@@ -293,11 +293,11 @@ def run_bench(args: argparse.Namespace) -> int:
 
 def run_report(args: argparse.Namespace) -> int:
     """Write the page and its pictures."""
-    from fastdistill.benchmarks import report
-    from fastdistill.benchmarks.registry import BenchError
+    from fastdistill.benchmarks.ops.timed_op import BenchError
+    from fastdistill.benchmarks.report import page
 
     try:
-        return report.main(args.bench, args.out)
+        return page.main(args.bench, args.out)
     except BenchError as error:
         return fail(str(error))
     except OSError as error:

@@ -3,7 +3,7 @@
 Attention's configs are a table, configs.json: an entry for each kernel, architecture, width of operands, head dim,
 tangent set, kind of mask and length. It needn't have every entry: `attention_config` takes the one that is nearest and
 sure to fit, so a new shape or length needs no tuning. Entries say where they were measured; one that was not is a
-config that benchmarks/aot_table.py found to fit the registers and the shared memory, and no more is known of it.
+config that benchmarks/compile/aot_table.py found to fit registers and shared memory, and no more is known of it.
 `python -m fastdistill.tune` measures on the GPU at hand and keeps what it finds in a file of the user's, which wins.
 """
 

@@ -13,6 +13,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
+# What `fastdistill bench` and `fastdistill report --bench` need.
+ROOMS = ("benchmarks.ops", "benchmarks.run", "benchmarks.report")
+
 # Layer -> the layers that it may import besides itself. "api" is `import fastdistill` and the names it offers.
 MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
@@ -37,26 +40,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compare": {"models", "testing", "train", "eval"},
     "demo": {"api", "models", "paths", "times", "samplers", "train", "eval", "eval.exact"},
     "tune": {"kernels", "eager"},
-    "benchmarks": {"api", "reference", "testing", "eager", "ops", "models", "objectives", "benchmarks.counting"},
-    "benchmarks.aot_ops": {"kernels", "tune"},
-    "benchmarks.aot_table": {"kernels", "tune", "benchmarks.aot_ops"},
-    "benchmarks.counting": {"ops", "kernels"},
-    "benchmarks.evidence": {
-        "benchmarks",
-        "benchmarks.evidence_tables",
-        "benchmarks.method_figures",
+    "benchmarks.ops": {"api", "reference", "testing", "ops", "models", "objectives"},
+    "benchmarks.run": {"api", "reference", "testing", "eager", "ops", "models", "benchmarks.ops"},
+    "benchmarks.count": {
+        "api",
+        "testing",
+        "ops",
+        "models",
+        "benchmarks.ops",
+        "benchmarks.run",
+        "benchmarks.count.counting",
+    },
+    "benchmarks.count.counting": {"ops", "kernels"},
+    "benchmarks.compile": {"kernels", "tune", "benchmarks.run"},
+    "benchmarks.methods": {
+        "benchmarks.run",
         "jvp",
-        "objectives",
-        "train",
-        "eval",
-        "eval.exact",
-        "compare",
-    },
-    "benchmarks.evidence_tables": {"benchmarks", "objectives", "train", "eval", "compare"},
-    "benchmarks.method_figures": {
-        "benchmarks",
-        "benchmarks.evidence_tables",
-        "benchmarks.run_figures",
         "paths",
         "samplers",
         "objectives",
@@ -65,22 +64,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         "eval.exact",
         "compare",
     },
-    "benchmarks.run_figures": {
-        "benchmarks",
-        "paths",
-        "samplers",
-        "objectives",
-        "train",
-        "eval",
-        "eval.exact",
-        "compare",
-    },
-    "cli": {"api", "models", "samplers", "train", "eval", "demo", "method_notes", "compare", "benchmarks"},
+    "benchmarks.report": {"benchmarks.ops", "benchmarks.run"},
+    "benchmarks.gpu": {"benchmarks.ops", "benchmarks.run"},
+    "cli": {"api", "models", "samplers", "train", "eval", "demo", "method_notes", "compare", *ROOMS},
 }
 # These are about the kernels themselves and need Triton from the start.
-NEED_TRITON = {"kernels", "tune", "benchmarks.aot_ops", "benchmarks.aot_table", "benchmarks.counting"}
+NEED_TRITON = {"kernels", "tune", "benchmarks.compile", "benchmarks.count.counting"}
 # These may use the packages of an extra; all others use torch, the kernels Triton too, and nothing else.
-APPLICATIONS = {"train", "eval", "demo", "benchmarks", "cli", "method_notes", "compare"}
+APPLICATIONS = {"train", "eval", "demo", "cli", "method_notes", "compare"}
 APPLICATIONS |= {layer for layer in MAY_IMPORT if layer.startswith("benchmarks.")} - NEED_TRITON
 
 # What a layer may import besides, inside the function that needs it: optional packages, which have an extra.
@@ -104,9 +95,10 @@ MODULES = modules()
 
 
 def layer_of(module: str) -> str:
-    """The layer that a module of fastdistill belongs to: the second part of its name, or the second and third."""
-    _, _, path = module.partition(".")
-    return path if path in MAY_IMPORT else path.split(".")[0] or "api"
+    """Return the layer of a module: the longest beginning of its name that is one, or the second part of its name."""
+    parts = module.split(".")[1:]
+    beginnings = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((beginning for beginning in beginnings if beginning in MAY_IMPORT), parts[0] if parts else "api")
 
 
 def imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[ast.stmt | ast.expr, str]]:

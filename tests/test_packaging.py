@@ -36,7 +36,7 @@ import site, sys
 site.addsitedir({str(folder)!r})
 sys.path.append({SITE_PACKAGES!r})
 import fastdistill, fastdistill.kernels
-from fastdistill.benchmarks import suites
+from fastdistill.benchmarks.ops import suites
 from fastdistill.kernels import attention
 print(attention.__file__)
 """

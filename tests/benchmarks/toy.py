@@ -8,23 +8,23 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fastdistill.benchmarks.clock import CpuClock
-from fastdistill.benchmarks.common import dual_provider, plain_floor
-from fastdistill.benchmarks.measure import Bench, Limits
-from fastdistill.benchmarks.registry import (
+from fastdistill.benchmarks.ops.common_providers import dual_provider, plain_floor
+from fastdistill.benchmarks.ops.timed_op import (
     FLOOR,
     OURS,
-    Case,
     Dual,
     DualOp,
     Provider,
     Run,
     Tensors,
+    TimedCase,
     by_jvp,
 )
+from fastdistill.benchmarks.run.clock import CpuClock
+from fastdistill.benchmarks.run.in_turns import Bench, Limits
 
 CPU = torch.device("cpu")
-CASE = Case("toys", "square", "square-N4", "forward", {"n": 4, "model": "toy"}, "float32", quick=True)
+CASE = TimedCase("toys", "square", "square-N4", "forward", {"n": 4, "model": "toy"}, "float32", quick=True)
 
 
 def square(x: Tensor) -> Tensor:
@@ -32,10 +32,10 @@ def square(x: Tensor) -> Tensor:
     return x * x
 
 
-def squares(*, off: float = 1.0) -> Callable[[Case], Dual]:
+def squares(*, off: float = 1.0) -> Callable[[TimedCase], Dual]:
     """Its pair, whose tangent is off by a factor."""
 
-    def of_case(case: Case) -> Dual:
+    def of_case(case: TimedCase) -> Dual:
         exact = by_jvp(square)
 
         def dual(primals: Tensors, tangents: Sequence[Tensor | None], mixed: bool) -> tuple[Tensors, Tensors]:
@@ -90,7 +90,7 @@ class Time:
         """The provider, each call of which takes the next of these seconds, the last one for ever."""
         durations = self._durations(seconds)
 
-        def prepare(case: Case, data: object) -> Run:
+        def prepare(case: TimedCase, data: object) -> Run:
             run = provider.prepare(case, data)
 
             def timed() -> Tensors:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fastdistill.benchmarks.evidence_tables import BLOCK, NOT_YET, fill_article, read_summary
+from fastdistill.benchmarks.methods.evidence_tables import BLOCK, NOT_YET, fill_article, read_summary
 from fastdistill.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +91,7 @@ def test_every_section_is_whole_and_in_order(heading: str) -> None:
 
 
 def test_measured_blocks_are_what_the_evidence_says() -> None:
-    """`python -m fastdistill.benchmarks.evidence_tables` writes them; what was changed by hand, or is old, fails."""
+    """`python -m fastdistill.benchmarks.methods.evidence_tables` writes them; edits by hand and old numbers fail."""
     assert fill_article(TEXT, read_summary()) == TEXT
     edited = BLOCK.sub(lambda match: f"{match[1]}Best of all.\n{match[4]}", TEXT, count=1)
     assert fill_article(edited, read_summary()) == TEXT

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fastdistill.benchmarks import evidence
-from fastdistill.benchmarks.evidence import Job, mutated, wrong_sign
+from fastdistill.benchmarks.methods import evidence
+from fastdistill.benchmarks.methods.evidence import Job, mutated, wrong_sign
 from fastdistill.eval.evaluate import evaluate
 from fastdistill.train import train
 

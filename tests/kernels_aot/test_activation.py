@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdistill.benchmarks import aot_table
+from fastdistill.benchmarks.compile import aot_table
 from fastdistill.kernels import activation as kernel
 
 

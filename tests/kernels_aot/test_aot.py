@@ -13,8 +13,8 @@ import pytest
 import torch
 import triton
 
-from fastdistill.benchmarks import aot_table
-from fastdistill.benchmarks.aot_table import Row, Task
+from fastdistill.benchmarks.compile import aot_table
+from fastdistill.benchmarks.compile.aot_table import Row, Task
 from fastdistill.kernels import configs
 from fastdistill.kernels.configs import Config
 from fastdistill.tune import Case

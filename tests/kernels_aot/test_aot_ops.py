@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import triton
 
-from fastdistill.benchmarks import aot_ops, aot_table
-from fastdistill.benchmarks.aot_table import Task
+from fastdistill.benchmarks.compile import aot_table, memory_bound
+from fastdistill.benchmarks.compile.aot_table import Task
 
-TASKS = [task for task in aot_table.shipped() if task.case.kernel in aot_ops.SIZES]
+TASKS = [task for task in aot_table.shipped() if task.case.kernel in memory_bound.SIZES]
 WITH, _, RECORDED = aot_table.recorded()
 ROWS = {row[: aot_table.KEY]: row for row in RECORDED}
 
 
 def test_each_op_is_in_the_table_in_each_size_on_each_architecture_without_spills() -> None:
-    assert len(TASKS) == 3 * sum(map(len, aot_ops.SIZES.values()))
+    assert len(TASKS) == 3 * sum(map(len, memory_bound.SIZES.values()))
     rows = [ROWS[aot_table.key(task)] for task in TASKS]
     assert not [line for row in rows for line in aot_table.problems(row)]
     assert all(row.spills == row.mma == 0 for row in rows)
@@ -22,15 +22,15 @@ def test_each_op_is_in_the_table_in_each_size_on_each_architecture_without_spill
 
 def test_every_kernel_is_in_a_family_whose_files_are_there() -> None:
     """A change of these makes `make aot` measure again."""
-    for kernel in aot_ops.SIZES:
+    for kernel in memory_bound.SIZES:
         patterns = aot_table.FAMILIES[aot_table.family(kernel)]
         assert all(list(aot_table.KERNELS.glob(pattern)) for pattern in patterns)
-    assert {aot_table.family(kernel) for kernel in aot_ops.SIZES} == {"norm", *aot_ops.FAMILIES}
+    assert {aot_table.family(kernel) for kernel in memory_bound.SIZES} == {"norm", *memory_bound.FAMILIES}
 
 
 def test_wide_rows_of_a_backward_are_two_launches() -> None:
     """One for rows, one for what is summed over them."""
-    by_case = {(case.kernel, case.d): len(aot_ops.launches(case)) for case, _ in aot_ops.cases()}
+    by_case = {(case.kernel, case.d): len(memory_bound.launches(case)) for case, _ in memory_bound.cases()}
     assert by_case["norm_backward", 8192] == by_case["gated_norm_backward", 8192] == 2
     assert (
         by_case["norm_backward", 384] == by_case["swiglu_backward", 4608] == by_case["qk_norm_rope_backward", 72] == 1

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdistill.benchmarks.aot_table import TOOLS, compiling_for
+from fastdistill.benchmarks.compile.aot_table import TOOLS, compiling_for
 from fastdistill.kernels import norm, norm_backward
 from fastdistill.kernels.calls import Launch
 from fastdistill.kernels.norm_rows import Inputs

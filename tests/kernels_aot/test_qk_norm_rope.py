@@ -8,7 +8,7 @@ import tempfile
 import pytest
 import torch
 
-from fastdistill.benchmarks import aot_table
+from fastdistill.benchmarks.compile import aot_table
 from fastdistill.kernels import qk_norm_rope as kernel
 
 

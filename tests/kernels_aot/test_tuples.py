@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.compiler.code_generator import CodeGenerator
 
-from fastdistill.benchmarks.aot_table import compiling_for
+from fastdistill.benchmarks.compile.aot_table import compiling_for
 from fastdistill.kernels import triton36
 
 

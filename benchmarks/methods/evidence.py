@@ -1,0 +1,399 @@
+"""`make evidence`: every method on the ring and on digits, three seeds each, against what is known exactly.
+
+    python -m fastdistill.benchmarks.methods.evidence                             # train what is missing, and write
+    python -m fastdistill.benchmarks.methods.evidence --data ring --seeds 0 --budget-minutes 20 --train-only
+    python -m fastdistill.benchmarks.methods.evidence --collect                   # measure and write what there is
+
+Runs are claimed one by one, so that several processes with the same folder share the work: start one a core, with
+OMP_NUM_THREADS=1. A run that was stopped goes on where it was, a finished one is never trained again. What comes out is
+docs/evidence (summary.json, evidence.md, plots) and the marked blocks of docs/methods.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdistill import compare, objectives
+from fastdistill.benchmarks.methods import evidence_tables as tables
+from fastdistill.benchmarks.methods.method_figures import save_png
+from fastdistill.eval import comparison, comparison_figures
+from fastdistill.eval.digits import DigitJudge
+from fastdistill.eval.evaluate import MEASURING, evaluate
+from fastdistill.eval.exact import Ring
+from fastdistill.eval.metrics import sliced_wasserstein
+from fastdistill.eval.ring import exact_flow
+from fastdistill.jvp import jvp
+from fastdistill.train import NonFiniteError, TrainConfig, train
+from fastdistill.train.data import generator_at
+from fastdistill.train.files import write_text
+from fastdistill.train.methods import METHODS
+
+CONTROL = "flow_matching"  # first of all: the others' teacher, and the control that one step must not satisfy
+GATE, CONTROL_GATE = 0.45, 0.6  # map error in one step: a method below, the control and every mutant above
+# These compare laws, not points, and may pair noise and data otherwise than the flow does: SW2 in one step below this,
+# where real draws differ by .04 and flow matching's single step by more than 1.
+MATCH_LAWS, LAW_GATE = ("imm", "dmd"), 0.45
+
+
+def wrong_sign(fn: Any, primals: Any, tangents: Any, **options: Any) -> Any:
+    """A mutant's driver: the derivative along the flow with its sign turned."""
+    u, du_dt = jvp(fn, primals, tangents, **options)
+    return u, -du_dt
+
+
+def no_time_tangent(fn: Any, primals: Any, tangents: Any, **options: Any) -> Any:
+    """A mutant's driver: time stands still while x moves."""
+    return jvp(fn, primals, (tangents[0], None, None), **options)
+
+
+def swapped_times(fn: Any, primals: Any, tangents: Any, **options: Any) -> Any:
+    """A mutant's driver: the end moves instead of the start."""
+    x, t, s = primals
+    return fn(x, t, s), jvp(fn, primals, (tangents[0], None, tangents[1]), **options)[1]
+
+
+MUTANTS = {
+    "meanflow, wrong sign": ("meanflow", wrong_sign),
+    "meanflow, no time tangent": ("meanflow", no_time_tangent),
+    "meanflow, s for t": ("meanflow", swapped_times),
+    "scm, wrong sign": ("scm", wrong_sign),
+    "ayf_emd, wrong sign": ("ayf_emd", wrong_sign),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a method, or a mutant of one, on one data set from one seed."""
+
+    data: str
+    seed: int
+    name: str
+
+    @property
+    def method(self) -> str:
+        """The method that is trained."""
+        return MUTANTS[self.name][0] if self.name in MUTANTS else self.name
+
+    def configure(self, out: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+        """Its settings: those of `fastdistill compare`; a mutant's run has a folder of its own beside the others."""
+        folder = out / self.data / f"seed{self.seed}"
+        budget = ["--steps", str(compare.STEPS[self.data]), "--seed", str(self.seed), *overrides]
+        config = compare.configure(self.method, self.data, folder, budget)
+        if self.name not in MUTANTS:
+            return config
+        return config.model_copy(update={"out": folder / self.name.replace(", ", "-").replace(" ", "-")})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train within the budget, then measure and write."""
+    args = parse(arguments)
+    jobs = list_jobs(args.data, args.seeds, args.methods)
+    if not args.collect:
+        work(jobs, args.out, 60 * args.budget_minutes, args.overrides)
+    if not args.train_only:
+        summary = collect(jobs, args.out, args.overrides)
+        write(summary, args.evidence, args.out)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastdistill.benchmarks.methods.evidence",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data", nargs="+", choices=list(compare.STEPS), default=list(compare.STEPS))
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *MUTANTS], default=[*METHODS, *MUTANTS])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--budget-minutes", type=float, default=float("inf"), help="start no run after so long")
+    parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="the runs (default: %(default)s)")
+    parser.add_argument("--evidence", type=Path, default=tables.EVIDENCE, help="results (default: %(default)s)")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--train-only", action="store_true", help="leave measuring to another call")
+    only.add_argument("--collect", action="store_true", help="train nothing, measure what is finished")
+    parser.add_argument("overrides", nargs="*", metavar="-- --field value", help="more fields for every run, after --")
+    return parser.parse_args(arguments)
+
+
+def list_jobs(data: Sequence[str], seeds: Sequence[int], names: Sequence[str]) -> list[Job]:
+    """All runs in the order of work: controls first, then seed by seed; mutants on the first seed of the ring."""
+    ordered = [name for name in (CONTROL, *names) if name == CONTROL or name not in MUTANTS]
+    ordered = list(dict.fromkeys(ordered))
+    jobs = [Job(kind, seed, CONTROL) for kind in data for seed in seeds]
+    jobs += [Job(kind, seed, name) for seed in seeds for kind in data for name in ordered[1:]]
+    return jobs + [Job("ring", seeds[0], name) for name in names if name in MUTANTS and "ring" in data]
+
+
+def work(jobs: Sequence[Job], out: Path, seconds: float, overrides: Sequence[str] = ()) -> None:
+    """Train every run that nobody has trained or is training, until the time is up."""
+    started = time.monotonic()
+    for number, job in enumerate(jobs, start=1):
+        spent = time.monotonic() - started
+        if spent > seconds:
+            tell(f"the budget is used: {len(jobs) - number + 1} runs not looked at")
+            return
+        config = job.configure(out, overrides)
+        if finished(config) or failure(config):
+            continue
+        if job.name != CONTROL and config.teacher is not None:
+            wait_for(Job(job.data, job.seed, CONTROL).configure(out, overrides))
+        with claim(config.out) as mine:
+            if not mine:
+                continue
+            begun = time.monotonic()
+            tell(f"[{number}/{len(jobs)}] {job.data}, seed {job.seed}: {job.name}")
+            run(job, config)
+            if finished(config):
+                measure(config.out, (1,) if job.name in MUTANTS else compare.numbers_of(config), seed=config.seed)
+            tell(f"[{number}/{len(jobs)}] {job.name}: {time.monotonic() - begun:.0f} s, {spent / 60:.0f} min in all")
+
+
+def run(job: Job, config: TrainConfig) -> None:
+    """Train one run; one that diverges leaves a note of why."""
+    with mutated(job):
+        try:
+            train(config)
+        except NonFiniteError as error:
+            write_text(config.out / "failed.txt", f"{error}\n")
+
+
+@contextlib.contextmanager
+def mutated(job: Job) -> Iterator[None]:
+    """The registry with the mutant's driver in place of the method's own, for the time of a run."""
+    if job.name not in MUTANTS:
+        yield
+        return
+    right = objectives.OBJECTIVES[job.method]
+
+    @functools.wraps(right.function)  # with its signature, from which the trainer reads what it takes
+    def function(*arguments: Any, **keywords: Any) -> Any:
+        return right.function(*arguments, **keywords | {"jvp": MUTANTS[job.name][1]})
+
+    objectives.OBJECTIVES[job.method] = replace(right, function=function)
+    try:
+        yield
+    finally:
+        objectives.OBJECTIVES[job.method] = right
+
+
+def finished(config: TrainConfig) -> bool:
+    """Whether a run has its result."""
+    return (config.out / "export" / "ema.safetensors").is_file()
+
+
+def measure(
+    run: Path, steps: Sequence[int], *, n: int | None = None, judge: DigitJudge | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """What `evaluate` says of a finished run: read from what it wrote last, or measured now.
+
+    It is measured anew where the network is newer, other steps are asked for, or the way of measuring has changed.
+    """
+    stored = run / "summary.json"
+    if stored.is_file() and stored.stat().st_mtime > (run / "export" / "ema.safetensors").stat().st_mtime:
+        found: dict[str, Any] = json.loads(stored.read_text(encoding="utf-8"))
+        if found.get("measuring") == MEASURING and {str(number) for number in steps} <= set(found["steps"]):
+            return found
+    if judge is None and run.parts[-3] == "digits":
+        judge = judge_in(run.parents[1])
+    return evaluate(run, steps, n=n, judge=judge, seed=seed)
+
+
+@functools.lru_cache(maxsize=1)
+def judge_in(folder: Path) -> DigitJudge:
+    """The judge of digits, whose classifier all runs share."""
+    return DigitJudge(folder)
+
+
+def failure(config: TrainConfig) -> str | None:
+    """Why a run diverged, or None."""
+    path = config.out / "failed.txt"
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+
+
+def wait_for(teacher: TrainConfig) -> None:
+    """Wait until another process has trained the teacher; one that nobody trains is an error."""
+    while not finished(teacher):
+        if not is_claimed(lock_of(teacher.out)):
+            raise RuntimeError(f"{teacher.out}: the teacher isn't trained, and nobody is training it")
+        time.sleep(2)
+
+
+@contextlib.contextmanager
+def claim(run: Path) -> Iterator[bool]:
+    """Whether a run is ours to train; a claim whose process is gone counts for nothing."""
+    lock = lock_of(run)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    if lock.exists() and not is_claimed(lock):
+        lock.unlink(missing_ok=True)
+    try:
+        with lock.open("x", encoding="utf-8") as file:
+            file.write(str(os.getpid()))
+    except FileExistsError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def lock_of(run: Path) -> Path:
+    """The file that claims a run."""
+    return run.with_name(f"{run.name}.lock")
+
+
+def is_claimed(lock: Path) -> bool:
+    """Whether a living process holds the claim."""
+    try:
+        owner = lock.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return False
+    return not owner or Path(f"/proc/{owner}").exists()
+
+
+def collect(jobs: Sequence[Job], out: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Measure all finished runs: what summary.json holds."""
+    summary: dict[str, Any] = {}
+    for data in dict.fromkeys(job.data for job in jobs):
+        runs: dict[str, list[TrainConfig]] = {}
+        failed: dict[str, str] = {}
+        mutants: dict[str, float] = {}
+        for job in (job for job in jobs if job.data == data):
+            config = job.configure(out, overrides)
+            if why := failure(config):
+                failed[job.name] = why
+            if job.name in MUTANTS:
+                mutants |= measure_mutant(job, config)
+            elif finished(config):
+                runs.setdefault(job.name, []).append(config)
+            elif why:
+                runs.setdefault(job.name, [config])
+        if any(name not in failed for name in runs):
+            judge = judge_in(out / data) if data == "digits" else None
+            failed = {name: why for name, why in failed.items() if name in runs}
+            summary[data] = compare.summarise(runs, failed, judge, measure=measure) | {"mutants": mutants}
+            add_checks(summary[data], runs)
+            if judge is not None:
+                add_references(summary[data]["references"], judge)
+            if data == "ring":
+                summary[data]["references"] |= distances_between_laws()
+                summary[data]["gates"] = judge_gates(summary[data])
+    return summary
+
+
+def measure_mutant(job: Job, config: TrainConfig) -> dict[str, float]:
+    """The map error of a mutant in one step, by its name; infinite where it diverged, nothing where it didn't run."""
+    if failure(config):
+        return {job.name: float("inf")}
+    if not finished(config):
+        return {}
+    return {job.name: measure(config.out, (1,), seed=config.seed)["steps"]["1"]["map_error"]}
+
+
+def add_checks(result: dict[str, Any], runs: Mapping[str, Sequence[TrainConfig]]) -> None:
+    """Put what `evaluate` found beside distances (C2ST, precision, recall, neighbours) among the qualities."""
+    for name, configs in runs.items():
+        stored = [json.loads((config.out / "summary.json").read_text(encoding="utf-8")) for config in configs]
+        if not all("checks" in each for each in stored):
+            continue
+        for steps, quality in result["methods"][name].get("quality", {}).items():
+            quality |= compare.spread([each["checks"][steps] for each in stored])
+
+
+def add_references(references: dict[str, dict[str, float]], judge: DigitJudge) -> None:
+    """More of what gives a number its meaning: the training digits themselves, each class's mean, unseen digits.
+
+    Copies of the training set have the best Fréchet distance there is: their C2ST and neighbour ratio tell them. All
+    are as many images as every other row.
+    """
+    digits = judge.digits
+    means = torch.stack([digits.x[digits.y == label].mean(0) for label in range(digits.num_classes)])
+    labels = judge.labels()
+    for name, (x, y) in (("training_digits", judge.training_digits()), ("class_mean", (means[labels], labels))):
+        references[name] = judge.measure(x, y, 0.0) | judge.check(x)
+    references["held_out"] = references["held_out"] | judge.check(digits.held_out_x)
+
+
+def distances_between_laws(count: int = 4096) -> dict[str, dict[str, float]]:
+    """The floors of SW2 on the ring: two draws of the data, and the exact map of noise against a draw of the data."""
+    ring = Ring()
+    (first, _), (second, _) = (ring.sample(count, generator_at(0, name)) for name in ("real", "real again"))
+    mapped = exact_flow(torch.randn(count, 2, generator=generator_at(0, "evaluate")))
+    return {
+        "real_real": {"sliced_wasserstein": sliced_wasserstein(first, second)},
+        "exact_map_against_data": {"sliced_wasserstein": sliced_wasserstein(mapped, first)},
+    }
+
+
+def judge_gates(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each gate, whether it is passed, and the number."""
+
+    def gate(words: str, value: float, passed: bool, metric: str = "map error") -> dict[str, Any]:
+        return {"gate": words, "passed": passed, "found": f"{metric} {value:.3f}"}
+
+    gates = []
+    for name, row in comparison.ranked(result).items():
+        error, law = (row["quality"]["1"][metric]["mean"] for metric in ("map_error", "sliced_wasserstein"))
+        if name == CONTROL:
+            gates.append(gate(f"{name}, the control, above {CONTROL_GATE} in one step", error, error > CONTROL_GATE))
+        elif name in MATCH_LAWS:
+            gates.append(gate(f"{name} below SW2 {LAW_GATE} in one step", law, law < LAW_GATE, "SW2"))
+        else:
+            gates.append(gate(f"{name} below {GATE} in one step", error, error < GATE))
+    return gates + [
+        gate(f"the mutant {name} above {GATE}", value, value > GATE) for name, value in result["mutants"].items()
+    ]
+
+
+def write(summary: dict[str, Any], folder: Path, out: Path) -> None:
+    """summary.json, evidence.md, plots and, where the folder is the repository's own, the article's blocks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for data, result in summary.items():
+        metric, words, _ = tables.HEADLINE[data]
+        rows = comparison.ranked(result)
+        plots = {
+            "quality": comparison_figures.draw_quality(rows, metric, words, result["references"]),
+            "cost": comparison_figures.draw_cost(rows, metric, words),
+            "samples": comparison_figures.draw_samples(grids(rows, out / data)),
+        }
+        result["plots"] = {f"{data}, {name}": f"{data}_{name}.png" for name in plots}
+        for name, png in plots.items():
+            save_png(png, folder / f"{data}_{name}.png")
+    write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_text(folder / "evidence.md", tables.evidence_page(summary))
+    if folder == tables.EVIDENCE:
+        write_text(tables.ARTICLE, tables.fill_article(tables.ARTICLE.read_text(encoding="utf-8"), summary))
+    for result in summary.values():
+        for gate in result.get("gates", []):
+            tell(tables.gate_line(gate))
+
+
+def grids(names: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Samples of the first finished seed of each method, by number of steps."""
+    found = {}
+    for name in names:
+        seeds = sorted(path.parents[1] for path in folder.glob(f"seed*/{name}/export/ema.safetensors"))
+        found[name] = compare.draw_grids(seeds[0])
+    return found
+
+
+def tell(message: str) -> None:
+    """Progress goes to stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""PyTorch's own functions under the names of `fastdistill.ops`: what the same network is without us."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdistill import ops, reference
+from fastdistill.benchmarks.ops.timed_op import along
+
+
+def _ada_layer_norm(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps) * (1 + scale) + shift
+
+
+def _ada_rms_norm(
+    x: Tensor, scale: Tensor, shift: Tensor | None = None, weight: Tensor | None = None, eps: float = 1e-6
+) -> Tensor:
+    y = F.rms_norm(x, x.shape[-1:], weight, eps) * (1 + scale)
+    return y if shift is None else y + shift
+
+
+def _gated_residual_ada_norm(
+    x: Tensor,
+    gate: Tensor | None,
+    h: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    rms: bool = False,
+) -> tuple[Tensor, Tensor]:
+    r = x + (h if gate is None else gate * h)
+    norm = F.rms_norm(r, r.shape[-1:], weight, eps) if rms else F.layer_norm(r, r.shape[-1:], weight, bias, eps)
+    y = norm if scale is None else norm * (1 + scale)
+    return r.to(x.dtype), (y if shift is None else y + shift).to(h.dtype)
+
+
+OWN: dict[str, Callable[..., Any]] = {
+    "ada_layer_norm": _ada_layer_norm,
+    "ada_rms_norm": _ada_rms_norm,
+    "gated_residual_ada_norm": _gated_residual_ada_norm,
+    "gelu": F.gelu,
+    "layer_norm": F.layer_norm,
+    "linear": F.linear,
+    "rms_norm": F.rms_norm,
+    "scaled_dot_product_attention": F.scaled_dot_product_attention,
+    "silu": F.silu,
+}
+# The same, decomposed: any order of derivatives, in any dtype, and what Inductor is given.
+DECOMPOSED: dict[str, Callable[..., Any]] = {
+    name: getattr(reference, name) for name in OWN if name != "scaled_dot_product_attention"
+} | {"scaled_dot_product_attention": reference.attention}
+# PyTorch's own but for the norms, whose forward mode has a wrong reverse mode in torch 2.13.
+WRITTEN_OUT = {**OWN, **{name: op for name, op in DECOMPOSED.items() if name.endswith("norm")}}
+# What has no derivative of its own to lose, and stays ours.
+SAME = ("explain", "rope_angles")
+
+
+def namespace(functions: dict[str, Callable[..., Any]]) -> Any:
+    """Functions as attributes, as `fastdistill.ops` has them."""
+    return SimpleNamespace(**functions)
+
+
+def ours_by(impl: str) -> Any:
+    """The ops of `OWN`, ours, by one implementation where they have the choice (a linear layer is PyTorch's matmul)."""
+
+    def bound(name: str) -> Callable[..., Any]:
+        op = getattr(ops, name)
+        return op if name == "linear" else lambda *args, **options: op(*args, impl=impl, **options)
+
+    return namespace({name: bound(name) for name in OWN})
+
+
+@contextmanager
+def instead_of_ours(functions: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, networks of `fastdistill.nn` and `fastdistill.models` call these functions and none of our ops.
+
+    An op without a twin among them raises RuntimeError: a peer must not run on our code unnoticed.
+    """
+
+    def without_twin(name: str) -> Callable[..., Any]:
+        def refuse(*args: Any, **options: Any) -> Any:
+            raise RuntimeError(
+                f"fastdistill.ops.{name} has no plain twin in fastdistill.benchmarks.ops.torch_functions"
+            )
+
+        return refuse
+
+    replaced = {name: functions.get(name) or without_twin(name) for name in ops.__all__ if name not in SAME}
+    with mock.patch.dict(vars(ops), replaced):
+        yield
+
+
+def jvp(fn: Callable[..., Tensor], primals: Any, tangents: Any, *, tangent_grad: bool = False) -> tuple[Tensor, Tensor]:
+    """`torch.func.jvp` with the arguments of `fastdistill.jvp`: numbers are broadcast, None is a zero."""
+    (out,), (t_out,) = torch.func.jvp(*along(fn, tuple(primals), _filled(primals, tangents)))[:2]
+    return out, t_out if tangent_grad else t_out.detach()
+
+
+def difference(
+    fn: Callable[..., Tensor], primals: Any, tangents: Any, *, tangent_grad: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The same by a central difference, with the step that suits the dtype."""
+    moved, point, direction = along(fn, tuple(primals), _filled(primals, tangents))
+    autocast = torch.is_autocast_enabled(point[0].device.type)
+    step = torch.finfo(torch.bfloat16 if autocast else point[0].dtype).eps ** (1 / 3)
+    with torch.set_grad_enabled(tangent_grad and torch.is_grad_enabled()):
+        after, before = (
+            moved(*(x + sign * step * t_x for x, t_x in zip(point, direction, strict=True)))[0] for sign in (1, -1)
+        )
+    return fn(*primals), (after - before) / (2 * step)
+
+
+def _filled(primals: Any, tangents: Any) -> list[Tensor | None]:
+    return [
+        t if t is None or isinstance(t, Tensor) else None if t == 0 else torch.full_like(x, t)
+        for x, t in zip(primals, tangents, strict=True)
+    ]

@@ -1,0 +1,161 @@
+"""What 16 bits cost a tangent: errors of u and of its tangent t_u against float64, 12 blocks, one policy a row.
+
+    OMP_NUM_THREADS=1 python -m fastdistill.benchmarks.run.precision  # a minute on a CPU: results/precision.json, .md
+
+Every way computes the same function of the same weights, which are numbers of bfloat16, at the same point and along the
+same direction. The program fails where ours is beyond the caps of the project, or where plain PyTorch in float64
+computes something else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastdistill as fd
+from fastdistill.benchmarks.ops.plain_dit import PlainDiT, awakened, setting
+from fastdistill.benchmarks.run.environment import RESULTS, fingerprint
+from fastdistill.models import DiT, create
+from fastdistill.testing import relative_error
+
+Pair = tuple[Tensor, Tensor]
+NETWORKS: dict[str, dict[str, Any]] = {
+    "sine-cosine positions": {"pos": "sincos", "qk_norm": False},
+    "RoPE, QK-norm": {"pos": "rope", "qk_norm": True},
+}
+PRESET, SIZE, SEEDS, STD = "dit-s/2", 32, (0, 1, 2), 0.1
+CAPS = {"float32": 5e-6, "bfloat16": 1.2e-2}  # of the error of t_u
+SAME = 1e-12  # float64, ours against plain
+
+
+class Way(NamedTuple):
+    """How to compute (u, t_u). storage: of the parameters. cap: of `CAPS`, where the way is ours."""
+
+    words: str
+    plain: bool
+    storage: torch.dtype
+    autocast: bool
+    cap: str | None = None
+
+
+WAYS = {
+    "float32, plain": Way("all float32, `torch.func.jvp`, plain modules", True, torch.float32, False),
+    "float32": Way("**all float32, `fd.jvp`**", False, torch.float32, False, "float32"),
+    "bf16 storage, plain": Way("all bfloat16, `torch.func.jvp`, plain modules", True, torch.bfloat16, False),
+    "bf16 storage": Way("all bfloat16, `fd.jvp`", False, torch.bfloat16, False, None),
+    "autocast, plain": Way("bfloat16 autocast, `torch.func.jvp`, plain modules", True, torch.float32, True),
+    "autocast": Way(
+        "**bfloat16 autocast, `fd.jvp`: float32 residual stream and conditioning (the default)**",
+        False,
+        torch.float32,
+        True,
+        "bfloat16",
+    ),
+}
+
+
+def network(config: dict[str, Any], seed: int) -> DiT:
+    """A DiT whose every weight counts."""
+    torch.manual_seed(seed)
+    net = create(PRESET, num_classes=0, **config)
+    assert isinstance(net, DiT)
+    return awakened(net, STD)
+
+
+def evaluate(net: DiT, plain: bool, dtype: torch.dtype, size: int, seed: int) -> Pair:
+    """u and t_u, with x and v of that dtype."""
+    point, direction = setting(net, size, 1, seed)
+    wide = torch.promote_types(dtype, torch.float32)  # bfloat16 could not tell the times apart
+    x, v = point[0].to(dtype), direction.to(dtype)
+    t, s = (a.to(wide) for a in point[1:])
+    fn: Callable[..., Tensor] = PlainDiT(net) if plain else net
+    with torch.no_grad():
+        if plain:
+            u, t_u = torch.func.jvp(lambda x, t: fn(x, t, s), (x, t), (v, torch.ones_like(t)))[:2]
+        else:
+            u, t_u = fd.jvp(net, (x, t, s), (v, 1.0, None))
+    return u, t_u
+
+
+def errors(config: dict[str, Any], seed: int, size: int = SIZE) -> dict[str, tuple[float, float]]:
+    """Of each way, the relative errors of u and of t_u; SystemExit where the plain network is another function."""
+    net = network(config, seed).double()
+    truth = evaluate(net, False, torch.float64, size, seed)
+    apart = max(map(relative_error, evaluate(net, True, torch.float64, size, seed), truth))
+    if not apart < SAME:
+        raise SystemExit(f"parity failed: plain modules and ours differ by {apart:.1e} in float64, {config}")
+    found = {}
+    for name, way in WAYS.items():
+        net = net.to(way.storage)
+        context: AbstractContextManager[object] = (
+            torch.autocast("cpu", torch.bfloat16) if way.autocast else nullcontext()
+        )
+        with context:
+            results = evaluate(net, way.plain, way.storage, size, seed)
+        u, t_u = map(relative_error, results, truth)
+        found[name] = (u, t_u)
+    return found
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The largest error of the seeds, a row for each way and two columns for each network."""
+    legend = (
+        f"Relative errors against float64 of the 12-block {PRESET} (N = 256), the largest of {len(SEEDS)} random "
+        "networks; on a CPU, by `python -m fastdistill.benchmarks.run.precision`. All weights are numbers of bfloat16. "
+        "Plain modules under autocast have a float32 residual stream where positions are added to it, and a bfloat16 "
+        "one with RoPE."
+    )
+    lines = [
+        legend,
+        "",
+        "| | " + " | ".join(f"{network}: u | t_u" for network in NETWORKS) + " |",
+        "|" + "---|" * (1 + 2 * len(NETWORKS)),
+    ]
+    for name, way in WAYS.items():
+        cells = [way.words]
+        for network_name in NETWORKS:
+            of_way = [row for row in rows if (row["way"], row["network"]) == (name, network_name)]
+            cells += [f"{max(row[part] for row in of_way):.1e}" for part in ("error_u", "error_t_u")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def beyond_caps(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each error of ours that the project does not allow."""
+    return [
+        f"{row['way']}, {row['network']}, seed {row['seed']}: error of t_u {row['error_t_u']:.1e}, cap {CAPS[cap]:.1e}"
+        for row in rows
+        if (cap := WAYS[row["way"]].cap) is not None and not row["error_t_u"] < CAPS[cap]
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, write the JSON and the table, fail beyond the caps."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=SIZE, help="of the latents")
+    parser.add_argument("--out", type=Path, default=RESULTS / "precision", help="without its suffix")
+    args = parser.parse_args(arguments)
+    rows = [
+        {"network": name, "seed": seed, "way": way, "error_u": u, "error_t_u": t_u}
+        for name, config in NETWORKS.items()
+        for seed in SEEDS
+        for way, (u, t_u) in errors(config, seed, args.size).items()
+    ]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    results = {"environment": fingerprint(), "preset": PRESET, "size": args.size, "std": STD, "results": rows}
+    args.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    args.out.with_suffix(".md").write_text(table(rows), encoding="utf-8")
+    print(table(rows))
+    if found := beyond_caps(rows):
+        raise SystemExit("\n".join(found))
+
+
+if __name__ == "__main__":
+    main()

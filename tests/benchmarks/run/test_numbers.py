@@ -1,0 +1,54 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastdistill.benchmarks.run.numbers import errors, number, seconds, size
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (2.5, "2.5 s"),
+        (0.0123456, "12.35 ms"),
+        (1e-3, "1 ms"),
+        (4.2e-5, "42 µs"),
+        (4.5e-6, "4.5 µs"),
+        (2.0, "2 s"),
+        (0.0123, "12.3 ms"),
+        (3e-9, "3 ns"),
+    ],
+)
+def test_seconds(value: float, text: str) -> None:
+    """Four digits and a unit."""
+    assert seconds(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0 KiB"),
+        (13824, "13.5 KiB"),
+        (2**20, "1 MiB"),
+        (5 * 2**20, "5 MiB"),
+        (5 * 2**30, "5,120 MiB"),
+        (2**34, "16 GiB"),
+    ],
+)
+def test_size(value: int, text: str) -> None:
+    """KiB to GiB."""
+    assert size(value) == text
+
+
+def test_errors() -> None:
+    """One, two, one of two, none."""
+    assert errors(1.25e-3) == "1.3e-03"
+    assert errors({"output": 1e-7, "tangent": 2e-7}) == "1.0e-07 / 2.0e-07"
+    assert errors({"output": 1e-7, "tangent": None}) == "1.0e-07 / –"
+    assert errors({"output": None, "tangent": None}) == errors(None) == ""
+
+
+def test_number() -> None:
+    """Three digits, or all before the point; nothing for nothing."""
+    assert [number(x) for x in (0.012345, 12.345, 999.6, 123456.0, None)] == ["0.0123", "12.3", "1e+03", "123,456", ""]
