@@ -160,7 +160,7 @@ def config_words(config: Any) -> str:
     return f"{config.rows}x{config.block_c}, {config.num_warps} warps"
 
 
-def measure(task: Task) -> Row:
+def resources_of(task: Task) -> Row:
     """Compile, and read the resources off the machine code: of two kernels, those of the costlier one."""
     return max((_row(task, kernel) for kernel in compile_task(task)), key=lambda row: (row.spills, row.registers))
 
@@ -277,11 +277,11 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measure_all(tasks: Sequence[Task], jobs: int) -> list[Row]:
+def resources_of_all(tasks: Sequence[Task], jobs: int) -> list[Row]:
     """A row each, in order, compiled side by side, with a line of progress each."""
     started, rows = time.monotonic(), []
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for row in pool.map(measure, tasks):
+        for row in pool.map(resources_of, tasks):
             rows.append(row)
             line = "; ".join(problems(row)) or f"{' '.join(map(str, row[:6]))}: {row.config}, {row.registers} registers"
             print(f"[{len(rows)}/{len(tasks)}, {time.monotonic() - started:.0f} s] {line}", flush=True)
@@ -330,7 +330,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tasks = shipped(arguments.arch or configs.ARCHITECTURES)
     known = {} if arguments.all else still_valid(arguments.out)
-    measured = measure_all([task for task in tasks if key(task) not in known], arguments.jobs)
+    measured = resources_of_all([task for task in tasks if key(task) not in known], arguments.jobs)
     known |= {row[:KEY]: row for row in measured}
     rows = [known[key(task)] for task in tasks]
     if not arguments.arch:

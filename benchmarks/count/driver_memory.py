@@ -84,7 +84,7 @@ def ways(net: Network, x: Tensor, t: Tensor, v: Tensor) -> dict[str, Callable[[]
     }
 
 
-def measure(run: Callable[[], Result]) -> dict[str, float]:
+def held_and_peak(run: Callable[[], Result]) -> dict[str, float]:
     with MemoryRecorder() as recorder:
         result = run()
     row = {"held_mib": recorder.alive / 2**20, "peak_mib": recorder.peak / 2**20}
@@ -115,7 +115,7 @@ def main() -> None:
             error = None if tangent is None else relative_error(tangent.detach(), truth)
             if error is not None and not error < 1e-5:
                 raise SystemExit(f"parity failed: {name}, N={length}: relative error of the tangent {error:.1e}")
-            row = {"tokens": length, "batch": batch, "way": name, "tangent_error": error, **measure(run)}
+            row = {"tokens": length, "batch": batch, "way": name, "tangent_error": error, **held_and_peak(run)}
             plain = plain or row["held_mib"]
             row["held_over_plain"] = row["held_mib"] / plain
             rows.append(row)

@@ -32,7 +32,7 @@ from fastdistill.benchmarks.ops.timed_op import (
     by_differences,
     by_jvp,
     few,
-    last_rows,
+    last_tokens,
 )
 
 # Matmuls of 2·B·H·N·M·D operations that a mode is credited with, whatever an implementation does.
@@ -167,7 +167,7 @@ def limit_of_jvp_flash_attention(case: TimedCase) -> str | None:
 
 def _last(name: str, x: Tensor) -> Tensor:
     """The last queries of the last head need all of its keys."""
-    return last_rows(name, x) if name == "q" else x[-1:, -1:]
+    return last_tokens(name, x) if name == "q" else x[-1:, -1:]
 
 
 ATTENTION = DualOp(

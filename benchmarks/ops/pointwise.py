@@ -13,7 +13,7 @@ from torch import Tensor
 from fastdistill import ops, reference
 from fastdistill.benchmarks.ops import packages
 from fastdistill.benchmarks.ops.common_providers import common_providers, plain_floor
-from fastdistill.benchmarks.ops.timed_op import Dual, DualOp, Provider, Tensors, TimedCase, as_tuple, few, last_rows
+from fastdistill.benchmarks.ops.timed_op import Dual, DualOp, Provider, Tensors, TimedCase, as_tuple, few, last_tokens
 
 EPS = 1e-6
 SMALL = 128  # tokens at the parity gate; widths stay
@@ -83,7 +83,7 @@ def _op(
         pair=pair,
         flops=flops,
         small=small,
-        last=last_rows,
+        last=last_tokens,
         common=common_providers,
         more=more,
         constants=constants,

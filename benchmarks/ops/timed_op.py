@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 MODES = ("forward", "primal", "mixed", "step")
-ROWS = 256  # that are compared at the size that is timed
+COMPARED_TOKENS = 256  # that are compared at the size that is timed
 OURS, PEER, FLOOR = "ours", "peer", "floor"
 
 Tensors = tuple[Tensor, ...]
@@ -331,13 +331,13 @@ def without_tangents(fn: Callable[..., Any]) -> Dual:
     return dual
 
 
-def last_rows(name: str, x: Tensor) -> Tensor:
+def last_tokens(name: str, x: Tensor) -> Tensor:
     """The last tokens of the last sample, and of its last head: where the indices of a kernel are largest."""
     if x.dim() == 4:
-        return x[-1:, -1:, -ROWS:]
+        return x[-1:, -1:, -COMPARED_TOKENS:]
     if x.dim() == 3:
-        return x[-1:, -ROWS:]
-    return x[-ROWS:] if x.dim() == 2 else x
+        return x[-1:, -COMPARED_TOKENS:]
+    return x[-COMPARED_TOKENS:] if x.dim() == 2 else x
 
 
 def few(n: int, most: int) -> int:

@@ -45,15 +45,15 @@ class Look(NamedTuple):
     width: float
 
 
-def looks(rows: Iterable[Record]) -> dict[str, Look]:
+def looks(records: Iterable[Record]) -> dict[str, Look]:
     """A look for each provider; those of a kind take colors in the order in which they come."""
     found: dict[str, Look] = {}
     count = dict.fromkeys(COLORS, 0)
-    for row in rows:
-        if row.key.provider not in found:
-            i, kind = count[row.kind], row.kind
+    for record in records:
+        if record.key.provider not in found:
+            i, kind = count[record.kind], record.kind
             color, marker = COLORS[kind][i % len(COLORS[kind])], MARKERS[kind][i % len(MARKERS[kind])]
-            found[row.key.provider] = Look(color, marker, kind == FLOOR, 2.2 if kind == OURS else 1.3)
+            found[record.key.provider] = Look(color, marker, kind == FLOOR, 2.2 if kind == OURS else 1.3)
             count[kind] += 1
     return found
 
@@ -66,7 +66,7 @@ def draw_series(series: Series, look: Mapping[str, Look]) -> str:
     """
     modes = list(series.panels)
     lost = _lost(series)
-    memory = any(_memory(row) for _, row in _rows(series))
+    memory = any(_memory(record) for _, record in _records(series))
     shown = [name for name in look if name in _drawn(series)]
     heights = [2.0, *([2.0] if memory else []), *([0.17 * len(lost) + 0.06] if lost else [])]
     legend_rows = math.ceil((len(shown) + len(MARKED)) / _legend_columns(shown, len(modes)))
@@ -100,24 +100,24 @@ def draw_series(series: Series, look: Mapping[str, Look]) -> str:
         rows[1][0].set_ylabel("peak memory, MiB", color=INK, fontsize=SIZE)
     for panels in rows[: 1 + memory]:
         _value_ticks(panels)
-    statuses = {row.status for _, row in _rows(series)}
+    statuses = {record.status for _, record in _records(series)}
     _legend(figure, shown, look, len(modes), [mark for status, mark in MARKED.items() if status in statuses])
     return _svg(figure, f"{series.title}: {series.throughput.unit} and memory against {LENGTHS[series.length]}")
 
 
-def draw_roofline(rows: Sequence[Record], ceilings: Mapping[str, float], look: Mapping[str, Look]) -> str | None:
-    """Attained operations a second against those a byte, under what was measured of the device; None without any row.
+def draw_roofline(records: Sequence[Record], ceilings: Mapping[str, float], look: Mapping[str, Look]) -> str | None:
+    """Attained operations a second against those a byte, under the device's own; None without any record.
 
     Args:
         ceilings: "tflops" of a large matmul, "gbs" of a copy; what is absent is not drawn, and the picture says so.
     """
     points: dict[str, list[tuple[float, float]]] = {}
-    throughput = arithmetic(rows)
-    for row in rows:
-        flops, moved = row.number("flops"), row.number("bytes")
-        if row.median is not None and flops and moved:
-            attained = flops / row.median * 1e-12 * throughput.factor
-            points.setdefault(row.key.provider, []).append((flops / moved, attained))
+    throughput = arithmetic(records)
+    for record in records:
+        flops, moved = record.number("flops"), record.number("bytes")
+        if record.median is not None and flops and moved:
+            attained = flops / record.median * 1e-12 * throughput.factor
+            points.setdefault(record.key.provider, []).append((flops / moved, attained))
     if not points:
         return None
     shown = [name for name in look if name in points]
@@ -164,25 +164,25 @@ def _roof(axes: Axes, ceilings: Mapping[str, float], throughput: Throughput, low
     return tops
 
 
-def _rows(series: Series) -> Iterator[tuple[str, Record]]:
-    """Every row of a series, with its provider."""
+def _records(series: Series) -> Iterator[tuple[str, Record]]:
+    """Every record of a series, with its provider."""
     for curves in series.panels.values():
         for curve in curves:
-            yield from ((curve.provider, row) for row in curve.records.values())
+            yield from ((curve.provider, record) for record in curve.records.values())
 
 
 def _lost(series: Series) -> list[str]:
     """The providers that have something to mark."""
-    return list(dict.fromkeys(provider for provider, row in _rows(series) if row.status in MARKED))
+    return list(dict.fromkeys(provider for provider, record in _records(series) if record.status in MARKED))
 
 
 def _drawn(series: Series) -> set[str]:
     """The providers of which there is anything to see."""
-    return {provider for provider, row in _rows(series) if row.median is not None or row.status in MARKED}
+    return {provider for provider, record in _records(series) if record.median is not None or record.status in MARKED}
 
 
-def _memory(row: Record) -> float | None:
-    peak = row.number("peak_memory_bytes")
+def _memory(record: Record) -> float | None:
+    peak = record.number("peak_memory_bytes")
     return None if not peak else peak / 2**20
 
 
@@ -190,7 +190,7 @@ def _plot(axes: Axes, curves: Sequence[Curve], look: Mapping[str, Look], value: 
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     for curve in reversed(curves):  # ours on top
-        points = [(n, y) for n, row in curve.records.items() if (y := value(row))]
+        points = [(n, y) for n, record in curve.records.items() if (y := value(record))]
         if points:
             style = look[curve.provider]
             axes.plot(
@@ -205,10 +205,10 @@ def _dashes(look: Look) -> Any:
 
 def _mark(axes: Axes, curves: Sequence[Curve], look: Mapping[str, Look], lost: Sequence[str], named: bool) -> None:
     for curve in curves:
-        for n, row in curve.records.items():
-            if row.status in MARKED:
+        for n, record in curve.records.items():
+            if record.status in MARKED:
                 axes.plot(
-                    n, lost.index(curve.provider), marker=MARKED[row.status][0], color=look[curve.provider].color,
+                    n, lost.index(curve.provider), marker=MARKED[record.status][0], color=look[curve.provider].color,
                     markersize=5.5, markeredgewidth=1.6, linestyle="",
                 )  # fmt: skip
     axes.set_ylim(len(lost) - 0.4, -0.6)

@@ -170,10 +170,10 @@ def _gpus(results: Path) -> str:
 def _gpu(machine: Machine) -> str:
     """Ours in each mode, against the fastest peer that computes the same, and against the floor; empty without rows."""
     cases: dict[tuple[str, str, str], dict[str, list[Record]]] = {}
-    for row in machine.records.values():
-        if _is_shown(row):
-            place = (row.key.suite, row.key.case, row.key.dtype)
-            cases.setdefault(place, {}).setdefault(row.key.mode, []).append(row)
+    for record in machine.records.values():
+        if _is_shown(record):
+            place = (record.key.suite, record.key.case, record.key.dtype)
+            cases.setdefault(place, {}).setdefault(record.key.mode, []).append(record)
     if not cases:
         return ""
     modes = [mode for mode in MODES if any(mode in by_mode for by_mode in cases.values())]
@@ -199,25 +199,31 @@ def _gpu(machine: Machine) -> str:
     return f"{intro}\n\n{_table(heads, lines)}"
 
 
-def _is_shown(row: Record) -> bool:
-    named = SHOWN.get(row.key.suite)
-    return named is not None and named in f"{row.key.case} {row.shape.get('model', '')}" and not row.info.get("quick")
+def _is_shown(record: Record) -> bool:
+    named = SHOWN.get(record.key.suite)
+    return (
+        named is not None
+        and named in f"{record.key.case} {record.shape.get('model', '')}"
+        and not record.info.get("quick")
+    )
 
 
-def _best(rows: Iterable[Record], kind: str) -> Record | None:
+def _best(records: Iterable[Record], kind: str) -> Record | None:
     """The fastest of a kind that was timed."""
-    timed = [row for row in rows if row.kind == kind and row.median is not None]
-    return min(timed, key=lambda row: row.median or 0, default=None)
+    timed = [record for record in records if record.kind == kind and record.median is not None]
+    return min(timed, key=lambda record: record.median or 0, default=None)
 
 
-def _against(rows: Sequence[Record]) -> str:
+def _against(records: Sequence[Record]) -> str:
     """Ours against the fastest peer, or why there is no time of ours."""
-    ours, peer = _best(rows, OURS), _best(rows, PEER)
+    ours, peer = _best(records, OURS), _best(records, PEER)
     if ours is None or ours.median is None:
-        return next((row.status for row in rows if row.kind == OURS and row.status in LOST), NOT_MEASURED)
+        return next(
+            (record.status for record in records if record.kind == OURS and record.status in LOST), NOT_MEASURED
+        )
     if peer is not None and peer.median is not None:
         return f"**{seconds(ours.median)}** ({peer.median / ours.median:.1f}x)"
-    lost = {row.status for row in rows if row.kind == PEER}
+    lost = {record.status for record in records if record.kind == PEER}
     why = next((words for status, words in LOST_PEERS.items() if status in lost), "no peer")
     return f"**{seconds(ours.median)}** ({why})"
 

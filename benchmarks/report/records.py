@@ -1,6 +1,6 @@
 """Benchmark files as records: what the report, the comparison and the README's tables read.
 
-A file is pytest-benchmark's JSON, with what it doesn't know in each benchmark's `extra_info`, and the rows that were
+A file is pytest-benchmark's JSON, with what it doesn't know in each benchmark's `extra_info`, and the records that were
 not timed in a list of their own:
 
     machine_info, commit_info, datetime, version
@@ -32,7 +32,7 @@ STATUSES = (OK, UNAVAILABLE, UNSUPPORTED, *LOST)
 
 
 class Key(NamedTuple):
-    """What makes a row the same in two files."""
+    """What makes a record the same in two files."""
 
     suite: str
     op: str
@@ -139,27 +139,27 @@ def load(path: Path) -> Results:
         DamagedResults: it is missing, is not JSON, or is not what a benchmark writes.
     """
     table = read(path)
-    rows = [_timed(path, f"benchmarks[{i}]", x) for i, x in enumerate(table["benchmarks"])]
+    records = [_timed(path, f"benchmarks[{i}]", x) for i, x in enumerate(table["benchmarks"])]
     for i, entry in enumerate(table.get("not_timed", [])):
         info = entry.get("extra_info", entry) if isinstance(entry, dict) else entry
-        rows.append(_row(path, f"not_timed[{i}]", info))
-    _refuse_duplicates(path, rows)
+        records.append(_record(path, f"not_timed[{i}]", info))
+    _refuse_duplicates(path, records)
     machine, commit = (_mapping(path, table, name) for name in ("machine_info", "commit_info"))
     named = str(commit.get("id") or machine.get("commit") or "")
     return Results(
-        path, machine, named + "+" * bool(commit.get("dirty")), str(table.get("datetime") or ""), tuple(rows)
+        path, machine, named + "+" * bool(commit.get("dirty")), str(table.get("datetime") or ""), tuple(records)
     )
 
 
 def by_device(files: Iterable[Results]) -> list[Machine]:
-    """The files of each device, from old to new, and their rows."""
+    """The files of each device, from old to new, and their records."""
     machines: dict[str, Machine] = {}
     for results in sorted(files, key=lambda results: results.date):
         machine = machines.setdefault(results.device, Machine(results.device, []))
         machine.files.append(results)
-        for row in results.records:
-            machine.repeated += row.key in machine.records
-            machine.records[row.key] = row
+        for record in results.records:
+            machine.repeated += record.key in machine.records
+            machine.records[record.key] = record
     return list(machines.values())
 
 
@@ -179,11 +179,11 @@ def _timed(path: Path, where: str, entry: Any) -> Record:
     median = stats.get("median")
     if isinstance(median, bool) or not isinstance(median, int | float) or not (0 < median < math.inf):
         raise DamagedResults(f"{path}: {where}: stats.median: expected a positive number of seconds, got {median!r}")
-    row = _row(path, where, entry.get("extra_info"))
-    return Record(row.key, row.kind, row.status, row.info, float(median), stats.get("rounds"))
+    record = _record(path, where, entry.get("extra_info"))
+    return Record(record.key, record.kind, record.status, record.info, float(median), stats.get("rounds"))
 
 
-def _row(path: Path, where: str, info: Any) -> Record:
+def _record(path: Path, where: str, info: Any) -> Record:
     if not isinstance(info, dict):
         raise DamagedResults(f"{path}: {where}: no 'extra_info' in it")
     if missing := [name for name in (*Key._fields, "kind", "status") if not isinstance(info.get(name), str)]:
@@ -194,12 +194,12 @@ def _row(path: Path, where: str, info: Any) -> Record:
     return Record(Key(*(info[name] for name in Key._fields)), info["kind"], info["status"], info)
 
 
-def _refuse_duplicates(path: Path, rows: Sequence[Record]) -> None:
+def _refuse_duplicates(path: Path, records: Sequence[Record]) -> None:
     seen = set()
-    for row in rows:
-        if row.key in seen:
-            raise DamagedResults(f"{path}: twice in the file: {row.key}")
-        seen.add(row.key)
+    for record in records:
+        if record.key in seen:
+            raise DamagedResults(f"{path}: twice in the file: {record.key}")
+        seen.add(record.key)
 
 
 def _first(table: Mapping[str, Any], *names: str) -> Any:

@@ -4,10 +4,10 @@
     python -m fastdistill.benchmarks.report.regressions OLD NEW --metric peak_memory --ratio 1.01
     python -m fastdistill.benchmarks.report.regressions OLD NEW --metric bytes_moved  # of op_counts.json
 
-A row of ours fails where NEW / OLD is over the ratio, or where OLD has a number and in NEW the row failed parity, ran
-out of memory or ended in an error. Peers and floors are printed where they moved as much, since they tell whether the
+A record of ours fails where NEW / OLD is over the ratio, or where OLD has a number and in NEW it failed parity, ran out
+of memory or ended in an error. Peers and floors are printed where they moved as much, since they tell whether the
 machine did, and fail nothing. What is in one file only is listed. Status 0: nothing over the ratio; 1: something, by
-name; 2: the files can't be compared (damaged, of different devices, or with no row of ours in common).
+name; 2: the files can't be compared (damaged, of different devices, or with no record of ours in common).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from fastdistill.benchmarks.ops.timed_op import OURS, BenchError
 from fastdistill.benchmarks.report.records import LOST, Key, Record, Results, load
 from fastdistill.benchmarks.run.numbers import seconds
 
-# What --metric may be: how it is read from a row, and whether it depends on the machine.
+# What --metric may be: how it is read from a record, and whether it depends on the machine.
 METRICS: dict[str, tuple[Callable[[Record], float | None], bool]] = {
-    "median": (lambda row: row.median, True),
-    "peak_memory": (lambda row: row.number("peak_memory_bytes"), True),
-    "instructions": (lambda row: row.number("instructions"), True),
-    "aten_ops": (lambda row: row.number("aten_ops"), False),
-    "matmul_flops": (lambda row: row.number("matmul_flops"), False),
-    "bytes_moved": (lambda row: row.number("bytes_moved"), False),
-    "peak_bytes": (lambda row: row.number("peak_bytes"), False),
+    "median": (lambda record: record.median, True),
+    "peak_memory": (lambda record: record.number("peak_memory_bytes"), True),
+    "instructions": (lambda record: record.number("instructions"), True),
+    "aten_ops": (lambda record: record.number("aten_ops"), False),
+    "matmul_flops": (lambda record: record.number("matmul_flops"), False),
+    "bytes_moved": (lambda record: record.number("bytes_moved"), False),
+    "peak_bytes": (lambda record: record.number("peak_bytes"), False),
 }
 
 
@@ -54,7 +54,7 @@ class Comparison:
 def find_regressions(
     old: Results, new: Results, *, metric: str = "median", ratio: float = 1.05, across_devices: bool = False
 ) -> Comparison:
-    """Compare the rows of two files.
+    """Compare the records of two files.
 
     Args:
         metric: one of `METRICS`.
@@ -62,7 +62,7 @@ def find_regressions(
         across_devices: compare what was measured on different devices.
 
     Raises:
-        Incomparable: the devices differ, or no row of ours has the metric in both files.
+        Incomparable: the devices differ, or no record of ours has the metric in both files.
         BenchError: a metric or a ratio that there isn't.
     """
     if metric not in METRICS:
@@ -75,14 +75,16 @@ def find_regressions(
             f"{old.path} was measured on {old.device}, {new.path} on {new.device}; --across-devices compares them all "
             "the same"
         )
-    rows: tuple[Mapping[Key, Record], ...] = tuple({row.key: row for row in each.records} for each in (old, new))
+    records: tuple[Mapping[Key, Record], ...] = tuple(
+        {record.key: record for record in each.records} for each in (old, new)
+    )
     found = Comparison()
-    for key, before, after in _pairs(*rows):
+    for key, before, after in _pairs(*records):
         if before is None or after is None:
-            row = before or after
-            assert row is not None
-            if read(row) is not None:
-                (found.only_old if after is None else found.only_new).append(_line(key, row, read(row), metric))
+            record = before or after
+            assert record is not None
+            if read(record) is not None:
+                (found.only_old if after is None else found.only_new).append(_line(key, record, read(record), metric))
             continue
         _judge(found, key, before, after, (read(before), read(after)), metric, ratio)
     if not found.compared:
@@ -104,7 +106,7 @@ def _judge(
     metric: str,
     ratio: float,
 ) -> None:
-    """File one row that both files have."""
+    """File one record that both files have."""
     old, new = values
     ours = after.kind == OURS
     worse = found.failures if ours else found.moved
@@ -147,7 +149,7 @@ def describe(found: Comparison, ratio: float) -> str:
         ("Only in OLD:", found.only_old),
         ("Only in NEW:", found.only_new),
     ]
-    lines = [line for title, rows in parts if rows for line in (title, *(f"  {row}" for row in rows))]
+    lines = [line for title, items in parts if items for line in (title, *(f"  {item}" for item in items))]
     return "\n".join([*lines, f"{found.compared} rows of ours compared, {len(found.failures)} over {ratio:g}"])
 
 

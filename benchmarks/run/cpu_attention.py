@@ -171,7 +171,7 @@ def resident(field: str) -> float:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field)) / 1024
 
 
-def measure(rounds: int) -> list[dict[str, Any]]:
+def time_in_turns(rounds: int) -> list[dict[str, Any]]:
     """A row for each case, mode and implementation."""
     rows = []
     for case in CASES.values():
@@ -207,7 +207,7 @@ def main() -> None:
         print_memory(*arguments.memory_of)
         return
     print(f"{'shape':17} {'mode':9} {'implementation':42} {'ms (min)':>9} {'median':>9} {'':>8} {'peak MiB':>8}")
-    rows = measure(arguments.rounds)
+    rows = time_in_turns(arguments.rounds)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps({"environment": fingerprint(), "results": rows}, indent=2) + "\n")
 

@@ -145,7 +145,9 @@ class Bench:
                     outcome.samples += [] if sample is None else [sample]
         for outcome, timed in ready:
             if self.meter is not None and outcome.status == OK:
-                outcome.load = self._guarded(outcome, partial(self.meter.measure, timed.run, timed.seconds)) or Load()
+                outcome.load = (
+                    self._guarded(outcome, partial(self.meter.load_under, timed.run, timed.seconds)) or Load()
+                )
 
     def _warm(self, outcome: Outcome, case: TimedCase, data: Any) -> Timed:
         return self.clock.warm_up(_preparing(outcome, case, data)())

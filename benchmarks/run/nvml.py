@@ -59,7 +59,7 @@ class Meter:
         version = self._ask("nvmlSystemGetDriverVersion", device=False)
         return None if version is None else str(version)
 
-    def measure(self, run: Run, seconds_a_call: float, seconds: float = SECONDS) -> Load:
+    def load_under(self, run: Run, seconds_a_call: float, seconds: float = SECONDS) -> Load:
         """Repeat a run for a while, and read the counters before, in the middle and after."""
         calls = max(1, round(seconds / 2 / max(seconds_a_call, 1e-6)))
         self._synchronize()

@@ -68,7 +68,7 @@ SHARP = [
 @pytest.mark.parametrize("task", SHARP, ids=lambda task: f"{task.case.kernel}-sm{task.arch}-D{task.case.d}")
 def test_a_compiled_config_fits_as_recorded(task: Task) -> None:
     """The table is no fiction: the same compiler gives the same numbers, and another one no problems."""
-    row = aot_table.measure(task)
+    row = aot_table.resources_of(task)
     assert not aot_table.problems(row)
     if triton.__version__ == RECORDED_WITH:
         assert row == recorded(task), STALE
@@ -98,7 +98,7 @@ def test_rows_of_72_are_loaded_many_bytes_at_a_time() -> None:
 def test_a_config_that_spills_is_found() -> None:
     """128 rows on four warps leave each thread too many accumulators."""
     task = shipped("forward", 90, 64, "qkv")
-    row = aot_table.measure(task._replace(config=Config(128, 64, 4, 2)))
+    row = aot_table.resources_of(task._replace(config=Config(128, 64, 4, 2)))
     assert any("register spills" in line for line in aot_table.problems(row))
 
 

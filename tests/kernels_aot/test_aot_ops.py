@@ -41,7 +41,7 @@ def test_wide_rows_of_a_backward_are_two_launches() -> None:
 def test_a_compiled_op_is_as_recorded(kernel: str) -> None:
     """On Hopper; another compiler gives other numbers and no problems."""
     task = next(task for task in TASKS if (task.case.kernel, task.arch) == (kernel, 90))
-    row = aot_table.measure(task)
+    row = aot_table.resources_of(task)
     assert not aot_table.problems(row)
     if triton.__version__ == WITH:
         assert row == ROWS[aot_table.key(task)]

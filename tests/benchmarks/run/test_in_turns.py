@@ -162,7 +162,7 @@ def test_counters_are_read_under_load() -> None:
     """Once for each provider that was timed, with about what a call takes."""
 
     class Counting:
-        def measure(self, run: Run, seconds_a_call: float) -> Load:
+        def load_under(self, run: Run, seconds_a_call: float) -> Load:
             run()
             return Load(sm_clock_mhz=1000.0, energy_j=seconds_a_call)
 

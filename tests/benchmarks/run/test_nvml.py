@@ -63,7 +63,7 @@ def measured(library: Library, seconds_a_call: float = 0.1) -> Load:
         time.now += 0.1
         return ()
 
-    return Meter(library, 3, synchronize=lambda: None, timer=time).measure(run, seconds_a_call, seconds=1.0)
+    return Meter(library, 3, synchronize=lambda: None, timer=time).load_under(run, seconds_a_call, seconds=1.0)
 
 
 def test_energy_is_that_of_one_call() -> None:
