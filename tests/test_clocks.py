@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+LEAST = 600  # seconds: a shorter limit fails on a busy machine
 CLOCKS = {"time.time", "time.monotonic", "time.perf_counter", "time.process_time"}
 
 
 def clocks(code: str) -> list[str]:
-    """Return the calls that give up after a time, or that read a clock."""
+    """Return the calls that give up within ten minutes, or that read a clock."""
     calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
     return [
         f"{call.lineno}: {ast.unparse(call)[:80]}"
         for call in calls
-        if any(keyword.arg == "timeout" for keyword in call.keywords)
+        if any(keyword.arg == "timeout" and _is_short(keyword.value) for keyword in call.keywords)
         or ast.unparse(call.func) in CLOCKS
         or (
             isinstance(call.func, ast.Attribute)
@@ -27,6 +28,10 @@ def clocks(code: str) -> list[str]:
             )
         )
     ]
+
+
+def _is_short(limit: ast.expr) -> bool:
+    return not (isinstance(limit, ast.Constant) and (limit.value is None or limit.value >= LEAST))
 
 
 def test_no_test_reads_a_clock_or_gives_up() -> None:
@@ -52,4 +57,9 @@ def test_a_planted_clock_is_found(line: str) -> None:
 
 def test_waiting_for_an_event_is_no_clock() -> None:
     """Nor are pauses between two looks, or a clock that stands in for the real one."""
-    assert clocks("event.wait(); thread.join(); time.sleep(0.05); ', '.join(names); time = Time()") == []
+    assert (
+        clocks(
+            "run(command, timeout=600); event.wait(); thread.join(); time.sleep(0.05); ', '.join(names); time = Time()"
+        )
+        == []
+    )
