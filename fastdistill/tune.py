@@ -28,10 +28,10 @@ import torch
 import triton
 from torch import Tensor
 
-from fastdistill.eager import attention as eager
 from fastdistill.kernels import attention, configs
 from fastdistill.kernels.arguments import use_descriptors
 from fastdistill.kernels.configs import Config, Entry
+from fastdistill.ops.attention import eager
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LARGEST_ERROR = {16: 2e-2, 32: 1e-4}  # relative, by bits: ten times what the kernels do, far below what a fault does

@@ -19,12 +19,11 @@ ROOMS = ("benchmarks.ops", "benchmarks.run", "benchmarks.report")
 # Layer -> the layers that it may import besides itself. "api" is `import fastdistill` and the names it offers.
 MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
-    "reference": set(),
-    "eager": set(),
-    "_compat": set(),
+    "ops.protocol.compat": set(),
+    "ops": {"kernels", "ops.protocol.compat"},
+    "reference": {"ops"},
     "testing": {"reference"},
-    "ops": {"kernels", "reference", "eager", "_compat"},
-    "jvp": {"ops", "_compat"},
+    "jvp": {"ops", "ops.protocol.compat"},
     "api": {"ops", "jvp"},
     "nn": {"ops"},
     "models": {"ops", "nn"},
@@ -32,16 +31,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "couplings": set(),
     "times": {"paths"},
     "samplers": {"paths", "times"},
-    "objectives": {"paths", "times", "samplers", "jvp", "_compat"},
+    "objectives": {"paths", "times", "samplers", "jvp", "ops.protocol.compat"},
     "eval.exact": {"paths"},
     "train": {"api", "jvp", "nn", "models", "paths", "couplings", "times", "samplers", "objectives", "eval.exact"},
     "eval": {"api", "models", "paths", "times", "samplers", "objectives", "train", "eval.exact"},
     "method_notes": {"objectives", "train"},
     "compare": {"models", "testing", "train", "eval"},
     "demo": {"api", "models", "paths", "times", "samplers", "train", "eval", "eval.exact"},
-    "tune": {"kernels", "eager"},
+    "tune": {"kernels", "ops"},
     "benchmarks.ops": {"api", "reference", "testing", "ops", "models", "objectives"},
-    "benchmarks.run": {"api", "reference", "testing", "eager", "ops", "models", "benchmarks.ops"},
+    "benchmarks.run": {"api", "reference", "testing", "ops", "models", "benchmarks.ops"},
     "benchmarks.count": {
         "api",
         "testing",
@@ -73,6 +72,9 @@ NEED_TRITON = {"kernels", "tune", "benchmarks.compile", "benchmarks.count.counti
 # These may use the packages of an extra; all others use torch, the kernels Triton too, and nothing else.
 APPLICATIONS = {"train", "eval", "demo", "cli", "method_notes", "compare"}
 APPLICATIONS |= {layer for layer in MAY_IMPORT if layer.startswith("benchmarks.")} - NEED_TRITON
+
+# Op -> the ops whose formulas its own contains. Besides, an op's room imports `ops.protocol` alone.
+CONTAINS: dict[str, set[str]] = {"gated_norm": {"norm"}, "qk_norm_rope": {"norm"}}
 
 # What a layer may import besides, inside the function that needs it: optional packages, which have an extra.
 LAZY: dict[str, set[str]] = {"couplings": {"ot", "scipy"}, "samplers": {"numpy", "scipy"}}
@@ -140,6 +142,17 @@ def violations(module: str, code: str, is_package: bool = False) -> list[str]:
     return found
 
 
+def strangers(module: str, code: str) -> list[str]:
+    """Return what a module in the room of an op imports from rooms that its formula has nothing to do with."""
+    room, file = module.split(".")[2], module.split(".")[-1]
+    allowed = {room, *CONTAINS.get(room, set()), *({"protocol"} if file != "reference" else set())}
+    return [
+        f"{module}:{node.lineno} imports {name}; the room of {room} may import {sorted(allowed)}"
+        for node, name in imports(ast.parse(code), module, False)
+        if name.startswith("fastdistill.ops.") and name.split(".")[2] not in allowed
+    ]
+
+
 def fresh_python(code: str) -> str:
     """What a new Python prints that sees this checkout."""
     command = [sys.executable, "-c", code]
@@ -158,6 +171,34 @@ def test_every_module_imports_only_what_its_layer_may() -> None:
     assert not found, "\n".join(found)
 
 
+def test_the_room_of_an_op_imports_no_other_room() -> None:
+    """But the protocol, and the ops that its formula contains; a specification imports no protocol either."""
+    rooms = {module: path for module, path in MODULES.items() if module.startswith("fastdistill.ops.")}
+    found = [line for module, path in rooms.items() for line in strangers(module, path.read_text(encoding="utf-8"))]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("module", "code"),
+    [
+        ("fastdistill.ops.norm.eager", "from fastdistill.ops.attention import eager"),
+        ("fastdistill.ops.norm.op", "from fastdistill.ops.gated_norm.op import GATED_NORM"),
+        ("fastdistill.ops.norm.reference", "from fastdistill.ops.protocol import checks"),
+        ("fastdistill.ops.protocol.checks", "def f():\n    from fastdistill.ops.norm import op"),
+    ],
+)
+def test_a_stranger_in_a_room_is_found(module: str, code: str) -> None:
+    assert len(strangers(module, code)) == 1
+    assert not strangers("fastdistill.ops.gated_norm.op", "from fastdistill.ops.norm.op import choose")
+
+
+@pytest.mark.parametrize("room", ["activation", "attention", "gated_norm", "linear", "norm", "qk_norm_rope"])
+def test_rooms_have_the_same_files(room: str) -> None:
+    """A newcomer who knows one op finds its way in every other."""
+    files = {"functions", "op", "eager", "second_order", "reference"}
+    assert files <= {path.stem for path in (ROOT / "fastdistill" / "ops" / room).glob("*.py")}
+
+
 @pytest.mark.parametrize(
     ("module", "code", "complaint"),
     [
@@ -165,11 +206,15 @@ def test_every_module_imports_only_what_its_layer_may() -> None:
         ("fastdistill.kernels.attention", "from fastdistill import reference", "no other layer"),
         ("fastdistill.kernels.attention", "import numpy", "uses torch alone"),
         ("fastdistill.reference", "import triton", "only the kernels"),
-        ("fastdistill.eager.norm", "from ..reference import norm", "no other layer"),
-        ("fastdistill.ops.attention", "from fastdistill.kernels import attention", "at its top level"),
-        ("fastdistill.ops.attention", "k = importlib.import_module('fastdistill.kernels.norm')", "at its top level"),
+        ("fastdistill.ops.norm.eager", "from ...reference import norm", "ops may import"),
+        ("fastdistill.ops.attention.functions", "from fastdistill.kernels import attention", "at its top level"),
+        (
+            "fastdistill.ops.attention.functions",
+            "k = importlib.import_module('fastdistill.kernels.norm')",
+            "at its top level",
+        ),
         ("fastdistill.paths", "def f():\n    import_module('fastdistill.kernels.norm')", "no other layer"),
-        ("fastdistill.ops.attention", "def f():\n    from fastdistill.nn import Attention", "ops may import"),
+        ("fastdistill.ops.attention.functions", "def f():\n    from fastdistill.nn import Attention", "ops may import"),
         ("fastdistill.objectives.meanflow", "from fastdistill.ops import rms_norm", "objectives may import"),
         ("fastdistill.objectives.meanflow", "import fastdistill as fd", "objectives may import"),
         ("fastdistill.objectives.meanflow", "from ..models.dit import DiT", "objectives may import"),
@@ -191,7 +236,7 @@ def test_what_the_layers_allow_is_not_reported() -> None:
     """Siblings, lower layers, torch, the standard library, and kernels imported where they are needed."""
     assert not violations("fastdistill.kernels.norm", "import math, torch, triton\nfrom . import attention")
     assert not violations("fastdistill.samplers", "def f():\n    from scipy.integrate import solve_ivp")
-    assert not violations("fastdistill.ops.norm", "def f():\n    from fastdistill.kernels import norm")
+    assert not violations("fastdistill.ops.norm.functions", "def f():\n    from fastdistill.kernels import norm")
     assert not violations("fastdistill.models", "from .dit import DiT\nfrom fastdistill.nn import RMSNorm", True)
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fastdistill import tune
-from fastdistill.eager import attention as eager
 from fastdistill.kernels import configs
 from fastdistill.kernels.configs import Config
+from fastdistill.ops.attention import eager
 from fastdistill.tune import Case
 
 CASE = Case("forward", torch.bfloat16, 72, "qkv", "none", 1024)

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
 from fastdistill.kernels import configs
-from fastdistill.ops._dual import DualOp
+from fastdistill.ops.protocol.dual_op import DualOp
 
 TORCH_ONLY = ("linear",)  # there is no kernel of ours, and impl="triton" is refused
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_efficientzerotensor"}

@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fastdistill as fd
 from fastdistill import reference
 from fastdistill.benchmarks.run.environment import ROOT, fingerprint
-from fastdistill.eager import attention
+from fastdistill.ops.attention import eager as attention
 from fastdistill.testing import assert_accurate, make_qkv
 
 eager: Any = attention  # its arguments are spread from tuples, which a type checker can't count

@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from fastdistill._compat import is_batched
+from fastdistill.ops.protocol.compat import is_batched
 from fastdistill.paths import Path
 
 

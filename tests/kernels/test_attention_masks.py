@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastdistill import reference
-from fastdistill.eager import attention as eager
+from fastdistill.ops.attention import eager
 from fastdistill.testing import cast, reference_jvp, relative_error
 from tests.kernels.attention_cases import CAUSAL, UNLIMITED, assert_dead, check, inputs, normal, packed_inputs, run
 from tests.kernels.device import DEVICE

@@ -13,8 +13,17 @@ import fastdistill as fd
 from fastdistill import reference
 from fastdistill.kernels import configs
 from fastdistill.kernels import gated_norm as kernel
-from tests.eager.gated_norm_cases import COTANGENTS, MODULATED, NAMES, Case, backward, check, draw_cotangents, problem
 from tests.kernels.device import DEVICE
+from tests.ops.gated_norm.eager_cases import (
+    COTANGENTS,
+    MODULATED,
+    NAMES,
+    Case,
+    backward,
+    check,
+    draw_cotangents,
+    problem,
+)
 
 PARTS = {"plain": ("x", "h"), "gate": ("x", "h", "gate"), "modulated": MODULATED, "all": NAMES}
 
@@ -107,8 +116,8 @@ def test_an_explicit_triton_runs_no_other_implementation(
     monkeypatch: pytest.MonkeyPatch, through_tangent: bool
 ) -> None:
     """The public op end to end, with a float32 stream and bfloat16 blocks."""
-    monkeypatch.setattr("fastdistill.eager.gated_norm.gated_norm_forward", None)
-    monkeypatch.setattr("fastdistill.eager.gated_norm.gated_norm_backward", None)
+    monkeypatch.setattr("fastdistill.ops.gated_norm.eager.gated_norm_forward", None)
+    monkeypatch.setattr("fastdistill.ops.gated_norm.eager.gated_norm_backward", None)
     primals, tangents = problem(Case(parts=MODULATED, block=torch.bfloat16), DEVICE)
 
     def gradients(op: object) -> list[Tensor]:

@@ -225,7 +225,7 @@ def test_no_cotangent_is_refused() -> None:
 @pytest.mark.parametrize("through_tangent", [False, True], ids=["primal", "mixed"])
 def test_an_explicit_triton_runs_no_other_backward(monkeypatch: pytest.MonkeyPatch, through_tangent: bool) -> None:
     """The op's gradients come from the kernel, and are those of the plain formula."""
-    monkeypatch.setattr("fastdistill.eager.norm.norm_backward", None)
+    monkeypatch.setattr("fastdistill.ops.norm.eager.norm_backward", None)
     primals, tangents = modulated("sample", ("x", "weight"))
 
     def gradients(op: object) -> list[Tensor]:

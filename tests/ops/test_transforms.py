@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastdistill as fd
 from fastdistill import reference
-from fastdistill.ops._dual import DualOp
+from fastdistill.ops.protocol.dual_op import DualOp
 
 Op = Callable[..., Tensor]
 OPS = [vars(module) for name, module in sys.modules.items() if name.startswith("fastdistill.ops.")]

@@ -1,1 +1,0 @@
-"""Ops in plain PyTorch on any device: same signatures as `fastdistill.kernels`, called below autograd."""

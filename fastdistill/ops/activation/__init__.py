@@ -1,0 +1,1 @@
+"""GELU, SiLU, SwiGLU and GEGLU."""

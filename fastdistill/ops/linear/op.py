@@ -1,0 +1,44 @@
+"""Register linear layers as a dispatcher op under the dual protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastdistill.ops.linear.eager import _backward, _forward
+from fastdistill.ops.linear.second_order import _math, _math_backward
+from fastdistill.ops.protocol import autocast
+from fastdistill.ops.protocol import torch_functions as F
+from fastdistill.ops.protocol.dual_op import DualOp, Spec, Tensors
+
+
+def _native(primals: Tensors, attrs: Sequence[Any]) -> Tensors | None:
+    x, weight, bias = primals
+    assert x is not None and weight is not None
+    with autocast.without_autocast(x.device):
+        return (F.linear(x, weight, bias),)
+
+
+def _specs(
+    primals: Tensors, tangents: Tensors, attrs: Sequence[Any], tangent_grad: bool
+) -> tuple[Sequence[Spec], Sequence[Spec]]:
+    x, weight, _ = primals
+    assert x is not None and weight is not None
+    return [((*x.shape[:-1], weight.shape[0]), x.dtype)], []
+
+
+LINEAR = DualOp(
+    name="linear",
+    primals=("x", "weight", "bias?"),
+    outputs=("y",),
+    attrs="str impl",
+    residuals=(),
+    forward=_forward,
+    backward=_backward,
+    math=_math,
+    math_backward=_math_backward,
+    native=_native,
+    specs=_specs,
+    unfoldable=frozenset({"weight", "bias"}),
+    saves_outputs=False,
+)

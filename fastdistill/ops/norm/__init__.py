@@ -1,0 +1,1 @@
+"""LayerNorm, RMSNorm and their modulated forms."""

@@ -1,0 +1,123 @@
+"""Register norms as a dispatcher op under the dual protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdistill.ops.norm import second_order
+from fastdistill.ops.protocol import autocast, dispatch
+from fastdistill.ops.protocol import torch_functions as F
+from fastdistill.ops.protocol.dual_op import DualOp, Spec, Tensors
+
+MAX_TRITON_WIDTH = 8192
+
+
+def choose(x: Tensor, impl: str) -> str:
+    """The implementation that runs: "torch" or "triton"."""
+    if impl != "auto":
+        return impl
+    triton_runs = x.device.type == "cuda" and x.dtype != torch.float64 and x.shape[-1] <= MAX_TRITON_WIDTH
+    return "triton" if triton_runs and dispatch.triton_problem(x.device) is None else "torch"
+
+
+def _forward(
+    primals: Tensors, tangents: Tensors, attrs: Sequence[Any], tangent_grad: bool
+) -> tuple[Tensors, Tensors, Tensors]:
+    x, weight, bias, scale, shift = primals
+    t_x, t_weight, t_bias, t_scale, t_shift = tangents
+    eps, rms, impl = attrs
+    assert x is not None
+    y, t_y, mean, rstd = dispatch.implementation("norm", choose(x, impl)).norm_forward(
+        x, t_x, weight, t_weight, bias, t_bias, scale, t_scale, shift, t_shift, eps=eps, rms=rms
+    )
+    return (y,), (t_y,), (mean, rstd)
+
+
+def _backward(
+    d_outs: Tensors,
+    dt_outs: Tensors,
+    primals: Tensors,
+    tangents: Tensors,
+    outs: Tensors,
+    t_outs: Tensors,
+    residuals: Tensors,
+    attrs: Sequence[Any],
+    needs: Sequence[bool],
+) -> Tensors:
+    (dy,), (dt_y,), (x, *_), (mean, rstd), (_, rms, impl) = d_outs, dt_outs, primals, residuals, attrs
+    assert x is not None
+    pairs = [x for pair in zip(primals, tangents) for x in pair]
+    grads: Tensors = dispatch.implementation("norm", choose(x, impl)).norm_backward(
+        dy, dt_y, *pairs, mean, rstd, rms=rms, needs=tuple(needs)
+    )
+    return grads
+
+
+def _native(primals: Tensors, attrs: Sequence[Any]) -> Tensors | None:
+    """PyTorch's own norm, where no implementation was asked for by name and one dtype runs through.
+
+    A modulated 16-bit norm is not among them: composed, it would round three times where the fused one rounds once.
+    """
+    x, weight, bias, scale, shift = primals
+    eps, rms, impl = attrs
+    assert x is not None
+    if impl != "auto" or any(p is not None and p.dtype != x.dtype for p in primals):
+        return None
+    composed = scale is not None or shift is not None or (rms and bias is not None)
+    if composed and x.dtype in (torch.bfloat16, torch.float16):
+        return None
+    with autocast.without_autocast(x.device):
+        y = native_norm(x, weight, bias, eps, rms)
+        y = y if scale is None else y * (1 + scale)
+        return (y if shift is None else y + shift,)
+
+
+def native_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
+    """PyTorch's own norm over the last dimension; its RMSNorm takes no bias, which is added here."""
+    if not rms:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    y = F.rms_norm(x, x.shape[-1:], weight, eps)
+    return y if bias is None else y + bias
+
+
+def _specs(
+    primals: Tensors, tangents: Tensors, attrs: Sequence[Any], tangent_grad: bool
+) -> tuple[Sequence[Spec], Sequence[Spec]]:
+    x = primals[0]
+    assert x is not None
+    statistic = torch.float64 if x.dtype == torch.float64 else torch.float32
+    row = (tuple(x.shape[:2]), statistic)
+    return [(tuple(x.shape), x.dtype)], [None if attrs[1] else row, row]
+
+
+def _math(primals: Any, tangents: Any, attrs: Sequence[Any]) -> tuple[Tensors, Tensors]:
+    y, t_y = second_order.norm_dual(primals, tangents, attrs[0], attrs[1])
+    return (y,), (t_y,)
+
+
+def _math_backward(
+    d_outs: Tensors, dt_outs: Tensors, primals: Any, tangents: Any, attrs: Sequence[Any], needs: list[bool]
+) -> Tensors:
+    return second_order.norm_dual_backward(d_outs[0], dt_outs[0], primals, tangents, attrs[0], attrs[1], needs)
+
+
+NORM = DualOp(
+    name="norm",
+    primals=("x", "weight?", "bias?", "scale?", "shift?"),
+    outputs=("y",),
+    attrs="float eps, bool rms, str impl",
+    residuals=("mean", "rstd"),
+    forward=_forward,
+    backward=_backward,
+    math=_math,
+    math_backward=_math_backward,
+    native=_native,
+    specs=_specs,
+    broadcastable=frozenset({"scale", "shift"}),
+    unfoldable=frozenset({"weight", "bias"}),
+    saves_outputs=False,
+)

@@ -1,0 +1,41 @@
+"""Which implementation of an op runs, and the refusal of one that cannot."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+IMPLEMENTATIONS = ("auto", "torch", "triton", "cuda")
+
+
+# Asked once: torch.compile of torch 2.11 can't trace these questions.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def triton_problem(device: torch.device) -> str | None:
+    """Why the Triton kernels can't run on tensors of `device`, or None where they can."""
+    if not HAS_TRITON:
+        return "the package triton is not installed"
+    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"tensors are on {device.type!r}; Triton needs a CUDA device (or TRITON_INTERPRET=1 to interpret on the CPU)"
+
+
+def implementation(family: str, chosen: str) -> Any:
+    """The module that implements an op family: plain PyTorch, or the Triton kernels, imported when first needed."""
+    return importlib.import_module(
+        f"fastdistill.kernels.{family}" if chosen == "triton" else f"fastdistill.ops.{family}.eager"
+    )
+
+
+def check_impl(impl: str, device: torch.device) -> None:
+    """Refuse an unknown implementation, or an explicit one that can't run here: explicit requests never fall back."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
+    if impl == "cuda":
+        raise ValueError("impl='cuda': this version has no CUDA extension; use 'triton', 'torch' or 'auto'")
+    if impl == "triton" and (problem := triton_problem(device)):
+        raise ValueError(f"impl='triton' cannot run: {problem}")

@@ -1,0 +1,1 @@
+"""The sinusoidal embedding of a time."""
