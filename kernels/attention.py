@@ -26,6 +26,7 @@ from .tiles import (
     add_pair,
     add_scaled_rows,
     as_operand,
+    at_least,
     load_rows,
     scale_rows,
     store_rows,
@@ -210,8 +211,8 @@ def _attention_kernel(
         D, D_V, UNIT, PRECISION, BLOCK_N, BLOCK_M, STREAM,
     )  # fmt: skip
 
-    inverse = 1 / tl.maximum(e_dot, LIVE)
-    lse = (m + tl.log2(tl.maximum(e_sum, LIVE))) * LN_2
+    inverse = 1 / at_least(e_dot, LIVE)
+    lse = (m + tl.log2(at_least(e_sum, LIVE))) * LN_2
     if IN.mask is not None:
         lse = tl.where(lse < LOWEST / 2.1, lowest_float(IN.mask.ptr.dtype.element_ty), lse)  # see `_add_mask`
     lse = tl.where(e_sum < LIVE, float("-inf"), lse)
@@ -304,7 +305,7 @@ def _sweep(
                 t = t * scale + _load_mask(IN.t_mask, b, h, offs_n, live_n, offs_m, live_m).to(tl.float32)
                 t_unit = 1.0
             z = t * t_unit - rho[:, None]
-            step = tl.sum(e * z, 1) / tl.maximum(e_sum, LIVE)
+            step = tl.sum(e * z, 1) / at_least(e_sum, LIVE)
             rho += step
             h_low = as_operand(e * (z - step[:, None]), q, PRECISION)  # (BLOCK_N, BLOCK_M)
             h_dot = (h_dot - step * e_dot) * decay + tl.sum(h_low.to(tl.float32), 1)
@@ -334,7 +335,7 @@ def _add_mask(s, MASK, b, h, offs_n, live_n, offs_m, live_m):
     else:
         # A row of finfo.min is not dead, all its keys weigh the same: the change of units must not make it -inf. What
         # is as low as that counts as LOWEST / 2, until the kernel has an lse, which is finfo.min.
-        bias = tl.maximum(mask.to(tl.float32), LOWEST / 2) * LOG2_E
+        bias = at_least(mask.to(tl.float32), LOWEST / 2) * LOG2_E
         return s + tl.where(mask == float("-inf"), float("-inf"), bias)
 
 

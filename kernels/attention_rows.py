@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .attention_tile import LOG2_E, LOWEST, indices, logits, seen
 from .geometry import band, first_row, locate, visible
-from .tiles import Strided, add_cross, load_rows
+from .tiles import Strided, add_cross, at_least, load_rows
 
 FAR = tl.constexpr(1024.0)  # an |lse| beyond which float32 holds too few digits of it
 
@@ -43,7 +43,7 @@ def rows_kernel(
 
     saved = tl.load(SAVED.lse + rows, mask=live, other=float("-inf"))
     dead = saved == float("-inf")
-    lse = tl.where(dead, float("inf"), tl.maximum(saved, LOWEST / 2) * LOG2_E)
+    lse = tl.where(dead, float("inf"), at_least(saved, LOWEST / 2) * LOG2_E)
     if ROWS.rest is not None:
         rest = tl.zeros([BLOCK_N], tl.float32)
         far = (tl.abs(saved) > FAR) & ~dead
@@ -102,4 +102,4 @@ def _sum_rows(
         top_new = tl.maximum(top, tl.max(s, 1))
         total = total * tl.exp2(top - top_new) + tl.sum(tl.exp2(s - top_new[:, None]), 1)
         top = top_new
-    return top, tl.log2(tl.maximum(total, 0.5))  # 1 or more, but in dead rows
+    return top, tl.log2(at_least(total, 0.5))  # 1 or more, but in dead rows

@@ -263,6 +263,12 @@ def _element_type(dtype: Any) -> Any:
 
 
 @triton.jit
+def at_least(x, least):
+    """The larger of the two; NaN stays NaN, which `tl.maximum` by itself would replace."""
+    return tl.maximum(x, least, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def scale_rows(x, factor):
     """factor ∘ x with one factor a row."""
     tile = ()
