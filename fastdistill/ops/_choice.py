@@ -53,6 +53,14 @@ def tangent_grad() -> bool:
     return _CONSTANT.get(threading.get_ident()) != _compat.functorch_level()
 
 
+def may_need_grad(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a gradient may be asked of what is computed from these: yes, where a transform or a compiler hides it."""
+    if not torch.is_grad_enabled():
+        return False
+    hidden = torch.compiler.is_compiling() or _compat.functorch_active()
+    return hidden or any(x is not None and x.requires_grad for x in tensors)
+
+
 def triton_problem(device: torch.device) -> str | None:
     """Why the Triton kernels can't run on tensors of `device`, or None where they can."""
     if not HAS_TRITON:

@@ -40,7 +40,8 @@ def scaled_dot_product_attention(
 
     Under `torch.func.jvp`, `torch.autograd.forward_ad` or `fastdistill.jvp`, primal and tangent come from one fused
     pass, and no (N, M) matrix is stored, forward or backward. (Two things do need one: the gradient of a float mask,
-    and second derivatives.) Without tangents it is PyTorch's own op, where that can do what is asked.
+    and second derivatives.) Without tangents it is PyTorch's own op, where that can do what is asked. On a CPU
+    16-bit calls that may need a gradient are ours too: PyTorch's kernel there loses accuracy with large logits.
 
     Args:
         query: (..., H, N, D), at least three dimensions, float64, float32, bfloat16 or float16.
@@ -95,7 +96,7 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     factor = arguments.scale_of(query, scale)
-    attrs = (*band, factor, return_lse or centre, impl)
+    attrs = (*band, factor, return_lse or centre, _choice.may_need_grad(primals), impl)
     out, lse = (x if x is None else _unfolded(x, query) for x in ATTENTION(primals, attrs, _choice.tangent_grad()))
     assert out is not None
     if lse is not None:
@@ -149,7 +150,8 @@ def attention_jvp(
     _choice.check_impl(impl, q.device)
     tangents = [*map(arguments.four_dims, given[:3]), arguments.mask_four_dims(given[3], q)]
     factor = arguments.scale_of(q, scale)
-    outs, t_outs = ATTENTION.pair(primals, tangents, (*band, factor, return_lse, impl), tangent_grad)
+    attrs = (*band, factor, return_lse, _choice.may_need_grad((*primals, *tangents)), impl)
+    outs, t_outs = ATTENTION.pair(primals, tangents, attrs, tangent_grad)
     out, lse, t_out, t_lse = (_unfolded(x, q) for x in (*outs, *t_outs))
     out, t_out = means.restore(out, lse), t_means.restore(t_out, lse)
     if not return_lse:

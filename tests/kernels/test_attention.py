@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastdistill import reference
 from fastdistill.kernels import arguments
+from fastdistill.kernels.attention import attention_forward
 from fastdistill.testing import cast, reference_jvp, relative_error
 from tests.kernels.attention_cases import SUBSETS, Tensors, check, inputs, normal, run
 from tests.kernels.device import DEVICE
@@ -143,15 +144,37 @@ def test_offsets_have_64_bits(name: str, dim: int, tmp_path: Path) -> None:
     assert torch.equal(outputs.o, expected.o) and torch.equal(outputs.t_o, expected.t_o)
 
 
-def test_the_accumulators_are_returned_unrounded() -> None:
-    """For the backward of a tangent in 16 bits: float32, and equal to o and t_o once rounded."""
-    outputs = run(*inputs(n=20, m=40, d=16, dtype=torch.float16), tangent_grad=True)
-    assert outputs.o_acc.dtype == outputs.t_o_acc.dtype == torch.float32
-    assert torch.equal(outputs.o_acc.half(), outputs.o) and torch.equal(outputs.t_o_acc.half(), outputs.t_o)
-    assert not torch.equal(outputs.t_o_acc, outputs.t_o.float())
-    for primals, tangents in (inputs(n=4, d=16), inputs("", n=4, d=16, dtype=torch.float16)):
-        unneeded = run(primals, tangents, tangent_grad=True)
-        assert unneeded.o_acc is None and unneeded.t_o_acc is None
+@pytest.mark.parametrize("factor", [1.0, 1e-4], ids=["normal", "subnormal"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_what_rounding_took_is_kept_for_the_backward(dtype: torch.dtype, factor: float) -> None:
+    """The number and its rest are a float32 of 16 bits or more, of small values too, for twice the bytes of o."""
+    primals, tangents = inputs(n=20, m=40, d=16, dtype=dtype)
+    primals["v"], tangents["v"] = primals["v"] * factor, tangents["v"] * factor
+    outputs = run(primals, tangents, tangent_grad=True)
+    assert outputs.o_rest.dtype == outputs.t_o_rest.dtype == dtype
+    exact = run(*({name: x.float() for name, x in tensors.items()} for tensors in (primals, tangents)))
+    for name in ("o", "t_o"):
+        low, truth = getattr(outputs, name).float(), getattr(exact, name)
+        whole = low + getattr(outputs, f"{name}_rest").float() / 256
+        rounding = torch.finfo(dtype).eps * truth.abs().max()  # of P and H, which both sums share
+        assert (low - whole).abs().max() <= rounding
+        assert torch.equal(whole.to(dtype), low.to(dtype))
+        assert not torch.equal(whole, low)
+
+
+def test_no_rest_is_kept_where_none_is_needed() -> None:
+    """Of float32, of a tangent that isn't there or isn't differentiated, and where no gradient may follow."""
+    low = {"n": 4, "d": 16, "dtype": torch.float16}
+    assert run(*inputs(n=4, d=16), tangent_grad=True)[4:] == (None, None)
+    assert run(*inputs(**low))[4:] == (None, None)
+    for given, tangent_grad in (("", True), ("qkv", False)):
+        primals, tangents = inputs(given, **low)
+        q, k, v, *moved = (*primals.values(), *map(tangents.get, "qkv"))
+        o_rest, t_o_rest = attention_forward(
+            q, k, v, *moved, None, None, window=(-1, -1), lower_right=False, cu_seqlens=None, scale=0.25,
+            tangent_grad=tangent_grad, grad=True,
+        )[4:]  # fmt: skip
+        assert o_rest is not None and t_o_rest is None
 
 
 def test_the_tangent_is_linear_in_its_direction() -> None:

@@ -52,7 +52,7 @@ def tangent_errors(module: ModuleType, primals: Tensors, tangents: Tensors) -> t
     """Relative error of t_o before and after its own rounding."""
     _, t_truth = reference_jvp(reference.attention, cast(primals, torch.float64), cast(tangents, torch.float64))
     outputs = run(primals, tangents, tangent_grad=True, module=module)
-    unrounded = outputs.t_o if outputs.t_o_acc is None else outputs.t_o_acc
+    unrounded = outputs.t_o if outputs.t_o_rest is None else outputs.t_o.float() + outputs.t_o_rest.float() / 256
     return relative_error(unrounded, t_truth), relative_error(outputs.t_o, t_truth)
 
 
