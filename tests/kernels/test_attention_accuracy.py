@@ -72,9 +72,9 @@ def test_common_modes_in_float32(t_k_offset: float, cap: float) -> None:
     assert max(tangent_errors(kernel, primals, tangents)) < cap
 
 
-STEP = "step = tl.sum(e * z, 1) / tl.maximum(e_sum, LIVE)"
+STEP = "step = tl.sum(e * z, 1) / at_least(e_sum, LIVE)"
 ROUNDED_SUM = "tl.sum(h_low.to(tl.float32), 1)"
-MEAN = "t_o = add_scaled_rows(scale_rows(a, inverse), -h_dot * inverse, o)"
+MEAN = "a = add_scaled_rows(scale_rows(a, inverse), -h_dot * inverse, o)"
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ MEAN = "t_o = add_scaled_rows(scale_rows(a, inverse), -h_dot * inverse, o)"
     [
         (STEP, "step = tl.zeros_like(rho)", 0, 50),
         (ROUNDED_SUM, "tl.sum(e * (z - step[:, None]), 1)", 3, 1.5),
-        (MEAN, "t_o = scale_rows(a, inverse)", 3, 1.5),
+        (MEAN, "a = scale_rows(a, inverse)", 3, 1.5),
     ],
     ids=["centring", "the sum of the rounded H", "its use"],
 )
