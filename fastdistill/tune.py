@@ -106,24 +106,23 @@ def call_of(case: Case, device: str, batch: int, heads: int = HEADS, seed: int =
     return Call((*primals, *tangents, mask, t_mask), options)
 
 
-def results_of(call: Call, implementation: Any, tangent_grad: bool = True) -> Tensors:
-    """(o, t_o, lse, mu), with o and t_o as exact as they are kept."""
-    o, t_o, lse, mu, o_acc, t_o_acc = implementation.attention_forward(
-        *call.tensors, **call.options, tangent_grad=tangent_grad and any(t is not None for t in call.tensors[3:6])
-    )
-    return (o if o_acc is None else o_acc, t_o if t_o_acc is None else t_o_acc, lse, mu)
+def results_of(call: Call, implementation: Any, grad: bool = True) -> Tensors:
+    """(o, t_o, lse, mu, o_rest, t_o_rest): with what the backward of a 16-bit call needs besides, unless not `grad`."""
+    options = {**call.options, "tangent_grad": grad and any(t is not None for t in call.tensors[3:6]), "grad": grad}
+    results: Tensors = implementation.attention_forward(*call.tensors, **options)
+    return results
 
 
 def gradients_of(case: Case, call: Call, results: Tensors, implementation: Any, of_mask: bool = False) -> Tensors:
     """The gradients that the case's kernel computes, of the sum of o and, where there are tangents, that of t_o."""
     mixed, dtype = bool(case.tangents), case.dtype
-    o, t_o, lse, mu = results if mixed else (results[0], None, results[2], None)
+    o, t_o, lse, mu, *rests = results if mixed else (results[0], None, results[2], None, results[4], None)
     do, dt_o = (None if x is None else torch.ones_like(x, dtype=dtype) for x in (o, t_o))
     wanted = "kv" if case.kernel == "backward_kv" else "qm" if of_mask else "q"
     needs = [name in wanted for name in "qkvm"] + [name in wanted and name in case.tangents for name in "qkvm"]
     tensors = call.tensors if mixed else (*call.tensors[:3], None, None, None, call.tensors[6], None)
     gradients: Tensors = implementation.attention_backward(
-        do, dt_o, None, None, *tensors, o, t_o, lse, mu, **call.options, needs=tuple(needs)
+        do, dt_o, None, None, *tensors, o, t_o, lse, mu, **call.options, needs=tuple(needs), rests=tuple(rests)
     )
     return gradients
 
@@ -237,10 +236,10 @@ def compiled(case: Case, arch: int, config: Config, *, costliest: bool = False, 
         call.options.update(window=(64, 8), lower_right=True)
     with compiling() as kernels, configs.forced(arch, {case.kernel: config}):
         if case.kernel == "forward":
-            results_of(call, attention, tangent_grad=costliest)
+            results_of(call, attention, grad=costliest)
         else:
             o, lse = torch.empty(shape, device="meta"), torch.empty(shape[:3], device="meta")
-            saved = (o, o, lse, lse) if case.tangents else (o, None, lse, None)
+            saved = (o, o, lse, lse, None, None) if case.tangents else (o, None, lse, None, None, None)
             gradients_of(case, call, saved, attention, of_mask=costliest and case.mask == "mask")
     return kernels if case.kernel == "forward" else kernels[1:]  # without the pre-pass over rows
 
@@ -323,7 +322,7 @@ class GPU:
         call, results = self._ready[1]
         with configs.forced(self.arch, {case.kernel: config}):
             if results is None:
-                return statistics.median(cuda_times(lambda: results_of(call, attention, tangent_grad=False)))
+                return statistics.median(cuda_times(lambda: results_of(call, attention, grad=False)))
             return statistics.median(cuda_times(lambda: gradients_of(case, call, results, attention)))
 
     def fault(self, case: Case, config: Config) -> str | None:

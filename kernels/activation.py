@@ -227,7 +227,7 @@ def _backward_kernel(
 @triton.jit
 def _derivatives(x, KIND: tl.constexpr):
     """phi, phi' and phi'' at x; the compiler drops what is not used."""
-    near = tl.minimum(tl.maximum(x, -FAR), FAR)
+    near = tl.where(x < -FAR, -FAR, tl.where(x > FAR, FAR, x))  # NaN stays NaN
     if KIND == "gelu":
         p = 0.5 + 0.5 * tl.erf(x * SQRT_HALF)
         density = PDF_0 * tl.exp(-0.5 * near * near)

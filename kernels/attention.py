@@ -26,9 +26,10 @@ from .tiles import (
     add_pair,
     add_scaled_rows,
     as_operand,
+    at_least,
     load_rows,
     scale_rows,
-    store_rows,
+    store_with_rests,
     zeros,
 )
 
@@ -41,14 +42,14 @@ LIVE = tl.constexpr(0.5)  # a query that sees a key has a rowsum E of 1 or more,
 
 
 class Outputs(NamedTuple):
-    """What the kernel writes, contiguous. None is not wanted."""
+    """What the kernel writes, contiguous; o_rest and t_o_rest as `rests` says. None is not wanted."""
 
     o: Tensor
     t_o: Tensor | None
     lse: Tensor
     mu: Tensor | None
-    o_acc: Tensor | None
-    t_o_acc: Tensor | None
+    o_rest: Tensor | None
+    t_o_rest: Tensor | None
 
 
 def attention_forward(
@@ -66,8 +67,9 @@ def attention_forward(
     cu_seqlens: tuple[Tensor, Tensor, int, int] | None,
     scale: float,
     tangent_grad: bool,
+    grad: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Softmax attention and its tangent: (o, t_o, lse, mu, o_acc, t_o_acc).
+    """Softmax attention and its tangent: (o, t_o, lse, mu, o_rest, t_o_rest).
 
     q (B, H, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv) in float32, bfloat16 or float16, any strides, D and Dv up to
     256, Hkv dividing H. Tangents have their primal's shape and dtype; None is a zero whose loads and matmuls are left
@@ -78,17 +80,17 @@ def attention_forward(
     cu_seqlens (cu_n, cu_m, max_n, max_m): B = 1, and sequence z of those packed in it has the queries from cu_n[z] to
     cu_n[z + 1] - 1 and the keys from cu_m[z] to cu_m[z + 1] - 1 (int32 tensors), at most max_n and max_m of them.
 
-    o, t_o (B, H, N, Dv) are contiguous, in q's dtype; lse and its tangent mu (B, H, N) are float32. o_acc and t_o_acc
-    are o and t_o before rounding, for tangent_grad in 16 bits only. Without any tangent all but o and lse are None. A
-    query that sees no key, or lies in no sequence, has o = t_o = 0, lse = -inf, mu = 0.
+    o, t_o (B, H, N, Dv) are contiguous, in q's dtype; lse and its tangent mu (B, H, N) are float32. Without any tangent
+    t_o and mu are None. In 16 bits o_rest, t_o_rest are what rounding took from o and t_o (see `rests`), for the
+    backward: the one with `grad`, the other if `tangent_grad` too. A query that sees no key, or lies in no sequence,
+    has o = t_o = 0, lse = -inf, mu = 0.
 
     Equivalent to: torch.func.jvp of softmax(scale * q @ k.mT + attn_mask) @ v.
     Raises TypeError for another dtype; ValueError for a wider head or a t_attn_mask without a float attn_mask.
     """
     check(q, v, attn_mask, t_attn_mask)
     any_tangent = any(t is not None for t in (t_q, t_k, t_v, t_attn_mask))
-    keep_acc = any_tangent and tangent_grad and q.dtype != torch.float32
-    outputs = allocate(q, v, any_tangent, keep_acc, packed=cu_seqlens is not None)
+    outputs = allocate(q, v, any_tangent, grad, grad and tangent_grad, packed=cu_seqlens is not None)
     if outputs.lse.numel():
         launch = plan(
             q, k, v, t_q, t_k, t_v, attn_mask, t_attn_mask, outputs,
@@ -99,9 +101,11 @@ def attention_forward(
     return outputs
 
 
-def allocate(q: Tensor, v: Tensor, any_tangent: bool, keep_acc: bool, packed: bool = False) -> Outputs:
+def allocate(
+    q: Tensor, v: Tensor, any_tangent: bool, grad: bool = False, tangent_grad: bool = False, packed: bool = False
+) -> Outputs:
     """Outputs of which the kernel writes every element; if packed, those of rows in no sequence are there already."""
-    rows, shape = q.shape[:3], (*q.shape[:3], v.shape[3])
+    rows, shape, rounded = q.shape[:3], (*q.shape[:3], v.shape[3]), q.dtype != torch.float32
 
     def new(shape: tuple[int, ...], dtype: torch.dtype, value: float = 0.0) -> Tensor:
         if packed:
@@ -113,8 +117,8 @@ def allocate(q: Tensor, v: Tensor, any_tangent: bool, keep_acc: bool, packed: bo
         t_o=new(shape, q.dtype) if any_tangent else None,
         lse=new(rows, torch.float32, -math.inf),
         mu=new(rows, torch.float32) if any_tangent else None,
-        o_acc=new(shape, torch.float32) if keep_acc else None,
-        t_o_acc=new(shape, torch.float32) if keep_acc else None,
+        o_rest=new(shape, q.dtype) if grad and rounded else None,
+        t_o_rest=new(shape, q.dtype) if tangent_grad and any_tangent and rounded else None,
     )
 
 
@@ -210,24 +214,22 @@ def _attention_kernel(
         D, D_V, UNIT, PRECISION, BLOCK_N, BLOCK_M, STREAM,
     )  # fmt: skip
 
-    inverse = 1 / tl.maximum(e_dot, LIVE)
-    lse = (m + tl.log2(tl.maximum(e_sum, LIVE))) * LN_2
+    inverse = 1 / at_least(e_dot, LIVE)
+    lse = (m + tl.log2(at_least(e_sum, LIVE))) * LN_2
     if IN.mask is not None:
         lse = tl.where(lse < LOWEST / 2.1, lowest_float(IN.mask.ptr.dtype.element_ty), lse)  # see `_add_mask`
     lse = tl.where(e_sum < LIVE, float("-inf"), lse)
     first = first_row(P, b, h, first_n + start_n)
     rows, live_n = first + tl.arange(0, BLOCK_N), start_n + tl.arange(0, BLOCK_N) < N
+    # In this order no shipped config spills registers.
     o = scale_rows(o, inverse)
-    store_rows(OUT.o, first, live_n, o, D_V, STREAM)
-    tl.store(OUT.lse + rows, lse, mask=live_n)
-    if OUT.o_acc is not None:
-        store_rows(OUT.o_acc, first, live_n, o, D_V, STREAM)
     if OUT.t_o is not None:
-        t_o = add_scaled_rows(scale_rows(a, inverse), -h_dot * inverse, o)
-        store_rows(OUT.t_o, first, live_n, t_o, D_V, STREAM)
+        a = add_scaled_rows(scale_rows(a, inverse), -h_dot * inverse, o)  # t_o
+    tl.store(OUT.lse + rows, lse, mask=live_n)
+    store_with_rests(OUT.o, OUT.o_rest, first, live_n, o, D_V, STREAM)
+    if OUT.t_o is not None:
         tl.store(OUT.mu + rows, rho, mask=live_n)
-        if OUT.t_o_acc is not None:
-            store_rows(OUT.t_o_acc, first, live_n, t_o, D_V, STREAM)
+        store_with_rests(OUT.t_o, OUT.t_o_rest, first, live_n, a, D_V, STREAM)
 
 
 @triton.jit
@@ -304,7 +306,7 @@ def _sweep(
                 t = t * scale + _load_mask(IN.t_mask, b, h, offs_n, live_n, offs_m, live_m).to(tl.float32)
                 t_unit = 1.0
             z = t * t_unit - rho[:, None]
-            step = tl.sum(e * z, 1) / tl.maximum(e_sum, LIVE)
+            step = tl.sum(e * z, 1) / at_least(e_sum, LIVE)
             rho += step
             h_low = as_operand(e * (z - step[:, None]), q, PRECISION)  # (BLOCK_N, BLOCK_M)
             h_dot = (h_dot - step * e_dot) * decay + tl.sum(h_low.to(tl.float32), 1)
@@ -334,7 +336,7 @@ def _add_mask(s, MASK, b, h, offs_n, live_n, offs_m, live_m):
     else:
         # A row of finfo.min is not dead, all its keys weigh the same: the change of units must not make it -inf. What
         # is as low as that counts as LOWEST / 2, until the kernel has an lse, which is finfo.min.
-        bias = tl.maximum(mask.to(tl.float32), LOWEST / 2) * LOG2_E
+        bias = at_least(mask.to(tl.float32), LOWEST / 2) * LOG2_E
         return s + tl.where(mask == float("-inf"), float("-inf"), bias)
 
 

@@ -86,18 +86,20 @@ def attention_backward(
     cu_seqlens: tuple[Tensor, Tensor, int, int] | None,
     scale: float,
     needs: tuple[bool, ...],
+    rests: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor | None, ...]:
     """(dq, dk, dv, d_attn_mask, dt_q, dt_k, dt_v, dt_attn_mask), contiguous, each in its primal's dtype.
 
     do, dt_o, d_lse, d_mu are cotangents of attention_forward's o, t_o, lse, mu; None is zero. The inputs are as there,
-    and o, t_o its results, unrounded where it kept them so (o_acc, t_o_acc). `needs` says which gradients are wanted:
-    the others are None, and so is that of a bool mask or an absent tangent. A query that sees no key passes nothing on.
+    o, t_o and rests its results: (o_rest, t_o_rest), without which 16-bit gradients suffer from the rounding of o.
+    `needs` says which gradients are wanted: the others are None, and so is that of a bool mask or an absent tangent. A
+    query that sees no key passes nothing on.
 
     Equivalent to: torch.autograd.grad of sum(do * o) + sum(dt_o * t_o) + sum(d_lse * lse) + sum(d_mu * mu).
     """
     task, gradients = prepare(
         (do, dt_o, d_lse, d_mu), (q, k, v, attn_mask), (t_q, t_k, t_v, t_attn_mask), (o, t_o, lse, mu),
-        window=window, lower_right=lower_right, cu_seqlens=cu_seqlens, scale=scale, needs=needs,
+        window=window, lower_right=lower_right, cu_seqlens=cu_seqlens, scale=scale, needs=needs, rests=rests,
     )  # fmt: skip
     if task is not None:
         perform(task)
@@ -128,6 +130,7 @@ def prepare(
     cu_seqlens: tuple[Tensor, Tensor, int, int] | None,
     scale: float,
     needs: tuple[bool, ...],
+    rests: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Task | None, Gradients]:
     """The kernels' task, None where there is nothing to do, and all gradients, zero where no kernel writes them."""
     (do, dt_o, d_lse, d_mu), (q, k, v, mask), (o, t_o, lse, mu) = cotangents, primals, saved
@@ -145,13 +148,13 @@ def prepare(
 
     moves = any(x is not None for x in (t_q, t_k, t_mask))
     biased = mask is not None and mask.dtype != torch.bool
-    unit = stride_unit(q, k, v, t_q, t_k, t_v, do, dt_o, o, t_o)
+    unit = stride_unit(q, k, v, t_q, t_k, t_v, do, dt_o, o, t_o, *rests)
     lse, d_lse, d_mu, mu = (None if x is None else x.contiguous() for x in (lse, d_lse, d_mu, mu))
     task = Task(
         primals=primals,
         tangents=asked,
         cotangents=(do, dt_o),
-        saved=Saved._make([strided(o, unit), strided(t_o, unit), lse, d_lse, d_mu]),
+        saved=Saved._make([*(strided(x, unit) for x in (o, t_o, *rests)), lse, d_lse, d_mu]),
         rows=Rows(
             lse=torch.empty_like(lse),
             rest=torch.empty_like(lse) if biased else None,

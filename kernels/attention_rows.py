@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .attention_tile import LOG2_E, LOWEST, indices, logits, seen
 from .geometry import band, first_row, locate, visible
-from .tiles import Strided, add_cross, load_rows
+from .tiles import Strided, add_cross, at_least, load_rows, with_rests
 
 FAR = tl.constexpr(1024.0)  # an |lse| beyond which float32 holds too few digits of it
 
@@ -22,6 +22,8 @@ class Saved(NamedTuple):
 
     o: Strided
     t_o: Strided | None
+    o_rest: Strided | None
+    t_o_rest: Strided | None
     lse: Tensor
     d_lse: Tensor | None
     d_mu: Tensor | None
@@ -43,7 +45,7 @@ def rows_kernel(
 
     saved = tl.load(SAVED.lse + rows, mask=live, other=float("-inf"))
     dead = saved == float("-inf")
-    lse = tl.where(dead, float("inf"), tl.maximum(saved, LOWEST / 2) * LOG2_E)
+    lse = tl.where(dead, float("inf"), at_least(saved, LOWEST / 2) * LOG2_E)
     if ROWS.rest is not None:
         rest = tl.zeros([BLOCK_N], tl.float32)
         far = (tl.abs(saved) > FAR) & ~dead
@@ -54,7 +56,7 @@ def rows_kernel(
         tl.store(ROWS.rest + rows, rest, mask=live)
     tl.store(ROWS.lse + rows, lse, mask=live)
 
-    o = load_rows(SAVED.o, b, h, origin, start, P.rows, BLOCK_N, D_V, UNIT)
+    o = _load_unrounded(SAVED.o, SAVED.o_rest, b, h, origin, start, P.rows, BLOCK_N, D_V, UNIT)
     delta = tl.zeros([BLOCK_N], tl.float32)
     if CO.do is not None:
         delta = _add_row_dot(delta, load_rows(CO.do, b, h, origin, start, P.rows, BLOCK_N, D_V, UNIT), o)
@@ -63,7 +65,8 @@ def rows_kernel(
     delta_t = tl.zeros([BLOCK_N], tl.float32)
     if CO.dt_o is not None:
         dt_o = load_rows(CO.dt_o, b, h, origin, start, P.rows, BLOCK_N, D_V, UNIT)
-        delta = _add_row_dot(delta, dt_o, load_rows(SAVED.t_o, b, h, origin, start, P.rows, BLOCK_N, D_V, UNIT))
+        t_o = _load_unrounded(SAVED.t_o, SAVED.t_o_rest, b, h, origin, start, P.rows, BLOCK_N, D_V, UNIT)
+        delta = _add_row_dot(delta, dt_o, t_o)
         delta_t = _add_row_dot(delta_t, dt_o, o)
     if SAVED.d_mu is not None:
         delta_t -= tl.load(SAVED.d_mu + rows, mask=live, other=0.0)
@@ -73,10 +76,21 @@ def rows_kernel(
 
 
 @triton.jit
+def _load_unrounded(
+    x, rest, b, h, first, start, n, ROWS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr
+):  # fmt: skip
+    """Rows of x in float32, with what rounding took from them where the forward kept it."""
+    rest_rows = None
+    if rest is not None:
+        rest_rows = load_rows(rest, b, h, first, start, n, ROWS, D, UNIT)
+    return with_rests(load_rows(x, b, h, first, start, n, ROWS, D, UNIT), rest_rows)
+
+
+@triton.jit
 def _add_row_dot(acc, x, y):
     """acc + rowsum(x∘y)."""
     for i in tl.static_range(len(x)):
-        acc += tl.sum(x[i].to(tl.float32) * y[i].to(tl.float32), 1)
+        acc += tl.sum(x[i].to(tl.float32) * y[i], 1)
     return acc
 
 
@@ -102,4 +116,4 @@ def _sum_rows(
         top_new = tl.maximum(top, tl.max(s, 1))
         total = total * tl.exp2(top - top_new) + tl.sum(tl.exp2(s - top_new[:, None]), 1)
         top = top_new
-    return top, tl.log2(tl.maximum(total, 0.5))  # 1 or more, but in dead rows
+    return top, tl.log2(at_least(total, 0.5))  # 1 or more, but in dead rows

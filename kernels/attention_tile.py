@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .geometry import first_row
-from .tiles import Described, Strided, add_cross, add_crosses, add_pair, as_operand, load_rows, store_rows
+from .tiles import Described, Strided, add_cross, add_crosses, add_pair, as_operand, at_least, load_rows, store_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)  # below every logit but -inf
@@ -116,7 +116,7 @@ def logits(s, IN, at, scale):
         else:
             mask = _load_mask(IN.mask, at, float("-inf"))
             # A row of finfo.min is not dead: the change of units must not make it -inf.
-            bias = tl.maximum(mask.to(tl.float32), LOWEST / 2) * LOG2_E
+            bias = at_least(mask.to(tl.float32), LOWEST / 2) * LOG2_E
             s += tl.where((mask == float("-inf")) | (i >= n), float("-inf"), bias)
     return s
 

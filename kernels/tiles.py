@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+REST = tl.constexpr(256.0)  # keeps what rounding took from a small float16 clear of the subnormal numbers
+
 
 class Strided(NamedTuple):
     """A 4-D tensor as a kernel receives it: pointer, then strides, all but the last in units of UNIT elements."""
@@ -161,6 +163,18 @@ def store_rows(ptr, first_row, live, x, D: tl.constexpr, STREAM: tl.constexpr = 
 
 
 @triton.jit
+def store_with_rests(ptr, rest, first_row, live, x, D: tl.constexpr, STREAM: tl.constexpr):
+    """The same, and to `rest`, unless it is None, what rounding takes from x, times REST: in float32, exactly."""
+    PARTS: tl.constexpr = column_parts(D, STREAM)
+    for i in tl.static_range(len(PARTS)):
+        low = x[i].to(ptr.dtype.element_ty)
+        _store_part(ptr + first_row * D, live, low, PARTS[i][0], PARTS[i][1], D)
+        if rest is not None:
+            taken = x[i] * REST - low.to(tl.float32) * REST
+            _store_part(rest + first_row * D, live, taken, PARTS[i][0], PARTS[i][1], D)
+
+
+@triton.jit
 def _store_part(ptr, live, x, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
     rows = tl.arange(0, live.shape[0])
     cols = FIRST + tl.arange(0, WIDTH)
@@ -168,6 +182,18 @@ def _store_part(ptr, live, x, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.co
     if FIRST + WIDTH > D:
         mask = mask & (cols[None, :] < D)
     tl.store(ptr + rows[:, None] * D + cols[None, :], x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def with_rests(x, rest):
+    """Rounded x as float32, and what rounding took from it; a rest of None is zero."""
+    tile = ()
+    for i in tl.static_range(len(x)):
+        if rest is None:
+            tile = tile + (x[i].to(tl.float32),)
+        else:
+            tile = tile + (x[i].to(tl.float32) + rest[i].to(tl.float32) * (1 / REST),)
+    return tile
 
 
 @triton.jit
@@ -260,6 +286,12 @@ def as_operand(x, other, PRECISION: tl.constexpr):
 def _element_type(dtype: Any) -> Any:
     """Of a tile, or of the pointers to it."""
     return dtype.element_ty if dtype.is_ptr() else dtype
+
+
+@triton.jit
+def at_least(x, least):
+    """The larger of the two; NaN stays NaN, which `tl.maximum` by itself would replace."""
+    return tl.maximum(x, least, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -61,8 +61,10 @@ def run(
     options = {"window": window, "lower_right": lower_right, "cu_seqlens": cu_seqlens}
     options["scale"] = q.shape[-1] ** -0.5 if scale is None else scale
     if descriptors is None:
-        return kernel.Outputs(*module.attention_forward(*tensors, **options, tangent_grad=tangent_grad))
-    outputs = module.allocate(q, v, any_tangent=bool(tangents), keep_acc=False)
+        return kernel.Outputs(
+            *module.attention_forward(*tensors, **options, tangent_grad=tangent_grad, grad=tangent_grad)
+        )
+    outputs = module.allocate(q, v, any_tangent=bool(tangents))
     launch = module.plan(*tensors, outputs, **options, descriptors=descriptors)
     module._attention_kernel[launch.grid](*launch.args, **launch.options)
     return outputs

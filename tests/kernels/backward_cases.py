@@ -45,13 +45,16 @@ def run_backward(
     moved = [tangents.get(name) for name in "qkv"]
     options: dict[str, Any] = {"window": window, "lower_right": lower_right, "cu_seqlens": cu_seqlens}
     options["scale"] = q.shape[-1] ** -0.5 if scale is None else scale
-    o, t_o, lse, mu, o_acc, t_o_acc = attention.attention_forward(q, k, v, *moved, *masks, **options, tangent_grad=True)
-    saved = (o if o_acc is None else o_acc, t_o if t_o_acc is None else t_o_acc, lse, mu)
+    inputs = (q, k, v, *moved, *masks)
+    *saved, o_rest, t_o_rest = attention.attention_forward(*inputs, **options, tangent_grad=True, grad=True)
+    rests = (o_rest, t_o_rest)
     sides = tuple(cotangents.get(name) for name in ("do", "dt_o", "d_lse", "d_mu"))
     if descriptors is None:
-        gradients = kernel.attention_backward(*sides, q, k, v, *moved, *masks, *saved, **options, needs=needs)
+        gradients = kernel.attention_backward(*sides, *inputs, *saved, **options, needs=needs, rests=rests)
     else:
-        task, gradients = kernel.prepare(sides, (q, k, v, masks[0]), (*moved, masks[1]), saved, **options, needs=needs)
+        task, gradients = kernel.prepare(
+            sides, (q, k, v, masks[0]), (*moved, masks[1]), saved, **options, needs=needs, rests=rests
+        )
         kernel.perform(task, descriptors)
     return dict(zip(NAMES, gradients, strict=True))
 

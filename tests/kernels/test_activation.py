@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -162,3 +163,16 @@ def test_the_public_op_runs_the_kernels_both_ways(op: str) -> None:
 
     ours = mixed(lambda gate, up: getattr(fd, op)(gate, up, impl="triton"))
     torch.testing.assert_close(ours, mixed(getattr(reference, op)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, which the interpreter computes with, warns of NaN
+@pytest.mark.parametrize("kind", PHI)
+def test_nan_stays_nan(kind: str) -> None:
+    """In y, t_y and all gradients, at this entry and nowhere else."""
+    primals, tangents = inputs(shape=(1, 8))
+    primals["x"][0, 3] = math.nan
+    outputs = kernel.activation_forward(*pairs(primals, tangents), kind=kind)
+    cotangents = [torch.ones_like(x) for x in outputs]
+    gradients = kernel.activation_backward(*cotangents, *pairs(primals, tangents), kind=kind, needs=(True,) * 4)
+    for x in (*outputs, *gradients):
+        assert x.isnan().nonzero().tolist() == [[0, 3]]

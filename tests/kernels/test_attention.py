@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastdistill import reference
 from fastdistill.kernels import arguments
+from fastdistill.kernels.attention import attention_forward
 from fastdistill.testing import cast, reference_jvp, relative_error
 from tests.kernels.attention_cases import SUBSETS, Tensors, check, inputs, normal, run
 from tests.kernels.device import DEVICE
@@ -143,15 +144,38 @@ def test_offsets_have_64_bits(name: str, dim: int, tmp_path: Path) -> None:
     assert torch.equal(outputs.o, expected.o) and torch.equal(outputs.t_o, expected.t_o)
 
 
-def test_the_accumulators_are_returned_unrounded() -> None:
-    """For the backward of a tangent in 16 bits: float32, and equal to o and t_o once rounded."""
-    outputs = run(*inputs(n=20, m=40, d=16, dtype=torch.float16), tangent_grad=True)
-    assert outputs.o_acc.dtype == outputs.t_o_acc.dtype == torch.float32
-    assert torch.equal(outputs.o_acc.half(), outputs.o) and torch.equal(outputs.t_o_acc.half(), outputs.t_o)
-    assert not torch.equal(outputs.t_o_acc, outputs.t_o.float())
-    for primals, tangents in (inputs(n=4, d=16), inputs("", n=4, d=16, dtype=torch.float16)):
-        unneeded = run(primals, tangents, tangent_grad=True)
-        assert unneeded.o_acc is None and unneeded.t_o_acc is None
+@pytest.mark.parametrize("factor", [1.0, 1e-4], ids=["normal", "subnormal"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_what_rounding_took_is_kept_for_the_backward(dtype: torch.dtype, factor: float) -> None:
+    """Number and rest together are as good as float32 of 16 bits, or of 22, however small they are.
+
+    All keys are alike, so that o and t_o are plain means of v and t_v, which no rounding of P or H touches.
+    """
+    primals, tangents = inputs("v", n=20, m=3, d=16, dtype=dtype)
+    primals["k"] = primals["k"][:, :, :1].expand(primals["k"].shape)
+    primals["v"], tangents["v"] = primals["v"] * factor, tangents["v"] * factor
+    outputs = run(primals, tangents, tangent_grad=True)
+    assert outputs.o_rest.dtype == outputs.t_o_rest.dtype == dtype
+    for name, values in (("o", primals["v"]), ("t_o", tangents["v"])):
+        truth = values.double().mean(2, keepdim=True).expand(1, 1, 20, 16)
+        low, rest = getattr(outputs, name).double(), getattr(outputs, f"{name}_rest").double()
+        assert relative_error(low + rest / 256, truth) < torch.finfo(dtype).eps ** 2 * 2
+        assert relative_error(low, truth) > torch.finfo(dtype).eps / 20
+
+
+def test_no_rest_is_kept_where_none_is_needed() -> None:
+    """Of float32, of a tangent that isn't there or isn't differentiated, and where no gradient may follow."""
+    low = {"n": 4, "d": 16, "dtype": torch.float16}
+    assert run(*inputs(n=4, d=16), tangent_grad=True)[4:] == (None, None)
+    assert run(*inputs(**low))[4:] == (None, None)
+    for given, tangent_grad in (("", True), ("qkv", False)):
+        primals, tangents = inputs(given, **low)
+        q, k, v, *moved = (*primals.values(), *map(tangents.get, "qkv"))
+        o_rest, t_o_rest = attention_forward(
+            q, k, v, *moved, None, None, window=(-1, -1), lower_right=False, cu_seqlens=None, scale=0.25,
+            tangent_grad=tangent_grad, grad=True,
+        )[4:]  # fmt: skip
+        assert o_rest is not None and t_o_rest is None
 
 
 def test_the_tangent_is_linear_in_its_direction() -> None:

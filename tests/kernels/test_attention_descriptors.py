@@ -58,7 +58,7 @@ def test_a_gpu_with_tma_gets_them_by_default() -> None:
     """Packed sequences don't, for a tile of one would reach into the next; pointers come with the tiles of sm_80."""
     primals, _ = inputs(n=8, d=64, dtype=torch.float16)
     tensors = (*primals.values(), None, None, None, None, None)
-    outputs = kernel.allocate(primals["q"], primals["v"], any_tangent=False, keep_acc=False)
+    outputs = kernel.allocate(primals["q"], primals["v"], any_tangent=False)
     cu = torch.tensor([0, 8], dtype=torch.int32)
     options = {"window": (-1, -1), "lower_right": False, "scale": 1.0}
     with configs.forced(90, {}):

@@ -40,8 +40,9 @@ def attention_forward(
     cu_seqlens: tuple[Tensor, Tensor, int, int] | None,
     scale: float,
     tangent_grad: bool,
+    grad: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, None, None]:
-    """Attention and its tangent: (o, t_o, lse, mu, o_acc, t_o_acc).
+    """Attention and its tangent: (o, t_o, lse, mu, o_rest, t_o_rest).
 
     q (B, H, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv), any strides; masks expanded to (B, H, N, M). Query i sees the
     keys i + shift - left ... i + shift + right of `window` (left, right), -1 being no limit; shift is M - N if
@@ -49,8 +50,9 @@ def attention_forward(
     the queries cu_n[z] ... cu_n[z + 1] - 1 and the keys cu_m[z] ... cu_m[z + 1] - 1, and a window of its own.
 
     o, t_o (B, H, N, Dv) are in q's dtype; lse, mu (B, H, N) in float32 (float64 for float64). t_o and mu are None
-    without any tangent. o_acc and t_o_acc, what a backward may need of o and t_o beyond their dtype, are always None,
-    whatever `tangent_grad`: the backward below needs nothing. A row that sees no key has o = t_o = mu = 0, lse = -inf.
+    without any tangent. o_rest and t_o_rest, what a backward may need of o and t_o beyond their dtype, are always None,
+    whatever `grad` and `tangent_grad`: the backward below needs nothing. A row that sees no key has o = t_o = mu = 0
+    and lse = -inf.
 
     Equivalent to: `torch.func.jvp` of `reference.attention` and `reference.attention_lse`, a sequence at a time.
     """
@@ -110,13 +112,14 @@ def attention_backward(
     cu_seqlens: tuple[Tensor, Tensor, int, int] | None,
     scale: float,
     needs: tuple[bool, ...],
+    rests: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor | None, ...]:
     """Gradients of <do, o> + <dt_o, t_o> + <d_lse, lse> + <d_mu, mu>: (dq, dk, dv, d_attn_mask, dt_q, ...).
 
     `needs` says which of the eight, in that order; the others are None. An absent cotangent is zero; without dt_o and
     d_mu this is the primal backward, and no tangent is read. Gradients of masks, (B, H, N, M), are the only tensors
-    that grow with N M. o, t_o, lse and mu serve implementations that see a tile of the keys at a time. Here a block
-    sees all its keys and takes those sums again, so they carry no rounding of a stored result.
+    that grow with N M. o, t_o, lse, mu and rests serve implementations that see a tile of the keys at a time. Here a
+    block sees all its keys and takes those sums again, so they carry no rounding of a stored result.
     """
     mixed = dt_o is not None or d_mu is not None
     if mixed:

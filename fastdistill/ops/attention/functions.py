@@ -42,7 +42,8 @@ def scaled_dot_product_attention(
     Under `torch.func.jvp`, `torch.autograd.forward_ad` or `fastdistill.jvp`, primal and tangent come from one fused
     pass, and no (N, M) matrix is stored, forward, backward, or in the tangent of a gradient that keeps no graph. (Two
     things do need one: the gradient of a float mask, and other second derivatives.) Without tangents it is PyTorch's
-    own op, where that can do what is asked.
+    own op, where that can do what is asked. On a CPU 16-bit calls that may need a gradient are ours too: PyTorch's
+    kernel there loses accuracy with large logits.
 
     Args:
         query: (..., N, D), at least two dimensions, the third from the end being the heads H; float64, float32,
@@ -101,7 +102,7 @@ def scaled_dot_product_attention(
             )
         return _with_dropout(query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     factor = arguments.scale_of(q, scale)
-    attrs = (*band, factor, return_lse or centre, impl)
+    attrs = (*band, factor, return_lse or centre, tangent_graph.may_need_grad(primals), impl)
     out, lse = ATTENTION(primals, attrs, tangent_graph.tangent_grad())
     assert out is not None
     if lse is None:
@@ -172,8 +173,9 @@ def attention_jvp(
     if centre:
         (k, v, means), (t_k, t_v, t_means) = centring.centred(k, v), centring.centred(t_k, t_v)
     factor = arguments.scale_of(q, scale)
-    attrs = (*band, factor, return_lse, impl)
-    (out, lse), (t_out, t_lse) = ATTENTION.pair((q, k, v, mask), (t_q, t_k, t_v, t_mask), attrs, tangent_grad)
+    primals, tangents = (q, k, v, mask), (t_q, t_k, t_v, t_mask)
+    attrs = (*band, factor, return_lse, tangent_graph.may_need_grad((*primals, *tangents)), impl)
+    (out, lse), (t_out, t_lse) = ATTENTION.pair(primals, tangents, attrs, tangent_grad)
     out, t_out = to.unfolded(means.restore(out, lse)), to.unfolded(t_means.restore(t_out, lse))
     if not return_lse:
         return out, t_out

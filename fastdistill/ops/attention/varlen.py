@@ -66,7 +66,8 @@ def varlen_attention(
         key, value, means = centring.centred(key, value, tokens=-3, live=live)
     query, key, value = arguments.lowered(query, key, value)
     primals = arguments.checked_packed(query, key, value, cu_seq_q, cu_seq_k, (max_q, max_k), enable_gqa)
-    attrs = _attrs(query, max_q, max_k, scale, window_size, align, return_lse or centre, impl)
+    grad = tangent_graph.may_need_grad(primals)
+    attrs = _attrs(query, max_q, max_k, scale, window_size, align, return_lse or centre, grad, impl)
     out, lse = VARLEN(primals, attrs, tangent_graph.tangent_grad())
     assert out is not None
     if lse is not None:
@@ -108,18 +109,27 @@ def varlen_attention_jvp(
     primals = arguments.checked_packed(q, k, v, cu_seq_q, cu_seq_k, (max_q, max_k), enable_gqa)
     given = checks.checked_tangents([("q", q, t_q), ("k", k, t_k), ("v", v, t_v)], tangent_grad)
     tangents = [None if t is None else t.transpose(0, 1).unsqueeze(0) for t in given]
-    attrs = _attrs(q, max_q, max_k, scale, window_size, align, return_lse, impl)
+    grad = tangent_graph.may_need_grad((*primals, *tangents))
+    attrs = _attrs(q, max_q, max_k, scale, window_size, align, return_lse, grad, impl)
     (out, lse), (t_out, t_lse) = VARLEN.pair(primals, [*tangents, None, None], attrs, tangent_grad)
     results = (_tokens(out), _tokens(t_out))
     return (*results, lse[0], t_lse[0]) if return_lse else results
 
 
 def _attrs(
-    q: Tensor, max_q: int, max_k: int, scale: float | None, window_size: Any, align: str, with_lse: bool, impl: str
+    q: Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float | None,
+    window_size: Any,
+    align: str,
+    with_lse: bool,
+    grad: bool,
+    impl: str,
 ) -> tuple[Any, ...]:
     dispatch.check_impl(impl, q.device)
     band = arguments.band(window_size, False, align, square=False)
-    return (max_q, max_k, *band, arguments.scale_of(q, scale), with_lse, impl)
+    return (max_q, max_k, *band, arguments.scale_of(q, scale), with_lse, grad, impl)
 
 
 def _tokens(x: Tensor) -> Tensor:

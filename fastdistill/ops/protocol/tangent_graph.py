@@ -1,12 +1,13 @@
-"""Whether tangents keep a graph here: `fastdistill.jvp` says so for its thread and level."""
+"""Tell whether tangents keep a graph here, as `fastdistill.jvp` says for its thread, and whether gradients may follow."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from fastdistill.ops.protocol import compat
 
@@ -42,3 +43,11 @@ def tangent_grad() -> bool:
     if torch.compiler.is_compiling():
         return COMPILED not in _CONSTANT
     return _CONSTANT.get(threading.get_ident()) != compat.functorch_level()
+
+
+def may_need_grad(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a gradient may be asked of what is computed from these: yes, where a transform or a compiler hides it."""
+    if not torch.is_grad_enabled():
+        return False
+    hidden = torch.compiler.is_compiling() or compat.functorch_active()
+    return hidden or any(x is not None and x.requires_grad for x in tensors)

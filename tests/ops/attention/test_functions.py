@@ -158,7 +158,7 @@ def test_fake_results_have_the_shapes_dtypes_and_strides_of_real_ones(
 ) -> None:
     primals, tangents = points({"n": 5, "m": 7, "d": 16, "dv": 8, "layout": "bnhd"}, dtype)
     args = (*primals.values(), None, *(tangents[n] if n in given else None for n in NAMES), None)
-    args = (*args, -1, -1, False, 0.25, False, "torch", tangent_grad)
+    args = (*args, -1, -1, False, 0.25, False, True, "torch", tangent_grad)
     real = ATTENTION._dual(*args)
     with torch._subclasses.FakeTensorMode() as mode:
         faked = ATTENTION._fake_dual(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in args))
