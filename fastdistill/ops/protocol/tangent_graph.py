@@ -1,4 +1,4 @@
-"""Tell whether tangents keep a graph here, as `fastdistill.jvp` says for its thread, and whether gradients may follow."""
+"""Tell whether tangents keep a graph here, as `fastdistill.jvp` says for its thread, and if gradients may follow."""
 
 from __future__ import annotations
 
