@@ -11,6 +11,7 @@ from torch import Tensor
 import fastdistill as fd
 from fastdistill import reference
 from fastdistill.kernels import qk_norm_rope as kernel
+from fastdistill.ops.qk_norm_rope import eager
 from fastdistill.testing import make_qkv
 from tests.kernels.device import DEVICE
 from tests.ops.qk_norm_rope.eager_cases import ALL_NAMES, NAMES, Case, check, options, pairs, problem
@@ -136,8 +137,8 @@ def test_one_launch_does_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
     counted("_forward_kernel")
     counted("_backward_kernel")
-    monkeypatch.setattr("fastdistill.ops.qk_norm_rope.eager.qk_norm_rope_forward", None)
-    monkeypatch.setattr("fastdistill.ops.qk_norm_rope.eager.qk_norm_rope_backward", None)
+    monkeypatch.setattr(eager, "qk_norm_rope_forward", None)
+    monkeypatch.setattr(eager, "qk_norm_rope_backward", None)
     leaves = [x.requires_grad_() for seed in (0, 1) for x in make_qkv(n=5, d=16, device=DEVICE, seed=seed)[:2]]
     cos, sin = fd.rope_angles((5,), 16, device=DEVICE)
     w = torch.ones(16, device=DEVICE, requires_grad=True)
