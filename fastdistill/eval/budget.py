@@ -29,11 +29,12 @@ def counting_rows(net: nn.Module) -> Iterator[list[int]]:
     """Count the rows that go through networks of the type of `net`: one entry a call, whosever network it is."""
     kind, rows = type(net), []
 
-    def count(module: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any], _: Any) -> None:
+    def count(module: nn.Module, _: Any, out: Any) -> None:
         if type(module) is kind:
-            rows.append(len(arguments[0] if arguments else keywords["x"]))
+            rows.append(len(out[0] if isinstance(out, tuple) else out))
 
-    handle = nn.modules.module.register_module_forward_hook(count, with_kwargs=True)
+    # With `with_kwargs` PyTorch would keep a note of the hook when it is removed, of which torch.compile warns.
+    handle = nn.modules.module.register_module_forward_hook(count)
     try:
         yield rows
     finally:

@@ -218,7 +218,7 @@ def _try_objective(config: TrainConfig) -> None:
             batch=Batch(x0, x1, y, classes),
             generator=seed,
             seed=config.seed,
-            step=method.starts if isinstance(method, ScoreMethod) else 0,  # where all of it takes part
+            step=0,
             steps=config.steps,
             path=config.path.build(),
             teacher=net if config.teacher is not None else None,
@@ -229,9 +229,10 @@ def _try_objective(config: TrainConfig) -> None:
             perceptual=perceptual_of(config, torch.device("cpu")),
             critic=critic,
         )
-        curriculum = (0, config.steps - 1) if method.depends_on_steps else (0,)
+        first = method.starts if isinstance(method, ScoreMethod) else 0  # from where on all of it takes part
+        last = config.steps - 1 if method.depends_on_steps else first
         try:
-            for step in curriculum:
+            for step in sorted({first, last}):
                 method.loss(replace(context, step=step))
         except (ValueError, ArithmeticError, MemoryError, RuntimeError) as error:
             reason = (str(error).splitlines() or [""])[0] or type(error).__name__

@@ -46,6 +46,7 @@ def test_counting_ends_with_its_block() -> None:
         net.forward(torch.ones(3, 2), t=t, s=t)
     net(torch.ones(3, 2), t=t, s=t)
     assert rows == [3, 3]
+    assert not torch.nn.modules.module._has_any_global_hook(), "torch.compile would warn of what is left"
 
 
 def test_pairs_and_critics_and_the_teacher_are_in_the_sum(teacher: TrainConfig) -> None:
