@@ -204,9 +204,12 @@ def _native(primals: Tensors, attrs: Sequence[Any]) -> Tensors | None:
     """PyTorch's own op, where no implementation was asked for by name and it can do what is asked.
 
     Not where a gradient in 16 bits may follow on a CPU: from rounded outputs its kernel there makes gradients that with
-    large logits and a mean of v are off by ten times what the plain formula's are.
+    large logits and a mean of v are off by ten times what the plain formula's are. Nor with a scale of zero or
+    less: its causal kernel there multiplies what it hid, minus infinity, by it, and gives NaN.
     """
     call = _call(primals, [None] * len(primals), attrs)
+    if not call.scale > 0:
+        return None
     if call.grad and call.q.device.type == "cpu" and call.q.dtype.itemsize == 2:
         return None
     causal = call.window == (-1, 0) and not call.lower_right and call.mask is None

@@ -264,3 +264,12 @@ def test_explain_names_the_choice_and_its_reason() -> None:
     assert "asked for by name" in fd.explain(q, k, v, impl="torch")
     with pytest.raises(ValueError, match="k: expected head dim 8 as q, got 4"):
         fd.explain(q, k[..., :4], v)
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_a_scale_that_is_not_positive_hides_the_same_keys(scale: float) -> None:
+    """PyTorch's own causal kernel on a CPU gives NaN there, silently."""
+    q, k, v = make_qkv(n=5, d=8, seed=3)[:3]
+    truth = reference.attention(q.double(), k.double(), v.double(), scale=scale, window=(-1, 0))
+    out = fd.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-6)
