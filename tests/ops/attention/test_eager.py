@@ -45,7 +45,8 @@ SHAPES = [  # odd lengths, N != M both ways, head dims that are no power of two,
     Case(n=45, m=70, d=72, dv=72),
     Case(n=70, m=45, d=80, dv=24),
     Case(heads=6, kv_heads=2, n=31, m=57, d=72, dv=40),
-    Case(batch=1, heads=5, kv_heads=1, n=1, m=19, d=33, dv=7),
+    # Four samples of one query: with one, the largest of five errors was the luck of a processor's matrix products.
+    Case(batch=4, heads=5, kv_heads=1, n=1, m=19, d=33, dv=7),
 ]
 
 
