@@ -74,7 +74,7 @@ def compare(
     """
     if data not in STEPS:
         raise ConfigError(f"data: expected one of {', '.join(STEPS)}, got {data!r}")
-    chosen = list(methods if methods is not None else METHODS)
+    chosen = list(dict.fromkeys(methods if methods is not None else METHODS))
     for name in chosen:
         if name not in METHODS:
             raise ConfigError(
@@ -83,7 +83,7 @@ def compare(
     out = Path(out or f"runs/compare-{data}")
     if isinstance(seeds, int) and seeds > MOST_SEEDS:
         raise ConfigError(f"seeds: expected at most {MOST_SEEDS:,}, got {seeds}")
-    numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    numbers = list(range(seeds)) if isinstance(seeds, int) else list(dict.fromkeys(seeds))
     if not numbers or not chosen:
         raise ConfigError("seeds, methods: expected at least one of each")
     refuse_foreign_folder(out, "seed*/*", WRITTEN)

@@ -10,6 +10,7 @@ from fastdistill.objectives.metric import WEIGHTS
 from fastdistill.train.config import flat, read_yaml
 from fastdistill.train.load import SHIPPED
 from fastdistill.train.methods import METHODS, MethodSettings
+from fastdistill.train.methods.regression import MEANFLOW_RECIPES
 from fastdistill.train.sampling import NEEDS
 from fastdistill.train.settings import ConfigError, nearest
 
@@ -51,6 +52,7 @@ def explain(name: str | None = None) -> str:
         "sampler": f"{objective.sampler}; its network serves {', '.join(serves(method))}",
         "defaults": ", ".join(f"{key}={value}" for key, value in defaults(method).items()),
         "recipe": f"on the ring: {ring_method(name)}",
+        **({"recipes": recipes()} if "recipe" in method.model_fields else {}),
         "sources": "; ".join((*method.own_sources, *objective.sources)),
         "code": f"{objective.function.__module__}.{objective.function.__name__}",
         "try": f"fastdistill train ring --method.name {name}"
@@ -103,6 +105,15 @@ def guidance(method: type[MethodSettings]) -> str:
 def weights() -> str:
     """The weights of the times that can be chosen by name, in words."""
     return "; ".join(f"{name} = {meaning}" for name, meaning in WEIGHTS.items())
+
+
+def recipes() -> str:
+    """The settings that method.recipe fills in by name, in words."""
+    named = [
+        f"{name}: {', '.join(f'{key}={value}' for key, value in flat(fields).items())}"
+        for name, fields in MEANFLOW_RECIPES.items()
+    ]
+    return f"by method.recipe: {'; '.join(named)}"
 
 
 def paths(objective: Objective) -> str:

@@ -73,12 +73,15 @@ def test_a_method_that_the_overrides_do_not_suit_is_refused_before_any_trains(tm
 
 
 def test_a_finished_comparison_trains_nothing_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And finds the same numbers, but for what a clock says."""
+    """And finds the same numbers, but for what a clock says; a name or a seed given twice counts once."""
     before = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     exports = {path: path.stat().st_mtime_ns for path in folder.rglob("ema.safetensors")}
-    summary = compare(["esd", "facm"], "ring", folder, steps=3, seeds=2, samples=64, overrides=TINY)
+    summary = compare(["esd", "facm", "esd"], "ring", folder, steps=3, seeds=[0, 1, 0], samples=64, overrides=TINY)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("ema.safetensors")} == exports
+    assert list(summary["methods"]) == ["esd", "facm"]
     for name, row in summary["methods"].items():
+        assert row["cost"].keys() == before["methods"][name]["cost"].keys()
+        assert len(row["straightness"]["values"]) == 2
         for number, metrics in row["quality"].items():
             assert metrics["map_error"] == before["methods"][name]["quality"][number]["map_error"]
 

@@ -37,6 +37,14 @@ def test_every_objective_has_a_method_and_the_table_has_a_line_for_each() -> Non
     assert [line.split()[0] for line in lines[1 : 1 + len(METHODS)]] == list(METHODS)
 
 
+def test_recipes_are_said_by_name_where_a_method_has_them() -> None:
+    """The two that the article says MeanFlow has."""
+    said = " ".join(explain("meanflow").split())
+    assert "recipes by method.recipe: cifar10_paper: times.law=logit_normal, times.mean=-2.0, times.std=2.0, " in said
+    assert "; cifar10_code: times.law=logit_normal, times.mean=-0.6" in said and "end_times.mean=-4.0" in said
+    assert "\nrecipes " not in explain("improved_meanflow")
+
+
 def test_needs_are_said() -> None:
     """A teacher, pairs, a second network."""
     assert "a teacher: a finished run" in " ".join(explain("dmd").split())

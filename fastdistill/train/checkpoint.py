@@ -75,19 +75,20 @@ def named_checkpoint(run: Path, given: Path) -> Path:
     Raises:
         ConfigError: the path leads elsewhere, or the name is none of a checkpoint.
     """
-    own = run / "checkpoints" / given.name
+    folder = run / "checkpoints"
+    own = folder / given.name
     is_bare = given == Path(given.name)
     if is_bare and given.is_file() and own.is_file() and not own.samefile(given):
         raise ConfigError(f"resume_from: {given} lies here too, beside that of the run; expected the whole path, {own}")
     if not is_bare and given.resolve() != own.resolve():
         raise ConfigError(
-            f"resume_from: {given} is no checkpoint of {run}; expected a file in {own.parent}, for a run goes back "
+            f"resume_from: {given} is no checkpoint of {run}; expected a file in {folder}, for a run goes back "
             f"only to what it was itself"
         )
     if step_of(own) < 0:
         there = ", ".join(path.name for path in list_checkpoints(run)[:4]) or "none"
         raise ConfigError(
-            f"resume_from: expected a name as step_00000500.pt, got {given.name}; in {own.parent} there are {there}"
+            f"resume_from: expected a name as step_00000500.pt, got {given}; in {folder} there are {there}"
         )
     return own
 

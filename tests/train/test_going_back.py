@@ -51,6 +51,7 @@ def rewrite(path: Path, **changes: Any) -> None:
     ("changes", "message"),
     [
         ({"steps": 4}, "steps: .* has done 12 already"),
+        ({"resume_from": ""}, r"resume_from: expected a name as step_00000500\.pt, got \.; .*12\.pt"),
         ({"steps": 6, "resume_from": "step_00000008.pt"}, "steps: .* has done 8 already"),
         ({"resume_from": "step_00000005.pt"}, r"step_00000005\.pt does not exist"),
         ({"resume_from": "elsewhere/step_00000008.pt"}, "resume_from: elsewhere/.* is no checkpoint of"),
