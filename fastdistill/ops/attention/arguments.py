@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -83,6 +84,7 @@ def layout(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool, names: Names = NAM
 
     names: what errors call the three.
     """
+    checks.check_bool("enable_gqa", enable_gqa)
     shapes = q.shape, k.shape, v.shape
     for name, shape in zip(names, shapes):
         if len(shape) < 2:
@@ -143,8 +145,7 @@ def check_padded(
     """Refuse keys, values and masks of another dtype or device, and a mask that doesn't broadcast to the logits."""
     checks.check_like(names[1], k, names[0], q)
     checks.check_like(names[2], v, names[0], q)
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal: expected a bool, got {type(is_causal).__name__}")
+    checks.check_bool("is_causal", is_causal)
     if attn_mask is not None:
         _check_mask(attn_mask, q, (*to.lead, q.shape[-2], k.shape[-2]), names[0])
 
@@ -162,15 +163,23 @@ def _check_mask(mask: Tensor, q: Tensor, full: tuple[int, ...], query: str) -> N
 
 
 def checked_packed(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor | None, longest: tuple[int, int], enable_gqa: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor | None,
+    longest: tuple[int, int],
+    enable_gqa: bool,
+    names: Names = NAMES,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Packed sequences, (tokens, H, dim), as a batch of one, and their bounds, which the op narrows once it checked."""
-    for name, x in (("query", q), ("key", k), ("value", v)):
+    checks.check_bool("enable_gqa", enable_gqa)
+    for name, x in zip(names, (q, k, v)):
         checks.check_tensor(name, x)
         if x.dim() != 3:
             raise ValueError(f"{name}: expected packed sequences (tokens, H, dim), got {tuple(x.shape)}")
-        checks.check_like(name, x, "query", q)
-    _check_dims(q, k, v, -2, -3, enable_gqa)
+        checks.check_like(name, x, names[0], q)
+    _check_dims(q, k, v, enable_gqa, names)
     cu_q, cu_k = checked_bounds(cu_q, cu_k, q)
     for name, length in zip(("max_q", "max_k"), longest, strict=True):
         if not isinstance(length, int | torch.SymInt) or not 0 <= length <= LARGEST:
@@ -192,22 +201,23 @@ def checked_bounds(cu_q: Tensor, cu_k: Tensor | None, q: Tensor) -> tuple[Tensor
     return cu_q, cu_k
 
 
-def _check_dims(q: Tensor, k: Tensor, v: Tensor, head: int, length: int, enable_gqa: bool) -> None:
-    """Heads, lengths and head dims; `head` and `length` say where in the shape the first two are."""
-    for name, x in (("query", q), ("value", v)):
+def _check_dims(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool, names: Names) -> None:
+    """Heads, lengths and head dims of packed sequences."""
+    query, key, value = names
+    for name, x in ((query, q), (value, v)):
         if x.shape[-1] < 1:
             raise ValueError(f"{name}: expected a head dim of at least 1, got {x.shape[-1]}")
     if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"key: expected head dim {q.shape[-1]} as query, got {k.shape[-1]}")
-    if (v.shape[head], v.shape[length]) != (k.shape[head], k.shape[length]):
-        expected = (k.shape[head], k.shape[length])
-        raise ValueError(f"value: expected heads and length {expected} as key, got {(v.shape[head], v.shape[length])}")
-    heads, kv_heads = q.shape[head], k.shape[head]
+        raise ValueError(f"{key}: expected head dim {q.shape[-1]} as {query}, got {k.shape[-1]}")
+    (length, kv_heads, _), heads = k.shape, q.shape[1]
+    if tuple(v.shape[:2]) != (length, kv_heads):
+        expected, got = (kv_heads, length), (v.shape[1], v.shape[0])
+        raise ValueError(f"{value}: expected heads and length {expected} as {key}, got {got}")
     if not heads or not kv_heads:
-        raise ValueError(f"query, key: expected at least one head, got {heads} and {kv_heads}")
+        raise ValueError(f"{query}, {key}: expected at least one head, got {heads} and {kv_heads}")
     if heads != kv_heads and (not enable_gqa or heads % kv_heads):
-        hint = f"a divisor of {heads}" if enable_gqa else f"{heads} as query (or enable_gqa=True)"
-        raise ValueError(f"key: expected {hint} heads, got {kv_heads}")
+        hint = f"a divisor of {heads}" if enable_gqa else f"{heads} as {query} (or enable_gqa=True)"
+        raise ValueError(f"{key}: expected {hint} heads, got {kv_heads}")
 
 
 def band(window_size: Any, is_causal: bool, align: str, square: bool) -> tuple[int, int, bool]:
@@ -239,7 +249,7 @@ def lowered(*tensors: Any) -> list[Any]:
 
 def scale_of(q: Tensor, scale: float | None) -> float:
     """The softmax scale: 1/sqrt(D) unless given, as a number: a tensor's gradient would be lost."""
-    if scale is not None and not isinstance(scale, int | float | torch.SymInt | torch.SymFloat):
+    if scale is not None and not isinstance(scale, numbers.Real | torch.SymInt | torch.SymFloat):
         raise TypeError(
             f"scale: expected a number or None, got {type(scale).__name__}; multiply the query by it instead"
         )

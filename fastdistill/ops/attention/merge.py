@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastdistill.ops.protocol import checks
+
 
 def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Merge attention of the same queries over disjoint parts of the keys.
@@ -70,11 +72,13 @@ def _check(named: Sequence[tuple[str, Sequence[Tensor]]]) -> None:
     (_, outs), count = named[0], len(named[0][1])
     if not count:
         raise ValueError("outs: expected at least one part, got none")
+    checks.check_tensor("outs[0]", outs[0])
     for name, parts in named:
         if len(parts) != count:
             raise ValueError(f"{name}: expected {count} parts as outs, got {len(parts)}")
         shape = outs[0].shape[:-1] if "lse" in name else outs[0].shape
         for i, x in enumerate(parts):
+            checks.check_tensor(f"{name}[{i}]", x)
             if x.shape != shape:
                 raise ValueError(f"{name}[{i}]: expected shape {tuple(shape)}, got {tuple(x.shape)}")
             if x.dtype != parts[0].dtype:

@@ -106,7 +106,8 @@ def varlen_attention_jvp(
     Equivalent to:
         attention_jvp of each sequence by itself, results concatenated
     """
-    primals = arguments.checked_packed(q, k, v, cu_seq_q, cu_seq_k, (max_q, max_k), enable_gqa)
+    names = ("q", "k", "v")
+    primals = arguments.checked_packed(q, k, v, cu_seq_q, cu_seq_k, (max_q, max_k), enable_gqa, names)
     given = checks.checked_tangents([("q", q, t_q), ("k", k, t_k), ("v", v, t_v)], tangent_grad)
     tangents = [None if t is None else t.transpose(0, 1).unsqueeze(0) for t in given]
     grad = tangent_graph.may_need_grad((*primals, *tangents))

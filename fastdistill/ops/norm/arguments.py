@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ class Call:
         checks.check_tensor(first, x)
         if isinstance(normalized_shape, int):
             raise TypeError(f"normalized_shape: expected a sequence such as ({normalized_shape},), got an int")
+        if not isinstance(normalized_shape, Iterable):
+            got = type(normalized_shape).__name__
+            raise TypeError(f"normalized_shape: expected a sequence such as {tuple(x.shape[-1:])}, got {got}")
         self.normalized = tuple(normalized_shape)
         if not self.normalized or tuple(x.shape[-len(self.normalized) :]) != self.normalized:
             raise ValueError(

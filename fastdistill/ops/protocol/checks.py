@@ -51,6 +51,21 @@ def number(name: str, value: Any) -> float:
     raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
+def whole(name: str, value: Any, least: int) -> int:
+    """A whole number from `least` up as an int, of Python's own or NumPy's; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral | torch.SymInt):
+        raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected {least} or more, got {value}")
+    return value if isinstance(value, torch.SymInt) else int(value)  # type: ignore[return-value]
+
+
+def check_bool(name: str, value: object) -> None:
+    """Refuse what is neither True nor False, such as a word, each of which Python takes for True."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+
+
 def check_like(name: str, x: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:
     """Refuse `x` on another device or (unless told otherwise) of another dtype than `other`."""
     if x.device != other.device:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from fastdistill.ops.protocol import checks
 
 
 def rope_angles(
@@ -33,13 +36,16 @@ def rope_angles(
         cos, sin: (N, D/2), or (B, N, D/2).
 
     Raises:
-        ValueError: `head_dim` or `dims` break these rules.
+        ValueError, TypeError: an argument breaks these rules.
     """
-    if head_dim % 2 or head_dim <= 0:
+    if checks.whole("head_dim", head_dim, least=2) % 2:
         raise ValueError(f"head_dim: expected a positive even number, got {head_dim}")
+    if not 0 < (theta := checks.number("theta", theta)) < math.inf:
+        raise ValueError(f"theta: expected a positive number, got {theta}")
     if not isinstance(positions, Tensor):
-        ticks = [torch.arange(size, dtype=torch.float64, device=device) for size in positions]
-        positions = torch.stack(torch.meshgrid(*ticks, indexing="ij"), dim=-1).flatten(0, -2)
+        positions = _grid(positions, device)
+    if positions.dim() not in (2, 3) or not positions.shape[-1]:
+        raise ValueError(f"positions: expected (N, axes) or (B, N, axes), got {tuple(positions.shape)}")
     axes = positions.shape[-1]
     if dims is None:
         each = head_dim // 2 // axes * 2
@@ -55,3 +61,13 @@ def rope_angles(
         angles[..., start : start + d // 2] = positions[..., axis, None].double() * theta**exponents
         start += d // 2
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _grid(given: Sequence[int], device: torch.device | str | None) -> Tensor:
+    """The positions (N, axes) of a grid's tokens, the last axis fastest."""
+    sizes = list(given) if isinstance(given, Iterable) else []
+    if not sizes:
+        raise TypeError(f"positions: expected the sizes of a grid, such as (16, 16), or a tensor, got {given!r}")
+    sizes = [checks.whole(f"positions[{axis}]", size, least=0) for axis, size in enumerate(sizes)]
+    ticks = [torch.arange(size, dtype=torch.float64, device=device) for size in sizes]
+    return torch.stack(torch.meshgrid(*ticks, indexing="ij"), dim=-1).flatten(0, -2)

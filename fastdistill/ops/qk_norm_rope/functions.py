@@ -54,7 +54,7 @@ def qk_norm_rope(
         where rotate(x) = cat([u * cos - v * sin, u * sin + v * cos], -1) with u, v = x.chunk(2, -1)
     """
     named = _named(q, k, q_weight, k_weight, q_bias, k_bias)
-    constants = _check(named, cos, sin, norm, impl)
+    constants = _check(named, cos, sin, norm, interleaved, impl)
     primals = [x for _, x in named] + constants
     q_out, k_out = QK_NORM_ROPE(
         primals, (norm, checks.number("eps", eps), interleaved, impl), tangent_graph.tangent_grad()
@@ -93,7 +93,7 @@ def qk_norm_rope_jvp(
         torch.func.jvp(lambda q, k: qk_norm_rope(q, k, cos, sin, q_weight, k_weight), (q, k), (t_q, t_k))
     """
     named = _named(q, k, q_weight, k_weight, q_bias, k_bias)
-    constants = _check(named, cos, sin, norm, impl)
+    constants = _check(named, cos, sin, norm, interleaved, impl)
     given = (t_q, t_k, t_q_weight, t_k_weight, t_q_bias, t_k_bias)
     tangents = checks.checked_tangents([(name, x, t) for (name, x), t in zip(named, given)], tangent_grad)
     primals, attrs = [x for _, x in named] + constants, (norm, checks.number("eps", eps), interleaved, impl)
@@ -114,9 +114,15 @@ def _named(
 
 
 def _check(
-    named: Sequence[tuple[str, Tensor | None]], cos: Tensor | None, sin: Tensor | None, norm: str, impl: str
+    named: Sequence[tuple[str, Tensor | None]],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    norm: str,
+    interleaved: bool,
+    impl: str,
 ) -> list[Tensor | None]:
     """Refuse by name what doesn't fit. Returns cos and sin as (B or 1, L, D/2)."""
+    checks.check_bool("interleaved", interleaved)
     for name, x in named[:2]:
         checks.check_tensor(name, x)
         if x is not None and x.dim() != 4:

@@ -55,9 +55,10 @@ def _angles(t: Tensor, dim: int, max_period: float) -> tuple[Tensor, Tensor]:
     """f t and f, in float32 or better; f is rounded once, since the angles inherit its error times t."""
     if not isinstance(t, Tensor):
         raise TypeError(f"t: expected a tensor, got {type(t).__name__}")
-    if dim < 2:
-        raise ValueError(f"dim: expected 2 or more, got {dim}")
-    if max_period <= 0:
+    if t.is_complex():
+        raise TypeError(f"t: expected real numbers, got {t.dtype}")
+    dim, max_period = checks.whole("dim", dim, least=2), checks.number("max_period", max_period)
+    if not 0 < max_period < math.inf:
         raise ValueError(f"max_period: expected a positive number, got {max_period}")
     dtype = torch.promote_types(t.dtype, torch.float32)
     exponents = torch.arange(dim // 2, device=t.device, dtype=torch.float64) / (dim // 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -153,6 +154,20 @@ def test_the_tangent_of_a_bias_may_have_more_rows_than_the_bias_under_vmap() -> 
 def test_a_scale_that_is_no_number_is_refused(scale: Any) -> None:
     with pytest.raises(TypeError, match="scale: expected a number or None, got"):
         fd.scaled_dot_product_attention(*make_qkv(n=5, d=8), scale=scale)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, np.float32(0.3), float("nan")], ids=str)
+@pytest.mark.parametrize("kind", ["whole", "causal", "mask"])
+def test_any_scale_means_what_it_says(kind: str, scale: Any) -> None:
+    """PyTorch's own causal kernel for CPUs gives NaN where the scale isn't positive, and zeros where it is NaN."""
+    q, k, v = make_qkv(n=5, d=8, dtype=torch.float64)
+    seen = torch.ones(5, 5, dtype=torch.bool)
+    seen = seen if kind == "whole" else seen.tril()
+    options: dict[str, Any] = {"is_causal": True} if kind == "causal" else {"attn_mask": seen} if kind == "mask" else {}
+    truth = reference.attention(q, k, v, seen, scale=float(scale))
+    run = lambda q: fd.scaled_dot_product_attention(q, k, v, **options, scale=scale)  # noqa: E731
+    for ours in (run(q), jvp(run, (q,), (q,))[0]):
+        torch.testing.assert_close(ours, truth, equal_nan=True)
 
 
 def test_heads_without_channels_are_refused() -> None:

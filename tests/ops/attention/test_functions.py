@@ -200,6 +200,7 @@ def broken(**changes: Any) -> dict[str, Any]:
         ({"attn_mask": torch.ones(3, 2, 4, 5, 5)}, r"attn_mask: expected .* to \(2, 4, 5, 5\), got \(3, 2, 4, 5, 5\)"),
         ({"attn_mask": torch.ones(5, 5).double()}, "attn_mask: expected torch.bool or torch.float32 as query"),
         ({"attn_mask": [True]}, "attn_mask: expected a tensor or None, got list"),
+        ({"enable_gqa": "no"}, "enable_gqa: expected a bool, got str"),
         ({"is_causal": 1}, "is_causal: expected a bool, got int"),
         ({"dropout_p": 1.5}, "dropout_p: expected a probability, from 0 to 1, got 1.5"),
         ({"dropout_p": "half"}, "dropout_p: expected a probability"),

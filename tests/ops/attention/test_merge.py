@@ -77,11 +77,13 @@ def test_explicit_pairs_merge_alike() -> None:
     [
         ([], [], "outs: expected at least one part"),
         ([torch.ones(2, 3)], [], "lses: expected 1 parts as outs, got 0"),
+        ([None], [torch.ones(3)], r"outs\[0\]: expected a tensor, got NoneType"),
+        ([torch.ones(2, 3)], [torch.ones(2).long()], r"lses\[0\]: expected a floating-point tensor, got torch.int64"),
         ([torch.ones(2, 3)], [torch.ones(3)], r"lses\[0\]: expected shape \(2,\), got \(3,\)"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(outs: list[Tensor], lses: list[Tensor], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         merge_attention(outs, lses)
 
 

@@ -170,6 +170,17 @@ def test_bad_arguments_are_refused_by_name(changes: dict[str, Any], message: str
         fd.varlen_attention(**{**call, **changes}, enable_gqa=True, impl="torch")
 
 
+def test_the_pair_calls_its_arguments_by_its_own_names() -> None:
+    q, k, v = points(1)
+    cu, more = torch.tensor([0, 12], dtype=torch.int32), {"enable_gqa": True}
+    with pytest.raises(TypeError, match="k: expected a tensor, got NoneType"):
+        fd.varlen_attention_jvp(q, None, v, cu, None, 12, 12, **more)
+    with pytest.raises(ValueError, match=r"^v: expected heads and length .* as k, got"):
+        fd.varlen_attention_jvp(q, k, v[:11], cu, None, 12, 12, **more)
+    with pytest.raises(TypeError, match="enable_gqa: expected a bool, got str"):
+        fd.varlen_attention(q, k, v, cu, None, 12, 12, enable_gqa="no")
+
+
 def test_centring_looks_at_no_token_outside_all_sequences() -> None:
     q, k, v = points(1)
     k[3], v[3] = torch.nan, torch.nan

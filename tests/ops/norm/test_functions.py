@@ -182,6 +182,7 @@ X = torch.ones(2, 5, 8)
         ),
         (lambda: fd.layer_norm(X, (8,), X), r"weight: expected shape \(8,\), got \(2, 5, 8\)"),
         (lambda: fd.layer_norm(X, 8), r"normalized_shape: expected a sequence such as \(8,\), got an int"),
+        (lambda: fd.layer_norm(X, None), r"normalized_shape: expected a sequence such as \(8,\), got NoneType"),
         (lambda: fd.layer_norm(X, ()), r"normalized_shape: expected the last dimensions of input .* got \(\)"),
         (lambda: fd.layer_norm(X, (8,), [1.0] * 8), "weight: expected a tensor, got list"),
         (lambda: fd.layer_norm(X, (8,), eps="small"), "eps: expected a number, got str"),

@@ -74,6 +74,11 @@ def test_vmap_and_compile() -> None:
     [
         ((0.5, None, 8), "t: expected a tensor, got float"),
         ((TIMES, None, 1), "dim: expected 2 or more, got 1"),
+        ((TIMES, None, 4.5), "dim: expected a whole number, got float"),
+        ((TIMES, None, True), "dim: expected a whole number, got bool"),
+        ((TIMES + 1j, None, 8), r"t: expected real numbers, got torch\.complex"),
+        ((TIMES, None, 8, float("nan")), "max_period: expected a positive number, got nan"),
+        ((TIMES, None, 8, "many"), "max_period: expected a number, got str"),
         ((TIMES, None, 8, 0), "max_period: expected a positive number, got 0"),
         ((TIMES, TIMES[:1], 8), r"t_t: expected shape \(41,\) as t, got \(1,\)"),
     ],
