@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from fastdistill.ops.protocol import compat
-from fastdistill.ops.protocol.tangent_graph import tangents_without_grad
+from fastdistill.ops.protocol.context import tangents_without_grad
 
 MODES = ("single", "separate")
 
@@ -79,7 +79,7 @@ def jvp(
     point, direction = tuple(primals[i] for i in moving), tuple(checked[i] for i in moving)
     if tangent_grad:
         return _pushforward(restricted, point, direction)
-    level = 0 if torch.compiler.is_compiling() else compat.functorch_level() + 1
+    level = 0 if torch.compiler.is_compiling() else (compat.maybe_current_level() or 0) + 1
     with tangents_without_grad(level):
         if mode == "separate":
             devices = sorted({x.device.index for x in point if x.device.type == "cuda"})
@@ -121,7 +121,7 @@ class CutTangentGraph(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") in VIEWS or not torch.is_grad_enabled():
             return result
-        if compat.functorch_level() != self.level:
+        if (compat.maybe_current_level() or 0) != self.level:
             return result
         if isinstance(result, Tensor):  # an in-place operation must return the very tensor it was given
             return result if args and result is args[0] else _cut(result)
@@ -131,8 +131,8 @@ class CutTangentGraph(TorchFunctionMode):
 def _cut(x: Any) -> Any:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return x
-    primal, tangent = compat.unpack_dual(x)
-    return x if tangent is None else compat.make_dual(primal, tangent.detach())
+    primal, tangent = compat.unpack_dual(x, 0)
+    return x if tangent is None else compat.make_dual(primal, tangent.detach(), 0)
 
 
 def _pushforward(fn: Callable[..., Any], point: tuple[Any, ...], direction: tuple[Any, ...]) -> tuple[Any, Any]:

@@ -29,9 +29,10 @@ import triton
 from torch import Tensor
 
 from fastdistill.kernels import attention, configs
-from fastdistill.kernels.arguments import use_descriptors
+from fastdistill.kernels.attention_arguments import use_descriptors
 from fastdistill.kernels.configs import Config, Entry
 from fastdistill.ops.attention import eager
+from fastdistill.ops.protocol.pair import Pair, Pairs, flat, paired, without_tangents
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LARGEST_ERROR = {16: 2e-2, 32: 1e-4}  # relative, by bits: ten times what the kernels do, far below what a fault does
@@ -39,7 +40,8 @@ TOKENS = 32768  # in a timed batch
 HEADS = 16
 REGISTERS = 224  # of 255, for tiles alone
 MOST_CANDIDATES = 24
-Tensors = tuple[Tensor | None, ...]
+Tensors = Sequence[Tensor | None]
+Results = tuple[Pairs, Sequence[Tensor | None]]  # outputs and residuals
 
 
 class Case(NamedTuple):
@@ -66,9 +68,9 @@ class Case(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The arguments that forward and backward share: tensors by position, then the rest by name."""
+    """The arguments that forward and backward share: pairs of primal and tangent, then the rest by name."""
 
-    tensors: Tensors
+    inputs: Sequence[Pair]
     options: dict[str, Any]
 
 
@@ -103,28 +105,25 @@ def call_of(case: Case, device: str, batch: int, heads: int = HEADS, seed: int =
     t_mask = normal(*square).expand(whole) if mask is not None and "m" in case.tangents else None
     window = (-1, 0 if case.mask == "band" else -1)
     options = {"window": window, "lower_right": False, "cu_seqlens": None, "scale": case.d**-0.5}
-    return Call((*primals, *tangents, mask, t_mask), options)
+    return Call([*paired(primals, tangents), Pair(mask, t_mask)], options)
 
 
-def results_of(call: Call, implementation: Any, grad: bool = True) -> Tensors:
-    """(o, t_o, lse, mu, o_rest, t_o_rest): with what the backward of a 16-bit call needs besides, unless not `grad`."""
-    options = {**call.options, "tangent_grad": grad and any(t is not None for t in call.tensors[3:6]), "grad": grad}
-    results: Tensors = implementation.attention_forward(*call.tensors, **options)
+def results_of(call: Call, implementation: Any, grad: bool = True) -> Results:
+    """Return outputs and residuals: what the backward of a 16-bit call needs besides, unless not `grad`."""
+    results: Results = implementation.attention_forward(call.inputs, **call.options, grad=grad, tangent_grad=grad)
     return results
 
 
-def gradients_of(case: Case, call: Call, results: Tensors, implementation: Any, of_mask: bool = False) -> Tensors:
-    """The gradients that the case's kernel computes, of the sum of o and, where there are tangents, that of t_o."""
-    mixed, dtype = bool(case.tangents), case.dtype
-    o, t_o, lse, mu, *rests = results if mixed else (results[0], None, results[2], None, results[4], None)
-    do, dt_o = (None if x is None else torch.ones_like(x, dtype=dtype) for x in (o, t_o))
+def gradients_of(case: Case, call: Call, results: Results, implementation: Any, of_mask: bool = False) -> Tensors:
+    """Return the gradients that the case's kernel computes, of the sum of o and, where anything moves, that of t_o."""
+    (outputs, (o_rest, t_o_rest)), inputs = results, call.inputs
+    if not case.tangents:
+        outputs, inputs, t_o_rest = without_tangents(outputs), without_tangents(inputs), None
+    sums = Pair(*(None if x is None else torch.ones_like(x, dtype=case.dtype) for x in outputs[0]))
     wanted = "kv" if case.kernel == "backward_kv" else "qm" if of_mask else "q"
-    needs = [name in wanted for name in "qkvm"] + [name in wanted and name in case.tangents for name in "qkvm"]
-    tensors = call.tensors if mixed else (*call.tensors[:3], None, None, None, call.tensors[6], None)
-    gradients: Tensors = implementation.attention_backward(
-        do, dt_o, None, None, *tensors, o, t_o, lse, mu, **call.options, needs=tuple(needs), rests=tuple(rests)
-    )
-    return gradients
+    needs = [(name in wanted, name in wanted and name in case.tangents) for name in "qkvm"]
+    saved, cotangents = (outputs, (o_rest, t_o_rest)), [sums, Pair(None)]
+    return flat(implementation.attention_backward(cotangents, inputs, saved, **call.options, needs=needs))
 
 
 def candidates(case: Case, shared_kib: int = 227) -> list[Config]:
@@ -239,7 +238,7 @@ def compiled(case: Case, arch: int, config: Config, *, costliest: bool = False, 
             results_of(call, attention, grad=costliest)
         else:
             o, lse = torch.empty(shape, device="meta"), torch.empty(shape[:3], device="meta")
-            saved = (o, o, lse, lse, None, None) if case.tangents else (o, None, lse, None, None, None)
+            saved = ([Pair(o, o), Pair(lse, lse)], (None, None))
             gradients_of(case, call, saved, attention, of_mask=costliest and case.mask == "mask")
     return kernels if case.kernel == "forward" else kernels[1:]  # without the pre-pass over rows
 
@@ -329,14 +328,13 @@ class GPU:
         """What is wrong with the results, or None: against the torch implementation, with tiles that are not full."""
         case = case._replace(length=min(case.length, 336))  # 16 divides it, so Triton compiles nothing anew
         call = call_of(case, "cuda", batch=2, seed=1)
-        expected = results_of(call, eager)
+        results = results_of(call, eager)
         with configs.forced(self.arch, {case.kernel: config}):
             if case.kernel == "forward":
-                actual = results_of(call, attention)
+                both: list[Tensors] = [flat(x) for x, _ in (results_of(call, attention), results)]
             else:
-                actual = gradients_of(case, call, expected, attention)
-                expected = gradients_of(case, call, expected, eager)
-        return difference(actual, expected, LARGEST_ERROR[case.dtype.itemsize * 8])
+                both = [gradients_of(case, call, results, module) for module in (attention, eager)]
+        return difference(*both, LARGEST_ERROR[case.dtype.itemsize * 8])
 
 
 def difference(actual: Tensors, expected: Tensors, largest: float) -> str | None:

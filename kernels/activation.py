@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .calls import Launch
+from .launch import Launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("silu", "gelu", "gelu_tanh")

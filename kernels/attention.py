@@ -8,6 +8,7 @@ README.md derives the recurrences under "Attention", in the symbols used here.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .arguments import check, pointers, precision, use_descriptors, with_descriptors
+from .attention_arguments import Inputs, Pairs, Strides, check, precision, strides_of, use_descriptors, with_descriptors
 from .attention_backward import attention_backward
-from .calls import Launch
-from .geometry import Problem, band, first_row, live_between, live_tiles, locate, problem_of, sequences, visible
+from .attention_bands import Problem, band, first_row, live_between, live_tiles, locate, problem_of, sequences, visible
+from .launch import Launch
 from .tiles import (
+    Strided,
     add_cross,
     add_crosses,
     add_pair,
@@ -53,84 +55,87 @@ class Outputs(NamedTuple):
 
 
 def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    t_q: Tensor | None,
-    t_k: Tensor | None,
-    t_v: Tensor | None,
-    attn_mask: Tensor | None,
-    t_attn_mask: Tensor | None,
+    inputs: Pairs,
     *,
     window: tuple[int, int],
     lower_right: bool,
     cu_seqlens: tuple[Tensor, Tensor, int, int] | None,
     scale: float,
-    tangent_grad: bool,
     grad: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Softmax attention and its tangent: (o, t_o, lse, mu, o_rest, t_o_rest).
+    tangent_grad: bool = False,
+) -> tuple[Any, tuple[Tensor | None, Tensor | None]]:
+    """Return softmax attention and its tangent: (((o, t_o), (lse, mu)), (o_rest, t_o_rest)).
 
-    q (B, H, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv) in float32, bfloat16 or float16, any strides, D and Dv up to
-    256, Hkv dividing H. Tangents have their primal's shape and dtype; None is a zero whose loads and matmuls are left
-    out. attn_mask: None, bool (True = attend) or float, expanded to (B, H, N, M); t_attn_mask belongs to a float one.
+    Args:
+        inputs: (primal, tangent) of q (B, H, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv) and of the mask. q, k and v are
+            float32, bfloat16 or float16, of any strides, D and Dv up to 256, Hkv dividing H. The mask is None, bool
+            (True = attend) or float, expanded to (B, H, N, M). A tangent has its primal's shape and dtype; None is a
+            zero whose loads and matmuls are left out, and a bool mask has no other.
+        window: (left, right): query i sees only the keys from i + shift - left to i + shift + right, -1 being no limit;
+            (-1, 0) is causal.
+        lower_right: shift is M - N instead of 0: the last query then meets the last key.
+        cu_seqlens: (cu_n, cu_m, max_n, max_m): B = 1, and sequence z of those packed in it has the queries from cu_n[z]
+            to cu_n[z + 1] - 1 and the keys from cu_m[z] to cu_m[z + 1] - 1 (int32), at most max_n and max_m of them.
+        grad, tangent_grad: in 16 bits, also return what rounding took from o, or from o and t_o, for the backward.
 
-    window (left, right): query i sees only the keys from i + shift - left to i + shift + right, -1 being no limit;
-    (-1, 0) is causal. shift is 0 or, for lower_right, M - N: the last query then meets the last key.
-    cu_seqlens (cu_n, cu_m, max_n, max_m): B = 1, and sequence z of those packed in it has the queries from cu_n[z] to
-    cu_n[z + 1] - 1 and the keys from cu_m[z] to cu_m[z + 1] - 1 (int32 tensors), at most max_n and max_m of them.
+    Returns:
+        o, t_o (B, H, N, Dv), contiguous, in q's dtype; lse and its tangent mu (B, H, N) in float32; o_rest, t_o_rest in
+        q's dtype or None. Without any tangent t_o and mu are None. A query that sees no key, or lies in no sequence,
+        has o = t_o = 0, lse = -inf, mu = 0.
 
-    o, t_o (B, H, N, Dv) are contiguous, in q's dtype; lse and its tangent mu (B, H, N) are float32. Without any tangent
-    t_o and mu are None. In 16 bits o_rest, t_o_rest are what rounding took from o and t_o (see `rests`), for the
-    backward: the one with `grad`, the other if `tangent_grad` too. A query that sees no key, or lies in no sequence,
-    has o = t_o = 0, lse = -inf, mu = 0.
+    Equivalent to:
+        torch.func.jvp of softmax(scale * q @ k.mT + attn_mask) @ v
 
-    Equivalent to: torch.func.jvp of softmax(scale * q @ k.mT + attn_mask) @ v.
-    Raises TypeError for another dtype; ValueError for a wider head or a t_attn_mask without a float attn_mask.
+    Raises:
+        TypeError: another dtype. ValueError: a wider head, or a tangent of a mask that isn't float.
     """
-    check(q, v, attn_mask, t_attn_mask)
-    any_tangent = any(t is not None for t in (t_q, t_k, t_v, t_attn_mask))
-    outputs = allocate(q, v, any_tangent, grad, grad and tangent_grad, packed=cu_seqlens is not None)
-    if outputs.lse.numel():
-        launch = plan(
-            q, k, v, t_q, t_k, t_v, attn_mask, t_attn_mask, outputs,
-            window=window, lower_right=lower_right, cu_seqlens=cu_seqlens, scale=scale,
-        )  # fmt: skip
-        with torch.cuda.device_of(q):
-            _attention_kernel[launch.grid](*launch.args, **launch.options)
-    return outputs
+    moving = any([t is not None for _, t in inputs])
+    out = allocate(inputs[0][0], inputs[2][0], moving, grad, grad and tangent_grad, packed=cu_seqlens is not None)
+    if out.lse.numel():
+        launch = plan(inputs, out, window=window, lower_right=lower_right, cu_seqlens=cu_seqlens, scale=scale)
+        _attention_kernel[launch.grid](*launch.args, **launch.options)
+    else:
+        check(inputs)
+    return ((out.o, out.t_o), (out.lse, out.mu)), (out.o_rest, out.t_o_rest)
 
 
 def allocate(
-    q: Tensor, v: Tensor, any_tangent: bool, grad: bool = False, tangent_grad: bool = False, packed: bool = False
+    q: Tensor, v: Tensor, moving: bool, grad: bool = False, tangent_grad: bool = False, packed: bool = False
 ) -> Outputs:
-    """Outputs of which the kernel writes every element; if packed, those of rows in no sequence are there already."""
+    """Return outputs of which the kernel writes every element; if packed, those of rows in no sequence are filled."""
     rows, shape, rounded = q.shape[:3], (*q.shape[:3], v.shape[3]), q.dtype != torch.float32
-
-    def new(shape: tuple[int, ...], dtype: torch.dtype, value: float = 0.0) -> Tensor:
-        if packed:
-            return torch.full(shape, value, dtype=dtype, device=q.device)
-        return torch.empty(shape, dtype=dtype, device=q.device)
-
+    like: dict[str, Any] = {"dtype": q.dtype, "device": q.device}
+    wide: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
+    new = torch.zeros if packed else torch.empty
     return Outputs(
-        o=new(shape, q.dtype),
-        t_o=new(shape, q.dtype) if any_tangent else None,
-        lse=new(rows, torch.float32, -math.inf),
-        mu=new(rows, torch.float32) if any_tangent else None,
-        o_rest=new(shape, q.dtype) if grad and rounded else None,
-        t_o_rest=new(shape, q.dtype) if tangent_grad and any_tangent and rounded else None,
+        o=new(shape, **like),
+        t_o=new(shape, **like) if moving else None,
+        lse=torch.full(rows, -math.inf, **wide) if packed else torch.empty(rows, **wide),
+        mu=new(rows, **wide) if moving else None,
+        o_rest=new(shape, **like) if grad and rounded else None,
+        t_o_rest=new(shape, **like) if tangent_grad and moving and rounded else None,
     )
 
 
+class Layout(NamedTuple):
+    """All of a launch that follows from shapes, strides, dtypes and alignments: planned once, and looked up then."""
+
+    strides: Strides
+    problem: Problem  # without the bounds of packed sequences
+    config: configs.Config
+    descriptors: bool
+    grid: tuple[int, ...]
+    options: dict[str, Any]
+
+
+# A named tuple is made by a Python function; these make one without, on the way to every launch.
+_strided, _inputs = partial(tuple.__new__, Strided), partial(tuple.__new__, Inputs)
+_LAYOUTS: dict[Any, Layout] = {}
+MOST_LAYOUTS = 4096  # beyond so many, planned anew: a program whose shapes never recur would keep them all
+
+
 def plan(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    t_q: Tensor | None,
-    t_k: Tensor | None,
-    t_v: Tensor | None,
-    attn_mask: Tensor | None,
-    t_attn_mask: Tensor | None,
+    inputs: Pairs,
     outputs: Outputs,
     *,
     window: tuple[int, int],
@@ -140,47 +145,66 @@ def plan(
     config: configs.Config | None = None,
     descriptors: bool | None = None,
 ) -> Launch:
-    """How to launch the kernel, by default with the shipped config. Runs nothing: one can also just compile it.
+    """Return how to launch the kernel, by default with the shipped config. Runs nothing: one can also just compile it.
 
     descriptors: load rows by TMA, by default where the GPU has it and the tensors allow it.
     """
+    (q, t_q), (k, t_k), (v, t_v), (mask, t_mask) = inputs
     if scale <= 0:  # the kernel takes row maxima before it scales
         sign = -1.0 if scale < 0 else 0.0
         q, t_q, scale = q * sign, None if t_q is None else t_q * sign, -scale or 1.0
     if not k.shape[2]:
-        attn_mask = t_attn_mask = None
-    problem = problem_of(q, k, window, cu_seqlens)
+        mask = t_mask = None
+    tensors = (q, k, v, t_q, t_k, t_v, mask, t_mask)
+    packed = None if cu_seqlens is None else (cu_seqlens[0].shape[0], *cu_seqlens[2:])
+    lie = [None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors]
+    key = (q.device, *lie, window, lower_right, packed, config, descriptors, torch.get_float32_matmul_precision())
+    layout = None if configs.FORCED else _LAYOUTS.get(key)
+    if layout is None:
+        check(inputs)
+        layout = _lay_out(tensors, problem_of(q, k, window, cu_seqlens), lower_right, config, descriptors)
+        if len(_LAYOUTS) >= MOST_LAYOUTS:
+            _LAYOUTS.clear()
+        _LAYOUTS[key] = layout
+    pairs, problem = zip(tensors, layout.strides.of_inputs), layout.problem
+    pointers = _inputs([None if strides is None else _strided((x, *strides)) for x, strides in pairs])
+    if layout.descriptors:
+        pointers = with_descriptors(pointers, tensors, layout.config)
+    if cu_seqlens is not None:
+        problem = problem._replace(cu_n=cu_seqlens[0], cu_m=cu_seqlens[1])
+    tiles = None if mask is None else live_tiles(mask, layout.config.block_n, layout.config.block_m)
+    return Launch(layout.grid, (pointers, outputs, problem, tiles, scale), layout.options)
+
+
+def _lay_out(
+    tensors: tuple[Any, ...],
+    problem: Problem,
+    lower_right: bool,
+    config: configs.Config | None,
+    descriptors: bool | None,
+) -> Layout:
+    q, _, v, *moving, mask, t_mask = tensors
     arch = configs.arch_of(q.device)
     if descriptors is None:
-        descriptors = cu_seqlens is None and use_descriptors(arch, q, k, v, t_q, t_k, t_v)
+        descriptors = problem.cu_n is None and use_descriptors(arch, *tensors[:6])
     if config is None:
-        config = _config(arch if descriptors else min(arch, 80), q, v, (t_q, t_k, t_v, t_attn_mask), attn_mask, problem)
-    inputs, unit = pointers(q, k, v, t_q, t_k, t_v, attn_mask, t_attn_mask)
-    if descriptors:
-        inputs = with_descriptors(inputs, (q, t_q), (k, v, t_k, t_v), config)
-    tiles = None if attn_mask is None else live_tiles(attn_mask, config.block_n, config.block_m)
-    return Launch(
-        grid=(triton.cdiv(problem.n, config.block_n) * sequences(q, problem) * problem.heads,),
-        args=(inputs, outputs, problem, tiles, scale),
-        options={
-            "D": q.shape[3],
-            "D_V": v.shape[3],
-            "LOWER_RIGHT": lower_right,
-            "UNIT": unit,
-            "PRECISION": precision(q.dtype),
-            **config.options(),
-            "enable_fp_fusion": True,
-        },
-    )
-
-
-def _config(
-    arch: int, q: Tensor, v: Tensor, tangents: tuple[Tensor | None, ...], attn_mask: Tensor | None, problem: Problem
-) -> configs.Config:
-    present = "".join(name for name, t in zip(configs.TANGENTS, tangents, strict=True) if t is not None)
-    plain = (problem.left, problem.right, problem.cu_n) == (None, None, None)
-    kind = "mask" if attn_mask is not None else "none" if plain else "band"
-    return configs.attention_config("forward", arch, q.dtype, max(q.shape[3], v.shape[3]), present, kind, problem.n)
+        present = "".join(name for name, t in zip(configs.TANGENTS, (*moving, t_mask)) if t is not None)
+        plain = (problem.left, problem.right, problem.cu_n) == (None, None, None)
+        kind = "mask" if mask is not None else "none" if plain else "band"
+        table, width = arch if descriptors else min(arch, 80), max(q.shape[3], v.shape[3])
+        config = configs.attention_config("forward", table, q.dtype, width, present, kind, problem.n)
+    strides = strides_of(tensors)
+    options = {
+        "D": q.shape[3],
+        "D_V": v.shape[3],
+        "LOWER_RIGHT": lower_right,
+        "UNIT": strides.unit,
+        "PRECISION": precision(q.dtype),
+        **config.options(),
+        "enable_fp_fusion": True,
+    }
+    grid = (triton.cdiv(problem.n, config.block_n) * sequences(q, problem) * problem.heads,)
+    return Layout(strides, problem._replace(cu_n=None, cu_m=None), config, descriptors, grid, options)
 
 
 @triton.constexpr_function

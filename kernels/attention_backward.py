@@ -8,6 +8,7 @@ README.md derives them under "Backward", in the symbols used here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .arguments import Inputs, check, pointers, precision, use_descriptors
+from .attention_arguments import Inputs, Pairs, check, mask_by_pointer, precision, use_descriptors
+from .attention_bands import Problem, band, first_row, live_between, live_tiles, locate, problem_of, sequences, visible
 from .attention_rows import Saved, rows_kernel
 from .attention_tile import (
     Cotangents,
@@ -28,8 +30,7 @@ from .attention_tile import (
     load_statistics,
     store_gradient,
 )
-from .calls import Launch
-from .geometry import Problem, band, first_row, live_between, live_tiles, locate, problem_of, sequences, visible
+from .launch import Launch
 from .tiles import Described, Strided, described, stride_unit, strided, zeros
 
 # Head dims up to which four and two accumulators of 64 rows fit the registers of four warps, and two under a mask.
@@ -64,46 +65,39 @@ class Task(NamedTuple):
 
 
 def attention_backward(
-    do: Tensor | None,
-    dt_o: Tensor | None,
-    d_lse: Tensor | None,
-    d_mu: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    t_q: Tensor | None,
-    t_k: Tensor | None,
-    t_v: Tensor | None,
-    attn_mask: Tensor | None,
-    t_attn_mask: Tensor | None,
-    o: Tensor,
-    t_o: Tensor | None,
-    lse: Tensor,
-    mu: Tensor | None,
+    cotangents: Pairs,
+    inputs: Pairs,
+    saved: tuple[Pairs, Sequence[Tensor | None]],
     *,
     window: tuple[int, int],
     lower_right: bool,
     cu_seqlens: tuple[Tensor, Tensor, int, int] | None,
     scale: float,
-    needs: tuple[bool, ...],
-    rests: tuple[Tensor | None, Tensor | None] = (None, None),
-) -> tuple[Tensor | None, ...]:
-    """(dq, dk, dv, d_attn_mask, dt_q, dt_k, dt_v, dt_attn_mask), contiguous, each in its primal's dtype.
+    needs: Sequence[tuple[bool, bool]],
+) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Return the gradients of sum(do * o) + sum(dt_o * t_o) + sum(d_lse * lse) + sum(d_mu * mu).
 
-    do, dt_o, d_lse, d_mu are cotangents of attention_forward's o, t_o, lse, mu; None is zero. The inputs are as there,
-    o, t_o and rests its results: (o_rest, t_o_rest), without which 16-bit gradients suffer from the rounding of o.
-    `needs` says which gradients are wanted: the others are None, and so is that of a bool mask or an absent tangent. A
-    query that sees no key passes nothing on.
+    Args:
+        cotangents: (do, dt_o) and (d_lse, d_mu) of `attention_forward`'s outputs; None is zero.
+        inputs, window, lower_right, cu_seqlens, scale: as there.
+        saved: what it returned. Without o_rest and t_o_rest 16-bit gradients suffer from the rounding of o and t_o.
+        needs: which gradients of q, k, v, the mask and of their tangents are wanted. The others are None, and so is
+            that of a bool mask or of an absent tangent.
 
-    Equivalent to: torch.autograd.grad of sum(do * o) + sum(dt_o * t_o) + sum(d_lse * lse) + sum(d_mu * mu).
+    Returns:
+        (dq, dt_q), (dk, dt_k), (dv, dt_v), (d_mask, dt_mask), contiguous, each in its primal's dtype. A query that sees
+        no key passes nothing on.
+
+    Equivalent to:
+        torch.autograd.grad of that sum
     """
     task, gradients = prepare(
-        (do, dt_o, d_lse, d_mu), (q, k, v, attn_mask), (t_q, t_k, t_v, t_attn_mask), (o, t_o, lse, mu),
-        window=window, lower_right=lower_right, cu_seqlens=cu_seqlens, scale=scale, needs=needs, rests=rests,
+        cotangents, inputs, saved,
+        window=window, lower_right=lower_right, cu_seqlens=cu_seqlens, scale=scale, needs=needs,
     )  # fmt: skip
     if task is not None:
         perform(task)
-    return gradients
+    return list(zip(gradients[:4], gradients[4:]))
 
 
 def perform(task: Task, descriptors: bool | None = None) -> None:
@@ -120,29 +114,31 @@ def _launch(kernel: Any, launch: Launch) -> None:
 
 
 def prepare(
-    cotangents: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-    primals: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    tangents: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-    saved: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    cotangents: Pairs,
+    inputs: Pairs,
+    saved: tuple[Pairs, Sequence[Tensor | None]],
     *,
     window: tuple[int, int],
     lower_right: bool,
     cu_seqlens: tuple[Tensor, Tensor, int, int] | None,
     scale: float,
-    needs: tuple[bool, ...],
-    rests: tuple[Tensor | None, Tensor | None] = (None, None),
+    needs: Sequence[tuple[bool, bool]],
 ) -> tuple[Task | None, Gradients]:
-    """The kernels' task, None where there is nothing to do, and all gradients, zero where no kernel writes them."""
-    (do, dt_o, d_lse, d_mu), (q, k, v, mask), (o, t_o, lse, mu) = cotangents, primals, saved
-    check(q, v, mask, tangents[3])
+    """Return the kernels' task, None where there is nothing to do, and all gradients, zero where no kernel writes."""
+    check(inputs)
+    (do, dt_o), (d_lse, d_mu) = cotangents
+    (o, t_o), (lse, mu), rests = *saved[0], saved[1]
+    primals, tangents = (tuple(part) for part in zip(*inputs))
+    q, k, v, mask = primals
     t_q, t_k, t_v, t_mask = asked = _asked(dt_o, d_mu, tangents)
     if not any(x is not None for x in asked):
         dt_o = d_mu = None
+    wanted = [need for part in zip(*needs) for need in part]
     given = any(x is not None for x in (do, dt_o, d_lse, d_mu))
-    idle = not (q.numel() and k.numel() and given and any(needs))
+    idle = not (q.numel() and k.numel() and given and any(wanted))
     # Some kernel writes every element of these; of the others some or none.
     written = [not idle and cu_seqlens is None and x is not None for x in (*primals[:3], None, *asked[:3], None)]
-    gradients = Gradients._make(map(_gradient, (*primals, *tangents), needs, written))
+    gradients = Gradients._make(map(_gradient, (*primals, *tangents), wanted, written))
     if idle:
         return None, gradients
 
@@ -150,6 +146,7 @@ def prepare(
     biased = mask is not None and mask.dtype != torch.bool
     unit = stride_unit(q, k, v, t_q, t_k, t_v, do, dt_o, o, t_o, *rests)
     lse, d_lse, d_mu, mu = (None if x is None else x.contiguous() for x in (lse, d_lse, d_mu, mu))
+    assert lse is not None
     task = Task(
         primals=primals,
         tangents=asked,
@@ -286,7 +283,7 @@ def _operands(task: Task, config: configs.Config, descriptors: bool) -> tuple[In
 
     n, m = config.block_n, config.block_m
     rows = [operand(x, size) for x, size in zip((q, k, v, t_q, t_k, t_v), (n, m, m, n, m, m))]
-    masks = pointers(q, k, v, t_q, t_k, t_v, mask, t_mask)[0][6:]
+    masks = [mask_by_pointer(x) for x in (mask, t_mask)]
     return Inputs._make([*rows, *masks]), Cotangents(*(operand(x, n) for x in task.cotangents))
 
 

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attention_bands import band, first_row, locate, visible
 from .attention_tile import LOG2_E, LOWEST, indices, logits, seen
-from .geometry import band, first_row, locate, visible
 from .tiles import Strided, add_cross, at_least, load_rows, with_rests
 
 FAR = tl.constexpr(1024.0)  # an |lse| beyond which float32 holds too few digits of it

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .geometry import first_row
+from .attention_bands import first_row
 from .tiles import Described, Strided, add_cross, add_crosses, add_pair, as_operand, at_least, load_rows, store_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)

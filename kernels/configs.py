@@ -81,17 +81,18 @@ INTERPRETED = Config(32, 32, 1, 1)  # small enough that short tests have several
 ARCHITECTURES = (80, 90, 100)
 
 
-_forced: list[tuple[int, dict[str, Config]]] = []
+# What `forced` chooses now, the innermost last; while there is anything, no launch is looked up.
+FORCED: list[tuple[int, dict[str, Config]]] = []
 
 
 @contextmanager
 def forced(arch: int, chosen: dict[str, Config]) -> Iterator[None]:
     """Launch these kernels with these configs, as on that architecture: for tuning, and for compiling without a GPU."""
-    _forced.append((arch, chosen))
+    FORCED.append((arch, chosen))
     try:
         yield
     finally:
-        _forced.pop()
+        FORCED.pop()
 
 
 def arch_of(device: torch.device) -> int:
@@ -99,8 +100,8 @@ def arch_of(device: torch.device) -> int:
 
     So sm_80's configs keep to the 99 KiB of shared memory that 8.6, 8.9 and 12.x have.
     """
-    if _forced:
-        return _forced[-1][0]
+    if FORCED:
+        return FORCED[-1][0]
     return INTERPRETER if device.type != "cuda" else _arch_of_gpu(device.index)
 
 
@@ -122,8 +123,8 @@ def attention_config(
     tangents: the letters of those that there are, as in `Entry`. mask: one of `MASKS`. length: of the rows that the
     programs share out, queries in "forward" and "backward_q", keys in "backward_kv".
     """
-    if _forced and kernel in _forced[-1][1]:
-        return _forced[-1][1][kernel]
+    if FORCED and kernel in FORCED[-1][1]:
+        return FORCED[-1][1][kernel]
     if arch == INTERPRETER:
         return INTERPRETED
     return _nearest(kernel, arch, dtype.itemsize * 8, d, tangents, mask, bucket(length))

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .calls import Launch
+from .launch import Launch
 from .norm_backward import norm_backward
 from .norm_rows import Inputs, check, load_rows, plus, store_rows, strided, times
 

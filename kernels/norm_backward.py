@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .calls import Launch
+from .launch import Launch
 from .norm_rows import (
     Inputs,
     add,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .calls import Launch
+from .launch import Launch
 from .rope_rows import (
     angles_of,
     back_through_norm,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastdistill as fd
-from fastdistill.ops.protocol.tangent_graph import tangent_grad, tangents_without_grad
+from fastdistill.ops.protocol.context import tangent_grad, tangents_without_grad
 from fastdistill.testing import MemoryRecorder
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastdistill.kernels import activation, norm, norm_backward, qk_norm_rope
-from fastdistill.kernels.calls import Launch
 from fastdistill.kernels.configs import NormConfig
+from fastdistill.kernels.launch import Launch
 from fastdistill.kernels.norm_rows import Inputs
 from fastdistill.tune import Case
 

@@ -30,6 +30,7 @@ import fastdistill as fd
 from fastdistill import reference
 from fastdistill.benchmarks.run.environment import ROOT, fingerprint
 from fastdistill.ops.attention import eager as attention
+from fastdistill.ops.protocol.pair import ABSENT, Pair, paired
 from fastdistill.testing import assert_accurate, make_qkv
 
 eager: Any = attention  # its arguments are spread from tuples, which a type checker can't count
@@ -74,21 +75,19 @@ FULL: dict[str, Any] = {"window": (-1, -1), "lower_right": False, "cu_seqlens": 
 
 def eager_forward(primals: Tensors, tangents: Tensors) -> Tensors:
     """The implementation itself."""
-    (q, k, v), (t_q, t_k, t_v) = primals, tangents
-    scale = q.shape[-1] ** -0.5
-    o, t_o, *_ = eager.attention_forward(q, k, v, t_q, t_k, t_v, None, None, **FULL, scale=scale, tangent_grad=False)
+    inputs = [*paired(primals, tangents), ABSENT]
+    ((o, t_o), _), _ = eager.attention_forward(inputs, **FULL, scale=primals[0].shape[-1] ** -0.5)
     assert t_o is not None
     return o, t_o
 
 
 def eager_training(primals: Tensors, tangents: Tensors) -> Tensors:
     """Its forward, and its primal backward."""
-    (q, k, v), (o, t_o) = primals, eager_forward(primals, tangents)
-    needs, scale, nothing = (True, True, True, *(False,) * 5), q.shape[-1] ** -0.5, (None,) * 5
-    gradients = eager.attention_backward(
-        torch.ones_like(o), *(None,) * 3, q, k, v, *nothing, o, *(None,) * 3, **FULL, scale=scale, needs=needs
-    )
-    return o, t_o, *(x for x in gradients if x is not None)
+    o, t_o = eager_forward(primals, tangents)
+    scale, needs = primals[0].shape[-1] ** -0.5, [*[(True, False)] * 3, (False, False)]
+    cotangents, inputs = [Pair(torch.ones_like(o)), ABSENT], [*map(Pair, primals), ABSENT]
+    gradients = eager.attention_backward(cotangents, inputs, ([ABSENT] * 2, ()), **FULL, scale=scale, needs=needs)
+    return o, t_o, *(x for x, _ in gradients if x is not None)
 
 
 def fd_forward(primals: Tensors, tangents: Tensors) -> Tensors:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill import ops
-from fastdistill.ops.protocol.autocast import AUTOCASTING
+from fastdistill.ops.protocol.context import AUTOCASTING
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:

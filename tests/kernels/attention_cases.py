@@ -57,15 +57,16 @@ def run(
     q, k, v = (primals[name] for name in "qkv")
     masks = (primals.get("attn_mask"), tangents.get("attn_mask"))
     full = (*q.shape[:3], k.shape[2])
-    tensors = (q, k, v, *map(tangents.get, "qkv"), *(x if x is None else x.expand(full) for x in masks))
+    masks = tuple(x if x is None else x.expand(full) for x in masks)
+    pairs = [*((x, tangents.get(name)) for name, x in zip("qkv", (q, k, v))), masks]
     options = {"window": window, "lower_right": lower_right, "cu_seqlens": cu_seqlens}
     options["scale"] = q.shape[-1] ** -0.5 if scale is None else scale
     if descriptors is None:
-        return kernel.Outputs(
-            *module.attention_forward(*tensors, **options, tangent_grad=tangent_grad, grad=tangent_grad)
-        )
-    outputs = module.allocate(q, v, any_tangent=bool(tangents))
-    launch = module.plan(*tensors, outputs, **options, descriptors=descriptors)
+        found = module.attention_forward(pairs, **options, grad=tangent_grad, tangent_grad=tangent_grad)
+        ((o, t_o), (lse, mu)), rests = found
+        return kernel.Outputs(o, t_o, lse, mu, *rests)
+    outputs = module.allocate(q, v, moving=bool(tangents))
+    launch = module.plan(pairs, outputs, **options, descriptors=descriptors)
     module._attention_kernel[launch.grid](*launch.args, **launch.options)
     return outputs
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastdistill import reference
 from fastdistill.kernels import attention
 from fastdistill.kernels import attention_backward as kernel
+from fastdistill.ops.protocol.pair import flat
 from fastdistill.testing import assert_accurate, cast, reference_vjp, relative_error
 from tests.kernels.attention_cases import UNLIMITED, Sequences, Tensors, hidden_between_sequences
 from tests.kernels.device import DEVICE
@@ -45,16 +46,14 @@ def run_backward(
     moved = [tangents.get(name) for name in "qkv"]
     options: dict[str, Any] = {"window": window, "lower_right": lower_right, "cu_seqlens": cu_seqlens}
     options["scale"] = q.shape[-1] ** -0.5 if scale is None else scale
-    inputs = (q, k, v, *moved, *masks)
-    *saved, o_rest, t_o_rest = attention.attention_forward(*inputs, **options, tangent_grad=True, grad=True)
-    rests = (o_rest, t_o_rest)
-    sides = tuple(cotangents.get(name) for name in ("do", "dt_o", "d_lse", "d_mu"))
+    inputs = [*zip((q, k, v), moved), masks]
+    saved = attention.attention_forward(inputs, **options, tangent_grad=True, grad=True)
+    sides = [tuple(map(cotangents.get, names)) for names in (("do", "dt_o"), ("d_lse", "d_mu"))]
+    wanted = list(zip(needs[:4], needs[4:]))
     if descriptors is None:
-        gradients = kernel.attention_backward(*sides, *inputs, *saved, **options, needs=needs, rests=rests)
+        gradients = flat(kernel.attention_backward(sides, inputs, saved, **options, needs=wanted))
     else:
-        task, gradients = kernel.prepare(
-            sides, (q, k, v, masks[0]), (*moved, masks[1]), saved, **options, needs=needs, rests=rests
-        )
+        task, gradients = kernel.prepare(sides, inputs, saved, **options, needs=wanted)
         kernel.perform(task, descriptors)
     return dict(zip(NAMES, gradients, strict=True))
 

@@ -9,7 +9,7 @@ from tests.kernels.device import INTERPRETED
 if INTERPRETED:
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    import fastdistill.kernels.calls  # noqa: F401 -- mends the interpreter, before a test patches it and undoes that
+    import fastdistill.kernels.launch  # noqa: F401 -- mends the interpreter, before a test patches it and undoes that
 
 # What kernels do, and not only what comes out, is seen in the interpreter alone.
 collect_ignore = [] if INTERPRETED else ["test_attention_work.py", "test_attention_backward_work.py"]

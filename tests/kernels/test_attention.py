@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fastdistill import reference
-from fastdistill.kernels import arguments
 from fastdistill.kernels.attention import attention_forward
+from fastdistill.kernels.attention_arguments import precision
 from fastdistill.testing import cast, reference_jvp, relative_error
 from tests.kernels.attention_cases import SUBSETS, Tensors, check, inputs, normal, run
 from tests.kernels.device import DEVICE
@@ -103,7 +103,7 @@ def test_tf32_where_pytorch_may_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
     _, t_truth = reference_jvp(reference.attention, cast(primals, torch.float64), cast(tangents, torch.float64))
     exact = relative_error(run(primals, tangents).t_o, t_truth)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    assert (arguments.precision(torch.float32), arguments.precision(torch.bfloat16)) == ("tf32", "ieee")
+    assert precision(torch.float32) == "tf32" and precision(torch.bfloat16) == "ieee"
     fast = relative_error(run(primals, tangents).t_o, t_truth)
     assert exact < 3e-5 < fast < 2e-3
 
@@ -170,11 +170,9 @@ def test_no_rest_is_kept_where_none_is_needed() -> None:
     assert run(*inputs(**low))[4:] == (None, None)
     for given, tangent_grad in (("", True), ("qkv", False)):
         primals, tangents = inputs(given, **low)
-        q, k, v, *moved = (*primals.values(), *map(tangents.get, "qkv"))
-        o_rest, t_o_rest = attention_forward(
-            q, k, v, *moved, None, None, window=(-1, -1), lower_right=False, cu_seqlens=None, scale=0.25,
-            tangent_grad=tangent_grad, grad=True,
-        )[4:]  # fmt: skip
+        pairs = [*zip(primals.values(), map(tangents.get, "qkv")), (None, None)]
+        options = {"window": (-1, -1), "lower_right": False, "cu_seqlens": None, "scale": 0.25}
+        _, (o_rest, t_o_rest) = attention_forward(pairs, **options, grad=True, tangent_grad=tangent_grad)
         assert o_rest is not None and t_o_rest is None
 
 

@@ -7,7 +7,7 @@ import torch
 
 from fastdistill.kernels import attention as kernel
 from fastdistill.kernels import configs
-from fastdistill.kernels.arguments import use_descriptors
+from fastdistill.kernels.attention_arguments import use_descriptors
 from fastdistill.kernels.tiles import Described, Strided
 from tests.kernels.attention_cases import check, inputs, normal
 
@@ -57,13 +57,13 @@ def test_the_environment_can_do_without(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_gpu_with_tma_gets_them_by_default() -> None:
     """Packed sequences don't, for a tile of one would reach into the next; pointers come with the tiles of sm_80."""
     primals, _ = inputs(n=8, d=64, dtype=torch.float16)
-    tensors = (*primals.values(), None, None, None, None, None)
-    outputs = kernel.allocate(primals["q"], primals["v"], any_tangent=False)
+    pairs = [*((x, None) for x in primals.values()), (None, None)]
+    outputs = kernel.allocate(primals["q"], primals["v"], moving=False)
     cu = torch.tensor([0, 8], dtype=torch.int32)
     options = {"window": (-1, -1), "lower_right": False, "scale": 1.0}
     with configs.forced(90, {}):
-        described = kernel.plan(*tensors, outputs, **options, cu_seqlens=None)
-        pointed = kernel.plan(*tensors, outputs, **options, cu_seqlens=(cu, cu, 8, 8))
+        described = kernel.plan(pairs, outputs, **options, cu_seqlens=None)
+        pointed = kernel.plan(pairs, outputs, **options, cu_seqlens=(cu, cu, 8, 8))
     assert isinstance(described.args[0].q, Described) and isinstance(pointed.args[0].q, Strided)
     for launch, arch, mask in ((described, 90, "none"), (pointed, 80, "band")):
         config = configs.attention_config("forward", arch, torch.float16, 64, "", mask, 8)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdistill.benchmarks.compile.aot_table import TOOLS, compiling_for
 from fastdistill.kernels import norm, norm_backward
-from fastdistill.kernels.calls import Launch
+from fastdistill.kernels.launch import Launch
 from fastdistill.kernels.norm_rows import Inputs
 
 VECTORS, MODULATION = ("weight", "bias"), ("scale", "shift", "gate")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastdistill import reference
 from fastdistill.ops.attention import second_order
+from fastdistill.ops.protocol.pair import Pair, flat, paired
 from fastdistill.testing import make_packed, make_qkv
 
 Tensors = tuple[Tensor, ...]
@@ -41,6 +42,22 @@ def specification(
     return torch.cat([o for o, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
 
+def dual(primals: Any, tangents: Any, *band: Any) -> Any:
+    """Return ((o, lse), (t_o, mu)) by the formulas; `band` is (window, lower_right, cu_seqlens, scale)."""
+    named = dict(zip(("window", "lower_right", "cu_seqlens", "scale"), band, strict=True))
+    return tuple(zip(*second_order.attention_dual(paired(primals, tangents), **named)))
+
+
+def dual_backward(
+    do: Any, dt_o: Any, d_lse: Any, d_mu: Any, primals: Any, tangents: Any, *band: Any, needs: list[bool]
+) -> list[Tensor | None]:
+    """Return the gradients of primals and then of tangents by the formulas."""
+    named = dict(zip(("window", "lower_right", "cu_seqlens", "scale"), band, strict=True))
+    cotangents, wanted = [Pair(do, dt_o), Pair(d_lse, d_mu)], list(zip(needs[:4], needs[4:]))
+    inputs = paired(primals, tangents)
+    return flat(second_order.attention_dual_backward(cotangents, inputs, **named, needs=wanted))
+
+
 def check(primals: list[Tensor], tangents: list[Tensor], window: Any, lower_right: bool, cu_seqlens: Any) -> None:
     """(o, lse), (t_o, mu) and all gradients of all of them."""
     band, scale = (window, lower_right, cu_seqlens), primals[0].shape[-1] ** -0.5
@@ -49,7 +66,7 @@ def check(primals: list[Tensor], tangents: list[Tensor], window: Any, lower_righ
     outs, t_outs = torch.func.jvp(lambda *x: specification(x, *band), tuple(leaves[:count]), tuple(leaves[count:]))
     none = [None] * (4 - count)
     point: Any = ((*primals, *none), (*tangents, *none), *band, scale)
-    found = second_order.attention_dual(*point)
+    found = dual(*point)
     torch.testing.assert_close(found, ((outs[0], outs[1]), (t_outs[0], t_outs[1])), rtol=0, atol=1e-12)
 
     results, live = (outs[0], t_outs[0], outs[1], t_outs[1]), outs[1].isfinite()
@@ -59,7 +76,7 @@ def check(primals: list[Tensor], tangents: list[Tensor], window: Any, lower_righ
     cotangents[2:] = (torch.where(live, d, torch.nan) for d in cotangents[2:])
     for wanted in itertools.product([True, False], repeat=4):
         given = [x if want else None for x, want in zip(cotangents, wanted)]
-        gradients = second_order.attention_dual_backward(*given, *point, [True] * 8)
+        gradients = dual_backward(*given, *point, needs=[True] * 8)
         loss = sum((x.sum() for x, want in zip(loss_terms, wanted) if want), leaves[0].sum() * 0)
         truths = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
         torch.testing.assert_close([x for x in gradients if x is not None], list(truths), rtol=0, atol=1e-12)
@@ -83,9 +100,7 @@ def test_packed_sequences_match_the_references_derivatives(band: Any, lengths: A
 def test_tokens_outside_all_sequences_see_nothing() -> None:
     """Not even each other."""
     (q, k, v), cu_seqlens = make_packed((2, 3), (3, 1), 2, 4, spare=2)
-    (o, lse), (t_o, mu) = second_order.attention_dual(
-        (q, k, v, None), (q, None, v, None), (-1, -1), False, cu_seqlens, 1.0
-    )
+    (o, lse), (t_o, mu) = dual((q, k, v, None), (q, None, v, None), (-1, -1), False, cu_seqlens, 1.0)
     outside = [0, 1, 7, 8]
     assert (lse[:, :, outside] == -torch.inf).all()
     assert lse[:, :, 2:7].isfinite().all()
@@ -99,7 +114,7 @@ def test_absent_tangents_are_zeros() -> None:
     for wanted in itertools.product([True, False], repeat=4):
         some = tuple(t if want else None for t, want in zip(tangents, wanted))
         zeros = tuple(t if want else torch.zeros_like(t) for t, want in zip(tangents, wanted))
-        found, expected = (second_order.attention_dual(tuple(primals), x, *rest) for x in (some, zeros))
+        found, expected = (dual(primals, x, *rest) for x in (some, zeros))
         if any(wanted):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
         else:
@@ -110,10 +125,10 @@ def test_16_bits_are_computed_and_the_statistics_returned_in_float32() -> None:
     """As by the implementations; o, t_o and gradients are in the dtype of the inputs."""
     primals, tangents = ([x.bfloat16() for x in point] for point in inputs())
     arguments: Any = (tuple(primals), tuple(tangents), (-1, -1), False, None, 0.5)
-    (o, lse), (t_o, mu) = second_order.attention_dual(*arguments)
+    (o, lse), (t_o, mu) = dual(*arguments)
     assert t_o is not None and mu is not None
     assert (o.dtype, t_o.dtype, lse.dtype, mu.dtype) == (torch.bfloat16,) * 2 + (torch.float32,) * 2
-    for x in second_order.attention_dual_backward(o, t_o, lse, mu, *arguments, [True] * 8):
+    for x in dual_backward(o, t_o, lse, mu, *arguments, needs=[True] * 8):
         assert x is not None and x.dtype == torch.bfloat16
 
 
@@ -125,16 +140,16 @@ def test_both_formulas_are_differentiable_again_and_again(packed: bool) -> None:
     options: Any = ((1, 1), True, cu_seqlens if packed else None, 0.7)
     leaves = tuple(torch.randn_like(x).requires_grad_() for x in (q, k, v, q, k, v))
 
-    def dual(*x: Tensor) -> Tensors:
-        (o, lse), (t_o, mu) = second_order.attention_dual((*x[:3], None), (*x[3:], None), *options)
+    def forward(*x: Tensor) -> Tensors:
+        (o, lse), (t_o, mu) = dual((*x[:3], None), (*x[3:], None), *options)
         return o, lse.masked_fill(lse == -torch.inf, 0.0), t_o, mu
 
     def backward(*x: Tensor) -> Tensors:
         cotangents = (x[0] + 1, x[3].sin(), x[0].sum(-1), x[3].cos().sum(-1))
         point: Any = (*cotangents, (*x[:3], None), (*x[3:], None))
         needs = [True, True, True, False] * 2
-        return tuple(g for g in second_order.attention_dual_backward(*point, *options, needs) if g is not None)
+        return tuple(g for g in dual_backward(*point, *options, needs=needs) if g is not None)
 
-    for fn in (dual, backward):
+    for fn in (forward, backward):
         assert torch.autograd.gradcheck(fn, leaves, check_forward_ad=True, fast_mode=True)
         assert torch.autograd.gradgradcheck(fn, leaves, check_fwd_over_rev=True, fast_mode=True)

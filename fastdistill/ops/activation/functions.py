@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops.activation.op import ACTIVATION
-from fastdistill.ops.protocol import checks, dispatch, tangent_graph
+from fastdistill.ops.protocol import checks, context, dispatch
+from fastdistill.ops.protocol.pair import paired
 
 KINDS = {"none": "gelu", "tanh": "gelu_tanh"}
 
@@ -159,14 +160,14 @@ class _Call:
         self.named, self.x, self.attrs = named, x, (kind, impl)
 
     def run(self) -> Tensor:
-        (y,) = ACTIVATION(self._canonical([x for _, x in self.named]), self.attrs, tangent_graph.tangent_grad())
+        (y,) = ACTIVATION(self._canonical([x for _, x in self.named]), self.attrs, context.tangent_grad())
         assert y is not None
         return y.reshape(self.x.shape)
 
     def pair(self, given: Sequence[Tensor | None], tangent_grad: bool) -> tuple[Tensor, Tensor]:
         tangents = checks.checked_tangents([(name, x, t) for (name, x), t in zip(self.named, given)], tangent_grad)
         primals = self._canonical([x for _, x in self.named])
-        (y,), (t_y,) = ACTIVATION.pair(primals, self._canonical(tangents), self.attrs, tangent_grad)
+        ((y, t_y),) = ACTIVATION.pair(paired(primals, self._canonical(tangents)), self.attrs, tangent_grad)
         return y.reshape(self.x.shape), t_y.reshape(self.x.shape)
 
     def _canonical(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -12,6 +12,7 @@ from fastdistill.ops.activation import eager
 from fastdistill.ops.activation.second_order import _math, _math_backward
 from fastdistill.ops.protocol import dispatch
 from fastdistill.ops.protocol.dual_op import DualOp, Spec, Tensors
+from fastdistill.ops.protocol.pair import Needs, Pairs, flat, paired
 
 
 def choose(x: Tensor, impl: str) -> str:
@@ -22,32 +23,25 @@ def choose(x: Tensor, impl: str) -> str:
     return "triton" if triton_runs and dispatch.triton_problem(x.device) is None else "torch"
 
 
-def _forward(
-    primals: Tensors, tangents: Tensors, attrs: Sequence[Any], tangent_grad: bool
-) -> tuple[Tensors, Tensors, Tensors]:
+def _forward(inputs: Pairs, attrs: Sequence[Any], tangent_grad: bool) -> tuple[Pairs, Tensors]:
+    primals, tangents = zip(*inputs)
     (x, up), (t_x, t_up), (kind, impl) = primals, tangents, attrs
     assert x is not None
     module = dispatch.implementation("activation", choose(x, impl))
     y, t_y = module.activation_forward(x, t_x, up, t_up, kind=kind)
-    return (y,), (t_y,), ()
+    return paired([y], [t_y]), ()
 
 
 def _backward(
-    d_outs: Tensors,
-    dt_outs: Tensors,
-    primals: Tensors,
-    tangents: Tensors,
-    outs: Tensors,
-    t_outs: Tensors,
-    residuals: Tensors,
-    attrs: Sequence[Any],
-    needs: Sequence[bool],
-) -> Tensors:
+    cotangents: Pairs, inputs: Pairs, saved: tuple[Pairs, Tensors], attrs: Sequence[Any], needs: Needs
+) -> Pairs:
+    (d_outs, dt_outs), (primals, tangents) = zip(*cotangents), zip(*inputs)
+    needs = flat(needs)
     (dy,), (dt_y,), (x, up), (t_x, t_up), (kind, impl) = d_outs, dt_outs, primals, tangents, attrs
     assert x is not None
     module = dispatch.implementation("activation", choose(x, impl))
     grads: Tensors = module.activation_backward(dy, dt_y, x, t_x, up, t_up, kind=kind, needs=tuple(needs))
-    return grads
+    return paired(grads[:2], grads[2:])
 
 
 def _native(primals: Tensors, attrs: Sequence[Any]) -> Tensors | None:
@@ -64,9 +58,8 @@ def _native(primals: Tensors, attrs: Sequence[Any]) -> Tensors | None:
     return (y if up is None else y * up,)
 
 
-def _specs(
-    primals: Tensors, tangents: Tensors, attrs: Sequence[Any], tangent_grad: bool
-) -> tuple[Sequence[Spec], Sequence[Spec]]:
+def _specs(inputs: Pairs, attrs: Sequence[Any], tangent_grad: bool) -> tuple[Sequence[Spec], Sequence[Spec]]:
+    primals = [x for x, _ in inputs]
     x = primals[0]
     assert x is not None
     return [(tuple(x.shape), x.dtype)], []

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill.ops.protocol.dual_op import Tensors
-from fastdistill.ops.protocol.null_safe import add, times
+from fastdistill.ops.protocol.pair import Needs, Pairs, add, flat, paired, times
 
 
-def _math(primals: Any, tangents: Any, attrs: Sequence[Any]) -> tuple[Tensors, Tensors]:
+def _math(inputs: Pairs, attrs: Sequence[Any]) -> Pairs:
+    primals, tangents = zip(*inputs)
     """The formulas of the forward, differentiable any number of times."""
     dtype = primals[0].dtype
     (x, up), (t_x, t_up) = _wide(primals), _wide(tangents)
@@ -21,12 +21,11 @@ def _math(primals: Any, tangents: Any, attrs: Sequence[Any]) -> tuple[Tensors, T
     t_y = times(times(slope, t_x), 1.0 if up is None else up)
     t_y = add(t_y, times(phi, t_up))
     y = phi if up is None else phi * up
-    return (y.to(dtype),), (None if t_y is None else t_y.to(dtype),)
+    return paired([y.to(dtype)], [None if t_y is None else t_y.to(dtype)])
 
 
-def _math_backward(
-    d_outs: Tensors, dt_outs: Tensors, primals: Any, tangents: Any, attrs: Sequence[Any], needs: list[bool]
-) -> Tensors:
+def _math_backward(cotangents: Pairs, inputs: Pairs, attrs: Sequence[Any], needs: Needs) -> Pairs:
+    (d_outs, dt_outs), (primals, tangents), needs = zip(*cotangents), zip(*inputs), flat(needs)
     """The formulas of both backward passes; g and h are the cotangents of phi and of phi' t_x."""
     like = primals[0]
     (dy, dt_y), (x, up), (t_x, t_up) = _wide((d_outs[0], dt_outs[0])), _wide(primals), _wide(tangents)
@@ -39,10 +38,11 @@ def _math_backward(
         times(slope, h),
         times(phi, dt_y),
     ]
-    return [
+    grads = [
         None if not need else torch.zeros_like(like) if grad is None else grad.to(like.dtype)
         for grad, need in zip(grads, needs, strict=True)
     ]
+    return paired(grads[:2], grads[2:])
 
 
 def _derivatives(x: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:

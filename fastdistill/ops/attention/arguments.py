@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdistill.ops.protocol import autocast, checks
+from fastdistill.ops.protocol import checks, context
 
 Names = tuple[str, str, str]
 NAMES = ("query", "key", "value")
+UNLIMITED = (-1, -1)
 ALIGNMENTS = ("upper_left", "lower_right")
 LARGEST = 2**31 - 1  # of a position, which kernels count in 32 bits
 
@@ -77,6 +78,29 @@ class Layout(NamedTuple):
     def unfolded(self, x: Tensor) -> Tensor:
         """What the op returns, (B, H, ...), with the dimensions of the result."""
         return x.reshape(*self.lead, *x.shape[2:])
+
+
+FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+
+
+def plain_layout(q: Any, k: Any, v: Any, attn_mask: Any, options: Sequence[object]) -> Layout | None:
+    """Return the layout of the common call, which needs no other check; None for any other, which may be refused.
+
+    All are (B, H, length, dim) of one dtype and device, with one number of heads; there is no mask and no autocast, and
+    the options are bools.
+    """
+    if attn_mask is not None or not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        return None
+    of_q, of_k, of_v, dtype, device = q.shape, k.shape, v.shape, q.dtype, q.device
+    if not len(of_q) == len(of_k) == len(of_v) == 4 or not dtype == k.dtype == v.dtype or dtype not in FLOATS:
+        return None
+    if of_k[:2] != of_q[:2] or of_k[3] != of_q[3] or of_v[:3] != of_k[:3] or not (of_q[1] and of_q[3] and of_v[3]):
+        return None
+    if not device == k.device == v.device or context.autocast_dtype(device) is not None:
+        return None
+    if [option for option in options if option is not True and option is not False]:
+        return None
+    return Layout(tuple(of_q[:2]), of_q[1], of_q[1])
 
 
 def layout(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool, names: Names = NAMES) -> Layout:
@@ -221,7 +245,9 @@ def _check_dims(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool, names: Names)
 
 
 def band(window_size: Any, is_causal: bool, align: str, square: bool) -> tuple[int, int, bool]:
-    """(left, right, lower_right) of a band; where there are as many keys as queries the alignments are one."""
+    """Return (left, right, lower_right) of a band; where there are as many keys as queries the alignments are one."""
+    if window_size == UNLIMITED and align in ALIGNMENTS:
+        return -1, 0 if is_causal else -1, align == "lower_right" and is_causal and not square
     if align not in ALIGNMENTS:
         raise ValueError(f"align: expected one of {', '.join(map(repr, ALIGNMENTS))}, got {align!r}")
     sides = tuple(window_size) if isinstance(window_size, tuple | list) else ()
@@ -239,7 +265,7 @@ def lowered(*tensors: Any) -> list[Any]:
     """What autocast, where it is on, makes of arguments: float64 and masks of bool stay, and all if the first does."""
     first = tensors[0]
     lowers = isinstance(first, Tensor) and first.dtype != torch.float64
-    dtype = autocast.autocast_dtype(first.device) if lowers else None
+    dtype = context.autocast_dtype(first.device) if lowers else None
     return [
         x if dtype is None or not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64
         else x.to(dtype)
@@ -248,7 +274,7 @@ def lowered(*tensors: Any) -> list[Any]:
 
 
 def scale_of(q: Tensor, scale: float | None) -> float:
-    """The softmax scale: 1/sqrt(D) unless given, as a number: a tensor's gradient would be lost."""
+    """Return the softmax scale: 1/sqrt(D) unless given, as a number: a tensor's gradient would be lost."""
     if scale is not None and not isinstance(scale, numbers.Real | torch.SymInt | torch.SymFloat):
         raise TypeError(
             f"scale: expected a number or None, got {type(scale).__name__}; multiply the query by it instead"

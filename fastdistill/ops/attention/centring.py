@@ -36,6 +36,9 @@ class Means(NamedTuple):
         return scale * (q.to(mean.dtype) * mean).sum(-1)
 
 
+NO_MEANS = Means(None, None)
+
+
 def centred(k: Any, v: Any, tokens: int = -2, live: Tensor | None = None) -> tuple[Any, Any, Means]:
     """Keys and values (or their tangents) less their means over the tokens, dimension `tokens`; dtypes stay.
 

@@ -23,50 +23,49 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops.attention.logit_blocks import Blocks, Two, accumulator_dtype, put_columns, sequences, softmax_
+from fastdistill.ops.protocol.pair import Needs, Pair, Pairs, moves, transposed, without_tangents
 
 
 def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    t_q: Tensor | None,
-    t_k: Tensor | None,
-    t_v: Tensor | None,
-    attn_mask: Tensor | None,
-    t_attn_mask: Tensor | None,
+    inputs: Pairs,
     *,
     window: tuple[int, int],
     lower_right: bool,
     cu_seqlens: tuple[Tensor, Tensor, int, int] | None,
     scale: float,
-    tangent_grad: bool,
     grad: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, None, None]:
-    """Attention and its tangent: (o, t_o, lse, mu, o_rest, t_o_rest).
+    tangent_grad: bool = False,
+) -> tuple[tuple[Pair, Pair], tuple[None, None]]:
+    """Return attention and its tangent: (((o, t_o), (lse, mu)), (o_rest, t_o_rest)).
 
-    q (B, H, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv), any strides; masks expanded to (B, H, N, M). Query i sees the
-    keys i + shift - left ... i + shift + right of `window` (left, right), -1 being no limit; shift is M - N if
-    `lower_right`, else 0. With `cu_seqlens` (cu_n, cu_m, max_n, max_m), B is 1 and there are no masks: sequence z has
-    the queries cu_n[z] ... cu_n[z + 1] - 1 and the keys cu_m[z] ... cu_m[z + 1] - 1, and a window of its own.
+    Args:
+        inputs: the pairs of q (B, H, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv), any strides, and of the mask, None or
+            expanded to (B, H, N, M).
+        window, lower_right: query i sees the keys i + shift - left ... i + shift + right of `window` (left, right), -1
+            being no limit; shift is M - N if `lower_right`, else 0.
+        cu_seqlens: (cu_n, cu_m, max_n, max_m), with a B of 1 and no mask: sequence z has the queries cu_n[z] ...
+            cu_n[z + 1] - 1 and the keys cu_m[z] ... cu_m[z + 1] - 1, and a window of its own.
+        grad, tangent_grad: ignored. They ask for o_rest and t_o_rest, what a backward may need of o and t_o beyond
+            their dtype; the backward below needs nothing, so both are None.
 
-    o, t_o (B, H, N, Dv) are in q's dtype; lse, mu (B, H, N) in float32 (float64 for float64). t_o and mu are None
-    without any tangent. o_rest and t_o_rest, what a backward may need of o and t_o beyond their dtype, are always None,
-    whatever `grad` and `tangent_grad`: the backward below needs nothing. A row that sees no key has o = t_o = mu = 0
-    and lse = -inf.
+    Returns:
+        o, t_o (B, H, N, Dv) in q's dtype; lse, mu (B, H, N) in float32 (float64 for float64). t_o and mu are None
+        without any tangent. A row that sees no key has o = t_o = mu = 0 and lse = -inf.
 
-    Equivalent to: `torch.func.jvp` of `reference.attention` and `reference.attention_lse`, a sequence at a time.
+    Equivalent to:
+        `torch.func.jvp` of `reference.attention` and `reference.attention_lse`, a sequence at a time
     """
-    moving = any(t is not None for t in (t_q, t_k, t_v, t_attn_mask))
+    (q, t_q), (k, t_k), (v, t_v), mask = inputs
     o = q.new_zeros(*q.shape[:-1], v.shape[-1])
     lse = q.new_full(q.shape[:-1], -math.inf, dtype=accumulator_dtype(q))
-    t_o, mu = (torch.zeros_like(o), torch.zeros_like(lse)) if moving else (None, None)
+    t_o, mu = (torch.zeros_like(o), torch.zeros_like(lse)) if moves(inputs) else (None, None)
 
     # An enclosing autocast would cast the operands of the matmuls back to 16 bits.
     with torch.autocast(q.device.type, enabled=False):
         for queries, keys in sequences(cu_seqlens):
-            blocks = Blocks(queries(q)[0], keys(k)[0], (attn_mask, t_attn_mask), window, lower_right)
+            blocks = Blocks(queries(q)[0], keys(k)[0], mask, window, lower_right)
             _forward(blocks, queries(q, t_q), keys(k, t_k), keys(v, t_v), queries(o, t_o, lse, mu), scale)
-    return o, t_o, lse, mu, None, None
+    return (Pair(o, t_o), Pair(lse, mu)), (None, None)
 
 
 def _forward(blocks: Blocks, q: Two, k: Two, v: Two, results: Sequence[Tensor | None], scale: float) -> None:
@@ -90,56 +89,50 @@ def _forward(blocks: Blocks, q: Two, k: Two, v: Two, results: Sequence[Tensor | 
 
 
 def attention_backward(
-    do: Tensor | None,
-    dt_o: Tensor | None,
-    d_lse: Tensor | None,
-    d_mu: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    t_q: Tensor | None,
-    t_k: Tensor | None,
-    t_v: Tensor | None,
-    attn_mask: Tensor | None,
-    t_attn_mask: Tensor | None,
-    o: Tensor | None,
-    t_o: Tensor | None,
-    lse: Tensor | None,
-    mu: Tensor | None,
+    cotangents: Pairs,
+    inputs: Pairs,
+    saved: tuple[Pairs, Sequence[Tensor | None]],
     *,
     window: tuple[int, int],
     lower_right: bool,
     cu_seqlens: tuple[Tensor, Tensor, int, int] | None,
     scale: float,
-    needs: tuple[bool, ...],
-    rests: tuple[Tensor | None, Tensor | None] = (None, None),
-) -> tuple[Tensor | None, ...]:
-    """Gradients of <do, o> + <dt_o, t_o> + <d_lse, lse> + <d_mu, mu>: (dq, dk, dv, d_attn_mask, dt_q, ...).
+    needs: Needs,
+) -> list[Pair]:
+    """Return the gradients of <do, o> + <dt_o, t_o> + <d_lse, lse> + <d_mu, mu>, in pairs as `needs`.
 
-    `needs` says which of the eight, in that order; the others are None. An absent cotangent is zero; without dt_o and
-    d_mu this is the primal backward, and no tangent is read. Gradients of masks, (B, H, N, M), are the only tensors
-    that grow with N M. o, t_o, lse, mu and rests serve implementations that see a tile of the keys at a time. Here a
-    block sees all its keys and takes those sums again, so they carry no rounding of a stored result.
+    Args:
+        cotangents: (do, dt_o) and (d_lse, d_mu); None is zero. Without dt_o and d_mu this is the primal backward, and
+            no tangent is read.
+        inputs, window, lower_right, cu_seqlens, scale: as in `attention_forward`.
+        saved: what it returned. It serves implementations that see a tile of the keys at a time; here a block sees all
+            its keys and takes those sums again, so that they carry no rounding of a stored result.
+        needs: which gradients of q, k, v, the mask and of their tangents are wanted; the others are None.
+
+    Returns:
+        (dq, dt_q), (dk, dt_k), (dv, dt_v), (d_mask, dt_mask). Those of masks, (B, H, N, M), are the only tensors that
+        grow with N M.
     """
+    (do, dt_o), (d_lse, d_mu) = cotangents
     mixed = dt_o is not None or d_mu is not None
     if mixed:
-        cotangents, d_statistics = (dt_o, do), (d_mu, d_lse)
-        wants = list(zip(needs[4:], needs[:4], strict=True))
+        of_output, of_statistic = (dt_o, do), (d_mu, d_lse)
+        wants = [(of_tangent, of_primal) for of_primal, of_tangent in needs]
     else:
-        cotangents, d_statistics = (do, None), (d_lse, None)
-        wants = [(need, False) for need in needs[:4]]
-        t_q = t_k = t_v = t_attn_mask = None
-    # For each of q, k, v, attn_mask the (value, tangent) of the map that the module's docstring speaks of.
-    results = [_zeros(x, want) for x, want in zip((q, k, v, attn_mask), wants, strict=True)]
+        of_output, of_statistic = (do, None), (d_lse, None)
+        wants = [(of_primal, False) for of_primal, _ in needs]
+        inputs = without_tangents(inputs)
+    (q, t_q), (k, t_k), (v, t_v), mask = inputs
+    # For each of q, k, v, mask the (value, tangent) of the map that the module's docstring speaks of.
+    results = [_zeros(x, want) for (x, _), want in zip(inputs, wants, strict=True)]
 
     with torch.autocast(q.device.type, enabled=False):
         for queries, keys in sequences(cu_seqlens):
-            blocks = Blocks(queries(q)[0], keys(k)[0], (attn_mask, t_attn_mask), window, lower_right)
-            arguments = queries(q, t_q), keys(k, t_k), keys(v, t_v), queries(*cotangents), queries(*d_statistics)
+            blocks = Blocks(queries(q)[0], keys(k)[0], mask, window, lower_right)
+            arguments = queries(q, t_q), keys(k, t_k), keys(v, t_v), queries(*of_output), queries(*of_statistic)
             into = queries(*results[0]), keys(*results[1]), keys(*results[2]), results[3]
             _backward(blocks, *arguments, into, wants, scale)
-    of_value, of_tangent = zip(*results, strict=True)
-    return (*of_tangent, *of_value) if mixed else (*of_value, *of_tangent)
+    return [Pair(tangent, value) if mixed else Pair(value, tangent) for value, tangent in results]
 
 
 def _backward(
@@ -171,9 +164,9 @@ def _backward(
             d_logits = blocks.logit_gradients(weights, z, d_rows, values.narrow(at.columns), d_stats, want_logits)
             q_sums = blocks.sums("q_sums", queries.shape, want_q, flip=False)
             q_sums.add_product(*d_logits, seen)
-            k_sums.narrow(at.columns).add_product(_mT(d_logits[0]), _mT(d_logits[1]), queries)
+            k_sums.narrow(at.columns).add_product(transposed(d_logits[0]), transposed(d_logits[1]), queries)
             t_weights = None if z is None else z.mul_(weights)
-            v_sums.narrow(at.columns).add_product(weights.mT, _mT(t_weights), d_rows)
+            v_sums.narrow(at.columns).add_product(weights.mT, transposed(t_weights), d_rows)
             for i in (0, 1):
                 blocks.put(results[0][i], q_sums[i], at, scale)
                 blocks.put(results[3][i], d_logits[i], at, columns=at.columns)
@@ -185,7 +178,3 @@ def _backward(
 def _zeros(x: Tensor | None, wants: tuple[bool, bool]) -> Two:
     value, tangent = (x.new_zeros(x.shape) if x is not None and want else None for want in wants)
     return value, tangent
-
-
-def _mT(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.mT

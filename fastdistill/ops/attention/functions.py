@@ -16,9 +16,10 @@ from torch import Tensor
 
 from fastdistill.ops.attention import arguments, centring
 from fastdistill.ops.attention.op import ATTENTION, UNLIMITED, choose, triton_problem, unfit_for_triton
-from fastdistill.ops.protocol import autocast, checks, dispatch, tangent_graph
+from fastdistill.ops.protocol import checks, context, dispatch
 from fastdistill.ops.protocol import torch_functions as F
 from fastdistill.ops.protocol.dual_op import Tensors
+from fastdistill.ops.protocol.pair import paired
 
 
 def scaled_dot_product_attention(
@@ -78,21 +79,15 @@ def scaled_dot_product_attention(
     Equivalent to:
         F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     """
-    for name, x in zip(arguments.NAMES, (query, key, value)):
-        checks.check_tensor(name, x)
-    if not centre:  # or else the means are taken first
-        query, key, value = arguments.lowered(query, key, value)
-    to = arguments.layout(query, key, value, enable_gqa)
-    q, k, v = to.queries(query), to.keys(key), to.keys(value)
-    means = centring.Means(None, None)
-    if centre:
-        k, v, means = centring.centred(k, v)
-        q, k, v = arguments.lowered(q, k, v)
-    mask = arguments.lowered(q, attn_mask)[1]
-    arguments.check_padded(q, k, v, mask, to, is_causal)
+    means = centring.NO_MEANS
+    to = None if centre else arguments.plain_layout(query, key, value, attn_mask, (enable_gqa, is_causal))
+    if to is not None:
+        q, k, v, mask = query, key, value, None
+    else:
+        q, k, v, mask, to, means = _prepared(query, key, value, attn_mask, is_causal, enable_gqa, centre)
     band = arguments.band(window_size, is_causal, align, q.shape[-2] == k.shape[-2])
     dispatch.check_impl(impl, q.device)
-    primals = (q, k, v, to.mask(mask))
+    primals = (q, k, v, mask)
     if dropout_p != 0.0:
         ours_alone = band not in ((*UNLIMITED, False), (-1, 0, False)) or return_lse or centre or impl != "auto"
         if ours_alone or _is_dual(primals):
@@ -100,15 +95,39 @@ def scaled_dot_product_attention(
                 "dropout_p: expected 0.0 under forward AD or with an explicit impl, window_size, align, return_lse or "
                 f"centre, got {dropout_p}"
             )
-        return _with_dropout(query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return _with_dropout(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     factor = arguments.scale_of(q, scale)
-    attrs = (*band, factor, return_lse or centre, tangent_graph.may_need_grad(primals), impl)
-    out, lse = ATTENTION(primals, attrs, tangent_graph.tangent_grad())
+    attrs = (*band, factor, return_lse or centre, context.may_need_grad(primals), impl)
+    out, lse = ATTENTION(primals, attrs, context.tangent_grad())
     assert out is not None
     if lse is None:
         return to.unfolded(out)
     out = to.unfolded(means.restore(out, lse))
     return (out, to.unfolded(centring.shifted(lse, lse, means.logits(q, factor)))) if return_lse else out
+
+
+def _prepared(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    enable_gqa: bool,
+    centre: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, arguments.Layout, centring.Means]:
+    """Check any arguments, and return those of the op, their layout and the means that centring took off."""
+    for name, x in zip(arguments.NAMES, (query, key, value)):
+        checks.check_tensor(name, x)
+    if not centre:  # or else the means are taken first
+        query, key, value = arguments.lowered(query, key, value)
+    to = arguments.layout(query, key, value, enable_gqa)
+    q, k, v, means = to.queries(query), to.keys(key), to.keys(value), centring.NO_MEANS
+    if centre:
+        k, v, means = centring.centred(k, v)
+        q, k, v = arguments.lowered(q, k, v)
+    mask = arguments.lowered(q, attn_mask)[1]
+    arguments.check_padded(q, k, v, mask, to, is_causal)
+    return q, k, v, to.mask(mask), to, means
 
 
 def _with_dropout(
@@ -121,7 +140,7 @@ def _with_dropout(
         seen = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
         mask = mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, float("-inf"))
         is_causal = False
-    with autocast.without_autocast(query.device):
+    with context.without_autocast(query.device):
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal, **more)
 
 
@@ -169,13 +188,13 @@ def attention_jvp(
     dispatch.check_impl(impl, q.device)
     q, k, v, mask = to.queries(q), to.keys(k), to.keys(v), to.mask(attn_mask)
     t_q, t_k, t_v, t_mask = to.queries(t_q), to.keys(t_k), to.keys(t_v), to.mask(t_mask)
-    means = t_means = centring.Means(None, None)
+    means = t_means = centring.NO_MEANS
     if centre:
         (k, v, means), (t_k, t_v, t_means) = centring.centred(k, v), centring.centred(t_k, t_v)
     factor = arguments.scale_of(q, scale)
     primals, tangents = (q, k, v, mask), (t_q, t_k, t_v, t_mask)
-    attrs = (*band, factor, return_lse, tangent_graph.may_need_grad((*primals, *tangents)), impl)
-    (out, lse), (t_out, t_lse) = ATTENTION.pair(primals, tangents, attrs, tangent_grad)
+    attrs = (*band, factor, return_lse, context.may_need_grad((*primals, *tangents)), impl)
+    (out, t_out), (lse, t_lse) = ATTENTION.pair(paired(primals, tangents), attrs, tangent_grad)
     out, t_out = to.unfolded(means.restore(out, lse)), to.unfolded(t_means.restore(t_out, lse))
     if not return_lse:
         return out, t_out

@@ -66,7 +66,7 @@ class At(NamedTuple):
         return (self.rows.stop - self.rows.start) * (self.columns.stop - self.columns.start)
 
 
-class Pair(NamedTuple):
+class SideBySide(NamedTuple):
     """A block (Z, R, W) of a tensor and its tangent, where there are any; with both also the two side by side.
 
     Side by side is [value | tangent], flipped to [tangent | value] for what is multiplied with that.
@@ -82,11 +82,11 @@ class Pair(NamedTuple):
         assert self.value is not None
         return self.value.shape
 
-    def narrow(self, rows: slice) -> Pair:
+    def narrow(self, rows: slice) -> SideBySide:
         """Some rows."""
-        return Pair(*(None if x is None else x[:, rows] for x in self))
+        return SideBySide(*(None if x is None else x[:, rows] for x in self))
 
-    def add_product(self, a: Tensor | None, t_a: Tensor | None, x: Pair) -> None:
+    def add_product(self, a: Tensor | None, t_a: Tensor | None, x: SideBySide) -> None:
         """value += a x and tangent += a t_x + t_a x, where wanted; what meets a is one matmul if all of it is."""
         if a is not None and self.both is not None and x.both is not None:
             _add_matmul_(self.both, a, x.both)
@@ -149,20 +149,20 @@ class Blocks:
                 blocks.append(At(*heads, slice(start, stop), columns))
         return sorted(blocks, key=At.size, reverse=True)
 
-    def column_pair(self, name: str, x: Two, heads: tuple[slice, slice]) -> Pair:
+    def column_pair(self, name: str, x: Two, heads: tuple[slice, slice]) -> SideBySide:
         """k or v of these heads."""
         value, tangent = (None if part is None else part[heads] for part in x)
         return self._pair(name, (value, tangent), flip=False)
 
-    def row_pair(self, name: str, x: Two, at: At, scale: float = 1.0) -> Pair:
+    def row_pair(self, name: str, x: Two, at: At, scale: float = 1.0) -> SideBySide:
         """q or a cotangent in the rows of a block, times `scale`; flipped."""
         value, tangent = (None if part is None else self._part(part, at) for part in x)
         return self._pair(name, (value, tangent), flip=True, scale=scale)
 
-    def _pair(self, name: str, x: Two, *, flip: bool, scale: float = 1.0) -> Pair:
+    def _pair(self, name: str, x: Two, *, flip: bool, scale: float = 1.0) -> SideBySide:
         parts = [part for part in x if part is not None]
         if not parts:
-            return Pair(None, None, None)
+            return SideBySide(None, None, None)
         z, width = parts[0].shape[0] * parts[0].shape[1], parts[0].shape[-1]
         shape = (z, parts[0].numel() // (z * width), width)
         whole, pair = self._slots(name, shape, (x[0] is not None, x[1] is not None), flip=flip)
@@ -173,20 +173,22 @@ class Blocks:
             whole.mul_(scale)
         return pair
 
-    def sums(self, name: str, shape: Sequence[int], wants: tuple[bool, bool], *, flip: bool) -> Pair:
+    def sums(self, name: str, shape: Sequence[int], wants: tuple[bool, bool], *, flip: bool) -> SideBySide:
         """Zeros (Z, R, W) where wanted; flipped if the pairs that will be multiplied from the right are."""
         whole, pair = self._slots(name, shape, wants, flip=flip)
         whole.zero_()
         return pair
 
-    def _slots(self, name: str, shape: Sequence[int], wants: tuple[bool, bool], *, flip: bool) -> tuple[Tensor, Pair]:
+    def _slots(
+        self, name: str, shape: Sequence[int], wants: tuple[bool, bool], *, flip: bool
+    ) -> tuple[Tensor, SideBySide]:
         whole = self._buffer(name, (*shape[:-1], sum(wants) * shape[-1]))
         if not all(wants):
-            return whole, Pair(whole if wants[0] else None, whole if wants[1] else None, None)
+            return whole, SideBySide(whole if wants[0] else None, whole if wants[1] else None, None)
         first, second = whole.chunk(2, dim=-1)
-        return whole, Pair(second, first, whole) if flip else Pair(first, second, whole)
+        return whole, SideBySide(second, first, whole) if flip else SideBySide(first, second, whole)
 
-    def logits(self, queries: Pair, keys: Pair, at: At) -> tuple[Tensor, Tensor | None]:
+    def logits(self, queries: SideBySide, keys: SideBySide, at: At) -> tuple[Tensor, Tensor | None]:
         """S and T of a block, masked; T is None where it is zero. The scale is in `queries`."""
         assert queries.value is not None and keys.value is not None
         shape = (*queries.value.shape[:2], keys.value.shape[1])
@@ -230,8 +232,8 @@ class Blocks:
         self,
         weights: Tensor,
         z: Tensor | None,
-        cotangents: Pair,
-        values: Pair,
+        cotangents: SideBySide,
+        values: SideBySide,
         d_statistics: Two,
         wants: tuple[bool, bool],
     ) -> Two:
@@ -310,7 +312,7 @@ def softmax_(logits: Tensor) -> Tensor:
     return row_max + total.log()
 
 
-def _product_tangent(left: Pair, right: Pair, out: Tensor) -> Tensor | None:
+def _product_tangent(left: SideBySide, right: SideBySide, out: Tensor) -> Tensor | None:
     """Tangent of left @ right.mT by the product rule; `left` is flipped, so that two tangents need only one matmul."""
     if left.both is not None and right.both is not None:
         return torch.bmm(left.both, right.both.mT, out=out)

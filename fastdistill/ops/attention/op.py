@@ -13,57 +13,46 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops.attention import second_order
-from fastdistill.ops.protocol import autocast, compat, dispatch
+from fastdistill.ops.attention.arguments import UNLIMITED
+from fastdistill.ops.protocol import compat, context, dispatch
 from fastdistill.ops.protocol import torch_functions as F
 from fastdistill.ops.protocol.dual_op import DualOp, Spec, Tensors
+from fastdistill.ops.protocol.pair import ABSENT, Needs, Pair, Pairs
 
 MAX_TRITON_HEAD_DIM = 256
 WIDE_FLOAT32 = 130 << 10  # bytes of shared memory that the mixed backward of float32 heads wider than 128 takes
-UNLIMITED = (-1, -1)
 
 
 class _Call(NamedTuple):
     """What both ops boil down to: q (B, H, N, D), k, v and a mask, or packed sequences in a batch of one."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None
-    tangents: Tensors
-    cu_seqlens: tuple[Tensor, Tensor, int, int] | None
-    window: tuple[int, int]
-    lower_right: bool
-    scale: float
+    inputs: list[Pair]
+    options: dict[str, Any]  # the keyword arguments that every implementation takes
     with_lse: bool
     grad: bool
     impl: str
 
-    @property
-    def masks(self) -> list[Tensor | None]:
-        """The mask and its tangent, expanded to (B, H, N, M)."""
-        full = (*self.q.shape[:3], self.k.shape[2])
-        return [None if x is None else x.expand(full) for x in (self.mask, self.tangents[3])]
+    def expanded(self) -> list[Pair]:
+        """Return the inputs, the mask and its tangent expanded to (B, H, N, M)."""
+        (q, _), (k, _), _, (mask, t_mask) = self.inputs
+        if mask is None:
+            return self.inputs
+        full = (*q.shape[:3], k.shape[2])
+        return [*self.inputs[:3], Pair(mask.expand(full), None if t_mask is None else t_mask.expand(full))]
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments that every implementation takes."""
-        return {
-            "window": self.window,
-            "lower_right": self.lower_right,
-            "cu_seqlens": self.cu_seqlens,
-            "scale": self.scale,
-        }
+    def module(self) -> Any:
+        """Return the implementation that runs."""
+        return dispatch.implementation("attention", choose(self.inputs[0][0], self.inputs[2][0], self.impl))
 
 
-def _call(primals: Any, tangents: Tensors, attrs: Sequence[Any]) -> _Call:
-    q, k, v, *rest = primals
-    if len(rest) == 1:
-        (mask,), cu_seqlens = rest, None
-    else:
-        mask, cu_seqlens = None, (*(cu.to(torch.int32) for cu in rest), *attrs[:2])
+def _call(inputs: Pairs, attrs: Sequence[Any]) -> _Call:
     left, right, lower_right, scale, with_lse, grad, impl = attrs[-7:]
-    four = [*tangents[:3], tangents[3] if mask is not None else None]
-    return _Call(q, k, v, mask, four, cu_seqlens, (left, right), lower_right, scale, with_lse, grad, impl)
+    four, cu_seqlens = inputs, None
+    if len(inputs) == len(PACKED):
+        cu_n, cu_m = (cu.to(torch.int32) for cu, _ in inputs[3:])
+        four, cu_seqlens = (*inputs[:3], ABSENT), (cu_n, cu_m, *attrs[:2])
+    options = {"window": (left, right), "lower_right": lower_right, "cu_seqlens": cu_seqlens, "scale": scale}
+    return _Call(list(four), options, with_lse, grad, impl)
 
 
 def choose(q: Tensor, v: Tensor, impl: str) -> str:
@@ -98,29 +87,23 @@ def unfit_for_triton(q: Tensor, v: Tensor) -> str | None:
     return f"head dim {widest} > {MAX_TRITON_HEAD_DIM}" if widest > MAX_TRITON_HEAD_DIM else None
 
 
-def _forward(
-    primals: Tensors, tangents: Tensors, attrs: Sequence[Any], tangent_grad: bool
-) -> tuple[Tensors, Tensors, Tensors]:
-    call = _call(primals, tangents, attrs)
-    _check_sequences(primals, attrs)
-    mask, t_mask = call.masks
-    differentiated = tangent_grad and any(t is not None for t in tangents)
-    module = dispatch.implementation("attention", choose(call.q, call.v, call.impl))
-    o, t_o, lse, mu, *residuals = module.attention_forward(
-        call.q, call.k, call.v, *call.tangents[:3], mask, t_mask, **call.options,
-        tangent_grad=differentiated, grad=call.grad,
-    )  # fmt: skip
-    return (o, lse), (t_o, mu), residuals
+def _forward(inputs: Pairs, attrs: Sequence[Any], tangent_grad: bool) -> tuple[Pairs, Tensors]:
+    call = _call(inputs, attrs)
+    _check_sequences(inputs, attrs)
+    results: tuple[Pairs, Tensors] = call.module().attention_forward(
+        call.expanded(), **call.options, grad=call.grad, tangent_grad=tangent_grad
+    )
+    return results
 
 
-def _check_sequences(primals: Any, attrs: Sequence[Any]) -> None:
+def _check_sequences(inputs: Pairs, attrs: Sequence[Any]) -> None:
     """Refuse bounds that would have a kernel read or leave out the wrong rows; on a GPU without waiting for it.
 
     They are read as int64, as they may have come: narrower, bounds and differences could wrap to what fits.
     """
-    if len(primals) != len(PACKED):
+    if len(inputs) != len(PACKED):
         return
-    q, k, _, cu_n, cu_m = primals
+    q, k, _, cu_n, cu_m = (x for x, _ in inputs)
     for name, cu, longest, total in (("q", cu_n, attrs[0], q.shape[2]), ("k", cu_m, attrs[1], k.shape[2])):
         cu = cu.long()
         lengths = cu.diff()
@@ -137,103 +120,76 @@ def _check_sequences(primals: Any, attrs: Sequence[Any]) -> None:
 
 
 def _backward(
-    d_outs: Tensors,
-    dt_outs: Tensors,
-    primals: Tensors,
-    tangents: Tensors,
-    outs: Tensors,
-    t_outs: Tensors,
-    residuals: Tensors,
-    attrs: Sequence[Any],
-    needs: Sequence[bool],
-) -> Tensors:
-    call = _call(primals, tangents, attrs)
-    (do, d_lse), (dt_o, d_mu), (o, lse), (t_o, mu), (o_rest, t_o_rest) = d_outs, dt_outs, outs, t_outs, residuals
-    mask, t_mask = call.masks
-    half = len(primals)
-    eight = [*needs[:3], needs[3] and mask is not None, *needs[half : half + 3], needs[half + 3] and mask is not None]
-    grads = list(
-        dispatch.implementation("attention", choose(call.q, call.v, call.impl)).attention_backward(
-            do, dt_o, d_lse, d_mu, call.q, call.k, call.v, *call.tangents[:3], mask, t_mask,
-            o, t_o, lse, mu, **call.options, needs=tuple(eight), rests=(o_rest, t_o_rest),
-        )
-    )  # fmt: skip
-    return _as_given(grads, call, half)
+    cotangents: Pairs, inputs: Pairs, saved: tuple[Pairs, Tensors], attrs: Sequence[Any], needs: Needs
+) -> Pairs:
+    call = _call(inputs, attrs)
+    of_mask = needs[3] if call.inputs[3].primal is not None else (False, False)
+    grads = call.module().attention_backward(
+        cotangents, call.expanded(), saved, **call.options, needs=[*needs[:3], of_mask]
+    )
+    return _as_given(grads, call, len(inputs))
 
 
-def _as_given(grads: list[Tensor | None], call: _Call, half: int) -> Tensors:
-    """Gradients of (q, k, v, mask) and their tangents in the order of the op's arguments, masks in their own shape."""
-    for i, like in ((3, call.mask), (7, call.tangents[3])):  # under vmap the two may differ
-        if like is not None and (grad := grads[i]) is not None:
-            grads[i] = grad.sum_to_size(like.shape)
-    rest: list[Tensor | None] = [None] * (half - 4)
-    return [*grads[:4], *rest, *grads[4:], *rest]
+def _as_given(grads: Sequence[tuple[Tensor | None, Tensor | None]], call: _Call, count: int) -> Pairs:
+    """Return the gradients of (q, k, v, mask) as those of the op's inputs, that of the mask in its own shape."""
+    of_mask = [
+        grad if grad is None or like is None else grad.sum_to_size(like.shape)  # under vmap the two may differ
+        for grad, like in zip(grads[3], call.inputs[3])
+    ]
+    return [*map(Pair._make, grads[:3]), Pair(*of_mask), *[ABSENT] * (count - 4)]
 
 
-def _math(primals: Any, tangents: Any, attrs: Sequence[Any]) -> tuple[Tensors, Tensors]:
-    call = _call(primals, tangents, attrs)
+def _math(inputs: Pairs, attrs: Sequence[Any]) -> Pairs:
+    call = _call(inputs, attrs)
     if call.impl != "torch":
         raise NotImplementedError(
             "attention: expected one level of forward AD, got a tangent of a tangent, which has no fused form. "
             "impl='torch' computes it exactly, with memory that grows with N M."
         )
-    if not torch.compiler.is_compiling() and not any(map(compat.is_batched, primals[3:] if call.cu_seqlens else ())):
-        _check_sequences(primals, attrs)
-    return second_order.attention_dual(
-        (call.q, call.k, call.v, call.mask),
-        tuple(call.tangents),
-        window=call.window,
-        lower_right=call.lower_right,
-        cu_seqlens=call.cu_seqlens,
-        scale=call.scale,
-    )
+    packed = call.options["cu_seqlens"] is not None
+    if not torch.compiler.is_compiling() and not any(compat.is_batched(x) for x, _ in (inputs[3:] if packed else ())):
+        _check_sequences(inputs, attrs)
+    return second_order.attention_dual(call.inputs, **call.options)
 
 
-def _math_backward(
-    d_outs: Tensors, dt_outs: Tensors, primals: Any, tangents: Any, attrs: Sequence[Any], needs: list[bool]
-) -> Tensors:
-    call, half = _call(primals, tangents, attrs), len(primals)
-    grads = second_order.attention_dual_backward(
-        d_outs[0], dt_outs[0], d_outs[1], dt_outs[1], (call.q, call.k, call.v, call.mask), tuple(call.tangents),
-        **call.options, needs=[*needs[:4], *needs[half : half + 4]],
-    )  # fmt: skip
-    return _as_given(list(grads), call, half)
+def _math_backward(cotangents: Pairs, inputs: Pairs, attrs: Sequence[Any], needs: Needs) -> Pairs:
+    call = _call(inputs, attrs)
+    grads = second_order.attention_dual_backward(cotangents, call.inputs, **call.options, needs=needs[:4])
+    return _as_given(grads, call, len(inputs))
 
 
-def _native(primals: Tensors, attrs: Sequence[Any]) -> Tensors | None:
+def _native(primals: Sequence[Any], attrs: Sequence[Any]) -> Tensors | None:
     """PyTorch's own op, where no implementation was asked for by name and it can do what is asked.
 
     Not where a gradient in 16 bits may follow on a CPU: from rounded outputs its kernel there makes gradients that with
     large logits and a mean of v are off by ten times what the plain formula's are. Nor with a scale of zero or
     less: its causal kernel there multiplies what it hid, minus infinity, by it, and gives NaN.
     """
-    call = _call(primals, [None] * len(primals), attrs)
-    if not call.scale > 0:
+    (left, right, lower_right, scale, with_lse, grad, impl), packed = attrs[-7:], len(primals) == len(PACKED)
+    if impl != "auto" or with_lse or packed or not scale > 0:
         return None
-    if call.grad and call.q.device.type == "cpu" and call.q.dtype.itemsize == 2:
+    q, k, v, mask = primals
+    if grad and q.device.type == "cpu" and q.dtype.itemsize == 2:
         return None
-    causal = call.window == (-1, 0) and not call.lower_right and call.mask is None
-    if call.impl != "auto" or call.with_lse or call.cu_seqlens or not (causal or call.window == UNLIMITED):
+    causal = (left, right) == (-1, 0) and not lower_right and mask is None
+    if not causal and (left, right) != UNLIMITED:
         return None
-    if call.mask is not None and call.q.device.type != "cpu" and call.mask.dtype not in (torch.bool, call.q.dtype):
-        return None  # PyTorch's fused kernels for GPUs refuse a float32 mask beside 16-bit queries
-    gqa = call.q.shape[1] != call.k.shape[1]
-    with autocast.without_autocast(call.q.device):
-        out = F.scaled_dot_product_attention(
-            call.q, call.k, call.v, call.masks[0], is_causal=causal, scale=call.scale, enable_gqa=gqa
-        )
-    return out, None
+    if mask is not None:
+        if q.device.type != "cpu" and mask.dtype not in (torch.bool, q.dtype):
+            return None  # PyTorch's fused kernels for GPUs refuse a float32 mask beside 16-bit queries
+        mask = mask.expand(*q.shape[:3], k.shape[2])
+    gqa = q.shape[1] != k.shape[1]
+    with context.without_autocast(q.device):
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=gqa), None
 
 
-def _specs(
-    primals: Tensors, tangents: Tensors, attrs: Sequence[Any], tangent_grad: bool
-) -> tuple[Sequence[Spec], Sequence[Spec]]:
-    q, v, grad, impl = primals[0], primals[2], *attrs[-2:]
-    assert q is not None and v is not None
+def _specs(inputs: Pairs, attrs: Sequence[Any], tangent_grad: bool) -> tuple[Sequence[Spec], Sequence[Spec]]:
+    (q, _), _, (v, _), *_ = inputs
+    grad, impl = attrs[-2:]
     shape = (*q.shape[:3], v.shape[-1])
     statistic = torch.float64 if q.dtype == torch.float64 else torch.float32
     kept = grad and q.dtype.itemsize == 2 and choose(q, v, impl) == "triton"
-    rests = [kept, kept and tangent_grad and any(t is not None for t in tangents)]
+    rests = [kept, kept and tangent_grad and any(t is not None for _, t in inputs)]
     return [(shape, q.dtype), (tuple(q.shape[:3]), statistic)], [(shape, q.dtype) if x else None for x in rests]
 
 

@@ -2,71 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastdistill.ops.protocol import torch_functions as F
-from fastdistill.ops.protocol.null_safe import accumulated, add, matmul, times, transposed
+from fastdistill.ops.protocol.pair import Needs, Pair, Pairs, accumulated, add, flat, matmul, paired, times, transposed
 
 NEG_INF = float("-inf")
-
-
-Primals = tuple[Tensor, Tensor, Tensor, Tensor | None]
-
-
 CuSeqlens = tuple[Tensor, Tensor, int, int] | None
 
 
-Tangents = tuple[Tensor | None, ...]
-
-
 def attention_dual(
-    primals: Primals,
-    tangents: Tangents,
-    window: tuple[int, int],
-    lower_right: bool,
-    cu_seqlens: CuSeqlens,
-    scale: float,
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
-    """((o, lse), (t_o, mu)): o = P v, t_o = P∘(T - mu) v + P t_v; no t_o and mu without any tangent."""
-    dtype = primals[0].dtype
-    q, k, v, mask = accumulated(primals)
-    tangents = accumulated(tangents)
+    inputs: Pairs, *, window: tuple[int, int], lower_right: bool, cu_seqlens: CuSeqlens, scale: float
+) -> list[Pair]:
+    """Return (o, t_o) and (lse, mu): o = P v, t_o = P∘(T - mu) v + P t_v; no t_o and mu without any tangent."""
+    dtype = inputs[0].primal.dtype
+    primals, tangents = (accumulated(part) for part in zip(*inputs))
+    (q, k, v, mask), (_, _, t_v, _) = primals, tangents
     p, lse = _probabilities(q, k, mask, _visible(q, k, window, lower_right, cu_seqlens), scale)
     o = (p @ _repeated(v, q)).to(dtype)
-    t = _tangent_of_logits((q, k, v, mask), tangents, scale)
-    t_v = _heads(tangents[2], q)
+    t = _tangent_of_logits(primals, tangents, scale)
     if t is None and t_v is None:
-        return (o, lse), (None, None)
+        return [Pair(o), Pair(lse)]
     mu = torch.zeros_like(lse) if t is None else (p * t).sum(-1)
     t_o = None if t is None else (p * (t - mu[..., None])) @ _repeated(v, q)
-    t_o = add(t_o, None if t_v is None else p @ t_v)
-    return (o, lse), (None if t_o is None else t_o.to(dtype), mu)
+    t_o = add(t_o, matmul(p, _heads(t_v, q)))
+    return [Pair(o, None if t_o is None else t_o.to(dtype)), Pair(lse, mu)]
 
 
 def attention_dual_backward(
-    do: Tensor | None,
-    dt_o: Tensor | None,
-    d_lse: Tensor | None,
-    d_mu: Tensor | None,
-    primals: Primals,
-    tangents: Tangents,
+    cotangents: Pairs,
+    inputs: Pairs,
+    *,
     window: tuple[int, int],
     lower_right: bool,
     cu_seqlens: CuSeqlens,
     scale: float,
-    needs: list[bool],
-) -> list[Tensor | None]:
-    """Gradients of (q, k, v, mask) and of their tangents, from the cotangents of o, t_o, lse and mu."""
-    likes = [*primals, *primals[:3], primals[3] if tangents[3] is None else tangents[3]]
-    q, k, v, mask = accumulated(primals)
+    needs: Needs,
+) -> list[Pair]:
+    """Return the gradients of q, k, v, mask and of their tangents, from the cotangents of o, t_o, lse and mu."""
+    likes = [x for x, _ in inputs] + [x if t is None else t for x, t in inputs]
+    primals, tangents = (accumulated(part) for part in zip(*inputs))
+    (q, k, v, mask), (t_q, t_k, t_v, _) = primals, tangents
     kv_heads = k.shape[1]
     p, lse = _probabilities(q, k, mask, _visible(q, k, window, lower_right, cu_seqlens), scale)
-    t_q, t_k, t_v, t_mask = accumulated(tangents)
+    t = _tangent_of_logits(primals, tangents, scale)
     k, v, t_k, t_v = _repeated(k, q), _repeated(v, q), _heads(t_k, q), _heads(t_v, q)
-    do, dt_o, d_lse, d_mu = accumulated((do, dt_o, d_lse, d_mu))
+    do, d_lse, dt_o, d_mu = accumulated(flat(cotangents))
     d_lse, d_mu = (None if x is None else torch.where(lse == NEG_INF, 0.0, x)[..., None] for x in (d_lse, d_mu))
-    t = _tangent_of_logits((q, k, v, mask), (t_q, t_k, t_v, t_mask), scale)
     z = None if t is None else t - (p * t).sum(-1, keepdim=True)
 
     w = None if dt_o is None else dt_o @ v.mT
@@ -87,7 +73,7 @@ def attention_dual_backward(
         d_t,
     ]
     results: list[Tensor | None] = []
-    for i, (grad, x, need) in enumerate(zip(grads, likes, needs, strict=True)):
+    for i, (grad, x, need) in enumerate(zip(grads, likes, flat(needs), strict=True)):
         if not need or x is None:
             results.append(None)
         elif grad is None:
@@ -96,11 +82,11 @@ def attention_dual_backward(
             results.append(grad.unflatten(1, (kv_heads, -1)).sum(2).to(x.dtype))
         else:
             results.append(grad.sum_to_size(x.shape).to(x.dtype))
-    return results
+    return paired(results[:4], results[4:])
 
 
 def _visible(q: Tensor, k: Tensor, window: tuple[int, int], lower_right: bool, cu_seqlens: CuSeqlens) -> Tensor | None:
-    """Which key each query sees, (N, M): within its own sequence and window. None: every query sees every key."""
+    """Return which key each query sees, (N, M), within its own sequence and window; None: every one."""
     (n, m), (left, right) = (q.shape[2], k.shape[2]), window
     if cu_seqlens is None and left < 0 and right < 0:
         return None
@@ -125,7 +111,7 @@ def _visible(q: Tensor, k: Tensor, window: tuple[int, int], lower_right: bool, c
 def _probabilities(
     q: Tensor, k: Tensor, mask: Tensor | None, visible: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """P and lse; zeros and -inf for a query that sees no key."""
+    """Return P and lse; zeros and -inf for a query that sees no key."""
     s = scale * (q @ _repeated(k, q).mT)
     if mask is not None:
         s = s.masked_fill(~mask, NEG_INF) if mask.dtype == torch.bool else s + mask
@@ -137,8 +123,8 @@ def _probabilities(
     return torch.softmax(s, -1).masked_fill(dead, 0.0), lse
 
 
-def _tangent_of_logits(primals: Primals, tangents: Tangents, scale: float) -> Tensor | None:
-    """T; None when no logit moves."""
+def _tangent_of_logits(primals: Sequence[Any], tangents: Sequence[Tensor | None], scale: float) -> Tensor | None:
+    """Return T; None when no logit moves."""
     q, k, *_ = primals
     t_q, t_k, _, t_mask = tangents
     t = None if t_q is None else scale * (t_q @ _repeated(k, q).mT)
@@ -152,7 +138,7 @@ def _softmax_backward(p: Tensor, d_p: Tensor) -> Tensor:
 
 
 def _repeated(x: Tensor, q: Tensor) -> Tensor:
-    """Key heads repeated for grouped queries."""
+    """Return key heads repeated for grouped queries."""
     return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastdistill.ops.attention import arguments, centring
 from fastdistill.ops.attention.op import UNLIMITED, VARLEN
-from fastdistill.ops.protocol import checks, dispatch, tangent_graph
+from fastdistill.ops.protocol import checks, context, dispatch
+from fastdistill.ops.protocol.pair import paired
 
 
 def varlen_attention(
@@ -57,7 +58,7 @@ def varlen_attention(
     """
     for name, x in (("query", query), ("key", key), ("value", value)):
         checks.check_tensor(name, x)
-    means = centring.Means(None, None)
+    means = centring.NO_MEANS
     if centre:
         arguments.checked_bounds(cu_seq_q, cu_seq_k, query)
         cu = cu_seq_q if cu_seq_k is None else cu_seq_k
@@ -66,9 +67,9 @@ def varlen_attention(
         key, value, means = centring.centred(key, value, tokens=-3, live=live)
     query, key, value = arguments.lowered(query, key, value)
     primals = arguments.checked_packed(query, key, value, cu_seq_q, cu_seq_k, (max_q, max_k), enable_gqa)
-    grad = tangent_graph.may_need_grad(primals)
+    grad = context.may_need_grad(primals)
     attrs = _attrs(query, max_q, max_k, scale, window_size, align, return_lse or centre, grad, impl)
-    out, lse = VARLEN(primals, attrs, tangent_graph.tangent_grad())
+    out, lse = VARLEN(primals, attrs, context.tangent_grad())
     assert out is not None
     if lse is not None:
         out = means.restore(out, lse)
@@ -110,9 +111,10 @@ def varlen_attention_jvp(
     primals = arguments.checked_packed(q, k, v, cu_seq_q, cu_seq_k, (max_q, max_k), enable_gqa, names)
     given = checks.checked_tangents([("q", q, t_q), ("k", k, t_k), ("v", v, t_v)], tangent_grad)
     tangents = [None if t is None else t.transpose(0, 1).unsqueeze(0) for t in given]
-    grad = tangent_graph.may_need_grad((*primals, *tangents))
+    grad = context.may_need_grad((*primals, *tangents))
     attrs = _attrs(q, max_q, max_k, scale, window_size, align, return_lse, grad, impl)
-    (out, lse), (t_out, t_lse) = VARLEN.pair(primals, [*tangents, None, None], attrs, tangent_grad)
+    inputs = paired(primals, [*tangents, None, None])
+    (out, t_out), (lse, t_lse) = VARLEN.pair(inputs, attrs, tangent_grad)
     results = (_tokens(out), _tokens(t_out))
     return (*results, lse[0], t_lse[0]) if return_lse else results
 

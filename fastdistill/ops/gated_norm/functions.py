@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fastdistill.ops.gated_norm.op import GATED_NORM
 from fastdistill.ops.norm.arguments import Call, check_modulation
-from fastdistill.ops.protocol import checks, tangent_graph
+from fastdistill.ops.protocol import checks, context
+from fastdistill.ops.protocol.pair import paired
 
 
 def gated_residual_ada_norm(
@@ -118,7 +119,7 @@ class _Call(Call):
     def run(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """r and y of (possibly dual) tensors."""
         r, y = GATED_NORM(
-            [self._canonical(name, value) for name, value in self.named], self.attrs, tangent_graph.tangent_grad()
+            [self._canonical(name, value) for name, value in self.named], self.attrs, context.tangent_grad()
         )
         assert r is not None and y is not None
         return r.reshape(self.x.shape), y.reshape(self.x.shape)
@@ -132,6 +133,6 @@ class _Call(Call):
         )
         primals = [self._canonical(name, value) for name, value in self.named]
         tangents = [self._canonical(name, t) for (name, _), t in zip(self.named, checked)]
-        outs, t_outs = GATED_NORM.pair(primals, tangents, self.attrs, tangent_grad)
-        r, y, t_r, t_y = (x.reshape(self.x.shape) for x in (*outs, *t_outs))
+        (r, t_r), (y, t_y) = GATED_NORM.pair(paired(primals, tangents), self.attrs, tangent_grad)
+        r, y, t_r, t_y = (x.reshape(self.x.shape) for x in (r, y, t_r, t_y))
         return (r, y), (t_r, t_y)

@@ -10,36 +10,30 @@ from torch import Tensor
 
 from fastdistill.ops.gated_norm import second_order
 from fastdistill.ops.norm.op import choose, native_norm
-from fastdistill.ops.protocol import autocast, dispatch
+from fastdistill.ops.protocol import context, dispatch
 from fastdistill.ops.protocol.dual_op import DualOp, Spec, Tensors
+from fastdistill.ops.protocol.pair import Needs, Pairs, flat, paired
 
 
 def _choose(x: Tensor, h: Tensor, impl: str) -> str:
     return "torch" if impl == "auto" and h.dtype == torch.float64 else choose(x, impl)
 
 
-def _forward(
-    primals: Tensors, tangents: Tensors, attrs: Sequence[Any], tangent_grad: bool
-) -> tuple[Tensors, Tensors, Tensors]:
+def _forward(inputs: Pairs, attrs: Sequence[Any], tangent_grad: bool) -> tuple[Pairs, Tensors]:
+    primals, tangents = zip(*inputs)
     (x, h, *_), (eps, rms, impl) = primals, attrs
     assert x is not None and h is not None
     pairs = [a for pair in zip(primals, tangents) for a in pair]
     implementation = dispatch.implementation("gated_norm", _choose(x, h, impl))
     r, t_r, y, t_y, mean, rstd = implementation.gated_norm_forward(*pairs, eps=eps, rms=rms)
-    return (r, y), (t_r, t_y), (mean, rstd)
+    return paired([r, y], [t_r, t_y]), (mean, rstd)
 
 
 def _backward(
-    d_outs: Tensors,
-    dt_outs: Tensors,
-    primals: Tensors,
-    tangents: Tensors,
-    outs: Tensors,
-    t_outs: Tensors,
-    residuals: Tensors,
-    attrs: Sequence[Any],
-    needs: Sequence[bool],
-) -> Tensors:
+    cotangents: Pairs, inputs: Pairs, saved: tuple[Pairs, Tensors], attrs: Sequence[Any], needs: Needs
+) -> Pairs:
+    (d_outs, dt_outs), (primals, tangents), residuals = zip(*cotangents), zip(*inputs), saved[1]
+    needs = flat(needs)
     (dr, dy), (dt_r, dt_y), (x, h, *_), (_, rms, impl) = d_outs, dt_outs, primals, attrs
     assert x is not None and h is not None
     pairs = [a for pair in zip(primals, tangents) for a in pair]
@@ -47,7 +41,7 @@ def _backward(
     grads: Tensors = implementation.gated_norm_backward(
         dr, dt_r, dy, dt_y, *pairs, *residuals, rms=rms, needs=tuple(needs)
     )
-    return grads
+    return paired(grads[:7], grads[7:])
 
 
 def _native(primals: Tensors, attrs: Sequence[Any]) -> Tensors | None:
@@ -57,30 +51,30 @@ def _native(primals: Tensors, attrs: Sequence[Any]) -> Tensors | None:
     assert x is not None and h is not None
     if impl != "auto" or x.dtype.itemsize < 4 or any(p is not None and p.dtype != x.dtype for p in primals):
         return None
-    with autocast.without_autocast(x.device):
+    with context.without_autocast(x.device):
         r = x + (h if gate is None else gate * h)
         y = native_norm(r, weight, bias, eps, rms)
         y = y if scale is None else y * (1 + scale)
         return r, y if shift is None else y + shift
 
 
-def _specs(
-    primals: Tensors, tangents: Tensors, attrs: Sequence[Any], tangent_grad: bool
-) -> tuple[Sequence[Spec], Sequence[Spec]]:
+def _specs(inputs: Pairs, attrs: Sequence[Any], tangent_grad: bool) -> tuple[Sequence[Spec], Sequence[Spec]]:
+    primals = [x for x, _ in inputs]
     x, h, *_ = primals
     assert x is not None and h is not None
     row = (tuple(x.shape[:2]), torch.promote_types(torch.promote_types(x.dtype, h.dtype), torch.float32))
     return [(tuple(x.shape), x.dtype), (tuple(x.shape), h.dtype)], [None if attrs[1] else row, row]
 
 
-def _math(primals: Any, tangents: Any, attrs: Sequence[Any]) -> tuple[Tensors, Tensors]:
-    return second_order.gated_norm_dual(primals, tangents, attrs[0], attrs[1])
+def _math(inputs: Pairs, attrs: Sequence[Any]) -> Pairs:
+    primals, tangents = zip(*inputs)
+    return paired(*second_order.gated_norm_dual(primals, tangents, attrs[0], attrs[1]))
 
 
-def _math_backward(
-    d_outs: Tensors, dt_outs: Tensors, primals: Any, tangents: Any, attrs: Sequence[Any], needs: list[bool]
-) -> Tensors:
-    return second_order.gated_norm_dual_backward(d_outs, dt_outs, primals, tangents, attrs[0], attrs[1], needs)
+def _math_backward(cotangents: Pairs, inputs: Pairs, attrs: Sequence[Any], needs: Needs) -> Pairs:
+    (d_outs, dt_outs), (primals, tangents), needs = zip(*cotangents), zip(*inputs), flat(needs)
+    grads = second_order.gated_norm_dual_backward(d_outs, dt_outs, primals, tangents, attrs[0], attrs[1], needs)
+    return paired(grads[:7], grads[7:])
 
 
 GATED_NORM = DualOp(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops.norm.second_order import norm_dual, norm_dual_backward
-from fastdistill.ops.protocol.null_safe import add, times
+from fastdistill.ops.protocol.pair import add, times
 
 
 def gated_norm_dual(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastdistill.ops.protocol import torch_functions as F
 from fastdistill.ops.protocol.dual_op import Tensors
+from fastdistill.ops.protocol.pair import Needs, Pairs, flat, paired
 
 
 def joins(rows: int, summed: int, columns: int) -> bool:
@@ -35,9 +36,8 @@ def _products(x: Tensor | None, t_x: Tensor | None, matrix: Tensor) -> tuple[Ten
     return both[: len(x)].clone(), both[len(x) :].clone()
 
 
-def _forward(
-    primals: Tensors, tangents: Tensors, attrs: Sequence[Any], tangent_grad: bool
-) -> tuple[Tensors, Tensors, Tensors]:
+def _forward(inputs: Pairs, attrs: Sequence[Any], tangent_grad: bool) -> tuple[Pairs, Tensors]:
+    primals, tangents = zip(*inputs)
     (x, weight, bias), (t_x, t_weight, t_bias) = primals, tangents
     assert x is not None and weight is not None
     shape, rows, t_rows = (*x.shape[:-1], len(weight)), _rows(x), _rows(t_x)
@@ -56,7 +56,7 @@ def _forward(
         t_y = F.linear(rows, t_weight, t_bias) if t_y is None else t_y.addmm_(rows, t_weight.t())
     elif t_y is None and t_bias is not None:
         t_y = t_bias.expand(len(rows), -1).clone()
-    return (_whole(y, shape),), (None if t_y is None else _whole(t_y, shape),), ()
+    return paired([_whole(y, shape)], [None if t_y is None else _whole(t_y, shape)]), ()
 
 
 def _whole(y: Tensor, shape: Sequence[int]) -> Tensor:
@@ -65,16 +65,10 @@ def _whole(y: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _backward(
-    d_outs: Tensors,
-    dt_outs: Tensors,
-    primals: Tensors,
-    tangents: Tensors,
-    outs: Tensors,
-    t_outs: Tensors,
-    residuals: Tensors,
-    attrs: Sequence[Any],
-    needs: Sequence[bool],
-) -> Tensors:
+    cotangents: Pairs, inputs: Pairs, saved: tuple[Pairs, Tensors], attrs: Sequence[Any], needs: Needs
+) -> Pairs:
+    (d_outs, dt_outs), (primals, tangents) = zip(*cotangents), zip(*inputs)
+    needs = flat(needs)
     x, weight, _ = primals
     assert x is not None and weight is not None
     (dy, dt_y), (rows, t_rows) = (_rows(d_outs[0]), _rows(dt_outs[0])), (_rows(x), _rows(tangents[0]))
@@ -89,7 +83,8 @@ def _backward(
         None if dt_y is None or not needs[5] else dt_y.sum(0),
     ]
     likes = (*primals, *primals)
-    return [None if not need or like is None else _shaped(grad, like) for grad, like, need in zip(grads, likes, needs)]
+    grads = [None if not need or like is None else _shaped(grad, like) for grad, like, need in zip(grads, likes, needs)]
+    return paired(grads[:3], grads[3:])
 
 
 def _sum_of_products(start: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops.linear.op import LINEAR
-from fastdistill.ops.protocol import autocast, checks, dispatch, tangent_graph
+from fastdistill.ops.protocol import checks, context, dispatch
+from fastdistill.ops.protocol.pair import paired
 
 
 @checks.accepts_x
@@ -80,7 +81,7 @@ class _Call:
                     f"bias: expected shape {tuple(weight.shape[:-1])}, or one that broadcasts to {self.shape}, "
                     f"got {tuple(bias.shape)}"
                 )
-        low = autocast.autocast_dtype(x.device)
+        low = context.autocast_dtype(x.device)
         cast = [z if z is None or low is None or z.dtype == torch.float64 else z.to(low) for z in (x, weight, bias)]
         self.named = list(zip(("x", "weight", "bias"), cast))
         assert cast[0] is not None
@@ -95,7 +96,7 @@ class _Call:
 
     def run(self) -> Tensor:
         values = [z for _, z in self.named]
-        (y,) = LINEAR(self._canonical(values), self.attrs, tangent_graph.tangent_grad())
+        (y,) = LINEAR(self._canonical(values), self.attrs, context.tangent_grad())
         assert y is not None
         return self._finished(y, values[2])
 
@@ -104,7 +105,8 @@ class _Call:
     ) -> tuple[Tensor, Tensor]:
         given = [(name, z, t) for (name, z), t in zip(self.named, (t_x, t_weight, t_bias))]
         tangents, values = checks.checked_tangents(given, tangent_grad), [z for _, z in self.named]
-        (y,), (t_y,) = LINEAR.pair(self._canonical(values), self._canonical(tangents), self.attrs, tangent_grad)
+        inputs = paired(self._canonical(values), self._canonical(tangents))
+        ((y, t_y),) = LINEAR.pair(inputs, self.attrs, tangent_grad)
         return self._finished(y, values[2]), self._finished(t_y, tangents[2])
 
     def _canonical(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

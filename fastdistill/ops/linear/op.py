@@ -7,22 +7,21 @@ from typing import Any
 
 from fastdistill.ops.linear.eager import _backward, _forward
 from fastdistill.ops.linear.second_order import _math, _math_backward
-from fastdistill.ops.protocol import autocast
+from fastdistill.ops.protocol import context
 from fastdistill.ops.protocol import torch_functions as F
 from fastdistill.ops.protocol.dual_op import DualOp, Spec, Tensors
+from fastdistill.ops.protocol.pair import Pairs
 
 
 def _native(primals: Tensors, attrs: Sequence[Any]) -> Tensors | None:
     x, weight, bias = primals
     assert x is not None and weight is not None
-    with autocast.without_autocast(x.device):
+    with context.without_autocast(x.device):
         return (F.linear(x, weight, bias),)
 
 
-def _specs(
-    primals: Tensors, tangents: Tensors, attrs: Sequence[Any], tangent_grad: bool
-) -> tuple[Sequence[Spec], Sequence[Spec]]:
-    x, weight, _ = primals
+def _specs(inputs: Pairs, attrs: Sequence[Any], tangent_grad: bool) -> tuple[Sequence[Spec], Sequence[Spec]]:
+    x, weight, _ = (x for x, _ in inputs)
     assert x is not None and weight is not None
     return [((*x.shape[:-1], weight.shape[0]), x.dtype)], []
 

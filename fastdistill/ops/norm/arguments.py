@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops.norm.op import NORM
-from fastdistill.ops.protocol import checks, dispatch, tangent_graph
+from fastdistill.ops.protocol import checks, context, dispatch
+from fastdistill.ops.protocol.pair import paired
 
 
 class Call:
@@ -55,7 +56,7 @@ class Call:
     def run(self) -> Tensor:
         """The norm of (possibly dual) tensors."""
         primals = [self._canonical(name, value) for name, value in self.named]
-        (y,) = NORM(primals, self.attrs, tangent_graph.tangent_grad())
+        (y,) = NORM(primals, self.attrs, context.tangent_grad())
         assert y is not None
         return y.reshape(self.x.shape)
 
@@ -75,7 +76,7 @@ class Call:
         )
         primals = [self._canonical(name, value) for name, value in self.named]
         tangents = [self._canonical(name, t) for (name, _), t in zip(self.named, checked)]
-        (y,), (t_y,) = NORM.pair(primals, tangents, self.attrs, tangent_grad)
+        ((y, t_y),) = NORM.pair(paired(primals, tangents), self.attrs, tangent_grad)
         return y.reshape(self.x.shape), t_y.reshape(self.x.shape)
 
     def _canonical(self, name: str, value: Tensor | None) -> Tensor | None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops.norm import second_order
-from fastdistill.ops.protocol import autocast, dispatch
+from fastdistill.ops.protocol import context, dispatch
 from fastdistill.ops.protocol import torch_functions as F
 from fastdistill.ops.protocol.dual_op import DualOp, Spec, Tensors
+from fastdistill.ops.protocol.pair import Needs, Pairs, flat, paired
 
 MAX_TRITON_WIDTH = 8192
 
@@ -24,9 +25,8 @@ def choose(x: Tensor, impl: str) -> str:
     return "triton" if triton_runs and dispatch.triton_problem(x.device) is None else "torch"
 
 
-def _forward(
-    primals: Tensors, tangents: Tensors, attrs: Sequence[Any], tangent_grad: bool
-) -> tuple[Tensors, Tensors, Tensors]:
+def _forward(inputs: Pairs, attrs: Sequence[Any], tangent_grad: bool) -> tuple[Pairs, Tensors]:
+    primals, tangents = zip(*inputs)
     x, weight, bias, scale, shift = primals
     t_x, t_weight, t_bias, t_scale, t_shift = tangents
     eps, rms, impl = attrs
@@ -34,27 +34,21 @@ def _forward(
     y, t_y, mean, rstd = dispatch.implementation("norm", choose(x, impl)).norm_forward(
         x, t_x, weight, t_weight, bias, t_bias, scale, t_scale, shift, t_shift, eps=eps, rms=rms
     )
-    return (y,), (t_y,), (mean, rstd)
+    return paired([y], [t_y]), (mean, rstd)
 
 
 def _backward(
-    d_outs: Tensors,
-    dt_outs: Tensors,
-    primals: Tensors,
-    tangents: Tensors,
-    outs: Tensors,
-    t_outs: Tensors,
-    residuals: Tensors,
-    attrs: Sequence[Any],
-    needs: Sequence[bool],
-) -> Tensors:
+    cotangents: Pairs, inputs: Pairs, saved: tuple[Pairs, Tensors], attrs: Sequence[Any], needs: Needs
+) -> Pairs:
+    (d_outs, dt_outs), (primals, tangents), residuals = zip(*cotangents), zip(*inputs), saved[1]
+    needs = flat(needs)
     (dy,), (dt_y,), (x, *_), (mean, rstd), (_, rms, impl) = d_outs, dt_outs, primals, residuals, attrs
     assert x is not None
     pairs = [x for pair in zip(primals, tangents) for x in pair]
     grads: Tensors = dispatch.implementation("norm", choose(x, impl)).norm_backward(
         dy, dt_y, *pairs, mean, rstd, rms=rms, needs=tuple(needs)
     )
-    return grads
+    return paired(grads[:5], grads[5:])
 
 
 def _native(primals: Tensors, attrs: Sequence[Any]) -> Tensors | None:
@@ -70,7 +64,7 @@ def _native(primals: Tensors, attrs: Sequence[Any]) -> Tensors | None:
     composed = scale is not None or shift is not None or (rms and bias is not None)
     if composed and x.dtype in (torch.bfloat16, torch.float16):
         return None
-    with autocast.without_autocast(x.device):
+    with context.without_autocast(x.device):
         y = native_norm(x, weight, bias, eps, rms)
         y = y if scale is None else y * (1 + scale)
         return (y if shift is None else y + shift,)
@@ -84,9 +78,8 @@ def native_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
     return y if bias is None else y + bias
 
 
-def _specs(
-    primals: Tensors, tangents: Tensors, attrs: Sequence[Any], tangent_grad: bool
-) -> tuple[Sequence[Spec], Sequence[Spec]]:
+def _specs(inputs: Pairs, attrs: Sequence[Any], tangent_grad: bool) -> tuple[Sequence[Spec], Sequence[Spec]]:
+    primals = [x for x, _ in inputs]
     x = primals[0]
     assert x is not None
     statistic = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -94,15 +87,16 @@ def _specs(
     return [(tuple(x.shape), x.dtype)], [None if attrs[1] else row, row]
 
 
-def _math(primals: Any, tangents: Any, attrs: Sequence[Any]) -> tuple[Tensors, Tensors]:
+def _math(inputs: Pairs, attrs: Sequence[Any]) -> Pairs:
+    primals, tangents = zip(*inputs)
     y, t_y = second_order.norm_dual(primals, tangents, attrs[0], attrs[1])
-    return (y,), (t_y,)
+    return paired([y], [t_y])
 
 
-def _math_backward(
-    d_outs: Tensors, dt_outs: Tensors, primals: Any, tangents: Any, attrs: Sequence[Any], needs: list[bool]
-) -> Tensors:
-    return second_order.norm_dual_backward(d_outs[0], dt_outs[0], primals, tangents, attrs[0], attrs[1], needs)
+def _math_backward(cotangents: Pairs, inputs: Pairs, attrs: Sequence[Any], needs: Needs) -> Pairs:
+    (d_outs, dt_outs), (primals, tangents), needs = zip(*cotangents), zip(*inputs), flat(needs)
+    grads = second_order.norm_dual_backward(d_outs[0], dt_outs[0], primals, tangents, attrs[0], attrs[1], needs)
+    return paired(grads[:5], grads[5:])
 
 
 NORM = DualOp(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdistill.ops.protocol.null_safe import add, times
+from fastdistill.ops.protocol.pair import add, times
 
 
 def norm_dual(

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops.protocol import compat
-from fastdistill.ops.protocol.packing import is_absent
+from fastdistill.ops.protocol.pair import is_absent
+
+
+def apply_function(function: Any, *args: Any) -> Any:
+    """Apply a `SingleLevelFunction`, which is allowed inside torch.func transforms too."""
+    if compat.functorch_active():
+        with compat.enable_single_level_autograd_function():
+            return function.apply(*args)
+    return function.apply(*args)
 
 
 def reverse_mode(op: Any) -> type[compat.SingleLevelFunction]:
@@ -22,8 +30,9 @@ def reverse_mode(op: Any) -> type[compat.SingleLevelFunction]:
     class Dual(compat.SingleLevelFunction):
         @staticmethod
         def forward(*args: Any) -> Any:
-            with compat.redispatching():
-                return op._op("_dual")(*args[:-1])
+            # `Function` switches both grad modes off; outer functorch levels would then silently record nothing.
+            with torch.enable_grad(), compat.set_forward_grad(True), compat.below_autograd():
+                return op.op_dual(*args[:-1])
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -48,7 +57,7 @@ def reverse_mode(op: Any) -> type[compat.SingleLevelFunction]:
             primals, tangents, saved = saved[:n], saved[n : 2 * n], saved[2 * n :]
 
             def gradients(d: Any, dt: Any, x: Any, t: Any, needs: list[bool]) -> list[Tensor | None]:
-                grads = op._op("_backward")(*d, *dt, *x, *t, *saved, *ctx.attrs, needs)
+                grads = op.op_backward(*d, *dt, *x, *t, *saved, *ctx.attrs, needs)
                 return [g if need else None for g, need in zip(grads, needs)]
 
             none = (None,) * n
@@ -57,7 +66,7 @@ def reverse_mode(op: Any) -> type[compat.SingleLevelFunction]:
             elif not any(map(_moves, (*primals, *d_outs))):
                 grads = gradients(d_outs, dt_outs, primals, tangents, needs)
             else:  # the tangents' own gradient doesn't move with the primals: there is one level of tangents
-                bare = [x if x is None else compat.unpack_dual(x)[0] for x in primals]
+                bare = [x if x is None else compat.unpack_dual(x, 0)[0] for x in primals]
                 grads = gradients(none[:1] * k, dt_outs, bare, tangents, needs)
                 if any(d is not None for d in d_outs):
                     more = gradients(d_outs, none[:1] * k, primals, none, [*needs[:n], *[False] * n])
@@ -75,8 +84,9 @@ def reverse_mode_of_backward(op: Any) -> type[compat.SingleLevelFunction]:
     class Again(compat.SingleLevelFunction):
         @staticmethod
         def forward(*args: Any) -> Any:
-            with compat.redispatching():
-                return op._op("_backward")(*args)
+            # `Function` switches both grad modes off; outer functorch levels would then silently record nothing.
+            with torch.enable_grad(), compat.set_forward_grad(True), compat.below_autograd():
+                return op.op_backward(*args)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -99,7 +109,7 @@ def reverse_mode_of_backward(op: Any) -> type[compat.SingleLevelFunction]:
                 for i, leaf in zip(moving, leaves):
                     filled[i] = leaf
                 parts = filled[:k], filled[k : 2 * k], filled[2 * k : 2 * k + n], filled[2 * k + n :]
-                grads = op.math_backward(*parts, ctx.attrs, ctx.needs)
+                grads = op.second_order_gradients(*parts, ctx.attrs, ctx.needs)
                 return tuple(grads[i] for i in used)
 
             _, pull, *_ = torch.func.vjp(gradients, *(tensors[i] for i in moving))
@@ -111,7 +121,7 @@ def reverse_mode_of_backward(op: Any) -> type[compat.SingleLevelFunction]:
 
 
 def _moves(x: Tensor | None) -> bool:
-    return x is not None and compat.unpack_dual(x)[1] is not None
+    return x is not None and compat.unpack_dual(x, 0)[1] is not None
 
 
 def _alive(x: Tensor | None) -> Tensor | None:

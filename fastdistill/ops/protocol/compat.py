@@ -1,51 +1,56 @@
 """The private names of PyTorch that the dual protocol needs, in one place.
 
-All of them exist in torch 2.11 to 2.13. `dual_op.py` says what each is for; nothing else may import private names.
+All of them exist in torch 2.11 to 2.13, and nothing else may import private names. What is a C function there is bound
+here as it is, for a Python function around it would be another call on the way to every launch.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack
-from typing import Any
-
 import torch
 from torch._C import _AutoDispatchBelowAutograd as below_autograd
 from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.forward_ad import _set_fwd_grad_enabled as set_forward_grad
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 
 __all__ = [
     "SingleLevelFunction",
-    "apply_function",
     "below_autograd",
+    "current_cuda_device",
+    "enable_single_level_autograd_function",
     "functorch_active",
-    "functorch_level",
     "has_tangent",
     "is_batched",
     "is_legacy_batched",
     "make_dual",
-    "redispatching",
+    "maybe_current_level",
+    "set_forward_grad",
     "unpack_dual",
 ]
 
 
-def unpack_dual(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Primal and tangent (or None) of `x` at the current functorch level; PyTorch has one forward level, 0."""
-    return torch._VF._unpack_dual(x, 0)
+# (x, 0) -> primal and tangent (or None) of x at the current functorch level; PyTorch has one forward level, 0.
+unpack_dual = torch._C._VariableFunctions._unpack_dual
+
+# (primal, tangent, 0) -> the primal carrying the tangent at the current functorch level.
+make_dual = torch._C._VariableFunctions._make_dual
+
+# Whether a torch.func transform (jvp, grad, vmap, ...) is running.
+functorch_active = torch._C._are_functorch_transforms_active
+
+# How many torch.func transforms are nested around the caller; None or 0 outside of all.
+maybe_current_level = torch._C._functorch.maybe_current_level
+
+# The index of the thread's GPU. The public one asks each time whether CUDA is initialised, which a tensor's GPU is.
+current_cuda_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
 def has_tangent(x: torch.Tensor) -> bool:
-    """Whether `x` carries a tangent at the current level; under vmap its tangent belongs to another level, unseen."""
-    return not torch._C._functorch.is_batchedtensor(x) and unpack_dual(x)[1] is not None
-
-
-def make_dual(primal: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
-    """`primal` carrying `tangent` at the current functorch level."""
-    return torch._VF._make_dual(primal, tangent, 0)
+    """Return whether `x` carries a tangent at the current level; one of another level, as under vmap, is unseen."""
+    return not torch._C._functorch.is_batchedtensor(x) and unpack_dual(x, 0)[1] is not None
 
 
 def is_batched(x: torch.Tensor) -> bool:
-    """Whether `x` belongs to a vmap at any level, so that no value of it can be read."""
+    """Return whether `x` belongs to a vmap at any level, so that no value of it can be read."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(x):
         if functorch.is_batchedtensor(x):
@@ -55,38 +60,8 @@ def is_batched(x: torch.Tensor) -> bool:
 
 
 def is_legacy_batched(x: torch.Tensor) -> bool:
-    """Whether `x` belongs to the older vmap behind `torch.autograd.functional` and `is_grads_batched`.
+    """Return whether `x` belongs to the older vmap behind `torch.autograd.functional` and `is_grads_batched`.
 
     It knows no batching rule for `alias`, which `make_dual` takes of its primal.
     """
     return bool(torch._C._functorch.is_legacy_batchedtensor(x))
-
-
-def functorch_active() -> bool:
-    """Whether a torch.func transform (jvp, grad, vmap, ...) is running."""
-    return bool(torch._C._are_functorch_transforms_active())
-
-
-def functorch_level() -> int:
-    """How many torch.func transforms are nested around the caller; 0 outside of all."""
-    return int(torch._C._functorch.maybe_current_level() or 0)
-
-
-def apply_function(function: Any, *args: Any) -> Any:
-    """`function.apply(*args)` of a `SingleLevelFunction`, allowed inside torch.func transforms too."""
-    if functorch_active():
-        with enable_single_level_autograd_function():
-            return function.apply(*args)
-    return function.apply(*args)
-
-
-def redispatching() -> AbstractContextManager[Any]:
-    """Inside `Function.forward`: dispatch below Autograd, with both grad modes on.
-
-    `Function` switches both modes off; outer functorch levels would then silently record nothing.
-    """
-    stack = ExitStack()
-    stack.enter_context(torch.enable_grad())
-    stack.enter_context(_set_fwd_grad_enabled(True))
-    stack.enter_context(below_autograd())
-    return stack

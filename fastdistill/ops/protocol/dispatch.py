@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import cache
 from typing import Any
 
 import torch
 
 IMPLEMENTATIONS = ("auto", "torch", "triton", "cuda")
 
-
 # Asked once: torch.compile of torch 2.11 can't trace these questions.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def triton_problem(device: torch.device) -> str | None:
-    """Why the Triton kernels can't run on tensors of `device`, or None where they can."""
+    """Return why the Triton kernels can't run on tensors of `device`, or None where they can."""
     if not HAS_TRITON:
         return "the package triton is not installed"
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
@@ -24,8 +24,9 @@ def triton_problem(device: torch.device) -> str | None:
     return f"tensors are on {device.type!r}; Triton needs a CUDA device (or TRITON_INTERPRET=1 to interpret on the CPU)"
 
 
+@cache
 def implementation(family: str, chosen: str) -> Any:
-    """The module that implements an op family: plain PyTorch, or the Triton kernels, imported when first needed."""
+    """Return the module that implements an op family: plain PyTorch, or the Triton kernels, imported when needed."""
     return importlib.import_module(
         f"fastdistill.kernels.{family}" if chosen == "triton" else f"fastdistill.ops.{family}.eager"
     )

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastdistill.ops.protocol import checks, dispatch, tangent_graph
+from fastdistill.ops.protocol import checks, context, dispatch
+from fastdistill.ops.protocol.pair import paired
 from fastdistill.ops.qk_norm_rope.op import QK_NORM_ROPE
 
 NORMS = ("rms", "layer", "none")
@@ -56,9 +57,7 @@ def qk_norm_rope(
     named = _named(q, k, q_weight, k_weight, q_bias, k_bias)
     constants = _check(named, cos, sin, norm, interleaved, impl)
     primals = [x for _, x in named] + constants
-    q_out, k_out = QK_NORM_ROPE(
-        primals, (norm, checks.number("eps", eps), interleaved, impl), tangent_graph.tangent_grad()
-    )
+    q_out, k_out = QK_NORM_ROPE(primals, (norm, checks.number("eps", eps), interleaved, impl), context.tangent_grad())
     assert q_out is not None and k_out is not None
     return q_out, k_out
 
@@ -97,8 +96,9 @@ def qk_norm_rope_jvp(
     given = (t_q, t_k, t_q_weight, t_k_weight, t_q_bias, t_k_bias)
     tangents = checks.checked_tangents([(name, x, t) for (name, x), t in zip(named, given)], tangent_grad)
     primals, attrs = [x for _, x in named] + constants, (norm, checks.number("eps", eps), interleaved, impl)
-    outs, t_outs = QK_NORM_ROPE.pair(primals, [*tangents, None, None], attrs, tangent_grad)
-    return (outs[0], outs[1]), (t_outs[0], t_outs[1])
+    inputs = paired(primals, [*tangents, None, None])
+    (q, t_q), (k, t_k) = QK_NORM_ROPE.pair(inputs, attrs, tangent_grad)
+    return (q, k), (t_q, t_k)
 
 
 def _named(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastdistill.ops.protocol import dispatch
 from fastdistill.ops.protocol.dual_op import DualOp, Spec, Tensors
+from fastdistill.ops.protocol.pair import Needs, Pairs, flat, paired
 from fastdistill.ops.qk_norm_rope.second_order import _math, _math_backward, _pairs
 
 MAX_TRITON_HEAD = 512
@@ -23,29 +24,22 @@ def choose(q: Tensor, impl: str) -> str:
     return "triton" if triton_runs and dispatch.triton_problem(q.device) is None else "torch"
 
 
-def _forward(
-    primals: Tensors, tangents: Tensors, attrs: Sequence[Any], tangent_grad: bool
-) -> tuple[Tensors, Tensors, Tensors]:
+def _forward(inputs: Pairs, attrs: Sequence[Any], tangent_grad: bool) -> tuple[Pairs, Tensors]:
+    primals, tangents = zip(*inputs)
     norm, eps, interleaved, impl = attrs
     assert primals[0] is not None
     implementation = dispatch.implementation("qk_norm_rope", choose(primals[0], impl))
     q, t_q, k, t_k = implementation.qk_norm_rope_forward(
         *_pairs(primals, tangents), norm=norm, eps=eps, interleaved=interleaved
     )
-    return (q, k), (t_q, t_k), ()
+    return paired([q, k], [t_q, t_k]), ()
 
 
 def _backward(
-    d_outs: Tensors,
-    dt_outs: Tensors,
-    primals: Tensors,
-    tangents: Tensors,
-    outs: Tensors,
-    t_outs: Tensors,
-    residuals: Tensors,
-    attrs: Sequence[Any],
-    needs: Sequence[bool],
-) -> Tensors:
+    cotangents: Pairs, inputs: Pairs, saved: tuple[Pairs, Tensors], attrs: Sequence[Any], needs: Needs
+) -> Pairs:
+    (d_outs, dt_outs), (primals, tangents) = zip(*cotangents), zip(*inputs)
+    needs = flat(needs)
     norm, eps, interleaved, impl = attrs
     assert primals[0] is not None
     cotangents = [d for pair in zip(d_outs, dt_outs) for d in pair]
@@ -58,7 +52,7 @@ def _backward(
         interleaved=interleaved,
         needs=(*needs[:6], *needs[8:14]),
     )
-    return [*grads[:6], None, None, *grads[6:], None, None]
+    return paired([*grads[:6], None, None], [*grads[6:], None, None])
 
 
 def _native(primals: Tensors, attrs: Sequence[Any]) -> Tensors | None:
@@ -66,9 +60,8 @@ def _native(primals: Tensors, attrs: Sequence[Any]) -> Tensors | None:
     return None
 
 
-def _specs(
-    primals: Tensors, tangents: Tensors, attrs: Sequence[Any], tangent_grad: bool
-) -> tuple[Sequence[Spec], Sequence[Spec]]:
+def _specs(inputs: Pairs, attrs: Sequence[Any], tangent_grad: bool) -> tuple[Sequence[Spec], Sequence[Spec]]:
+    primals = [x for x, _ in inputs]
     return [(tuple(x.shape), x.dtype) for x in primals[:2] if x is not None], []
 
 

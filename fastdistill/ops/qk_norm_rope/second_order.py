@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastdistill.ops.norm import second_order
 from fastdistill.ops.protocol.dual_op import Tensors
+from fastdistill.ops.protocol.pair import Needs, Pairs, flat, paired
 from fastdistill.ops.qk_norm_rope.eager import rotate
 
 
@@ -21,7 +22,8 @@ def _pairs(primals: Tensors, tangents: Tensors) -> list[Tensor | None]:
     return [*(x for pair in zip(primals[:6], tangents[:6]) for x in pair), *primals[6:]]
 
 
-def _math(primals: Any, tangents: Any, attrs: Sequence[Any]) -> tuple[Tensors, Tensors]:
+def _math(inputs: Pairs, attrs: Sequence[Any]) -> Pairs:
+    primals, tangents = zip(*inputs)
     """The formulas of the forward, differentiable any number of times."""
     norm, eps, interleaved, _ = attrs
     dtype = primals[0].dtype
@@ -39,12 +41,11 @@ def _math(primals: Any, tangents: Any, attrs: Sequence[Any]) -> tuple[Tensors, T
         t_outs.append(None if t_y is None else _turned(t_y, primals, interleaved).to(dtype))
     if any(t is not None for t in t_outs):
         t_outs = [torch.zeros_like(y) if t is None else t for y, t in zip(outs, t_outs)]
-    return outs, t_outs
+    return paired(outs, t_outs)
 
 
-def _math_backward(
-    d_outs: Tensors, dt_outs: Tensors, primals: Any, tangents: Any, attrs: Sequence[Any], needs: list[bool]
-) -> Tensors:
+def _math_backward(cotangents: Pairs, inputs: Pairs, attrs: Sequence[Any], needs: Needs) -> Pairs:
+    (d_outs, dt_outs), (primals, tangents), needs = zip(*cotangents), zip(*inputs), flat(needs)
     """The formulas of both backward passes."""
     norm, eps, interleaved, _ = attrs
     grads: list[Tensor | None] = [None] * 16
@@ -60,10 +61,11 @@ def _math_backward(
         found = second_order.norm_dual_backward(dy, dt_y, point, direction, eps, norm == "rms", wanted)
         for i, of_primal, of_tangent in zip(at, found[:3], found[5:8]):
             grads[i], grads[8 + i] = of_primal, of_tangent
-    return [
+    grads = [
         None if not need or like is None else torch.zeros_like(like) if grad is None else grad.to(like.dtype)
         for grad, like, need in zip(grads, [*primals, *primals], needs, strict=True)
     ]
+    return paired(grads[:8], grads[8:])
 
 
 def _turned(x: Tensor, primals: Any, interleaved: bool, back: bool = False) -> Tensor:

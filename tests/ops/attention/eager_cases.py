@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastdistill import reference
 from fastdistill.ops.attention import eager
+from fastdistill.ops.protocol.pair import Pair, flat, paired
 from fastdistill.testing import assert_accurate, cast, make_qkv, reference_jvp, reference_vjp
 
 NAMES = ("q", "k", "v", "attn_mask", "t_q", "t_k", "t_v", "t_attn_mask")
@@ -103,16 +104,15 @@ def prepared(mask: Tensor | None, case: Case) -> Tensor | None:
 
 
 def forward(primals: Tensors, tangents: Tensors, *, tangent_grad: bool = False, **band: Any) -> Any:
-    """Everything that `attention_forward` returns."""
+    """Return o, t_o, lse, mu, o_rest and t_o_rest."""
     q, k, v, mask = (primals.get(name) for name in NAMES[:4])
     assert q is not None
     assert k is not None
     assert v is not None
-    t_q, t_k, t_v, t_mask = (tangents.get(name) for name in NAMES[:4])
+    inputs = paired((q, k, v, mask), map(tangents.get, NAMES[:4]))
     options: dict[str, Any] = {"window": (-1, -1), "lower_right": False, "cu_seqlens": None} | band
-    return eager.attention_forward(
-        q, k, v, t_q, t_k, t_v, mask, t_mask, scale=q.shape[-1] ** -0.5, tangent_grad=tangent_grad, **options
-    )
+    outputs, rests = eager.attention_forward(inputs, scale=q.shape[-1] ** -0.5, tangent_grad=tangent_grad, **options)
+    return [*(x for pair in outputs for x in pair), *rests]
 
 
 def backward(
@@ -131,16 +131,22 @@ def backward(
     assert q is not None
     assert k is not None
     assert v is not None
-    t_q, t_k, t_v, t_mask = (tangents.get(name) for name in NAMES[:4])
+    moving = [tangents.get(name) for name in NAMES[:4]]
     if needs is None:
         needs_mask, mixed = mask is not None and mask.is_floating_point(), dt_o is not None or d_mu is not None
-        needs = (True, True, True, needs_mask, *(mixed and t is not None for t in (t_q, t_k, t_v, t_mask)))
+        needs = (True, True, True, needs_mask, *(mixed and t is not None for t in moving))
     options: dict[str, Any] = {"window": (-1, -1), "lower_right": False, "cu_seqlens": None} | band
-    saved = forward(primals, tangents, **band)[:4]
-    gradients = eager.attention_backward(
-        do, dt_o, d_lse, d_mu, q, k, v, t_q, t_k, t_v, mask, t_mask, *saved,
-        scale=q.shape[-1] ** -0.5, needs=needs, **options,
-    )  # fmt: skip
+    o, t_o, lse, mu, *rests = forward(primals, tangents, **band)
+    gradients = flat(
+        eager.attention_backward(
+            (Pair(do, dt_o), Pair(d_lse, d_mu)),
+            paired((q, k, v, mask), moving),
+            ((Pair(o, t_o), Pair(lse, mu)), rests),
+            scale=q.shape[-1] ** -0.5,
+            needs=list(zip(needs[:4], needs[4:])),
+            **options,
+        )
+    )
     assert [x is not None for x in gradients] == list(needs)
     return dict(zip(NAMES, gradients, strict=True))
 

@@ -12,11 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdistill import reference
-from fastdistill.kernels import geometry
+from fastdistill.kernels import attention_bands
 from tests.kernels.device import DEVICE
 
 BLOCK, STEP = 4, 2
-FAR = geometry.UNLIMITED.value
+FAR = attention_bands.UNLIMITED.value
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def _visible_kernel(CASES, OUT, cases, BLOCK: tl.constexpr, STEP: tl.constexpr):
     live = case < cases
     start, low = tl.load(CASES + 4 * case, mask=live), tl.load(CASES + 4 * case + 1, mask=live)
     high, length = tl.load(CASES + 4 * case + 2, mask=live), tl.load(CASES + 4 * case + 3, mask=live)
-    bounds = geometry.visible(start, low, high, length, BLOCK, STEP)
+    bounds = attention_bands.visible(start, low, high, length, BLOCK, STEP)
     for i in tl.static_range(4):
         tl.store(OUT + 4 * case + i, bounds[i], mask=live)
 
@@ -66,7 +66,7 @@ def mask_of(kind: str, seen: Tensor) -> Tensor:
 
 def live_lists(mask: Tensor, block_row: int, block_col: int) -> dict[tuple[int, ...], list[int]]:
     """The live tiles of each row of tiles, for all samples and heads, read as the kernels do."""
-    tiles = geometry.live_tiles(mask, block_row, block_col)
+    tiles = attention_bands.live_tiles(mask, block_row, block_col)
     batch, heads, n, _ = mask.shape
     live, before = tiles.live.flatten(0, 2).tolist(), tiles.before.flatten(0, 2).tolist()
     found = {}
@@ -95,7 +95,7 @@ def test_live_tiles_are_those_with_a_key_to_see(shape: tuple[int, ...], kind: st
 
 def test_a_padding_mask_has_one_list_a_sample() -> None:
     """However many heads and queries share it."""
-    tiles = geometry.live_tiles(torch.ones(2, 1, 1, 64, dtype=torch.bool).expand(2, 8, 512, 64), 32, 32)
+    tiles = attention_bands.live_tiles(torch.ones(2, 1, 1, 64, dtype=torch.bool).expand(2, 8, 512, 64), 32, 32)
     assert tiles.live.shape == (2, 1, 1, 2) and (tiles.stride_h, tiles.stride_row) == (0, 0)
 
 
@@ -104,9 +104,9 @@ def test_a_limit_that_no_query_reaches_is_none(window: tuple[int, int]) -> None:
     """So it costs nothing, and no arithmetic with it can overflow; the band stays the same."""
     for n, m in ((5, 9), (9, 5)):
         q, k = torch.empty(1, 4, n, 8), torch.empty(1, 2, m, 8)
-        problem = geometry.problem_of(q, k, window, None)
+        problem = attention_bands.problem_of(q, k, window, None)
         assert problem[:5] == (4, 2, n, m, n)
         sides: Any = tuple(-1 if side is None else side for side in (problem.left, problem.right))
         for lower_right in (False, True):
             assert torch.equal(reference.band(n, m, sides, lower_right), reference.band(n, m, window, lower_right))
-    assert geometry.problem_of(q, k, (10**12, 10**12), None)[5:7] == (None, None)
+    assert attention_bands.problem_of(q, k, (10**12, 10**12), None)[5:7] == (None, None)

@@ -1,4 +1,7 @@
-"""How a kernel is to be launched, said before it is: so one can also just compile it, or count."""
+"""Say how a kernel is to be launched before it is, so that one can also just compile it, or count.
+
+Importing this mends Triton where a version of it can't do what the kernels need; see `triton36.py`, `interpreter.py`.
+"""
 
 from __future__ import annotations
 
