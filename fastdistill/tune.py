@@ -334,7 +334,7 @@ class GPU:
                 both: list[Tensors] = [flat(x) for x, _ in (results_of(call, attention), results)]
             else:
                 both = [gradients_of(case, call, results, module) for module in (attention, eager)]
-        return difference(*both, LARGEST_ERROR[case.dtype.itemsize * 8])
+        return difference(both[0], both[1], LARGEST_ERROR[case.dtype.itemsize * 8])
 
 
 def difference(actual: Tensors, expected: Tensors, largest: float) -> str | None:
