@@ -1,9 +1,8 @@
-"""One small problem for each op of the torch path, and for a network under `fd.jvp`: what the counting benchmarks run.
+"""Every op of the torch path at a small size, and a network under `fd.jvp`: what the counting benchmarks run.
 
-Shapes are small, but not so small that an op takes another road than it does at its usual size: attention has several
-blocks of rows, linear layers their two matmuls. Every problem runs in three modes:
+The ops and their variants are the rows of the rooms' `cases.py`. Every problem runs in three modes:
 
-    forward             the output and its tangent, all tangents given, and no graph
+    forward             the output and its tangent, tangents given where a network has them, and no graph
     forward + primal    the same with a graph for the output, and the gradients of the output: a MeanFlow step
     forward + mixed     the same with a graph for both, and the gradients of both: where a loss sees the tangent
 """
@@ -11,6 +10,7 @@ blocks of rows, linear layers their two matmuls. Every problem runs in three mod
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,35 +18,33 @@ from torch import Tensor
 
 import fastdistill as fd
 from fastdistill.models.dit import DiT
-from fastdistill.testing import make_packed, make_qkv
+from fastdistill.ops.protocol.cases import PublicOp, as_tuple, every_case
 
 MODES = ("forward", "forward + primal", "forward + mixed")
-ROWS, CHANNELS = (2, 128), 256
 Pair = Callable[..., tuple[Any, Any]]
-ops: Any = fd  # arguments are spread from tuples, which a type checker can't count
 
 
 class Problem(NamedTuple):
     """An op on its inputs.
 
     pair: (primals, tangents, tangent_grad) -> (out, t_out), each a tensor or a tuple of them.
-    primals, tangents: float32, in the same order and of the same shapes.
+    primals, tangents: float32, in the same order and of the same shapes; a parameter has the tangent None.
     """
 
     pair: Pair
     primals: tuple[Tensor, ...]
-    tangents: tuple[Tensor, ...]
+    tangents: tuple[Tensor | None, ...]
 
 
 def problem(name: str) -> Problem:
-    """The problem of this name, one of `NAMES`, with random inputs of a fixed seed."""
+    """Return the problem of this name, one of `NAMES`, with random inputs of a fixed seed."""
     if name not in PROBLEMS:
         raise ValueError(f"problem: expected one of {', '.join(NAMES)}, got {name!r}")
     return PROBLEMS[name]()
 
 
 def run_mode(task: Problem, mode: str) -> None:
-    """The problem once, in one of `MODES`."""
+    """Run the problem once, in one of `MODES`."""
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
     if mode == "forward":
@@ -55,118 +53,30 @@ def run_mode(task: Problem, mode: str) -> None:
         return
     mixed = mode == "forward + mixed"
     leaves = [x.detach().requires_grad_() for x in task.primals]
-    leaf_tangents = [x.detach().requires_grad_(mixed) for x in task.tangents]
-    out, t_out = (_tuple(x) for x in task.pair(leaves, leaf_tangents, mixed))
-    roots, wanted = (*out, *t_out) if mixed else out, [*leaves, *leaf_tangents] if mixed else leaves
+    leaf_tangents = [None if x is None else x.detach().requires_grad_(mixed) for x in task.tangents]
+    out, t_out = (as_tuple(x) for x in task.pair(leaves, leaf_tangents, mixed))
+    moving = [x for x in leaf_tangents if x is not None]
+    roots, wanted = (*out, *t_out) if mixed else out, [*leaves, *moving] if mixed else leaves
     torch.autograd.grad(roots, wanted, [torch.ones_like(x) for x in roots], allow_unused=True)
 
 
-def _tuple(x: Any) -> tuple[Tensor, ...]:
-    return (x,) if isinstance(x, Tensor) else tuple(x)
-
-
 def _normal(*shapes: Sequence[int]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Primals of these shapes, and tangents of the same."""
+    """Return primals of these shapes, and tangents of the same."""
     generator = torch.Generator().manual_seed(0)
     primals, tangents = (tuple(torch.randn(*shape, generator=generator) for shape in shapes) for _ in range(2))
     return primals, tangents
 
 
-def _attention(**options: Any) -> Problem:
-    kv_heads, mask = options.pop("kv_heads", None), options.pop("mask", False)
-    qkv, t_qkv = (make_qkv(1, 4, 256, 64, kv_heads=kv_heads, seed=seed) for seed in (0, 1))
-    if mask:
-        options["attn_mask"] = torch.arange(256) < 200
+def _of(case: PublicOp, variant: str) -> Problem:
+    sizes, options = case.variant(variant, case.counted)
+    shapes = case.shapes(sizes)
+    primals, tangents = _normal(*shapes.values())
 
-    def pair(primals: Sequence[Tensor], tangents: Sequence[Tensor], tangent_grad: bool) -> tuple[Tensor, Tensor]:
-        out, t_out = ops.attention_jvp(*primals, *tangents, **options, tangent_grad=tangent_grad, impl="torch")
-        return out, t_out
+    def pair(primals: Sequence[Tensor], tangents: Sequence[Tensor | None], tangent_grad: bool) -> tuple[Any, Any]:
+        named, moving = dict(zip(shapes, primals)), dict(zip(shapes, tangents))
+        return case.of_pair(named, moving, options, tangent_grad=tangent_grad, impl="torch")
 
-    return Problem(pair, qkv, t_qkv)
-
-
-def _varlen() -> Problem:
-    packed, (cu_n, _, longest, _) = make_packed((200, 56), (200, 56), heads=4)
-    primals = tuple(x[0].transpose(0, 1) for x in packed)
-    tangents = tuple(torch.roll(x, 1, 0) for x in primals)
-
-    def pair(primals: Sequence[Tensor], tangents: Sequence[Tensor], tangent_grad: bool) -> tuple[Any, Any]:
-        lengths = (cu_n, None, longest, longest)
-        return ops.varlen_attention_jvp(*primals, *lengths, *tangents, tangent_grad=tangent_grad, impl="torch")
-
-    return Problem(pair, primals, tangents)
-
-
-def _norm(rms: bool) -> Problem:
-    function = ops.rms_norm_jvp if rms else ops.layer_norm_jvp
-    primals, tangents = _normal((*ROWS, CHANNELS), *[(CHANNELS,)] * (1 if rms else 2))
-    names = ("weight", "bias")
-
-    def pair(primals: Sequence[Tensor], tangents: Sequence[Tensor], tangent_grad: bool) -> tuple[Tensor, Tensor]:
-        (x, *affine), (t_x, *t_affine) = primals, tangents
-        given = dict(zip(names, affine)) | {f"t_{name}": t for name, t in zip(names, t_affine)}
-        return function(x, t_x, (CHANNELS,), **given, tangent_grad=tangent_grad, impl="torch")
-
-    return Problem(pair, primals, tangents)
-
-
-def _ada_norm(rms: bool) -> Problem:
-    function = ops.ada_rms_norm_jvp if rms else ops.ada_layer_norm_jvp
-    primals, tangents = _normal((*ROWS, CHANNELS), *[(ROWS[0], 1, CHANNELS)] * 2)
-
-    def pair(primals: Sequence[Tensor], tangents: Sequence[Tensor], tangent_grad: bool) -> tuple[Tensor, Tensor]:
-        return function(*primals, *tangents, tangent_grad=tangent_grad, impl="torch")
-
-    return Problem(pair, primals, tangents)
-
-
-def _gated_norm() -> Problem:
-    stream, sample = (*ROWS, CHANNELS), (ROWS[0], 1, CHANNELS)
-    primals, tangents = _normal(stream, sample, stream, sample, sample)
-
-    def pair(primals: Sequence[Tensor], tangents: Sequence[Tensor], tangent_grad: bool) -> tuple[Any, Any]:
-        return ops.gated_residual_ada_norm_jvp(*primals, *tangents, tangent_grad=tangent_grad, impl="torch")
-
-    return Problem(pair, primals, tangents)
-
-
-def _qk_norm_rope() -> Problem:
-    primals, tangents = _normal((2, 4, 64, 64), (2, 4, 64, 64), (64,), (64,))
-    angles = ops.rope_angles((8, 8), 64)
-
-    def pair(primals: Sequence[Tensor], tangents: Sequence[Tensor], tangent_grad: bool) -> tuple[Any, Any]:
-        (q, k, *weights), (t_q, t_k, t_q_weight, t_k_weight) = primals, tangents
-        given: dict[str, Any] = {"t_q_weight": t_q_weight, "t_k_weight": t_k_weight, "tangent_grad": tangent_grad}
-        return ops.qk_norm_rope_jvp(q, k, t_q, t_k, *angles, *weights, **given, impl="torch")
-
-    return Problem(pair, primals, tangents)
-
-
-def _activation(function: Any, inputs: int, *options: str) -> Problem:
-    primals, tangents = _normal(*[(*ROWS, CHANNELS)] * inputs)
-
-    def pair(primals: Sequence[Tensor], tangents: Sequence[Tensor], tangent_grad: bool) -> tuple[Tensor, Tensor]:
-        return function(*primals, *tangents, *options, tangent_grad=tangent_grad, impl="torch")
-
-    return Problem(pair, primals, tangents)
-
-
-def _linear(rows: int) -> Problem:
-    (x, *affine), (t_x, *_) = _normal((rows, CHANNELS), (512, CHANNELS), (512,))
-
-    def pair(primals: Sequence[Tensor], tangents: Sequence[Tensor], tangent_grad: bool) -> tuple[Tensor, Tensor]:
-        return ops.linear_jvp(primals[0], tangents[0], *affine, tangent_grad=tangent_grad, impl="torch")
-
-    return Problem(pair, (x,), (t_x,))
-
-
-def _timestep_embedding() -> Problem:
-    primals, tangents = _normal((ROWS[0],))
-
-    def pair(primals: Sequence[Tensor], tangents: Sequence[Tensor], tangent_grad: bool) -> tuple[Tensor, Tensor]:
-        return ops.timestep_embedding_jvp(*primals, *tangents, CHANNELS)
-
-    return Problem(pair, primals, tangents)
+    return Problem(pair, primals, tuple(None if n in case.parameters else t for n, t in zip(shapes, tangents)))
 
 
 def _network() -> Problem:
@@ -186,30 +96,12 @@ def _network() -> Problem:
         u, du_dt = fd.jvp(along, (primals[0], t), (tangents[0], 1.0), tangent_grad=tangent_grad)
         return u, du_dt
 
-    return Problem(pair, (x, *parameters), (v,))
+    return Problem(pair, (x, *parameters), (v, *[None] * len(parameters)))
 
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {
-    "attention": _attention,
-    "attention, causal": lambda: _attention(is_causal=True),
-    "attention, window": lambda: _attention(window_size=(64, 64)),
-    "attention, key mask": lambda: _attention(mask=True),
-    "attention, grouped": lambda: _attention(kv_heads=2, enable_gqa=True),
-    "varlen_attention": _varlen,
-    "layer_norm": lambda: _norm(rms=False),
-    "rms_norm": lambda: _norm(rms=True),
-    "ada_layer_norm": lambda: _ada_norm(rms=False),
-    "ada_rms_norm": lambda: _ada_norm(rms=True),
-    "gated_residual_ada_norm": _gated_norm,
-    "qk_norm_rope": _qk_norm_rope,
-    "gelu": lambda: _activation(ops.gelu_jvp, 1),
-    "gelu, tanh": lambda: _activation(ops.gelu_jvp, 1, "tanh"),
-    "silu": lambda: _activation(ops.silu_jvp, 1),
-    "swiglu": lambda: _activation(ops.swiglu_jvp, 2),
-    "geglu": lambda: _activation(ops.geglu_jvp, 2),
-    "linear": lambda: _linear(256),
-    "linear, few rows": lambda: _linear(4),
-    "timestep_embedding": _timestep_embedding,
-    "DiT under fd.jvp": _network,
-}
+    f"{case.name}, {variant}".removesuffix(", "): partial(_of, case, variant)
+    for case in every_case()
+    for variant in case.variants
+} | {"DiT under fd.jvp": _network}
 NAMES = tuple(PROBLEMS)

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fastdistill as fd
 import fastdistill.nn
 from fastdistill.testing import MemoryRecorder, make_qkv
-from tests.ops.op_cases import IMPLS, OPS, draw
+from tests.ops.op_cases import IMPLS, OPS, calls, draw
 
 Scalar = Callable[..., Tensor]
 RUNS = [pytest.param(name, impl, id="-".join([name, *impl.values()])) for name in OPS for impl in IMPLS[name]]
@@ -24,13 +24,13 @@ RUNS = [pytest.param(name, impl, id="-".join([name, *impl.values()])) for name i
 def scalars(name: str, impl: dict[str, str]) -> tuple[Scalar, Scalar, list[Tensor], list[Tensor]]:
     """The op's and its formula's sum of sines as functions of every tensor argument, a point and a direction."""
     case = OPS[name]
-    shapes, options = max(case.calls(), key=lambda call: len(call[0]))
+    shapes, options = max(calls(name), key=lambda call: len(call[0]))
 
     def summed(outs: Sequence[Tensor]) -> Tensor:
         return torch.stack([o.sin().sum() for o in outs]).sum()
 
     ours = lambda *x: summed(case.of_op(dict(zip(shapes, x)), options, **impl))  # noqa: E731
-    plain = lambda *x: summed(case.of_formula(dict(zip(shapes, x)), options))  # noqa: E731
+    plain = lambda *x: summed(case.of_reference(dict(zip(shapes, x)), options))  # noqa: E731
     return ours, plain, list(draw(shapes).values()), list(draw(shapes, seed=1).values())
 
 

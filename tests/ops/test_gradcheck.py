@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastdistill as fd
-from tests.ops.op_cases import IMPLS, OPS, draw
+from tests.ops.op_cases import IMPLS, OPS, calls, draw
 
 RUNS = [pytest.param(name, impl, id="-".join([name, *impl.values()])) for name in OPS for impl in IMPLS[name]]
 
@@ -20,7 +20,7 @@ RUNS = [pytest.param(name, impl, id="-".join([name, *impl.values()])) for name i
 def of_tensors(name: str, impl: dict[str, str], at: int) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor]]:
     """The op with its first or last options as a function of all the tensors that it takes, and those tensors."""
     case = OPS[name]
-    shapes, options = max((call for call in case.calls() if call[1] == _options(name)[at]), key=lambda c: len(c[0]))
+    shapes, options = max((call for call in calls(name) if call[1] == _options(name)[at]), key=lambda c: len(c[0]))
     tensors = draw(shapes)
 
     def run(*values: Tensor) -> tuple[Tensor, ...]:
@@ -30,7 +30,7 @@ def of_tensors(name: str, impl: dict[str, str], at: int) -> tuple[Callable[..., 
 
 
 def _options(name: str) -> list[dict[str, Any]]:
-    return [options for _, options in OPS[name].calls()]
+    return [options for _, options in calls(name)]
 
 
 @pytest.mark.parametrize(("name", "impl"), RUNS)

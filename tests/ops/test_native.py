@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastdistill as fd
-from tests.ops.op_cases import IMPLS, OPS, Public, draw
+from tests.ops.op_cases import IMPLS, OPS, calls, draw
 
 # An embedding of a time and rotations take no native path; the ops' own tests have them.
 PARTLY = {"explain", "jvp", "ops", "rope_angles"}
@@ -46,10 +46,10 @@ def primal_of(pair: Callable[..., tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
 @pytest.mark.parametrize("name", OPS)
 def test_every_argument_counts_on_every_path(name: str) -> None:
     """PyTorch's own op, ours in plain PyTorch and the pair's primal, with each optional tensor there and away."""
-    case: Public = OPS[name]
-    for shapes, options in case.calls():
+    case = OPS[name]
+    for shapes, options in calls(name):
         tensors, tangents = draw(shapes), draw(shapes, seed=1)
-        formula = partial(case.of_formula, options=options)
+        formula = partial(case.of_reference, options=options)
         plain = with_gradients(formula, tensors)
         moved = torch.func.jvp(formula, (tensors,), (tangents,))
         for impl in IMPLS[name]:

@@ -12,7 +12,7 @@ from torch.autograd.functional import hessian, jacobian
 from torch.func import grad, jacrev, jvp, vjp, vmap
 
 import fastdistill as fd
-from tests.ops.op_cases import IMPLS, OPS, draw
+from tests.ops.op_cases import IMPLS, OPS, calls, draw
 
 Op = Callable[..., Any]
 RUNS = [pytest.param(name, impl, id="-".join([name, *impl.values()])) for name in OPS for impl in IMPLS[name]]
@@ -21,10 +21,10 @@ RUNS = [pytest.param(name, impl, id="-".join([name, *impl.values()])) for name i
 def functions(name: str, impl: dict[str, str]) -> tuple[Op, Op, dict[str, tuple[int, ...]]]:
     """The op and its formula as functions of all tensors, whose outputs are concatenated, and the shapes."""
     case = OPS[name]
-    shapes, options = max(case.calls(), key=lambda call: len(call[0]))
+    shapes, options = max(calls(name), key=lambda call: len(call[0]))
     flat = lambda outs: torch.cat([o.flatten() for o in outs])  # noqa: E731
     ours = lambda *x: flat(case.of_op(dict(zip(shapes, x)), options, **impl))  # noqa: E731
-    plain = lambda *x: flat(case.of_formula(dict(zip(shapes, x)), options))  # noqa: E731
+    plain = lambda *x: flat(case.of_reference(dict(zip(shapes, x)), options))  # noqa: E731
     return ours, plain, shapes
 
 
