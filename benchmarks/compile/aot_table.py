@@ -30,22 +30,17 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import ty_to_cpp
 
 from fastdistill import tune
-from fastdistill.benchmarks.compile import memory_bound
+from fastdistill.benchmarks.compile import op_kernels
 from fastdistill.benchmarks.run.environment import RESULTS
 from fastdistill.kernels import activation, attention, attention_backward, configs, norm, norm_backward, qk_norm_rope
 from fastdistill.kernels.configs import Config
 from fastdistill.tune import Case
 
-KERNELS = Path(__file__).parents[2] / "kernels"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_MEMORY = {80: 99, 90: 227, 100: 227}  # KiB a program may have; sm_80's row serves 8.6, 8.9 and 12.x, too
 TENSOR_MEMORY = 512  # columns, sm_100; a kernel that wants more compiles to a stub without any error
 SMALLEST_KERNEL = 300  # instructions
 WGMMA_ROWS = 64
-NORM = "norm"
-FAMILIES: dict[str, tuple[str, ...]] = {"attention": ("attention*.py", "tiles.py"), NORM: ("norm.py", "norm_rows.py")}
-FAMILIES |= memory_bound.FAMILIES
-NORM_WIDTHS, NORM_LENGTH = (384, 1152, 4096, 8192), 256
 ALSO = (72, 80, 112)  # head dims of several parts: 64 + 16 with a tail, 64 + 16, 64 + 32 + 16
 PACKED = (64, 128)
 KEY = 7  # fields of a row that say what was compiled
@@ -127,10 +122,8 @@ def compile_task(task: Task) -> list[Any]:
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set, so nothing can be compiled: unset it")
     with compiling_for(task.arch), _precision(task):
-        if task.case.kernel == NORM:
-            return [_compile_norm(task.case)]
-        if task.case.kernel in memory_bound.SIZES:
-            return memory_bound.compiled(task.case)
+        if task.case.kernel in op_kernels.kernels():
+            return op_kernels.compiled(task.case)
         return tune.compiled(task.case, task.arch, task.config, costliest=True, packed=task.packed)
 
 
@@ -143,14 +136,6 @@ def _precision(task: Task) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _compile_norm(case: Case) -> Any:
-    x = torch.empty(2, case.length, case.d, dtype=case.dtype, device="meta")
-    channels, sample = (torch.empty(shape, device="meta") for shape in ((case.d,), (2, 1, case.d)))
-    inputs: list[torch.Tensor | None] = [x, x, *[channels] * 4, *[sample] * 4]
-    launch = norm.plan(x, inputs, norm.allocate(x, any_tangent=True, rms=False), eps=1e-6, rms=False)
-    return norm._norm_kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
 
 
 def config_words(config: Any) -> str:
@@ -229,26 +214,21 @@ def shipped(archs: Sequence[int] = configs.ARCHITECTURES) -> list[Task]:
             if entry.arch == 80 and entry.bits == 16 and entry.mask == "none" and d in PACKED:
                 tasks[Task(case, 90, entry.config, packed=True)] = None
     for arch in configs.ARCHITECTURES:
-        for width in NORM_WIDTHS:
-            case = Case(NORM, torch.bfloat16, width, "", "none", NORM_LENGTH)
-            tasks[Task(case, arch, configs.norm_config(NORM_LENGTH, width))] = None
-        tasks |= {Task(case, arch, config): None for case, config in memory_bound.cases()}
+        tasks |= {Task(case, arch, config): None for case, config in op_kernels.cases()}
     return [task for task in tasks if task.arch in archs]
 
 
 def family(kernel: str) -> str:
-    """Which of `FAMILIES` the kernel of a row is in."""
-    if kernel in memory_bound.SIZES:
-        return memory_bound.family(kernel)
-    return NORM if kernel == NORM else "attention"
+    """Return the kernels' module that the kernel of a row belongs to."""
+    return op_kernels.family(kernel) if kernel in op_kernels.kernels() else "attention"
 
 
 def sources() -> dict[str, str]:
-    """A hash a family, of its code that runs on the GPU, but for comments and docstrings: another one, other rows."""
+    """Return a hash of each module's code for the GPU, but for comments and docstrings: another one, other rows."""
     hashes = {}
-    for name, patterns in FAMILIES.items():
+    for name in sorted({"attention", *op_kernels.families()}):
         digest = hashlib.sha256()
-        for path in sorted(path for pattern in patterns for path in KERNELS.glob(pattern)):
+        for path in op_kernels.files(name):
             for node in ast.parse(path.read_text(encoding="utf-8")).body:
                 decorators = node.decorator_list if isinstance(node, ast.FunctionDef) else []
                 if isinstance(node, ast.FunctionDef) and any("triton" in ast.unparse(line) for line in decorators):
@@ -316,8 +296,9 @@ def still_valid(path: Path) -> dict[tuple[Any, ...], Row]:
         return {}
     with_triton, of_sources, rows = recorded(path)
     now = sources()
-    same = {name for name in FAMILIES if with_triton == triton.__version__ and of_sources.get(name) == now[name]}
-    return {row[:KEY]: row for row in rows if family(row.kernel) in same}
+    same = {name for name in now if with_triton == triton.__version__ and of_sources.get(name) == now[name]}
+    known = {*configs.KERNELS, *op_kernels.kernels()}
+    return {row[:KEY]: row for row in rows if row.kernel in known and family(row.kernel) in same}
 
 
 def main() -> None:

@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastdistill as fd
 from fastdistill.benchmarks.count.counting import counted, size
-from fastdistill.benchmarks.ops.plain_dit import modulated, plain_block, turned
+from fastdistill.benchmarks.ops.plain_dit import plain_block
 from fastdistill.benchmarks.run.clock import Clock, CudaClock
 from fastdistill.benchmarks.run.environment import RESULTS, ceilings, fingerprint
 from fastdistill.models.dit import DiTBlock
+from fastdistill.ops.protocol.cases import PublicOp, dit, every_case
 from fastdistill.testing import relative_error
 
 Op = Callable[..., Any]
@@ -40,17 +40,16 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class Case(NamedTuple):
-    """An op as a function of tensors that all have tangents, in plain PyTorch and as ours, and their shapes.
+    """An op as a function of the tensors that have tangents in a network, in plain PyTorch and as ours.
 
-    parameters: bytes of what else is read. streams: how many tensors of the result's shape are counted as elements.
+    shapes: of these tensors. parameters: bytes of the tensors without a tangent, which are read as well.
     """
 
     plain: Op
     ours: Op
     shapes: tuple[tuple[int, ...], ...]
-    parameters: int = 0
-    triton: bool = True
-    streams: int = 1
+    parameters: int
+    triton: bool
 
 
 class Sizes(NamedTuple):
@@ -63,59 +62,35 @@ class Sizes(NamedTuple):
 
 
 def cases(sizes: Sizes, dtype: torch.dtype, device: str) -> dict[str, Case]:
-    """Every op at the sizes of a DiT. Parameters have no tangents."""
-    batch, tokens, width, heads = sizes
-    make = partial(torch.randn, dtype=dtype, device=device)
-    w, b, of_head = make(width), make(width), make(width // heads)
-    matrix, of_six = make(width, width), make(6 * width, width)
-    cos, sin = fd.rope_angles((tokens,), width // heads, device=device)
-    x, one, hidden = (batch, tokens, width), (batch, 1, width), (batch, tokens, int(RATIO * width))
-    head, last = (batch, heads, tokens, width // heads), (width,)
-
-    def plain_step(x: Tensor, gate: Tensor, h: Tensor, scale: Tensor, shift: Tensor) -> Tensors:
-        r = x + gate * h
-        return r, modulated(r, scale, shift)
-
-    def plain_heads(q: Tensor, k: Tensor) -> Tensors:
-        normed = (F.rms_norm(z, z.shape[-1:], of_head, 1e-6) for z in (q, k))
-        return tuple(turned(z, cos, sin).to(dtype) for z in normed)
-
-    def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):
-            return F.scaled_dot_product_attention(q, k, v)
-
-    tanh: dict[str, Any] = {"approximate": "tanh"}
-    heads_of = partial(fd.qk_norm_rope, cos=cos, sin=sin, q_weight=of_head, k_weight=of_head, interleaved=True)
+    """Return every op of the rooms' `cases.py` at the sizes of a DiT. Parameters have no tangents."""
     return {
-        "layer_norm": Case(
-            lambda x: F.layer_norm(x, last, w, b), lambda x: fd.layer_norm(x, last, w, b), (x,), 2 * w.nbytes
-        ),
-        "rms_norm": Case(
-            lambda x: F.rms_norm(x, last, w, 1e-6), lambda x: fd.rms_norm(x, last, w, 1e-6), (x,), w.nbytes
-        ),
-        "ada_layer_norm": Case(modulated, fd.ada_layer_norm, (x, one, one)),
-        "ada_rms_norm": Case(
-            lambda x, scale, shift: F.rms_norm(x, last, eps=1e-6) * (1 + scale) + shift, fd.ada_rms_norm, (x, one, one)
-        ),
-        "gated_residual_ada_norm": Case(plain_step, fd.gated_residual_ada_norm, (x, one, x, one, one)),
-        "qk_norm_rope": Case(plain_heads, heads_of, (head, head), 2 * cos.nbytes, streams=2),
-        "gelu": Case(F.gelu, fd.gelu, (hidden,)),
-        "gelu, tanh": Case(partial(F.gelu, **tanh), partial(fd.gelu, **tanh), (hidden,)),
-        "silu": Case(F.silu, fd.silu, (hidden,)),
-        "swiglu": Case(lambda gate, up: F.silu(gate) * up, fd.swiglu, (hidden, hidden)),
-        "geglu": Case(lambda gate, up: F.gelu(gate) * up, fd.geglu, (hidden, hidden)),
-        "linear, tokens": Case(
-            lambda x: F.linear(x, matrix), lambda x: fd.linear(x, matrix), (x,), matrix.nbytes, triton=False
-        ),
-        "linear, modulation": Case(
-            lambda x: F.linear(x, of_six), lambda x: fd.linear(x, of_six), (one,), of_six.nbytes, triton=False
-        ),
-        "attention": Case(plain_attention, fd.scaled_dot_product_attention, (head,) * 3),
+        f"{row.name}, {variant}".removesuffix(", "): _case(row, variant, sizes, dtype, device)
+        for row in every_case()
+        for variant in row.launched
     }
 
 
+def _case(row: PublicOp, variant: str, of_dit: Sizes, dtype: torch.dtype, device: str) -> Case:
+    sizes, given = row.variant(variant, dit(*of_dit))
+    options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}
+    shapes = row.shapes(sizes)
+    still = {name: torch.randn(shapes[name], dtype=dtype, device=device) for name in row.parameters if name in shapes}
+    moving = [name for name in shapes if name not in still]
+
+    def bound(call: Callable[..., Tensors]) -> Op:
+        def of_moving(*primals: Tensor) -> Tensors:
+            with sdpa_kernel(SDPBackend.MATH):  # the only one of PyTorch's attentions that has a tangent
+                return tuple(y.to(dtype) for y in call(dict(zip(moving, primals)) | still, options))
+
+        return of_moving
+
+    tensors = [*still.values(), *(x for x in options.values() if isinstance(x, Tensor))]
+    read = sum(x.nbytes for x in tensors)
+    return Case(bound(row.of_native), bound(row.of_op), tuple(shapes[name] for name in moving), read, row.triton)
+
+
 def draw(case: Case, dtype: torch.dtype, device: str) -> tuple[Tensors, Tensors]:
-    """Primals and tangents, each with a memory of its own."""
+    """Return primals and tangents, each with a memory of its own."""
     leaf = partial(torch.randn, dtype=dtype, device=device, requires_grad=True)
     primals, tangents = (tuple(leaf(shape) for shape in case.shapes) for _ in range(2))
     return primals, tangents
@@ -124,7 +99,7 @@ def draw(case: Case, dtype: torch.dtype, device: str) -> tuple[Tensors, Tensors]
 def pushed(op: Op, primals: Tensors, tangents: Tensors) -> Tensors:
     """Outputs, then their tangents."""
     out, t_out = torch.func.jvp(op, primals, tangents)[:2]
-    return (*out, *t_out) if isinstance(out, tuple) else (out, t_out)
+    return (*out, *t_out)
 
 
 def pulled(results: Tensors, primals: Tensors, tangents: Tensors) -> Callable[[], Tensors]:
@@ -141,7 +116,7 @@ def op_rows(dtype_name: str, device: str, sizes: Sizes, clock: Clock | None = No
         results = pushed(case.ours, primals, tangents)
         inputs, written = (sum(map(size, each)) for each in ((*primals, *tangents), results))
         least = {"forward": inputs + written + case.parameters, "backward": 2 * inputs + written + case.parameters}
-        per = results[0].numel() * case.streams
+        per = sum(x.numel() for x in results) // 2
         ways = {"torch.func.jvp": (case.plain, "torch"), "ours, torch": (case.ours, "torch")}
         if case.triton:
             ways["ours, Triton"] = (case.ours, "triton")
@@ -236,8 +211,9 @@ def tables(rows: Sequence[dict[str, Any]], blocks: Sequence[dict[str, Any]], cop
     size = f"{sizes.tokens} tokens of width {sizes.width}"
     legend = (
         f"Counted by `python -m fastdistill.benchmarks.count.launches` on {sizes.batch} x {size}, {sizes.heads} heads "
-        f"(DiT-XL/2: {TOKENS} of {WIDTH}, {HEADS}). A cell is kernels · bytes an element. PyTorch's kernels are those "
-        f"that its dispatcher runs; Triton's are launches, with PyTorch's kernels beside them. {bandwidth}"
+        f"(DiT-XL/2: {TOKENS} of {WIDTH}, {HEADS}). A cell is kernels · bytes an element of the outputs. PyTorch's "
+        "kernels are those that its dispatcher runs; Triton's are launches, with PyTorch's kernels beside them. "
+        f"{bandwidth}"
     )
     text = [legend, ""]
     for direction, title in (("forward", "Output and tangent"), ("backward", "Gradients of both")):

@@ -34,11 +34,10 @@ from fastdistill.benchmarks.ops.timed_op import (
     few,
     last_tokens,
 )
+from fastdistill.ops.protocol.cases import every_case
 
-# Matmuls of 2·B·H·N·M·D operations that a mode is credited with, whatever an implementation does.
-MATMULS = {"forward": 6, "primal": 5, "mixed": 15}
-PLAIN_MATMULS = {"forward": 2, "primal": 5}
 MATH_MATRICES = {"forward": 8, "primal": 10, "mixed": 24}  # (N, M) matrices of 4 bytes that math holds at its peak
+PADDED = next(row for row in every_case() if row.name == "attention")
 SMALL = 512  # tokens at the parity gate
 EAGER_FLOPS = 2e13  # the most that our plain torch code is given to do on a GPU
 COMPILED_TOKENS = 4608  # longer shapes are left to the others: Inductor fuses no attention, so they only cost time
@@ -56,8 +55,8 @@ def _small(case: TimedCase) -> TimedCase:
 
 
 def _flops(case: TimedCase, floor: bool) -> float:
-    b, h, n, m, d = (case.size(name) for name in ("batch", "heads", "n", "m", "d"))
-    return 2.0 * (PLAIN_MATMULS if floor else MATMULS)[case.mode] * b * h * n * m * d
+    sizes = {letter: case.size(name) for letter, name in zip("BHNMD", ("batch", "heads", "n", "m", "d"))}
+    return PADDED.flops(sizes, "plain" if floor and case.mode == "forward" else case.mode)
 
 
 def _pair(case: TimedCase, impl: str) -> Dual:

@@ -1,146 +1,97 @@
-"""Norms, modulation, QK-norm with RoPE, and activations: memory-bound, over tokens (B, N, C) or heads (B, H, N, D)."""
+"""The ops that are bound by memory, timed at the sizes of the models that their rows in the rooms' `cases.py` name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastdistill import ops, reference
 from fastdistill.benchmarks.ops import packages
 from fastdistill.benchmarks.ops.common_providers import common_providers, plain_floor
-from fastdistill.benchmarks.ops.timed_op import Dual, DualOp, Provider, Tensors, TimedCase, as_tuple, few, last_tokens
+from fastdistill.benchmarks.ops.timed_op import Dual, DualOp, Provider, Tensors, TimedCase, few, last_tokens
+from fastdistill.ops.protocol.cases import Dims, PublicOp, Sizes, every_case
 
 EPS = 1e-6
 SMALL = 128  # tokens at the parity gate; widths stay
-
-# Floating-point operations an element, counted from the formulas: of the primal, of the tangent beside it, of the
-# primal backward and of the mixed one. These ops are bound by memory, so that only the order of magnitude matters.
-OPERATIONS = {
-    "layer_norm": (7, 9, 11, 30),
-    "rms_norm": (5, 8, 9, 25),
-    "ada_layer_norm": (9, 13, 13, 36),
-    "gated_residual_ada_norm": (11, 16, 17, 44),
-    "qk_norm_rope": (8, 11, 12, 31),
-    "gelu_tanh": (9, 14, 14, 30),
-    "swiglu": (5, 9, 9, 24),
-}
+# What results call the letters of a shape.
+LETTERS = {"B": "batch", "N": "n", "M": "m", "H": "heads", "G": "kv_heads", "D": "d", "C": "width", "F": "hidden"}
 
 
-def _pair(
-    function: Callable[..., Any], order: Callable[[Tensors, Sequence[Any]], tuple[Any, ...]], **options: Any
-) -> Callable[[TimedCase, str], Dual]:
-    """One of our explicit pairs, called with what `order` makes of primals and tangents."""
+def sizes_of(case: TimedCase) -> Sizes:
+    """Return the sizes of a timed case by their letters."""
+    return {letter: case.size(name) for letter, name in LETTERS.items() if name in case.shape}
 
-    def of_case(case: TimedCase, impl: str) -> Dual:
+
+def shape_of(row: PublicOp, sizes: Sizes) -> dict[str, int]:
+    """Return those sizes that the tensors of an op have, by the names in results."""
+    used = {letter for name in row.shapes(sizes) for letter in row.tensors[name]}
+    return {LETTERS[letter]: sizes[letter] for letter in LETTERS if letter in used}
+
+
+def _timed(row: PublicOp, variant: str) -> DualOp:
+    names = list(row.shapes(row.counted))
+    angles = [name for name, x in row.variant(variant, row.counted)[1].items() if isinstance(x, Tensor)]
+    like = [next(name for name in names if row.tensors[name] == dims) for dims in row.outputs.values()]
+
+    def make(case: TimedCase, draw: Callable[..., Tensor]) -> Tensors:
+        shapes, options = row.shapes(sizes_of(case)), row.variant(variant, sizes_of(case))[1]
+        drawn = [_drawn(row.tensors[name], draw(*shape)) for name, shape in shapes.items()]
+        return *drawn, *(options[name].to(drawn[0].device) for name in angles)
+
+    def split(case: TimedCase, given: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the tensors by name, and the other arguments, among which are the angles of a rotation."""
+        options, count = row.variant(variant, sizes_of(case))[1], len(names)
+        return dict(zip(names, given)), options | dict(zip(angles, given[count:]))
+
+    def formula(call: Callable[..., Tensors]) -> Callable[[TimedCase], Callable[..., Tensors]]:
+        def of_case(case: TimedCase) -> Callable[..., Tensors]:
+            def of_primals(*primals: Tensor) -> Tensors:
+                outs = call(*split(case, primals))
+                return tuple(out.to(primals[0].dtype) for out in outs)
+
+            return of_primals
+
+        return of_case
+
+    def pair(case: TimedCase, impl: str) -> Dual:
         def dual(primals: Tensors, tangents: Sequence[Tensor | None], mixed: bool) -> tuple[Tensors, Tensors]:
-            outs, t_outs = function(*order(primals, tangents), tangent_grad=mixed, impl=impl, **options)
-            return as_tuple(outs), as_tuple(t_outs)
+            named, options = split(case, primals)
+            return row.of_pair(named, dict(zip(names, tangents)), options, tangent_grad=mixed, impl=impl)
 
         return dual
 
-    return of_case
-
-
-def _op(
-    name: str,
-    primals: Sequence[str],
-    results: Sequence[str],
-    make: Callable[[TimedCase, Callable[..., Tensor]], Tensors],
-    reference: Callable[..., Any],
-    own: Callable[..., Any],
-    pair: Callable[..., Dual],
-    *,
-    still: Sequence[str] = (),
-    constants: tuple[str, ...] = (),
-    like: Sequence[str] | None = None,
-    more: Callable[[torch.device], list[Provider]] = lambda device: [],
-) -> DualOp:
-    """An op whose formulas don't depend on the case. still: the primals without a tangent; constants: see `DualOp`."""
-    counts = OPERATIONS[name]
-
-    def flops(case: TimedCase, floor: bool) -> float:
-        elements = float(case.size("batch") * case.size("n") * case.size("width"))
-        each = {"forward": counts[0] + (0 if floor else counts[1]), "primal": counts[2], "mixed": counts[3]}
-        return each[case.mode] * elements
-
     def small(case: TimedCase) -> TimedCase:
-        return case.resized(batch=min(2, case.size("batch")), n=few(case.size("n"), SMALL))
+        lengths = {name: few(case.size(name), SMALL) for name in ("n", "m") if name in case.shape}
+        return case.resized(batch=min(2, case.size("batch")), **lengths)
 
     return DualOp(
-        name=name,
-        primals=tuple(primals),
-        moving=tuple(x for x in primals if x not in still),
-        results=tuple(results),
-        like=tuple(like or [primals[0]] * len(results)),
+        name=f"{row.name}_{variant}".removesuffix("_"),
+        primals=(*names, *angles),
+        moving=tuple(name for name in names if name not in row.parameters),
+        results=tuple(row.outputs),
+        like=tuple(like),
         make=make,
-        reference=lambda case: reference,
-        own=lambda case: own,
+        reference=formula(row.of_reference),
+        own=formula(row.of_native),
         pair=pair,
-        flops=flops,
+        flops=lambda case, floor: row.flops(sizes_of(case), "plain" if floor and case.mode == "forward" else case.mode),
         small=small,
         last=last_tokens,
         common=common_providers,
-        more=more,
-        constants=constants,
+        constants=tuple(angles),
+        more=FLOORS.get(row.name, lambda device: []),
     )
 
 
-def _tokens(case: TimedCase, draw: Callable[..., Tensor]) -> Tensor:
-    return draw(case.size("batch"), case.size("n"), case.size("width"))
-
-
-def _modulation(case: TimedCase, draw: Callable[..., Tensor]) -> Tensor:
-    return 0.3 * draw(case.size("batch"), 1, case.size("width"))
-
-
-def _weight(width: int, draw: Callable[..., Tensor]) -> Tensor:
-    return 1 + 0.3 * draw(width)
-
-
-def _layer_norm(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=EPS)
-
-
-def _ada(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return _layer_norm(x) * (1 + scale) + shift
-
-
-def _gated(x: Tensor, gate: Tensor, h: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    r = x + gate * h
-    return r, _ada(r, scale, shift)
-
-
-def _qk_reference(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor, k_weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    rotated = reference.qk_norm_rope(q, k, cos, sin, q_weight, k_weight, eps=EPS)
-    return rotated[0].to(q.dtype), rotated[1].to(k.dtype)
-
-
-def _qk_own(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor, k_weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    q, k = F.rms_norm(q, q.shape[-1:], q_weight, EPS), F.rms_norm(k, k.shape[-1:], k_weight, EPS)
-    return reference.rotary(q, cos, sin).to(q.dtype), reference.rotary(k, cos, sin).to(k.dtype)
-
-
-def _qk_make(case: TimedCase, draw: Callable[..., Tensor]) -> Tensors:
-    q, k = _heads(case, draw), _heads(case, draw)
-    cos, sin = ops.rope_angles((case.size("n"),), case.size("d"), device=q.device)
-    return q, k, cos, sin, _weight(case.size("d"), draw), _weight(case.size("d"), draw)
-
-
-def _heads(case: TimedCase, draw: Callable[..., Tensor]) -> Tensor:
-    return draw(case.size("batch"), case.size("heads"), case.size("n"), case.size("d"))
+def _drawn(dims: Dims, x: Tensor) -> Tensor:
+    """Return a standard normal tensor as a network has it: a weight is near one, a modulation near zero."""
+    return 1 + 0.3 * x if len(dims) == 1 else 0.3 * x if 1 in dims else x
 
 
 def _norm_floors(rms: bool) -> Callable[[torch.device], list[Provider]]:
-    """NVIDIA apex's and Liger's fused norms, which know no tangents."""
+    """Return NVIDIA apex's and Liger's fused norms, which know no tangents."""
 
     def floors(device: torch.device) -> list[Provider]:
         apex = packages.find("apex.normalization.fused_layer_norm", device)
@@ -149,12 +100,12 @@ def _norm_floors(rms: bool) -> Callable[[torch.device], list[Provider]]:
         def by_apex(case: TimedCase) -> Callable[..., Tensor]:
             if rms:
                 return lambda x, weight: apex.module.fused_rms_norm_affine(x, weight, (x.shape[-1],), EPS)
-            return lambda x: apex.module.fused_layer_norm(x, (x.shape[-1],), EPS)
+            return lambda x, weight, bias: apex.module.fused_layer_norm_affine(x, weight, bias, (x.shape[-1],), EPS)
 
         def by_liger(case: TimedCase) -> Callable[..., Tensor]:
             if rms:  # in place it would overwrite the cotangent, which a repeated backward needs again
                 return lambda x, weight: liger.module.liger_rms_norm(x, weight, EPS, in_place=False)
-            return lambda x: liger.module.liger_layer_norm(x, torch.ones_like(x[0, 0]), torch.zeros_like(x[0, 0]), EPS)
+            return lambda x, weight, bias: liger.module.liger_layer_norm(x, weight, bias, EPS)
 
         return [
             plain_floor("apex, no tangent", by_apex, absent=apex.absent),
@@ -164,83 +115,6 @@ def _norm_floors(rms: bool) -> Callable[[torch.device], list[Provider]]:
     return floors
 
 
-POINTWISE = {
-    op.name: op
-    for op in (
-        _op(
-            "layer_norm",
-            ("x",),
-            ("y",),
-            lambda case, draw: (_tokens(case, draw),),
-            lambda x: reference.norm(x, eps=EPS),
-            _layer_norm,
-            _pair(ops.layer_norm_jvp, lambda p, t: (p[0], t[0], p[0].shape[-1:]), eps=EPS),
-            more=_norm_floors(rms=False),
-        ),
-        _op(
-            "rms_norm",
-            ("x", "weight"),
-            ("y",),
-            lambda case, draw: (_tokens(case, draw), _weight(case.size("width"), draw)),
-            lambda x, weight: reference.norm(x, weight, eps=EPS, rms=True),
-            lambda x, weight: F.rms_norm(x, x.shape[-1:], weight, EPS),
-            _pair(ops.rms_norm_jvp, lambda p, t: (p[0], t[0], p[0].shape[-1:], p[1]), eps=EPS),
-            still=("weight",),
-            more=_norm_floors(rms=True),
-        ),
-        _op(
-            "ada_layer_norm",
-            ("x", "scale", "shift"),
-            ("y",),
-            lambda case, draw: (_tokens(case, draw), _modulation(case, draw), _modulation(case, draw)),
-            lambda x, scale, shift: reference.ada_layer_norm(x, scale, shift, eps=EPS),
-            _ada,
-            _pair(ops.ada_layer_norm_jvp, lambda p, t: (*p, *t), eps=EPS),
-        ),
-        _op(
-            "gated_residual_ada_norm",
-            ("x", "gate", "h", "scale", "shift"),
-            ("r", "y"),
-            lambda case, draw: (
-                _tokens(case, draw),
-                _modulation(case, draw),
-                _tokens(case, draw),
-                _modulation(case, draw),
-                _modulation(case, draw),
-            ),
-            partial(reference.gated_residual_ada_norm, eps=EPS),
-            _gated,
-            _pair(ops.gated_residual_ada_norm_jvp, lambda p, t: (*p, *t), eps=EPS),
-        ),
-        _op(
-            "qk_norm_rope",
-            ("q", "k", "cos", "sin", "q_weight", "k_weight"),
-            ("q_turned", "k_turned"),
-            _qk_make,
-            _qk_reference,
-            _qk_own,
-            _pair(ops.qk_norm_rope_jvp, lambda p, t: (p[0], p[1], t[0], t[1], *p[2:]), eps=EPS),
-            still=("cos", "sin", "q_weight", "k_weight"),
-            constants=("cos", "sin"),
-            like=("q", "k"),
-        ),
-        _op(
-            "gelu_tanh",
-            ("x",),
-            ("y",),
-            lambda case, draw: (_tokens(case, draw),),
-            lambda x: reference.gelu(x, "tanh"),
-            lambda x: F.gelu(x, approximate="tanh"),
-            _pair(ops.gelu_jvp, lambda p, t: (p[0], t[0], "tanh")),
-        ),
-        _op(
-            "swiglu",
-            ("gate", "up"),
-            ("y",),
-            lambda case, draw: (_tokens(case, draw), _tokens(case, draw)),
-            reference.swiglu,
-            lambda gate, up: F.silu(gate) * up,
-            _pair(ops.swiglu_jvp, lambda p, t: (*p, *t)),
-        ),
-    )
-}
+FLOORS = {"layer_norm": _norm_floors(rms=False), "rms_norm": _norm_floors(rms=True)}
+ROWS = {f"{row.name}_{variant}".removesuffix("_"): (row, variant) for row in every_case() for variant in row.launched}
+POINTWISE = {name: _timed(row, variant) for name, (row, variant) in ROWS.items() if row.models}

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from fastdistill.benchmarks.ops.attention import ATTENTION
 from fastdistill.benchmarks.ops.block import BLOCK
-from fastdistill.benchmarks.ops.pointwise import POINTWISE
+from fastdistill.benchmarks.ops.pointwise import LETTERS, POINTWISE, ROWS, shape_of
 from fastdistill.benchmarks.ops.step import STEP, measured_objectives
 from fastdistill.benchmarks.ops.timed_op import Op, TimedCase
 
@@ -83,24 +83,14 @@ def _mmdit(dtype: str) -> Iterator[TimedCase]:
             )
 
 
-def _pointwise(op: str, label: str, dtype: str, **sizes: int) -> Iterator[TimedCase]:
-    shape = "-".join(f"{short}{sizes[name]}" for short, name in (("B", "batch"), ("N", "n"), ("C", "width")))
-    for mode in BACKWARDS:
-        yield TimedCase("norms", op, f"{op}-{label}-{shape}", mode, {**sizes, "model": label}, dtype)
-
-
 def _norms(dtype: str) -> Iterator[TimedCase]:
-    for name, heads, d in DITS:
-        tokens = {"batch": 32, "n": 1024, "width": heads * d}
-        for op in ("layer_norm", "ada_layer_norm", "gated_residual_ada_norm"):
-            yield from _pointwise(op, name, dtype, **tokens)
-        yield from _pointwise("gelu_tanh", name, dtype, batch=32, n=1024, width=4 * heads * d)
-    for name, heads, d in WANS:  # across all heads
-        yield from _pointwise("rms_norm", name, dtype, batch=1, n=32760, width=heads * d)
-    for (name, heads, d), text in MMDITS:
-        n = PIXELS[1024] + text
-        yield from _pointwise("qk_norm_rope", name, dtype, batch=4, n=n, width=heads * d, heads=heads, d=d)
-    yield from _pointwise("swiglu", "LightningDiT-XL", dtype, batch=32, n=1024, width=3072)
+    for op in POINTWISE:
+        row, _ = ROWS[op]
+        for model, sizes in row.models.items():
+            shape = shape_of(row, sizes)
+            label = "-".join(f"{letter}{shape[LETTERS[letter]]}" for letter in "BHNDCF" if LETTERS[letter] in shape)
+            for mode in BACKWARDS:
+                yield TimedCase("norms", op, f"{op}-{model}-{label}", mode, {**shape, "model": model}, dtype)
 
 
 def _block(dtype: str) -> Iterator[TimedCase]:
@@ -151,7 +141,7 @@ WHAT = {
     "dit": "attention of DiT-S, B, L, XL at 256, 512 and 1024 px",
     "video": "attention of Wan 1.3B and 14B up to 75,600 tokens, and to their text",
     "mmdit": "joint attention of image and text: SD3, FLUX",
-    "norms": "LayerNorm, RMSNorm, AdaLN, gated residual, QK-norm with RoPE, activations",
+    "norms": "every op that is bound by memory: norms, gated residual, QK-norm with RoPE, activations",
     "block": "a whole DiT block, with the gradients of its parameters",
     "step": "a training step of each objective with a tangent: loss and gradient",
     "scaling": "attention over lengths and head dims, until memory ends",
@@ -189,6 +179,6 @@ def _tiny(case: TimedCase) -> TimedCase:
     if case.op == "step":
         objective = str(case.shape["objective"])
         return replace(_step_case("dit-digits", objective, 8, 8, case.dtype), quick=True)
-    sizes = {"batch": 2, "heads": 2, "n": QUICK, "m": QUICK, "d": 8, "width": 16}
+    sizes = {"batch": 2, "heads": 2, "kv_heads": 2, "n": QUICK, "m": QUICK, "d": 8, "width": 16, "hidden": 16}
     shape = {**case.shape, **{name: size for name, size in sizes.items() if name in case.shape}}
     return replace(case, name=f"{case.op}-quick", shape=shape, quick=True)

@@ -9,64 +9,17 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastdistill import ops, reference
+from fastdistill import ops
 from fastdistill.benchmarks.ops.timed_op import along
+from fastdistill.ops.protocol.cases import every_case
 
-
-def _ada_layer_norm(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-6,
-) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps) * (1 + scale) + shift
-
-
-def _ada_rms_norm(
-    x: Tensor, scale: Tensor, shift: Tensor | None = None, weight: Tensor | None = None, eps: float = 1e-6
-) -> Tensor:
-    y = F.rms_norm(x, x.shape[-1:], weight, eps) * (1 + scale)
-    return y if shift is None else y + shift
-
-
-def _gated_residual_ada_norm(
-    x: Tensor,
-    gate: Tensor | None,
-    h: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-6,
-    *,
-    rms: bool = False,
-) -> tuple[Tensor, Tensor]:
-    r = x + (h if gate is None else gate * h)
-    norm = F.rms_norm(r, r.shape[-1:], weight, eps) if rms else F.layer_norm(r, r.shape[-1:], weight, bias, eps)
-    y = norm if scale is None else norm * (1 + scale)
-    return r.to(x.dtype), (y if shift is None else y + shift).to(h.dtype)
-
-
-OWN: dict[str, Callable[..., Any]] = {
-    "ada_layer_norm": _ada_layer_norm,
-    "ada_rms_norm": _ada_rms_norm,
-    "gated_residual_ada_norm": _gated_residual_ada_norm,
-    "gelu": F.gelu,
-    "layer_norm": F.layer_norm,
-    "linear": F.linear,
-    "rms_norm": F.rms_norm,
-    "scaled_dot_product_attention": F.scaled_dot_product_attention,
-    "silu": F.silu,
-}
-# The same, decomposed: any order of derivatives, in any dtype, and what Inductor is given.
-DECOMPOSED: dict[str, Callable[..., Any]] = {
-    name: getattr(reference, name) for name in OWN if name != "scaled_dot_product_attention"
-} | {"scaled_dot_product_attention": reference.attention}
+# PyTorch's own, and the same decomposed: any order of derivatives, in any dtype, and what Inductor is given. PyTorch
+# has no attention over packed sequences.
+_ROWS = [row for row in every_case() if row.name != "varlen_attention"]
+OWN: dict[str, Callable[..., Any]] = {row.op.__name__: row.native for row in _ROWS}
+DECOMPOSED: dict[str, Callable[..., Any]] = {row.op.__name__: row.reference for row in _ROWS}
 # PyTorch's own but for the norms, whose forward mode has a wrong reverse mode in torch 2.13.
 WRITTEN_OUT = {**OWN, **{name: op for name, op in DECOMPOSED.items() if name.endswith("norm")}}
 # What has no derivative of its own to lose, and stays ours.
@@ -83,7 +36,8 @@ def ours_by(impl: str) -> Any:
 
     def bound(name: str) -> Callable[..., Any]:
         op = getattr(ops, name)
-        return op if name == "linear" else lambda *args, **options: op(*args, impl=impl, **options)
+        has_choice = name not in ("linear", "timestep_embedding")
+        return (lambda *args, **options: op(*args, impl=impl, **options)) if has_choice else op
 
     return namespace({name: bound(name) for name in OWN})
 

@@ -52,6 +52,7 @@ CASES = (
         options=({"shapes": {"shift": (1, 2, 3)}}, {"rms": True}, {"rms": True, "eps": 0.1}),
         flops=per_element(TOKENS, 11, 16, 17, 44),
         models=DITS,
+        wide=("x",),
         compiled=tuple({"B": 2, "N": 8192, "C": width} for width in (384, 1152, 4096, 8192)),
     ),
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdistill.ops.norm import functions, reference
 from fastdistill.ops.protocol import torch_functions as F
-from fastdistill.ops.protocol.cases import DITS, WANS, PublicOp, Sizes, per_element
+from fastdistill.ops.protocol.cases import DITS, LIGHTNING, WANS, PublicOp, Sizes, per_element
 
 TOKENS = ("B", "N", "C")
 COMPILED = tuple({"B": 2, "N": 8192, "C": width} for width in (384, 1152, 4096, 8192))
@@ -105,6 +105,6 @@ CASES = (
         usual=("shift",),
         options=({"shapes": {"shift": (1, 2, 3)}}, {"eps": 0.1}),
         flops=per_element(TOKENS, 7, 12, 11, 31),
-        models=DITS,
+        models=LIGHTNING,
     ),
 )

@@ -82,6 +82,7 @@ class PublicOp:
         counted: at which op counts are taken, where those of `COUNTED` don't fit.
         models: at whose sizes it is timed; see `DITS` and its neighbours.
         compiled: the sizes at which the Triton kernels are compiled ahead of time, () without any.
+        wide: the tensors that are float32 beside 16-bit ones there, as a residual stream under autocast is.
         triton: whether it has Triton kernels.
     """
 
@@ -106,6 +107,7 @@ class PublicOp:
     counted: Sizes = field(default_factory=lambda: COUNTED)
     models: Mapping[str, Sizes] = field(default_factory=dict)
     compiled: tuple[Sizes, ...] = ()
+    wide: tuple[str, ...] = ()
     triton: bool = True
 
     def shapes(self, sizes: Sizes, names: Sequence[str] | None = None) -> Shapes:

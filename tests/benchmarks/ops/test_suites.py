@@ -53,8 +53,8 @@ def test_the_shapes_that_users_have() -> None:
     assert {d for suite, _, _, _, d in shapes if suite == "scaling"} == {32, 40, 64, 72, 80, 96, 112, 128, 256}
     assert max(n for suite, _, n, _, _ in shapes if suite == "scaling") == 131072
     assert {case.op for _, case in EVERY if case.suite == "norms"} == {
-        *("layer_norm", "rms_norm", "ada_layer_norm", "gated_residual_ada_norm", "qk_norm_rope"),
-        *("gelu_tanh", "swiglu"),
+        *("layer_norm", "rms_norm", "ada_layer_norm", "ada_rms_norm", "gated_residual_ada_norm", "qk_norm_rope"),
+        *("gelu", "gelu_tanh", "swiglu"),
     }
 
 

@@ -6,18 +6,19 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from fastdistill import ops
 from fastdistill.benchmarks.ops.suites import SUITES
-from fastdistill.benchmarks.ops.timed_op import Op
+from fastdistill.benchmarks.ops.timed_op import Dual, Op, Tensors, TimedCase
 from fastdistill.benchmarks.run import bench
 from fastdistill.benchmarks.run.bench import BenchError, LostError, Request, listing, run, wanted
 from fastdistill.cli import main
 from tests.benchmarks.toy import CASE, CPU, op_of, right, wrong
 
+OURS = ["fastdistill torch"]
 QUICK = ["--quick", "--device", "cpu"]
 
 
@@ -185,17 +186,22 @@ def test_a_gpu_measures_bfloat16() -> None:
 
 def test_a_planted_error_in_an_op_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gate sees what the timed call returns: a wrong op of ours, nothing else changed."""
-    exact = ops.gelu_jvp
-
-    def off(*args: object, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
-        y, t_y = exact(*args, **options)  # type: ignore[arg-type]
-        return y, t_y * (1 + math.sqrt(torch.finfo(torch.float32).eps))
-
     from fastdistill.benchmarks.ops import pointwise
 
-    broken = pointwise._pair(off, lambda p, t: (p[0], t[0], "tanh"))
     op = pointwise.POINTWISE["gelu_tanh"]
+
+    def broken(case: TimedCase, impl: str) -> Dual:
+        exact = op.pair(case, impl)
+
+        def dual(*args: Any) -> tuple[Tensors, Tensors]:
+            outs, t_outs = exact(*args)
+            return outs, tuple(t * (1 + math.sqrt(torch.finfo(torch.float32).eps)) for t in t_outs)
+
+        return dual
+
     monkeypatch.setattr(bench, "OPS", {"gelu_tanh": op.__class__(**{**vars(op), "pair": broken})})
-    request = Request(["norms"], quick=True, device="cpu", pattern="gelu.*forward", providers=["fastdistill torch"])
+    request = Request(
+        ["norms"], quick=True, device="cpu", pattern="gelu_tanh.*forward", providers=["fastdistill torch"]
+    )
     (entry,), failures = run(request, lambda line: None)
     assert failures == 1 and entry["extra_info"]["status"] == "failed parity"
