@@ -37,16 +37,15 @@ def _attention(
     k: Tensor,
     v: Tensor,
     attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
+    *,
     is_causal: bool = False,
     scale: float | None = None,
-    enable_gqa: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     align: str = "upper_left",
     return_lse: bool = False,
-    centre: bool = False,
+    **_: Any,
 ) -> Any:
-    """Return the formula under the pair's argument names; in real numbers `centre` changes nothing."""
+    """Return the formula under the pair's argument names; `centre` and the others change nothing in real numbers."""
     band = (window_size[0], 0 if is_causal else window_size[1])
     options: dict[str, Any] = {"scale": scale, "window": band, "lower_right": align == "lower_right"}
     out = reference.attention(q, k, v, attn_mask, **options)
