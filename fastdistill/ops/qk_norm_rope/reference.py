@@ -17,7 +17,6 @@ def qk_norm_rope(
     k_weight: Tensor | None = None,
     q_bias: Tensor | None = None,
     k_bias: Tensor | None = None,
-    *,
     norm: str = "rms",
     eps: float = 1e-6,
     interleaved: bool = False,
