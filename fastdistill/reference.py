@@ -1,33 +1,34 @@
-"""The specification of every op in plain PyTorch, gathered from the ops' rooms."""
+"""The specifications of all ops in one place: plain PyTorch, differentiable in both modes, what tests hold to be true.
+
+Each stands in the room of its op, `fastdistill/ops/<op>/reference.py`; this gathers them under their names.
+"""
 
 from __future__ import annotations
 
-from fastdistill.ops.activation.reference import geglu, gelu, silu, swiglu
-from fastdistill.ops.attention.reference import attention, attention_lse, band, varlen_attention
-from fastdistill.ops.gated_norm.reference import gated_residual_ada_norm
-from fastdistill.ops.linear.reference import linear
-from fastdistill.ops.norm.reference import ada_layer_norm, ada_rms_norm, layer_norm, norm, rms_norm
-from fastdistill.ops.qk_norm_rope.reference import head_norm, qk_norm_rope, rotary
-from fastdistill.ops.time_embedding.reference import timestep_embedding
+import importlib
+import pkgutil
+from types import FunctionType
+from typing import Any
 
-__all__ = [
-    "ada_layer_norm",
-    "ada_rms_norm",
-    "attention",
-    "attention_lse",
-    "band",
-    "gated_residual_ada_norm",
-    "geglu",
-    "gelu",
-    "head_norm",
-    "layer_norm",
-    "linear",
-    "norm",
-    "qk_norm_rope",
-    "rms_norm",
-    "rotary",
-    "silu",
-    "swiglu",
-    "timestep_embedding",
-    "varlen_attention",
-]
+from fastdistill import ops
+
+
+def _gathered() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for room in pkgutil.iter_modules(ops.__path__):
+        if room.ispkg and room.name != "protocol":
+            module = importlib.import_module(f"fastdistill.ops.{room.name}.reference")
+            found |= {
+                name: value
+                for name, value in vars(module).items()
+                if isinstance(value, FunctionType) and value.__module__ == module.__name__ and name[0] != "_"
+            }
+    return found
+
+
+def __getattr__(name: str) -> Any:
+    raise AttributeError(f"reference: expected one of {', '.join(__all__)}, got {name!r}")
+
+
+globals().update(_gathered())
+__all__ = sorted(_gathered())

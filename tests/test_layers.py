@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "benchmarks.count.counting",
     },
     "benchmarks.count.counting": {"ops", "kernels"},
-    "benchmarks.compile": {"kernels", "tune", "benchmarks.run"},
+    "benchmarks.compile": {"kernels", "ops", "tune", "benchmarks.run"},
     "benchmarks.methods": {
         "benchmarks.run",
         "jvp",
@@ -195,7 +195,7 @@ def test_a_stranger_in_a_room_is_found(module: str, code: str) -> None:
 @pytest.mark.parametrize("room", ["activation", "attention", "gated_norm", "linear", "norm", "qk_norm_rope"])
 def test_rooms_have_the_same_files(room: str) -> None:
     """A newcomer who knows one op finds its way in every other."""
-    files = {"functions", "op", "eager", "second_order", "reference"}
+    files = {"functions", "op", "eager", "second_order", "reference", "cases"}
     assert files <= {path.stem for path in (ROOT / "fastdistill" / "ops" / room).glob("*.py")}
 
 

@@ -14,7 +14,7 @@ import fastdistill as fd
 from tests.ops.op_cases import IMPLS, OPS, calls, draw
 
 # An embedding of a time and rotations take no native path; the ops' own tests have them.
-PARTLY = {"explain", "jvp", "ops", "rope_angles"}
+PARTLY = {"explain", "jvp", "merge_attention", "merge_attention_jvp", "ops", "rope_angles"}
 
 
 def assert_same(ours: object, plain: object, what: str) -> None:
