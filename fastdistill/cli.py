@@ -185,8 +185,10 @@ def run_train(args: argparse.Namespace) -> int:
     run = train(config)
     print(f"{run}: {run / 'export' / 'ema.safetensors'} after {config.steps} steps")
     if config.data.name == "ring":
+        from fastdistill.eval.ring import plot_flow_map
+
         print(_measure(run))
-        print(_plot_flow_map(run))
+        print(plot_flow_map(run))
     return 0
 
 
@@ -211,8 +213,8 @@ def run_sample(args: argparse.Namespace) -> int:
             steps=args.steps,
             sampler=args.sampler,
             guidance=args.guidance,
-            gamma=args.gamma,
             seed=args.seed,
+            **_parameters(args),
         )
     if out.suffix == ".npy":
         import numpy as np
@@ -227,7 +229,7 @@ def run_sample(args: argparse.Namespace) -> int:
 
 def run_eval(args: argparse.Namespace) -> int:
     """Measure a run."""
-    how = {"sampler": args.sampler, "guidance": args.guidance, "gamma": args.gamma}
+    how = {"sampler": args.sampler, "guidance": args.guidance, **_parameters(args)}
     with _naming_options():
         print(_measure(args.run, args.steps, n=args.n, seed=args.seed, **how))
     return 0
@@ -318,30 +320,6 @@ def _measure(run: Path, steps: Sequence[int] | None = None, **options: Any) -> s
     return f"{describe(evaluate(run, steps, **options))}\n\n{run / 'summary.json'}"
 
 
-def _plot_flow_map(run: Path) -> Path:
-    """Where the exact flow takes some noise, and where the run's network does, in a few steps."""
-    import torch
-
-    from fastdistill.eval.ring import exact_flow
-    from fastdistill.train import generate, load_run
-    from fastdistill.train.data import generator_at
-    from fastdistill.train.files import replacing
-    from fastdistill.train.logging import save_panels
-    from fastdistill.train.sampling import OWN
-
-    x1 = torch.randn(2000, 2, generator=generator_at(0, "samples"))
-    net, config = load_run(run)
-    panels = {"exact flow map": exact_flow(x1, config.path.build())}
-    for steps in OWN.resolve(config).measured_steps(config):
-        panels[f"{config.method.name}, {steps} step{'s' * (steps > 1)}"] = generate(
-            net, config, 2000, steps=steps
-        ).cpu()
-    path = run / "samples" / "flow_map.png"
-    with replacing(path) as temporary:
-        save_panels(temporary, panels)
-    return path
-
-
 def fail(message: str, status: int = 2) -> int:
     """Print one message on stderr and hand the status through."""
     print(f"fastdistill: {message}", file=sys.stderr)
@@ -349,22 +327,35 @@ def fail(message: str, status: int = 2) -> int:
 
 
 def _add_sampler(command: argparse.ArgumentParser) -> None:
-    """The options that choose another sampler than the method's own."""
-    command.add_argument("--sampler", help="average_velocity, consistency, gamma, euler, ... (default: the method's)")
-    command.add_argument("--gamma", type=float, help="share of fresh noise, 0 to 1: samples by the sampler gamma")
+    """Add the options that choose another sampler than the method's own: its name, and every parameter of any."""
+    from fastdistill.samplers import PARAMETERS, SPECS, taking
+
+    command.add_argument("--sampler", help=f"{', '.join(SPECS)} (default: the method's)")
+    for name, of in PARAMETERS.items():
+        told = f"{of.help}, {of.low:g} to {of.high:g}: samples by {' or '.join(taking({name}))}"
+        command.add_argument(f"--{name.replace('_', '-')}", type=type(of.default), help=told.replace("%", "%%"))
+
+
+def _parameters(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the options say of the samplers' parameters; None where one isn't given."""
+    from fastdistill.samplers import PARAMETERS
+
+    return {name: getattr(args, name) for name in PARAMETERS}
 
 
 @contextlib.contextmanager
 def _naming_options() -> Iterator[None]:
-    """What an error says of an argument of sampling, it says of the option: `--gamma: expected ...`."""
+    """Let errors about an argument of sampling name the option, with its two dashes: `--gamma: expected ...`."""
+    from fastdistill.samplers import PARAMETERS
     from fastdistill.train import ConfigError
 
     try:
         yield
     except ConfigError as error:
-        if str(error).partition(":")[0] not in ("label", "steps", "sampler", "guidance", "gamma"):
+        name, _, rest = str(error).partition(":")
+        if name not in ("label", "steps", "sampler", "guidance", *PARAMETERS):
             raise
-        raise ConfigError(f"--{error}") from error
+        raise ConfigError(f"--{name.replace('_', '-')}:{rest}") from error
 
 
 def _status_of(error: Exception) -> int | None:

@@ -30,14 +30,29 @@ MAY_IMPORT: dict[str, set[str]] = {
     "paths": set(),
     "couplings": set(),
     "times": {"paths"},
-    "samplers": {"paths", "times"},
+    "lookup": set(),
+    "samplers": {"paths", "times", "lookup"},
+    "data": {"lookup"},
     "objectives": {"paths", "times", "samplers", "jvp", "ops.protocol.compat"},
     "eval.exact": {"paths"},
-    "train": {"api", "jvp", "nn", "models", "paths", "couplings", "times", "samplers", "objectives", "eval.exact"},
-    "eval": {"api", "models", "paths", "times", "samplers", "objectives", "train", "eval.exact"},
-    "method_notes": {"objectives", "train"},
-    "compare": {"models", "testing", "train", "eval"},
-    "demo": {"api", "models", "paths", "times", "samplers", "train", "eval", "eval.exact"},
+    "train": {
+        "api",
+        "jvp",
+        "nn",
+        "models",
+        "paths",
+        "couplings",
+        "times",
+        "samplers",
+        "objectives",
+        "eval.exact",
+        "data",
+        "lookup",
+    },
+    "eval": {"api", "models", "paths", "times", "samplers", "objectives", "train", "eval.exact", "data", "lookup"},
+    "method_notes": {"objectives", "samplers", "train"},
+    "compare": {"models", "testing", "train", "eval", "data"},
+    "demo": {"api", "models", "paths", "times", "samplers", "train", "eval", "eval.exact", "data"},
     "tune": {"kernels", "ops"},
     "benchmarks.ops": {"api", "reference", "testing", "ops", "models", "objectives"},
     "benchmarks.run": {"api", "reference", "testing", "ops", "models", "benchmarks.ops"},
@@ -62,10 +77,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "eval",
         "eval.exact",
         "compare",
+        "data",
     },
     "benchmarks.report": {"benchmarks.ops", "benchmarks.run"},
     "benchmarks.gpu": {"benchmarks.ops", "benchmarks.run"},
-    "cli": {"api", "models", "samplers", "train", "eval", "demo", "method_notes", "compare", *ROOMS},
+    "cli": {"api", "models", "samplers", "data", "train", "eval", "demo", "method_notes", "compare", *ROOMS},
 }
 # These are about the kernels themselves and need Triton from the start.
 NEED_TRITON = {"kernels", "tune", "benchmarks.compile", "benchmarks.count.counting"}
@@ -77,7 +93,11 @@ APPLICATIONS |= {layer for layer in MAY_IMPORT if layer.startswith("benchmarks."
 CONTAINS: dict[str, set[str]] = {"gated_norm": {"norm"}, "qk_norm_rope": {"norm"}}
 
 # What a layer may import besides, inside the function that needs it: optional packages, which have an extra.
-LAZY: dict[str, set[str]] = {"couplings": {"ot", "scipy"}, "samplers": {"numpy", "scipy"}}
+LAZY: dict[str, set[str]] = {
+    "couplings": {"ot", "scipy"},
+    "samplers": {"numpy", "scipy"},
+    "data": {"PIL", "matplotlib", "numpy", "sklearn"},
+}
 
 # What a fresh `import fastdistill` must not load: none of it is needed before somebody asks for it.
 HEAVY = ["triton", "matplotlib", "pydantic", "scipy", "sklearn", "tensorboard", "torch._inductor", "tyro"]

@@ -168,7 +168,7 @@ def evaluate_network(
         net, config: as `load_run` returns them.
         steps: of the sampler.
         count: of images; None: `SETS` times as many as there are unseen digits.
-        how: which sampler, guidance and gamma.
+        how: which sampler, with which parameters and guidance.
     """
     device = next(net.parameters()).device
     labels = judge.labels(count)

@@ -35,10 +35,10 @@ def evaluate(
     n: int | None = None,
     sampler: str | None = None,
     guidance: float | None = None,
-    gamma: float | None = None,
     seed: int = 0,
     judge: digits.DigitJudge | None = None,
     device: torch.device | str | None = None,
+    **parameters: float | None,
 ) -> dict[str, Any]:
     """Generate with each number of steps, measure, and write `summary.json` in the run folder.
 
@@ -51,9 +51,10 @@ def evaluate(
             trained with noise matched to data.
         n: how many samples; None: for digits six sets of as many as there are unseen ones, 296, with labels in the
             real frequencies; for the ring 4096.
-        sampler, guidance, gamma: see `fastdistill.train.sampling.Sampling`; None: the run's own.
+        sampler, guidance: see `fastdistill.train.sampling.Sampling`; None: the run's own.
         judge: for digits, to share one; None: its classifier is trained for, and kept in, this run folder.
         device: None: the GPU if there is one. Metrics are computed on the CPU.
+        parameters: of the sampler, such as gamma; see `fastdistill.samplers.PARAMETERS`.
 
     Returns:
         What was written: `data`, `method`, `sampler`, `samples`, `set` (of how many samples a number is), `measuring`,
@@ -71,8 +72,9 @@ def evaluate(
         raise ValueError(f"steps: expected positive numbers, got {list(steps)}")
     run = Path(run)
     net, config = load_run(run, device=device)
-    how = Sampling(sampler, guidance, gamma).resolve(config)
-    usual = (*NUMBERS, 32) if how.sampler in ("euler", "heun") else NUMBERS
+    how = Sampling(sampler, guidance, **parameters).resolve(config)
+    in_steps = how.spec.follows_velocity and how.spec.evaluations is not None
+    usual = (*NUMBERS, 32) if in_steps else NUMBERS
     steps = steps or how.measured_steps(config, usual)
     result: dict[str, Any] = {"data": config.data.name, "method": config.method.name, "sampler": how.sampler}
     result["measuring"] = MEASURING

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path as FilePath
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ from fastdistill import samplers
 from fastdistill.eval.exact import Ring
 from fastdistill.eval.metrics import sliced_wasserstein
 from fastdistill.paths import ICFM, LINEAR, OTCFM, Path
-from fastdistill.train import TrainConfig
+from fastdistill.train import TrainConfig, generate, load_run
 from fastdistill.train.data import generator_at
+from fastdistill.train.files import replacing
+from fastdistill.train.logging import save_panels
 from fastdistill.train.sampling import OWN, Sampling, draw
 
 Row = dict[str, float]
-RENOISING = ("consistency", "gamma")  # samplers with fresh noise between steps; gamma at 0 has none
 
 
 @torch.no_grad()
@@ -66,10 +68,11 @@ def exact_samples(config: TrainConfig, steps: int, *, count: int = 4096, how: Sa
     how = how.resolve(config, steps)
     path, times = config.path.build(), config.method.sample_times(steps)
     grid = samplers.intervals(times)
-    if how.sampler not in RENOISING or how.gamma == 0 or len(grid) == 1:
+    if not how.adds_noise or len(grid) == 1:
         return _exact_jump(count, seed, path, grid[0][0], grid[-1][1])
-    assert how.sampler is not None
-    return _exact_by(count, seed, path, how.sampler, how.gamma, (grid[0][0], *(s for _, s in grid)))
+    return _exact_by(
+        count, seed, path, how.spec.name, tuple(how.parameters.items()), (grid[0][0], *(s for _, s in grid))
+    )
 
 
 def exact_rows(
@@ -86,8 +89,8 @@ def exact_rows(
     for number in steps:
         exact = exact_samples(config, number, count=count, how=how, seed=seed)
         rows[f"exact map {number}"] = compare(exact, exact, 0.0)
-        if how.sampler in RENOISING and how.gamma != 0:
-            of = how.sampler if how.gamma is None else f"{how.sampler} {how.gamma:g}"
+        if how.adds_noise:
+            of = " ".join([how.spec.name, *(f"{value:g}" for value in how.parameters.values())])
             rows[f"exact map by {of}, against the flow {number}"] = compare(exact, flow, 0.0)
     return rows
 
@@ -133,14 +136,24 @@ def _exact_jump(count: int, seed: int, path: Path, start: float, end: float) -> 
 
 
 @lru_cache(maxsize=16)
-def _exact_by(count: int, seed: int, path: Path, sampler: str, gamma: float | None, times: tuple[float, ...]) -> Tensor:
-    """Where the exact map ends by a sampler that renoises. Its state is float32, as a run's, so that its draws are."""
+def _exact_by(
+    count: int,
+    seed: int,
+    path: Path,
+    sampler: str,
+    parameters: tuple[tuple[str, float], ...],
+    times: tuple[float, ...],
+) -> Tensor:
+    """Return where the exact map ends by a sampler that renoises.
+
+    Its state is float32, as a run's is, so that the noise drawn on the way is the same.
+    """
     ring = _ring(path)
 
     def net(x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
         return ring.average_velocity(x.double(), t.double(), s.double()).to(x.dtype)
 
-    options: dict[str, Any] = {} if gamma is None else {"gamma": gamma}
+    options: dict[str, Any] = dict(parameters)
     x1, generator = _noise(count, seed), generator_at(seed, "renoise")
     return samplers.sample(sampler, net, x1, times, path=path, generator=generator, **options).double()
 
@@ -153,3 +166,17 @@ def compare(x: Tensor, exact: Tensor, seconds: float) -> Row:
         "sliced_wasserstein": sliced_wasserstein(x, exact),
         "seconds_per_sample": seconds / len(x),
     }
+
+
+def plot_flow_map(run: FilePath) -> FilePath:
+    """Draw where the exact flow takes some noise, and where the run's network does, in a few steps."""
+    x1 = torch.randn(2000, 2, generator=generator_at(0, "samples"))
+    net, config = load_run(run)
+    panels = {"exact flow map": exact_flow(x1, config.path.build())}
+    for steps in OWN.resolve(config).measured_steps(config):
+        title = f"{config.method.name}, {steps} step{'s' * (steps > 1)}"
+        panels[title] = generate(net, config, 2000, steps=steps).cpu()
+    path = run / "samples" / "flow_map.png"
+    with replacing(path) as temporary:
+        save_panels(temporary, panels)
+    return path
