@@ -133,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--steps", type=_at_least(1), nargs="+", help="of the sampler (default: 1 2 4 8, ...)")
     command.add_argument("--guidance", type=float, help="scale of guidance (default: the configuration's)")
     _add_sampler(command)
-    command.add_argument("--n", type=_at_least(64), help="samples (default: as many as digits, or 4096 points)")
+    command.add_argument("--n", type=_at_least(64), help="samples (default: as the data's judge asks for)")
     command.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     command.set_defaults(command=run_eval)
 
@@ -143,8 +143,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add("compare", "train and measure methods under one budget, and report")
     command.add_argument("--methods", default="all", help="names with commas between, or all (default: %(default)s)")
-    command.add_argument("--data", default="ring", help="ring or digits (default: %(default)s)")
-    command.add_argument("--steps", type=_at_least(1), help="of training (default: 3000 for the ring, 4000 for digits)")
+    command.add_argument("--data", default="ring", help="ring, digits, or a YAML file (default: %(default)s)")
+    command.add_argument("--steps", type=_at_least(1), help="of training (default: as the data asks for)")
     command.add_argument("--seeds", type=_at_least(1), default=1, help="how many (default: %(default)s)")
     command.add_argument("--n", type=_at_least(64), help="samples a measurement (default: as `eval`)")
     command.add_argument("--out", type=Path, help="folder (default: runs/compare-DATA)")
@@ -179,24 +179,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_train(args: argparse.Namespace) -> int:
     """Train; then measure and plot what has an exact solution."""
+    from fastdistill.eval.evaluate import after_training
     from fastdistill.train import load_config, train
 
     config = load_config(args.config, args.overrides)
     run = train(config)
     print(f"{run}: {run / 'export' / 'ema.safetensors'} after {config.steps} steps")
-    if config.data.name == "ring":
-        from fastdistill.eval.ring import plot_flow_map
-
-        print(_measure(run))
-        print(plot_flow_map(run))
+    for line in after_training(run, config):
+        print(line)
     return 0
 
 
 def run_sample(args: argparse.Namespace) -> int:
     """Draw samples into a picture or an array."""
+    from fastdistill.data.pictures import NoPictureError, draw
     from fastdistill.train import ConfigError, generate, load_run
     from fastdistill.train.files import replacing
-    from fastdistill.train.logging import save_samples
+    from fastdistill.train.logging import save_picture
 
     out: Path = args.out or args.run / "samples" / "sample.png"
     if out.suffix not in (".png", ".npy"):
@@ -222,7 +221,11 @@ def run_sample(args: argparse.Namespace) -> int:
         with replacing(out) as temporary, temporary.open("wb") as file:
             np.save(file, samples.cpu().numpy())
     else:
-        save_samples(out, samples, columns=10)
+        try:
+            png = draw(config.data.build(), samples, columns=10)
+        except NoPictureError as error:
+            raise ConfigError(f"--out: {error}; or expected a name in .npy") from error
+        save_picture(out, png)
     print(out)
     return 0
 

@@ -17,16 +17,51 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill import samplers
+from fastdistill.data import DataSet, generator_at
+from fastdistill.data import Ring as RingData
+from fastdistill.data.pictures import draw_points
 from fastdistill.eval.exact import Ring
 from fastdistill.eval.metrics import sliced_wasserstein
 from fastdistill.paths import ICFM, LINEAR, OTCFM, Path
 from fastdistill.train import TrainConfig, generate, load_run
-from fastdistill.train.data import generator_at
-from fastdistill.train.files import replacing
-from fastdistill.train.logging import save_panels
+from fastdistill.train.config import couples
+from fastdistill.train.logging import save_picture
 from fastdistill.train.sampling import OWN, Sampling, draw
 
 Row = dict[str, float]
+
+
+class RingJudge:
+    """Measures points against where the exact flow map takes the same noise.
+
+    Args:
+        folder, data: not needed, for the law is known.
+    """
+
+    headline = ("sliced_wasserstein", "map_error")
+    training_steps = 3000
+    at_once = True
+
+    def __init__(self, folder: FilePath, data: DataSet) -> None:
+        pass
+
+    def evaluate(
+        self, net: nn.Module, config: TrainConfig, steps: Sequence[int], *, count: int | None, how: Sampling, seed: int
+    ) -> dict[str, Any]:
+        """Return rows and references by number of steps, see `fastdistill.eval.judges.Judge`; `coupled` besides."""
+        count = count or 4096
+        known = references(steps, count=count, path=config.path.build(), seed=seed)
+        return {
+            "samples": count,
+            "set": count,
+            "coupled": couples(config),
+            "steps": evaluate_network(net, config, steps, count=count, how=how, seed=seed),
+            "references": known | exact_rows(config, steps, count=count, how=how, seed=seed),
+        }
+
+    def plot(self, run: FilePath) -> FilePath:
+        """Draw where the exact flow takes some noise, and where the run's network does, in a few steps."""
+        return plot_flow_map(run)
 
 
 @torch.no_grad()
@@ -61,7 +96,7 @@ def evaluate_network(
 
 
 def exact_samples(config: TrainConfig, steps: int, *, count: int = 4096, how: Sampling = OWN, seed: int = 0) -> Tensor:
-    """Where the exact map ends by a run's sampler in so many steps, (count, 2) float64, with the noise that a run gets.
+    """Return where the exact map ends by a run's sampler in so many steps, (count, 2) float64, from a run's noise.
 
     Samplers of velocities and of the flow map are all held against the exact flow between their first and last time.
     """
@@ -78,7 +113,7 @@ def exact_samples(config: TrainConfig, steps: int, *, count: int = 4096, how: Sa
 def exact_rows(
     config: TrainConfig, steps: Sequence[int], *, count: int = 4096, how: Sampling = OWN, seed: int = 0
 ) -> dict[str, Row]:
-    """The exact map's own rows by a run's sampler: scored as a network is, and against the flow from the same noise.
+    """Return the exact map's own rows by a run's sampler: scored as a network is, and against the exact flow.
 
     The first are zero by construction. The second are what a sampler that renoises would be charged with if it were
     held against the trajectory: equal laws, other points. They are there for such a sampler only.
@@ -96,7 +131,7 @@ def exact_rows(
 
 
 def references(steps: Sequence[int], *, count: int = 4096, path: Path = LINEAR, seed: int = 0) -> dict[str, Row]:
-    """The same numbers for Euler on the exact velocity, and between the flow's end and fresh data: the two floors.
+    """Return the same numbers for Euler on the exact velocity, and of the flow's end against fresh data: two floors.
 
     `euler N` is the best that N steps along instantaneous velocities can do, and `data` is what the sampling noise of
     `count` points alone contributes; its map error is that of pairing points by chance.
@@ -113,24 +148,24 @@ def references(steps: Sequence[int], *, count: int = 4096, path: Path = LINEAR, 
 
 
 def exact_flow(x1: Tensor, path: Path = LINEAR) -> Tensor:
-    """Where the ring's exact flow on a path takes the noise x1 (N, 2), in float64; of independent noise and data."""
+    """Return where the ring's exact flow on a path takes the noise x1 (N, 2), in float64, for independent data."""
     ones = torch.ones(len(x1), dtype=torch.float64)
     return _ring(path).flow_map(path.prior(x1.double()), ones, torch.zeros_like(ones))
 
 
 def _ring(path: Path) -> Ring:
-    """The ring on a path, or on its twin without a coupling, as the flow of coupled pairs is known to nobody."""
+    """Return the ring on a path, or on its twin without a coupling, as the flow of coupled pairs is known to nobody."""
     return Ring(path=ICFM(path.sigma) if isinstance(path, OTCFM) else path)
 
 
 def _noise(count: int, seed: int) -> Tensor:
-    """The noise (count, 2) that is evaluated, the same for every method."""
+    """Return the noise (count, 2) that is evaluated, the same for every method."""
     return torch.randn(count, 2, generator=generator_at(seed, "evaluate"))
 
 
 @lru_cache(maxsize=8)
 def _exact_jump(count: int, seed: int, path: Path, start: float, end: float) -> Tensor:
-    """Where the exact flow takes the noise from one time to another: seconds of work, the same for every method."""
+    """Return where the exact flow takes the noise from one time to another: seconds of work, alike for all methods."""
     ones = torch.ones(count, dtype=torch.float64)
     return _ring(path).flow_map(path.prior(_noise(count, seed).double()), start * ones, end * ones)
 
@@ -159,7 +194,7 @@ def _exact_by(
 
 
 def compare(x: Tensor, exact: Tensor, seconds: float) -> Row:
-    """One row: points x (N, 2) that took `seconds` to make, against where the exact map ends."""
+    """Return one row: points x (N, 2) that took `seconds` to make, against where the exact map ends."""
     x = x.double()
     return {
         "map_error": float((x - exact).square().mean().sqrt() / exact.square().mean().sqrt()),
@@ -177,6 +212,5 @@ def plot_flow_map(run: FilePath) -> FilePath:
         title = f"{config.method.name}, {steps} step{'s' * (steps > 1)}"
         panels[title] = generate(net, config, 2000, steps=steps).cpu()
     path = run / "samples" / "flow_map.png"
-    with replacing(path) as temporary:
-        save_panels(temporary, panels)
+    save_picture(path, draw_points(panels, RingData.limit))
     return path

@@ -16,6 +16,7 @@ import torch
 import torch.distributed
 
 from fastdistill import models
+from fastdistill.data import Batch, generator_at
 from fastdistill.objectives.metric import LogVariance
 from fastdistill.train.config import (
     UNNAMED,
@@ -26,7 +27,6 @@ from fastdistill.train.config import (
     read_yaml,
 )
 from fastdistill.train.critic import Critic
-from fastdistill.train.data import DATASETS, Batch, generator_at
 from fastdistill.train.environment import memory_of_machine
 from fastdistill.train.methods import METHODS, Context, ScoreMethod
 from fastdistill.train.perceptual import perceptual_of
@@ -47,7 +47,8 @@ def check_config(config: TrainConfig) -> None:
         ConfigError: naming the fields.
     """
     _check_places(config)
-    classes = DATASETS[config.data.name].num_classes
+    config.data.check_batch()
+    classes = config.data.build().num_classes
     if config.data.label_dropout and not classes:
         raise ConfigError(f"data.label_dropout: {config.data.name} has no labels to drop, so expected 0")
     _check_teachers(config)
@@ -143,7 +144,7 @@ def _check_sampling(config: TrainConfig) -> None:
 
 
 def _check_model(config: TrainConfig) -> None:
-    dataset = DATASETS[config.data.name]
+    dataset = config.data.build()
     shape: tuple[int, ...] = dataset.shape
     if config.model.preset not in models.PRESETS:
         raise ConfigError(
@@ -186,7 +187,7 @@ def _refuse_too_large(config: TrainConfig, weights: int, arguments: dict[str, An
         )
     tokens = 1
     if "patch_size" in arguments:
-        tokens = math.prod(side // arguments["patch_size"] for side in DATASETS[config.data.name].shape[1:])
+        tokens = math.prod(side // arguments["patch_size"] for side in config.data.build().shape[1:])
     needed = 2 * config.data.batch * tokens * arguments["width"] * arguments["depth"]  # one value a layer, in 16 bits
     if needed > memory:
         raise ConfigError(
@@ -201,7 +202,7 @@ def _in_gib(count: int) -> str:
 
 def _try_objective(config: TrainConfig) -> None:
     """Call the objective once, on random rows and the smallest network: what it refuses, it refuses here."""
-    method, dataset, seed = config.method, DATASETS[config.data.name], generator_at(config.seed, "trial")
+    method, dataset, seed = config.method, config.data.build(), generator_at(config.seed, "trial")
     rows, classes = config.data.batch, dataset.num_classes
     if rows > TRIAL_ROWS:  # whole groups of them, for a method that compares groups
         group = getattr(method, "group", 1)

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill import samplers
+from fastdistill.data import generator_at
+from fastdistill.data.pictures import grid_of
 from fastdistill.samplers import PARAMETERS, SPECS
 from fastdistill.train.config import TrainConfig, couples
-from fastdistill.train.data import DATASETS, generator_at
 from fastdistill.train.methods import MethodSettings
 from fastdistill.train.sampler_settings import field_of
 from fastdistill.train.settings import ConfigError, nearest
 
 NUMBERS = (1, 2, 4, 8)  # of steps, in which runs are measured and shown
-GRID_ROWS, GRID_POINTS = 8, 2000
 
 
 @dataclass(frozen=True, init=False)
@@ -159,7 +159,7 @@ def draw(
         path=config.path.build(),
         g=how.guidance if told else None,
         scale=1.0 if told else how.guidance,
-        null=DATASETS[config.data.name].num_classes,
+        null=config.data.build().num_classes,
         generator=generator_at(seed, "renoise"),
         **{parameter: how.parameters[parameter] for parameter in SPECS[name].parameters},
     )
@@ -197,7 +197,7 @@ def generate(
     Raises:
         ConfigError: an argument that the run can't serve, by name.
     """
-    dataset, how = DATASETS[config.data.name], Sampling(sampler, guidance, **parameters)
+    dataset, how = config.data.build(), Sampling(sampler, guidance, **parameters)
     classes = dataset.num_classes
     if label is not None and not 0 <= label < classes:
         expected = f"one of 0 to {classes - 1}" if classes else f"none, because {config.data.name} has no labels"
@@ -211,6 +211,6 @@ def generate(
 
 
 def sample_grid(net: nn.Module, config: TrainConfig) -> tuple[Tensor, int]:
-    """The samples that a run draws as it trains, always from the same noise, and the columns of their grid."""
-    classes = DATASETS[config.data.name].num_classes
-    return generate(net, config, classes * GRID_ROWS or GRID_POINTS, seed=config.seed), max(classes, 1)
+    """Return the samples that a run draws as it trains, always from the same noise, and the columns of their grid."""
+    count, columns = grid_of(config.data.build())
+    return generate(net, config, count, seed=config.seed), columns

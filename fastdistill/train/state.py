@@ -30,7 +30,6 @@ from fastdistill.train.checkpoint import (
 )
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.critic import Critic
-from fastdistill.train.data import DATASETS
 from fastdistill.train.files import copy_aside, sha256
 from fastdistill.train.logging import tell
 from fastdistill.train.methods import ScoreMethod
@@ -93,7 +92,7 @@ def make_critic(teacher: nn.Module, config: TrainConfig) -> Critic | None:
     """The second network of a method that has one."""
     if not isinstance(config.method, ScoreMethod):
         return None
-    return Critic(teacher, config.method.critic, DATASETS[config.data.name].shape, config.optim.betas)
+    return Critic(teacher, config.method.critic, config.data.build().shape, config.optim.betas)
 
 
 def make_optimizer(modules: Sequence[nn.Module], config: TrainConfig, lr: float) -> torch.optim.AdamW:

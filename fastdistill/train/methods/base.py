@@ -16,12 +16,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fastdistill import objectives
+from fastdistill.data import Batch
 from fastdistill.objectives import Objective
 from fastdistill.objectives.velocity import Autoguidance, Guidance
 from fastdistill.paths import Path
 from fastdistill.samplers import Learnt, Net, Steps
 from fastdistill.times import distinct_rows
-from fastdistill.train.data import Batch
 from fastdistill.train.sampler_settings import Sampler, with_sampler_parameters
 from fastdistill.train.settings import Settings
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastdistill.data import Digits, Ring, drop_labels, epoch_rows, generator_at
 from fastdistill.eval import exact
-from fastdistill.train.data import Digits, Ring, drop_labels, epoch_rows, generator_at
 
 
 @pytest.fixture(scope="module")
