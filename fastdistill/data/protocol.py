@@ -94,8 +94,21 @@ def check_protocol(name: str, found: Any) -> DataSet:
     return found
 
 
-def try_batch(name: str, data: DataSet, seed: int = 0) -> None:
-    """Draw a batch of two rows twice, and raise a ValueError that says what of it isn't as the protocol has it."""
+def try_data_set(name: str, data: DataSet) -> None:
+    """Draw two rows twice, and a picture of them; raise a ValueError that says what isn't as the protocol has it."""
+    x0 = _try_batch(name, data, seed=0)
+    if hasattr(data, "picture"):
+        try:
+            png = data.picture(x0, 2)
+        except Exception as error:  # whatever the user's code raises
+            raise ValueError(
+                f"expected {name}.picture to draw two rows in two columns, got {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(png, bytes) or not png.startswith(b"\x89PNG"):
+            raise ValueError(f"expected {name}.picture to return the bytes of a PNG file, got {png!r:.80}")
+
+
+def _try_batch(name: str, data: DataSet, seed: int) -> Tensor:
     try:
         (x0, y), again = data.batch(seed, 0, 2), data.batch(seed, 0, 2)
     except Exception as error:  # whatever the user's code raises
@@ -118,6 +131,7 @@ def try_batch(name: str, data: DataSet, seed: int = 0) -> None:
             f"expected {name}.batch to give the same rows for the same seed, step and size, got others at the second "
             f"call; draw by fastdistill.data.generator_at(seed, name, step) or epoch_rows"
         )
+    return x0
 
 
 def _differ(y: Tensor | None, again: Tensor | None) -> bool:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed
 
 from fastdistill import models
-from fastdistill.data import Batch, generator_at
+from fastdistill.data import DATASETS, Batch, generator_at
 from fastdistill.objectives.metric import LogVariance
 from fastdistill.train.config import (
     UNNAMED,
@@ -27,6 +27,7 @@ from fastdistill.train.config import (
     read_yaml,
 )
 from fastdistill.train.critic import Critic
+from fastdistill.train.data_settings import changed_fingerprint
 from fastdistill.train.environment import memory_of_machine
 from fastdistill.train.methods import METHODS, Context, ScoreMethod
 from fastdistill.train.perceptual import perceptual_of
@@ -35,7 +36,6 @@ from fastdistill.train.settings import ConfigError, short
 
 TRIAL_ROWS = 4096
 COPIES = 5  # of each weight: itself, its gradient, two moments of the optimiser, its average
-MAKE_A_TEACHER = "a finished run, e.g. of `fastdistill train {data}-flow`, as --teacher runs/{data}-flow"
 
 
 def check_config(config: TrainConfig) -> None:
@@ -47,7 +47,7 @@ def check_config(config: TrainConfig) -> None:
         ConfigError: naming the fields.
     """
     _check_places(config)
-    config.data.check_batch()
+    config.data.try_out()
     classes = config.data.build().num_classes
     if config.data.label_dropout and not classes:
         raise ConfigError(f"data.label_dropout: {config.data.name} has no labels to drop, so expected 0")
@@ -93,7 +93,14 @@ def _check_teachers(config: TrainConfig) -> None:
                 f"follows one: {', '.join(able)}"
             )
         if not given and (role in objective.needs or (role == "teacher" and method.needs_teacher())):
-            raise ConfigError(f"{role}: {method.name} needs a {what}: {MAKE_A_TEACHER.format(data=config.data.name)}")
+            raise ConfigError(f"{role}: {method.name} needs a {what}: a finished run, {_example_of_teacher(config)}")
+
+
+def _example_of_teacher(config: TrainConfig) -> str:
+    name = config.data.name
+    if name in DATASETS:
+        return f"e.g. of `fastdistill train {name}-flow`, as --teacher runs/{name}-flow"
+    return f"e.g. of method.name flow_matching on {name}, as --teacher RUN"
 
 
 def _check_path(config: TrainConfig) -> None:
@@ -299,6 +306,8 @@ def _check_one_teacher(config: TrainConfig, role: str) -> None:
     teacher = parse_config(read_yaml(run / "config.yaml"), f"{role}: {run}")
     if teacher.data.name != config.data.name:
         raise ConfigError(f"{role}: {run} learnt {teacher.data.name}, and data.name is {config.data.name}")
+    if changed := changed_fingerprint(teacher.data.fingerprint(), config.data.fingerprint()):
+        raise ConfigError(f"{role}: {run} learnt other data: {'; '.join(changed)}")
     if "velocity" not in teacher.method.learns:
         able = ", ".join(name for name, method in METHODS.items() if "velocity" in method.learns)
         raise ConfigError(

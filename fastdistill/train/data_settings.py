@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from fastdistill.data import DATASETS, DataSet, make_data_set
-from fastdistill.data.protocol import try_batch
+from fastdistill.data.protocol import try_data_set
 from fastdistill.data.registry import settings_of
 from fastdistill.train.settings import ConfigError, Settings, nearest, short
 
@@ -65,11 +65,11 @@ class DataSettings(Settings):
         data = self.build()
         return {"shape": list(data.shape), "num_classes": data.num_classes}
 
-    def check_batch(self) -> None:
+    def try_out(self) -> None:
         """Draw a small batch of a set that doesn't come with fastdistill; ConfigError says what is wrong with it."""
         if self.name not in DATASETS:
             try:
-                try_batch(self.name, self.build())
+                try_data_set(self.name, self.build())
             except ValueError as error:
                 raise ConfigError(f"data.name: {error}") from error
 

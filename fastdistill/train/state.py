@@ -70,6 +70,7 @@ def new_state(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     return {
         "step": 0,
         "config": json.loads(config.model_dump_json(exclude={"out"})),  # the folder may be moved
+        "data": config.data.fingerprint(),
         "went_back": None,
         "net": net,
         "ema": average_of(net, ramped_ema(optim.ema)),
@@ -132,7 +133,7 @@ def snapshot(state: dict[str, Any]) -> dict[str, Any]:
     saved["rng"] = {"cpu": torch.get_rng_state()}
     if state["device"].type == "cuda":
         saved["rng"]["cuda"] = torch.cuda.get_rng_state(state["device"])
-    return saved | {name: state[name] for name in ("step", "config", "went_back", *UNCHANGED)}
+    return saved | {name: state[name] for name in ("step", "config", "data", "went_back", *UNCHANGED)}
 
 
 def resume(state: dict[str, Any], config: TrainConfig, run: Path) -> Path | None:
