@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from fastdistill.data import make_data_set
 from fastdistill.data.pictures import grid_of
 from fastdistill.eval import comparison
 from fastdistill.eval.budget import counting_rows, whole_budget
@@ -125,9 +124,8 @@ def compare(
 
 def comparable() -> list[str]:
     """Return the data sets that have a judge, and a configuration with recipes for every method; small rows first."""
-    return sorted(
-        (name for name in judged() if name in shipped_configs()), key=lambda name: math.prod(make_data_set(name).shape)
-    )
+    shipped = [name for name in judged() if name in shipped_configs()]
+    return sorted(shipped, key=lambda name: math.prod(load_config(name).data.build().shape))
 
 
 def budget_of(data: str, steps: int | None = None) -> list[str]:

@@ -37,12 +37,18 @@ def make_data_set(name: str, settings: Any = None) -> DataSet:
     Args:
         name: a key of `DATASETS`, or "package.module:attribute" of a set, or, with `()` behind it, of what is called to
             make one. The module's code runs when it is imported.
-        settings: an instance of `settings_of(name)`, where that isn't None.
+        settings: an instance of `settings_of(name)`, where that isn't None; None: its defaults.
 
     Raises:
         ValueError: the name leads nowhere, or to something that doesn't keep the protocol; it says what is missing.
     """
-    arguments = () if settings is None else (settings,)
+    kind = settings_of(name)
+    if kind is not None and settings is None:
+        try:
+            settings = kind()
+        except TypeError as error:
+            raise ValueError(f"expected settings of {name}, of which not all have a default: {error}") from error
+    arguments = () if kind is None else (settings,)
     if name in DATASETS:
         return check_protocol(name, DATASETS[name](*arguments))
     return check_protocol(name, make(name, "the data set", *arguments))

@@ -94,8 +94,8 @@ def make_judge(config: TrainConfig, folder: Path) -> Judge:
 
 
 def headline_of(name: str) -> tuple[str, str]:
-    """Return the two metrics that a comparison on a data set shows, the first of which it ranks by."""
-    return judge_maker(name, getattr(make_data_set(name), "judge", None)).headline
+    """Return the headline of the judge of a set that comes with fastdistill; ConfigError as `judge_maker`."""
+    return judge_maker(name, getattr(DATASETS.get(name), "judge", None)).headline
 
 
 def judged() -> list[str]:

@@ -45,7 +45,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = (), *, out: Path 
         given, stem = choose_method(given, name, recipes), f"{path.stem}-{name}"
     data, overrides = take_option(overrides, "--data.name")
     if data is not None:
-        given = given | {"data": choose_data(given.get("data") or {}, data)}
+        given = given | {"data": choose_data(given.get("data"), data)}
     recipe, overrides = take_option(overrides, "--method.recipe")
     if recipe is not None:
         given = given | {"method": choose_recipe(given.get("method") or {}, recipe)}
@@ -65,8 +65,9 @@ def load_config(source: str | Path, overrides: Sequence[str] = (), *, out: Path 
     return config
 
 
-def choose_data(data: Mapping[str, Any], name: str) -> dict[str, Any]:
+def choose_data(data: Any, name: str) -> dict[str, Any]:
     """Return the fields of another data set: those that all sets have, and where it is the same, all."""
+    data = data if isinstance(data, Mapping) else {}
     same = data.get("name") == name
     kept = data if same else {field: data[field] for field in data if field in DataSettings.model_fields}
     return {**kept, "name": name}

@@ -26,7 +26,7 @@ def on(out: Path, name: str) -> TrainConfig:
 def test_the_sets_that_come_along_name_their_judges(tmp_path: Path) -> None:
     digits, ring = (make_judge(load_config(name), tmp_path) for name in ("digits", "ring"))
     assert isinstance(digits, DigitJudge) and isinstance(ring, RingJudge)
-    assert judged() == ["digits", "ring"]
+    assert {"digits", "ring"} <= set(judged())
     assert comparable() == ["ring", "digits"]
     assert headline_of("digits") == ("frechet", "accuracy")
 

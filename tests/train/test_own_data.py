@@ -91,7 +91,7 @@ def test_a_set_s_own_settings_are_fields_of_the_configuration(blobs: MakeConfig,
     [
         (
             "digts",
-            r"expected 'digits' or 'ring', or 'package.module:attribute' .* got 'digts'; did you mean 'digits'\?",
+            r"expected 'digits' or .*, or 'package.module:attribute' .* got 'digts'; did you mean 'digits'\?",
         ),
         (f"{HERE}Empty()", r"shape is missing, .*; num_classes is missing, .*; batch is missing"),
         (f"{HERE}Points", r"its instances are named tests.data.own_sets:Points\(\)"),
