@@ -143,7 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add("compare", "train and measure methods under one budget, and report")
     command.add_argument("--methods", default="all", help="names with commas between, or all (default: %(default)s)")
-    command.add_argument("--data", default="ring", help="ring, digits, or a YAML file (default: %(default)s)")
+    command.add_argument("--data", default="ring", help="a shipped name, or a YAML file (default: %(default)s)")
     command.add_argument("--steps", type=_at_least(1), help="of training (default: as the data asks for)")
     command.add_argument("--seeds", type=_at_least(1), default=1, help="how many (default: %(default)s)")
     command.add_argument("--n", type=_at_least(64), help="samples a measurement (default: as `eval`)")

@@ -186,6 +186,7 @@ def summarise(
     return {
         "data": first.data.name,
         "headline": list(judge.headline),
+        "caption": getattr(judge, "caption", ""),
         "budget": {
             "steps": first.steps,
             "batch": first.data.batch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -173,6 +174,19 @@ def strangers(module: str, code: str) -> list[str]:
     ]
 
 
+def neighbours(module: str, code: str) -> list[str]:
+    """Return what one sampler or one data set imports of another: each is a file by itself."""
+    package = ".".join(module.split(".")[:2])
+    helpers = importlib.import_module(f"{package}.registry").HELPERS
+    if module == package or module.split(".")[2] in helpers:
+        return []
+    return [
+        f"{module}:{node.lineno} imports {name}; it may import {package}'s {', '.join(sorted(helpers))}"
+        for node, name in imports(ast.parse(code), module, False)
+        if name.startswith(package) and name.removeprefix(f"{package}.").split(".")[0] not in helpers
+    ]
+
+
 def fresh_python(code: str) -> str:
     """What a new Python prints that sees this checkout."""
     command = [sys.executable, "-c", code]
@@ -212,6 +226,16 @@ def test_a_stranger_in_a_room_is_found(module: str, code: str) -> None:
     assert not strangers("fastdistill.ops.gated_norm.op", "from fastdistill.ops.norm.op import choose")
 
 
+def test_a_sampler_or_a_data_set_imports_no_other() -> None:
+    """But what they share, whose names the registries have."""
+    files = {name: path for name, path in MODULES.items() if layer_of(name) in ("samplers", "data")}
+    found = [line for module, path in files.items() for line in neighbours(module, path.read_text(encoding="utf-8"))]
+    assert not found, "\n".join(found)
+    assert len(neighbours("fastdistill.samplers.heun", "from fastdistill.samplers.euler import euler")) == 1
+    assert len(neighbours("fastdistill.data.ring", "from fastdistill.data import Digits")) == 1
+    assert not neighbours("fastdistill.data.ring", "from fastdistill.data.randomness import generator_at")
+
+
 @pytest.mark.parametrize("room", ["activation", "attention", "gated_norm", "linear", "norm", "qk_norm_rope"])
 def test_rooms_have_the_same_files(room: str) -> None:
     """A newcomer who knows one op finds its way in every other."""
@@ -239,6 +263,12 @@ def test_rooms_have_the_same_files(room: str) -> None:
         ("fastdistill.objectives.meanflow", "import fastdistill as fd", "objectives may import"),
         ("fastdistill.objectives.meanflow", "from ..models.dit import DiT", "objectives may import"),
         ("fastdistill.samplers", "from fastdistill import train", "samplers may import"),
+        ("fastdistill.samplers.euler", "def f():\n    from fastdistill.data import Ring", "samplers may import"),
+        ("fastdistill.samplers.adaptive", "import scipy", "uses torch alone"),
+        ("fastdistill.data.ring", "from fastdistill.train import ConfigError", "data may import"),
+        ("fastdistill.data.digits", "def f():\n    from fastdistill.eval.digits import DigitJudge", "data may import"),
+        ("fastdistill.data.digits", "import sklearn", "uses torch alone"),
+        ("fastdistill.lookup", "from fastdistill.data import Ring", "no other layer"),
         ("fastdistill.samplers", "import scipy", "uses torch alone"),
         ("fastdistill.paths", "def f():\n    import scipy", "uses torch alone"),
         ("fastdistill.models.dit", "import yaml", "uses torch alone"),
@@ -255,7 +285,8 @@ def test_a_planted_import_is_found(module: str, code: str, complaint: str) -> No
 def test_what_the_layers_allow_is_not_reported() -> None:
     """Siblings, lower layers, torch, the standard library, and kernels imported where they are needed."""
     assert not violations("fastdistill.kernels.norm", "import math, torch, triton\nfrom . import attention")
-    assert not violations("fastdistill.samplers", "def f():\n    from scipy.integrate import solve_ivp")
+    assert not violations("fastdistill.samplers.adaptive", "def f():\n    from scipy.integrate import solve_ivp")
+    assert not violations("fastdistill.data.digits", "def f():\n    from sklearn.datasets import load_digits")
     assert not violations("fastdistill.ops.norm.functions", "def f():\n    from fastdistill.kernels import norm")
     assert not violations("fastdistill.models", "from .dit import DiT\nfrom fastdistill.nn import RMSNorm", True)
 

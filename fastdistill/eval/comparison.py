@@ -53,6 +53,7 @@ def write_report(
     )
     html = page.get_template("comparison.html.jinja").render(
         summary=summary,
+        caption=summary.get("caption", ""),
         main=names,
         table=table(summary),
         budget_heads=BUDGET,

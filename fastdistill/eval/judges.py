@@ -18,8 +18,9 @@ class Judge(Protocol):
     """The protocol of a judge. A data set names what makes it, which is called with a folder and the data set.
 
     The folder is where it may keep what is slow to make, such as a classifier. What makes a judge, e.g. its class, has
-    the attribute `headline`. Three more may be left out:
+    the attribute `headline`. Four more may be left out:
 
+        caption         sentences about the numbers, below the first figure of a comparison.
         at_once         whether a run is measured as soon as it is trained.
         plot            plot(run) -> the path of a picture of the finished run, drawn when it is measured at once.
         training_steps  how long `fastdistill compare` trains; without it as long as the configuration says.

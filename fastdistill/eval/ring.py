@@ -41,6 +41,11 @@ class RingJudge:
     headline = ("sliced_wasserstein", "map_error")
     training_steps = 3000
     at_once = True
+    caption = (
+        "Each sample is held against where the exact map goes by the same sampler, from the same noise, with the same "
+        "fresh noise on the way. A method whose map isn't the flow's (reflow, moment and score matching) can be good "
+        "and far from it in map error."
+    )
 
     def __init__(self, folder: FilePath, data: DataSet) -> None:
         pass

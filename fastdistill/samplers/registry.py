@@ -16,26 +16,10 @@ from fastdistill.samplers.steps import Net, Steps
 
 HELPERS = frozenset({"guidance", "registry", "spec", "steps"})  # every other module here is a sampler
 # Keywords of all samplers, options of the commands that sample, and settings that begin with sample_.
-RESERVED = frozenset(
-    {
-        "g",
-        "generator",
-        "guidance",
-        "label",
-        "n",
-        "net",
-        "null",
-        "out",
-        "path",
-        "run",
-        "sampler",
-        "scale",
-        "seed",
-        "steps",
-        "x",
-        "y",
-    }
-)
+RESERVED = frozenset({
+    "g", "generator", "guidance", "label", "n", "net", "null", "out", "path", "run", "sampler", "scale", "seed",
+    "steps", "velocity", "x", "y",
+})  # fmt: skip
 
 
 def collect(specs: Mapping[str, Sampler]) -> tuple[dict[str, Sampler], dict[str, Parameter]]:

@@ -25,12 +25,20 @@ from fastdistill.data.registry import settings_of
 from fastdistill.train.settings import ConfigError, Settings, nearest, short
 
 
+def _described(maker: object) -> str:
+    return (maker.__doc__ or "").strip().partition("\n")[0].removesuffix(".")
+
+
+NAMES = "; ".join(f"{name}: {_described(maker)}" for name, maker in DATASETS.items())
+
+
 class DataSettings(Settings):
     """What is learnt. A set may declare more fields, which then stand here too."""
 
-    name: str
-    """digits: scikit-learn's 1,797 images of 8 x 8 pixels; ring: eight Gaussians in the plane. Or
-    package.module:attribute of a set of your own, with () behind it where that has to be called to make one."""
+    name: str = Field(
+        description=f"{NAMES}. Or package.module:attribute of a set of your own, with () behind it where that has to "
+        f"be called to make one."
+    )
     batch: Annotated[int, Field(ge=1, le=2**24)] = 128
     """Rows in a step."""
     label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from fastdistill.lookup import UnresolvedError, discover, find, make
 from tests.data import own_sets
 from tests.data.own_sets import Blobs, Points, with_batch
 
+ROOT = Path(__file__).parents[2]
 HERE = "tests.data.own_sets:"
 
 
@@ -22,6 +26,25 @@ def test_every_file_is_a_data_set_or_a_helper() -> None:
     assert (DATASETS["digits"], DATASETS["ring"]) == (Digits, Ring)
     with pytest.raises(ImportError, match=r"^fastdistill\.data\.pictures: expected DATA_SET in every module here but"):
         discover("fastdistill.data", "DATA_SET", HELPERS - {"pictures"})
+
+
+def asked_by_name(code: str) -> list[int]:
+    """Return the lines that compare something with the name of a data set."""
+    lines = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Compare):
+            words = {leaf.value for leaf in ast.walk(node) if isinstance(leaf, ast.Constant)}
+            lines += [node.lineno] * bool(words & set(DATASETS))
+    return lines
+
+
+def test_nobody_asks_for_a_data_set_by_its_name() -> None:
+    """All that depends on the set is an attribute of it or of its judge; templates of reports ask for none either."""
+    for path in (ROOT / "fastdistill").rglob("*.py"):
+        assert not asked_by_name(path.read_text(encoding="utf-8")), path
+    for path in (ROOT / "fastdistill").rglob("*.jinja"):
+        assert not re.search(r"[=!]=\s*['\"]", path.read_text(encoding="utf-8")), path
+    assert asked_by_name("if config.data.name == 'ring' or name in ('digits', 'x'):\n    pass") == [1, 1]
 
 
 @pytest.mark.parametrize("name", DATASETS)
