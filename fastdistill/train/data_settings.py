@@ -61,6 +61,10 @@ class DataSettings(Settings):
         """Return the fields that the set declares for itself."""
         return {name: getattr(self, name) for name in type(self).model_fields if name not in DataSettings.model_fields}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the fields: the class may be one that is made from a set's own settings, which no module holds."""
+        return settings_from, (self.model_dump(),)
+
     def build(self) -> DataSet:
         """Return the data set, the same object for the same settings; ConfigError says what is wrong with it."""
         try:
@@ -80,6 +84,11 @@ class DataSettings(Settings):
                 try_data_set(self.name, self.build())
             except ValueError as error:
                 raise ConfigError(f"data.name: {error}") from error
+
+
+def settings_from(fields: Mapping[str, Any]) -> DataSettings:
+    """Return settings from their fields, by the class that the named set asks for."""
+    return settings_class(fields["name"]).model_validate(fields)
 
 
 def changed_fingerprint(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -129,8 +138,8 @@ def settings_class(name: str) -> type[DataSettings]:
 def _settings_class(own: type) -> type[DataSettings]:
     hints, fields = typing.get_type_hints(own, include_extras=True), {}
     for field in dataclasses.fields(own):
-        if field.name in DataSettings.model_fields:
-            raise ValueError(f"expected {own.__qualname__} to leave the field {field.name} to the trainer")
+        if field.name in DataSettings.model_fields or hasattr(DataSettings, field.name) or field.name.startswith("_"):
+            raise ValueError(f"expected {own.__qualname__} to leave the name {field.name} to the trainer")
         default: Any = ... if field.default is dataclasses.MISSING else field.default
         told: dict[str, Any] = {"description": field.metadata.get("help")}
         if field.default_factory is not dataclasses.MISSING:

@@ -78,6 +78,16 @@ class Series(Points):
 POINTS = Points()
 
 
+class Greedy(Blobs):
+    """A set whose settings take a name of the trainer's."""
+
+    @dataclass
+    class Settings:
+        """What stands under `data:`."""
+
+        build: int = 1
+
+
 class Empty:
     """A set without anything."""
 

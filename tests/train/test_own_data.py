@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ def test_a_set_s_own_settings_are_fields_of_the_configuration(blobs: MakeConfig,
     config = load_config(file, ["--data.side", "6", "--data.batch", "2"])
     assert config.data.build().shape == (3, 6, 6)
     assert config.data.batch == 2
+    assert pickle.loads(pickle.dumps(config)) == config
     kept = load_config(file, ["--data.name", f"{HERE}Blobs()"])
     assert kept.data == config.data.model_copy(update={"side": 4, "batch": 4})
     points = ["--data.name", "ring", "--data.label-dropout", "0", "--model.preset", "mlp-ring"]
@@ -96,6 +98,7 @@ def test_a_set_s_own_settings_are_fields_of_the_configuration(blobs: MakeConfig,
         (f"{HERE}Empty()", r"shape is missing, .*; num_classes is missing, .*; batch is missing"),
         (f"{HERE}Points", r"its instances are named tests.data.own_sets:Points\(\)"),
         (f"{HERE}Pionts()", r"did you mean 'Points'\?"),
+        (f"{HERE}Greedy()", r"expected Greedy\.Settings to leave the name build to the trainer"),
         ("no.such.module:data", r"got ModuleNotFoundError"),
     ],
 )
