@@ -94,7 +94,7 @@ def settings_from(fields: Mapping[str, Any]) -> DataSettings:
 def changed_fingerprint(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Return a line for each part of a set's fingerprint that differs, with both values."""
     return [
-        f"data.{name}: {short(before[name])} -> {short(after[name])} (the set itself has changed)"
+        f"data.{name}: {short(before[name])} -> {short(after[name])}"
         for name in after
         if name in before and before[name] != after[name]
     ]
