@@ -133,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--steps", type=_at_least(1), nargs="+", help="of the sampler (default: 1 2 4 8, ...)")
     command.add_argument("--guidance", type=float, help="scale of guidance (default: the configuration's)")
     _add_sampler(command)
-    command.add_argument("--n", type=_at_least(64), help="samples (default: as many as digits, or 4096 points)")
+    command.add_argument("--n", type=_at_least(64), help="samples (default: as the data's judge asks for)")
     command.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     command.set_defaults(command=run_eval)
 
@@ -143,8 +143,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add("compare", "train and measure methods under one budget, and report")
     command.add_argument("--methods", default="all", help="names with commas between, or all (default: %(default)s)")
-    command.add_argument("--data", default="ring", help="ring or digits (default: %(default)s)")
-    command.add_argument("--steps", type=_at_least(1), help="of training (default: 3000 for the ring, 4000 for digits)")
+    command.add_argument("--data", default="ring", help="a shipped name, or a YAML file (default: %(default)s)")
+    command.add_argument("--steps", type=_at_least(1), help="of training (default: as the data asks for)")
     command.add_argument("--seeds", type=_at_least(1), default=1, help="how many (default: %(default)s)")
     command.add_argument("--n", type=_at_least(64), help="samples a measurement (default: as `eval`)")
     command.add_argument("--out", type=Path, help="folder (default: runs/compare-DATA)")
@@ -179,22 +179,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_train(args: argparse.Namespace) -> int:
     """Train; then measure and plot what has an exact solution."""
+    from fastdistill.eval.evaluate import after_training
     from fastdistill.train import load_config, train
 
     config = load_config(args.config, args.overrides)
     run = train(config)
     print(f"{run}: {run / 'export' / 'ema.safetensors'} after {config.steps} steps")
-    if config.data.name == "ring":
-        print(_measure(run))
-        print(_plot_flow_map(run))
+    for line in after_training(run, config):
+        print(line)
     return 0
 
 
 def run_sample(args: argparse.Namespace) -> int:
     """Draw samples into a picture or an array."""
+    from fastdistill.data.pictures import NoPictureError, draw
     from fastdistill.train import ConfigError, generate, load_run
     from fastdistill.train.files import replacing
-    from fastdistill.train.logging import save_samples
+    from fastdistill.train.logging import save_picture
 
     out: Path = args.out or args.run / "samples" / "sample.png"
     if out.suffix not in (".png", ".npy"):
@@ -211,8 +212,8 @@ def run_sample(args: argparse.Namespace) -> int:
             steps=args.steps,
             sampler=args.sampler,
             guidance=args.guidance,
-            gamma=args.gamma,
             seed=args.seed,
+            **_parameters(args),
         )
     if out.suffix == ".npy":
         import numpy as np
@@ -220,14 +221,18 @@ def run_sample(args: argparse.Namespace) -> int:
         with replacing(out) as temporary, temporary.open("wb") as file:
             np.save(file, samples.cpu().numpy())
     else:
-        save_samples(out, samples, columns=10)
+        try:
+            png = draw(config.data.build(), samples, columns=10)
+        except NoPictureError as error:
+            raise ConfigError(f"--out: {error}; or expected a name in .npy") from error
+        save_picture(out, png)
     print(out)
     return 0
 
 
 def run_eval(args: argparse.Namespace) -> int:
     """Measure a run."""
-    how = {"sampler": args.sampler, "guidance": args.guidance, "gamma": args.gamma}
+    how = {"sampler": args.sampler, "guidance": args.guidance, **_parameters(args)}
     with _naming_options():
         print(_measure(args.run, args.steps, n=args.n, seed=args.seed, **how))
     return 0
@@ -318,30 +323,6 @@ def _measure(run: Path, steps: Sequence[int] | None = None, **options: Any) -> s
     return f"{describe(evaluate(run, steps, **options))}\n\n{run / 'summary.json'}"
 
 
-def _plot_flow_map(run: Path) -> Path:
-    """Where the exact flow takes some noise, and where the run's network does, in a few steps."""
-    import torch
-
-    from fastdistill.eval.ring import exact_flow
-    from fastdistill.train import generate, load_run
-    from fastdistill.train.data import generator_at
-    from fastdistill.train.files import replacing
-    from fastdistill.train.logging import save_panels
-    from fastdistill.train.sampling import OWN
-
-    x1 = torch.randn(2000, 2, generator=generator_at(0, "samples"))
-    net, config = load_run(run)
-    panels = {"exact flow map": exact_flow(x1, config.path.build())}
-    for steps in OWN.resolve(config).measured_steps(config):
-        panels[f"{config.method.name}, {steps} step{'s' * (steps > 1)}"] = generate(
-            net, config, 2000, steps=steps
-        ).cpu()
-    path = run / "samples" / "flow_map.png"
-    with replacing(path) as temporary:
-        save_panels(temporary, panels)
-    return path
-
-
 def fail(message: str, status: int = 2) -> int:
     """Print one message on stderr and hand the status through."""
     print(f"fastdistill: {message}", file=sys.stderr)
@@ -349,22 +330,35 @@ def fail(message: str, status: int = 2) -> int:
 
 
 def _add_sampler(command: argparse.ArgumentParser) -> None:
-    """The options that choose another sampler than the method's own."""
-    command.add_argument("--sampler", help="average_velocity, consistency, gamma, euler, ... (default: the method's)")
-    command.add_argument("--gamma", type=float, help="share of fresh noise, 0 to 1: samples by the sampler gamma")
+    """Add the options that choose another sampler than the method's own: its name, and every parameter of any."""
+    from fastdistill.samplers import PARAMETERS, SPECS, taking
+
+    command.add_argument("--sampler", help=f"{', '.join(SPECS)} (default: the method's)")
+    for name, of in PARAMETERS.items():
+        told = f"{of.help}, {of.low:g} to {of.high:g}: samples by {' or '.join(taking({name}))}"
+        command.add_argument(f"--{name.replace('_', '-')}", type=type(of.default), help=told.replace("%", "%%"))
+
+
+def _parameters(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the options say of the samplers' parameters; None where one isn't given."""
+    from fastdistill.samplers import PARAMETERS
+
+    return {name: getattr(args, name) for name in PARAMETERS}
 
 
 @contextlib.contextmanager
 def _naming_options() -> Iterator[None]:
-    """What an error says of an argument of sampling, it says of the option: `--gamma: expected ...`."""
+    """Let errors about an argument of sampling name the option, with its two dashes: `--gamma: expected ...`."""
+    from fastdistill.samplers import PARAMETERS
     from fastdistill.train import ConfigError
 
     try:
         yield
     except ConfigError as error:
-        if str(error).partition(":")[0] not in ("label", "steps", "sampler", "guidance", "gamma"):
+        name, _, rest = str(error).partition(":")
+        if name not in ("label", "steps", "sampler", "guidance", *PARAMETERS):
             raise
-        raise ConfigError(f"--{error}") from error
+        raise ConfigError(f"--{name.replace('_', '-')}:{rest}") from error
 
 
 def _status_of(error: Exception) -> int | None:

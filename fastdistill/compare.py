@@ -8,6 +8,7 @@ where they were, finished ones are only measured.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 import time
@@ -17,15 +18,24 @@ from typing import Any
 
 import torch
 
+from fastdistill.data.pictures import grid_of
 from fastdistill.eval import comparison
 from fastdistill.eval.budget import counting_rows, whole_budget
-from fastdistill.eval.digits import DigitJudge
 from fastdistill.eval.evaluate import evaluate
+from fastdistill.eval.judges import Judge, judge_maker_of, judged, make_judge
 from fastdistill.eval.records import describe_machine, read_metrics
 from fastdistill.models import count_parameters
 from fastdistill.testing import MemoryRecorder
-from fastdistill.train import ConfigError, NonFiniteError, TrainConfig, generate, load_config, load_run, train
-from fastdistill.train.data import DATASETS
+from fastdistill.train import (
+    ConfigError,
+    NonFiniteError,
+    TrainConfig,
+    generate,
+    load_config,
+    load_run,
+    shipped_configs,
+    train,
+)
 from fastdistill.train.files import write_text
 from fastdistill.train.loop import make_batch, train_step
 from fastdistill.train.methods import METHODS
@@ -35,11 +45,9 @@ from fastdistill.train.sampling import OWN
 from fastdistill.train.settings import nearest
 from fastdistill.train.state import new_state, pick_device
 
-STEPS = {"ring": 3000, "digits": 4000}
 TEACHER = "flow_matching"  # a method of the comparison like any other, and whom the others follow
 MOST_SEEDS = 1000
 WRITTEN = ("report.html", "summary.json", "quality.png", "cost.png", "samples.png", "curves.png")
-GRID = {"ring": 2000, "digits": 80}
 COST_POINTS, COST_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0), 5  # shares of a run, and how many steps are timed at each
 
 
@@ -57,9 +65,10 @@ def compare(
 
     Args:
         methods: names; None: all that there are.
-        data: "ring" or "digits".
+        data: "ring" or "digits", or the YAML file of a configuration on another set that has a judge.
         out: the folder; None: runs/compare-<data>.
-        steps: of training, for every method and for the teacher; None: 3,000 for the ring, 4,000 for digits.
+        steps: of training, for every method and for the teacher; None: as the set's judge says (3,000 for the ring,
+            4,000 for digits), else the configuration.
         seeds: how many, 0, 1, ..., or which. Every table gives mean and standard deviation over them.
         samples: for each measurement; None: as `evaluate` has it.
         overrides: more fields for every run, as on the command line: ["--model.width", "32"].
@@ -72,22 +81,24 @@ def compare(
         ConfigError: an unknown name, a method that `overrides` don't suit, or a folder that holds a comparison of other
             settings.
     """
-    if data not in STEPS:
-        raise ConfigError(f"data: expected one of {', '.join(STEPS)}, got {data!r}")
+    if data not in comparable() and not Path(data).is_file():
+        raise ConfigError(
+            f"data: expected one of {', '.join(comparable())}, got {data!r}, which is no YAML file either"
+        )
     chosen = list(dict.fromkeys(methods if methods is not None else METHODS))
     for name in chosen:
         if name not in METHODS:
             raise ConfigError(
                 f"methods: expected names of {', '.join(METHODS)}; got {name!r}, {nearest(name, METHODS)}"
             )
-    out = Path(out or f"runs/compare-{data}")
+    out = Path(out or f"runs/compare-{Path(data).stem}")
     if isinstance(seeds, int) and seeds > MOST_SEEDS:
         raise ConfigError(f"seeds: expected at most {MOST_SEEDS:,}, got {seeds}")
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(dict.fromkeys(seeds))
     if not numbers or not chosen:
         raise ConfigError("seeds, methods: expected at least one of each")
     refuse_foreign_folder(out, "seed*/*", WRITTEN)
-    budget = ["--steps", str(steps or STEPS[data]), *overrides]
+    budget = [*budget_of(data, steps), *overrides]
     for name in chosen:  # all of them before any trains
         configure(name, data, out / f"seed{numbers[0]}", budget)
     runs: dict[str, list[TrainConfig]] = {name: [] for name in chosen}
@@ -102,7 +113,7 @@ def compare(
                 runs[name].append(config)
                 if (reason := _train(config)) is not None:
                     failed[name] = reason
-    judge = DigitJudge(out) if data == "digits" else None
+    judge = make_judge(config, out)
     summary = summarise(runs, failed, judge, samples)
     write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     grids = {name: draw_grids(configs[0].out) for name, configs in runs.items() if name not in failed}
@@ -111,8 +122,21 @@ def compare(
     return summary
 
 
+def comparable() -> list[str]:
+    """Return the data sets that have a judge, and a configuration with recipes for every method; small rows first."""
+    shipped = [name for name in judged() if name in shipped_configs()]
+    return sorted(shipped, key=lambda name: math.prod(load_config(name).data.build().shape))
+
+
+def budget_of(data: str, steps: int | None = None) -> list[str]:
+    """Return the option that sets the steps of training: so many, or as many as the set's judge asks for, if any."""
+    judge = judge_maker_of(load_config(data))
+    steps = steps or getattr(judge, "training_steps", None)
+    return [] if steps is None else ["--steps", str(steps)]
+
+
 def configure(name: str, data: str, folder: Path, overrides: Sequence[str]) -> TrainConfig:
-    """The run of a method, in a folder that its siblings share; it follows the teacher there if its recipe has one."""
+    """Return the run of a method, in a folder that its siblings share; where its recipe has a teacher, theirs."""
     arguments = ["--method.name", name, *overrides]
     config = load_config(data, arguments, out=folder / name)
     if config.teacher is None:
@@ -123,7 +147,7 @@ def configure(name: str, data: str, folder: Path, overrides: Sequence[str]) -> T
 def summarise(
     runs: Mapping[str, Sequence[TrainConfig]],
     failed: Mapping[str, str],
-    judge: DigitJudge | None,
+    judge: Judge,
     samples: int | None = None,
     *,
     measure: Callable[..., dict[str, Any]] = evaluate,
@@ -161,6 +185,8 @@ def summarise(
     net, _ = load_run(first.out, device="cpu")
     return {
         "data": first.data.name,
+        "headline": list(judge.headline),
+        "caption": getattr(judge, "caption", ""),
         "budget": {
             "steps": first.steps,
             "batch": first.data.batch,
@@ -196,10 +222,10 @@ def measure_cost(config: TrainConfig) -> dict[str, float]:
     device = pick_device(config)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         state = new_state(config, torch.device("cpu"))
-        dataset: Any = DATASETS[config.data.name]()
+        dataset: Any = config.data.build()
         if config.method.makes_pairs:
             batch = make_batch(dataset, config, 0, state["device"])
-            dataset = Pairs(dataset.name, batch.x0, batch.x1, batch.y)
+            dataset = Pairs(dataset.num_classes, batch.x0, batch.x1, batch.y)
         train_step(state, config, dataset, config.out)  # the optimiser's own state appears
         peak = 0
         for step in (1, _last_step(config)):
@@ -237,9 +263,9 @@ def _time_steps(state: dict[str, Any], config: TrainConfig, dataset: Any, first:
 
 
 def draw_grids(run: Path) -> dict[str, torch.Tensor]:
-    """Samples for the pictures, by number of steps, from the same noise for every method."""
+    """Return samples for the pictures, by number of steps, from the same noise for every method."""
     net, config = load_run(run)
-    count = GRID[config.data.name]
+    count, _ = grid_of(config.data.build())
     return {str(number): generate(net, config, count, steps=number).cpu() for number in numbers_of(config)}
 
 

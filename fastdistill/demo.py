@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdistill.data import Digits
 from fastdistill.eval.digits import SETS, DigitJudge, Row
 from fastdistill.eval.evaluate import evaluate, format_table
 from fastdistill.eval.records import describe_machine, read_metrics, training_seconds
 from fastdistill.eval.report import write_report
 from fastdistill.train import TrainConfig, generate, load_config, load_run, train
-from fastdistill.train.data import Digits
 from fastdistill.train.files import write_text
 from fastdistill.train.run import refuse_foreign_folder
 

@@ -7,11 +7,12 @@ from typing import Any
 
 from fastdistill.objectives import Objective
 from fastdistill.objectives.metric import WEIGHTS
+from fastdistill.samplers import PARAMETERS, SPECS, Sampler
 from fastdistill.train.config import flat, read_yaml
 from fastdistill.train.load import SHIPPED
 from fastdistill.train.methods import METHODS, MethodSettings
 from fastdistill.train.methods.regression import MEANFLOW_RECIPES
-from fastdistill.train.sampling import NEEDS
+from fastdistill.train.sampler_settings import field_of
 from fastdistill.train.settings import ConfigError, nearest
 
 WIDTH = 100
@@ -63,7 +64,7 @@ def explain(name: str | None = None) -> str:
 
 
 def table() -> str:
-    """A line for each method: its identity, times, tangent, needs and sampler."""
+    """Return a line for each method (its identity, times, needs and sampler), and one for each sampler."""
     rows = [["method", "identity", "times", "needs", "sampler", "networks serve"]]
     for name, method in METHODS.items():
         objective = method.objective()
@@ -72,9 +73,27 @@ def table() -> str:
             [name, objective.identity, ", ".join(objective.times), ", ".join(needed) or "-", objective.sampler,
              ", ".join(method.learns)]
         )  # fmt: skip
+    return "\n".join([*_aligned(rows), "", *samplers(), "", "fastdistill explain METHOD tells all about one."])
+
+
+def samplers() -> list[str]:
+    """Return a line for each sampler: what a network must have learnt, its cost, its noise and its parameters."""
+    rows = [["sampler", "needs one of", "evaluations a step", "fresh noise", "parameters"]]
+    for name, spec in SPECS.items():
+        cost = "its own choice" if spec.evaluations is None else str(spec.evaluations)
+        noise = ("yes" if spec.renoises else "no") if isinstance(spec.renoises, bool) else "by its parameters"
+        rows.append([name, ", ".join(spec.needs), cost, noise, _parameters(spec)])
+    return _aligned(rows)
+
+
+def _parameters(spec: Sampler) -> str:
+    found = [f"{name} {of.low:g} to {of.high:g}: {of.help}" for name, of in spec.parameters.items()]
+    return "; ".join(found) or "-"
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", "fastdistill explain METHOD tells all about one."])
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def needs(method: type[MethodSettings], objective: Objective) -> str:
@@ -137,14 +156,14 @@ def ring_method(name: str) -> str:
 
 
 def serves(method: type[MethodSettings]) -> list[str]:
-    """The samplers that a network of this method is good for."""
-    return [name for name, asked in NEEDS.items() if asked & set(method.learns)]
+    """Return the samplers that a network of this method is good for."""
+    return [name for name, spec in SPECS.items() if spec.serves(method.learns)]
 
 
 def defaults(method: type[MethodSettings]) -> dict[str, Any]:
     """The trainer's settings of a method that aren't off by default, by dotted name."""
     values = flat(method(name=method.model_fields["name"].default).model_dump(mode="json"))
-    shared = ("name", "sampler", "sample_gamma", "sample_guidance")
+    shared = {"name", "sampler", "sample_guidance", *map(field_of, PARAMETERS)}
     return {name: value for name, value in values.items() if value is not None and name not in shared}
 
 

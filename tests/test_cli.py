@@ -12,8 +12,8 @@ from PIL import Image
 
 import fastdistill
 from fastdistill.cli import main
+from fastdistill.data import Ring
 from fastdistill.train import load_config, train
-from fastdistill.train.data import Ring
 
 TINY = ["--steps", "2", "--data.batch", "8", "--model.width", "8", "--device", "cpu"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -30,14 +31,29 @@ MAY_IMPORT: dict[str, set[str]] = {
     "paths": set(),
     "couplings": set(),
     "times": {"paths"},
-    "samplers": {"paths", "times"},
+    "lookup": set(),
+    "samplers": {"paths", "times", "lookup"},
+    "data": {"lookup"},
     "objectives": {"paths", "times", "samplers", "jvp", "ops.protocol.compat"},
     "eval.exact": {"paths"},
-    "train": {"api", "jvp", "nn", "models", "paths", "couplings", "times", "samplers", "objectives", "eval.exact"},
-    "eval": {"api", "models", "paths", "times", "samplers", "objectives", "train", "eval.exact"},
-    "method_notes": {"objectives", "train"},
-    "compare": {"models", "testing", "train", "eval"},
-    "demo": {"api", "models", "paths", "times", "samplers", "train", "eval", "eval.exact"},
+    "train": {
+        "api",
+        "jvp",
+        "nn",
+        "models",
+        "paths",
+        "couplings",
+        "times",
+        "samplers",
+        "objectives",
+        "eval.exact",
+        "data",
+        "lookup",
+    },
+    "eval": {"api", "models", "paths", "times", "samplers", "objectives", "train", "eval.exact", "data", "lookup"},
+    "method_notes": {"objectives", "samplers", "train"},
+    "compare": {"models", "testing", "train", "eval", "data"},
+    "demo": {"api", "models", "paths", "times", "samplers", "train", "eval", "eval.exact", "data"},
     "tune": {"kernels", "ops"},
     "benchmarks.ops": {"api", "reference", "testing", "ops", "models", "objectives"},
     "benchmarks.run": {"api", "reference", "testing", "ops", "models", "benchmarks.ops"},
@@ -62,10 +78,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "eval",
         "eval.exact",
         "compare",
+        "data",
     },
     "benchmarks.report": {"benchmarks.ops", "benchmarks.run"},
     "benchmarks.gpu": {"benchmarks.ops", "benchmarks.run"},
-    "cli": {"api", "models", "samplers", "train", "eval", "demo", "method_notes", "compare", *ROOMS},
+    "cli": {"api", "models", "samplers", "data", "train", "eval", "demo", "method_notes", "compare", *ROOMS},
 }
 # These are about the kernels themselves and need Triton from the start.
 NEED_TRITON = {"kernels", "tune", "benchmarks.compile", "benchmarks.count.counting"}
@@ -77,7 +94,11 @@ APPLICATIONS |= {layer for layer in MAY_IMPORT if layer.startswith("benchmarks."
 CONTAINS: dict[str, set[str]] = {"gated_norm": {"norm"}, "qk_norm_rope": {"norm"}}
 
 # What a layer may import besides, inside the function that needs it: optional packages, which have an extra.
-LAZY: dict[str, set[str]] = {"couplings": {"ot", "scipy"}, "samplers": {"numpy", "scipy"}}
+LAZY: dict[str, set[str]] = {
+    "couplings": {"ot", "scipy"},
+    "samplers": {"numpy", "scipy"},
+    "data": {"PIL", "matplotlib", "numpy", "sklearn"},
+}
 
 # What a fresh `import fastdistill` must not load: none of it is needed before somebody asks for it.
 HEAVY = ["triton", "matplotlib", "pydantic", "scipy", "sklearn", "tensorboard", "torch._inductor", "tyro"]
@@ -153,6 +174,19 @@ def strangers(module: str, code: str) -> list[str]:
     ]
 
 
+def neighbours(module: str, code: str) -> list[str]:
+    """Return what one sampler or one data set imports of another: each is a file by itself."""
+    package = ".".join(module.split(".")[:2])
+    helpers = importlib.import_module(f"{package}.registry").HELPERS
+    if module == package or module.split(".")[2] in helpers:
+        return []
+    return [
+        f"{module}:{node.lineno} imports {name}; it may import {package}'s {', '.join(sorted(helpers))}"
+        for node, name in imports(ast.parse(code), module, False)
+        if name.startswith(package) and name.removeprefix(f"{package}.").split(".")[0] not in helpers
+    ]
+
+
 def fresh_python(code: str) -> str:
     """What a new Python prints that sees this checkout."""
     command = [sys.executable, "-c", code]
@@ -192,6 +226,16 @@ def test_a_stranger_in_a_room_is_found(module: str, code: str) -> None:
     assert not strangers("fastdistill.ops.gated_norm.op", "from fastdistill.ops.norm.op import choose")
 
 
+def test_a_sampler_or_a_data_set_imports_no_other() -> None:
+    """But what they share, whose names the registries have."""
+    files = {name: path for name, path in MODULES.items() if layer_of(name) in ("samplers", "data")}
+    found = [line for module, path in files.items() for line in neighbours(module, path.read_text(encoding="utf-8"))]
+    assert not found, "\n".join(found)
+    assert len(neighbours("fastdistill.samplers.heun", "from fastdistill.samplers.euler import euler")) == 1
+    assert len(neighbours("fastdistill.data.ring", "from fastdistill.data import Digits")) == 1
+    assert not neighbours("fastdistill.data.ring", "from fastdistill.data.randomness import generator_at")
+
+
 @pytest.mark.parametrize("room", ["activation", "attention", "gated_norm", "linear", "norm", "qk_norm_rope"])
 def test_rooms_have_the_same_files(room: str) -> None:
     """A newcomer who knows one op finds its way in every other."""
@@ -219,6 +263,12 @@ def test_rooms_have_the_same_files(room: str) -> None:
         ("fastdistill.objectives.meanflow", "import fastdistill as fd", "objectives may import"),
         ("fastdistill.objectives.meanflow", "from ..models.dit import DiT", "objectives may import"),
         ("fastdistill.samplers", "from fastdistill import train", "samplers may import"),
+        ("fastdistill.samplers.euler", "def f():\n    from fastdistill.data import Ring", "samplers may import"),
+        ("fastdistill.samplers.adaptive", "import scipy", "uses torch alone"),
+        ("fastdistill.data.ring", "from fastdistill.train import ConfigError", "data may import"),
+        ("fastdistill.data.digits", "def f():\n    from fastdistill.eval.digits import DigitJudge", "data may import"),
+        ("fastdistill.data.digits", "import sklearn", "uses torch alone"),
+        ("fastdistill.lookup", "from fastdistill.data import Ring", "no other layer"),
         ("fastdistill.samplers", "import scipy", "uses torch alone"),
         ("fastdistill.paths", "def f():\n    import scipy", "uses torch alone"),
         ("fastdistill.models.dit", "import yaml", "uses torch alone"),
@@ -235,7 +285,8 @@ def test_a_planted_import_is_found(module: str, code: str, complaint: str) -> No
 def test_what_the_layers_allow_is_not_reported() -> None:
     """Siblings, lower layers, torch, the standard library, and kernels imported where they are needed."""
     assert not violations("fastdistill.kernels.norm", "import math, torch, triton\nfrom . import attention")
-    assert not violations("fastdistill.samplers", "def f():\n    from scipy.integrate import solve_ivp")
+    assert not violations("fastdistill.samplers.adaptive", "def f():\n    from scipy.integrate import solve_ivp")
+    assert not violations("fastdistill.data.digits", "def f():\n    from sklearn.datasets import load_digits")
     assert not violations("fastdistill.ops.norm.functions", "def f():\n    from fastdistill.kernels import norm")
     assert not violations("fastdistill.models", "from .dit import DiT\nfrom fastdistill.nn import RMSNorm", True)
 

@@ -29,15 +29,16 @@ from torch import Tensor
 from fastdistill import compare, objectives
 from fastdistill.benchmarks.methods import evidence_tables as tables
 from fastdistill.benchmarks.methods.method_figures import save_png
+from fastdistill.data import generator_at
 from fastdistill.eval import comparison, comparison_figures
 from fastdistill.eval.digits import DigitJudge
 from fastdistill.eval.evaluate import MEASURING, evaluate
 from fastdistill.eval.exact import Ring
+from fastdistill.eval.judges import Judge, make_judge_of
 from fastdistill.eval.metrics import sliced_wasserstein
-from fastdistill.eval.ring import exact_flow
+from fastdistill.eval.ring import RingJudge, exact_flow
 from fastdistill.jvp import jvp
 from fastdistill.train import NonFiniteError, TrainConfig, train
-from fastdistill.train.data import generator_at
 from fastdistill.train.files import write_text
 from fastdistill.train.methods import METHODS
 
@@ -90,7 +91,7 @@ class Job:
     def configure(self, out: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         """Its settings: those of `fastdistill compare`; a mutant's run has a folder of its own beside the others."""
         folder = out / self.data / f"seed{self.seed}"
-        budget = ["--steps", str(compare.STEPS[self.data]), "--seed", str(self.seed), *overrides]
+        budget = [*compare.budget_of(self.data), "--seed", str(self.seed), *overrides]
         config = compare.configure(self.method, self.data, folder, budget)
         if self.name not in MUTANTS:
             return config
@@ -115,7 +116,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--data", nargs="+", choices=list(compare.STEPS), default=list(compare.STEPS))
+    parser.add_argument("--data", nargs="+", choices=tables.DATA, default=tables.DATA)
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *MUTANTS], default=[*METHODS, *MUTANTS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--budget-minutes", type=float, default=float("inf"), help="start no run after so long")
@@ -195,7 +196,7 @@ def finished(config: TrainConfig) -> bool:
 
 
 def measure(
-    run: Path, steps: Sequence[int], *, n: int | None = None, judge: DigitJudge | None = None, seed: int = 0
+    run: Path, steps: Sequence[int], *, n: int | None = None, judge: Judge | None = None, seed: int = 0
 ) -> dict[str, Any]:
     """What `evaluate` says of a finished run: read from what it wrote last, or measured now.
 
@@ -206,15 +207,13 @@ def measure(
         found: dict[str, Any] = json.loads(stored.read_text(encoding="utf-8"))
         if found.get("measuring") == MEASURING and {str(number) for number in steps} <= set(found["steps"]):
             return found
-    if judge is None and run.parts[-3] == "digits":
-        judge = judge_in(run.parents[1])
-    return evaluate(run, steps, n=n, judge=judge, seed=seed)
+    return evaluate(run, steps, n=n, judge=judge or judge_in(run.parents[1], run.parts[-3]), seed=seed)
 
 
-@functools.lru_cache(maxsize=1)
-def judge_in(folder: Path) -> DigitJudge:
-    """The judge of digits, whose classifier all runs share."""
-    return DigitJudge(folder)
+@functools.lru_cache(maxsize=2)
+def judge_in(folder: Path, data: str) -> Judge:
+    """Return the judge of a data set, which all runs share, and a classifier with it."""
+    return make_judge_of(data, folder)
 
 
 def failure(config: TrainConfig) -> str | None:
@@ -282,13 +281,13 @@ def collect(jobs: Sequence[Job], out: Path, overrides: Sequence[str] = ()) -> di
             elif why:
                 runs.setdefault(job.name, [config])
         if any(name not in failed for name in runs):
-            judge = judge_in(out / data) if data == "digits" else None
+            judge = judge_in(out / data, data)
             failed = {name: why for name, why in failed.items() if name in runs}
             summary[data] = compare.summarise(runs, failed, judge, measure=measure) | {"mutants": mutants}
             add_checks(summary[data], runs)
-            if judge is not None:
+            if isinstance(judge, DigitJudge):
                 add_references(summary[data]["references"], judge)
-            if data == "ring":
+            if isinstance(judge, RingJudge):
                 summary[data]["references"] |= distances_between_laws()
                 summary[data]["gates"] = judge_gates(summary[data])
     return summary

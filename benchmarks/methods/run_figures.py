@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fastdistill import samplers
+from fastdistill.data import Digits, generator_at
 from fastdistill.eval.exact import Ring
 from fastdistill.eval.figures import FAINT, INK, tile
 from fastdistill.eval.ring import compare, exact_flow
 from fastdistill.train import load_run
-from fastdistill.train.data import Digits, generator_at
 from fastdistill.train.sampling import NUMBERS, OWN, draw, generate
 
 # One hue a mode, going around as the ring does; the first and the fifth are the student's and the teacher's.

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastdistill.data import generator_at
 from fastdistill.objectives.reflow import coupled_pairs
 from fastdistill.train import TrainConfig
-from fastdistill.train.data import DATASETS, generator_at
 from fastdistill.train.methods import ReFlow, ScoreMethod
 
 Costs = Mapping[str, float]
@@ -77,7 +77,7 @@ def whole_budget(config: TrainConfig, cost: Costs, teacher: tuple[TrainConfig, C
 
 def _price_of_pairs(config: TrainConfig, method: ReFlow, net: nn.Module) -> tuple[float, float]:
     """The evaluations and seconds that all pairs take, from those of `TIMED_PAIRS`."""
-    dataset, count = DATASETS[config.data.name], min(TIMED_PAIRS, method.pairs)
+    dataset, count = config.data.build(), min(TIMED_PAIRS, method.pairs)
     x1 = torch.randn(count, *dataset.shape, generator=generator_at(0, "timed pairs"))
     y = torch.arange(count) % dataset.num_classes if dataset.num_classes else None
     guidance: dict[str, Any] = {"scale": method.pair_guidance, "null": dataset.num_classes}

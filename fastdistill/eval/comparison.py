@@ -11,14 +11,14 @@ from torch import Tensor
 
 from fastdistill.eval import comparison_figures as figures
 from fastdistill.eval.budget import distinct_share, exponent
-from fastdistill.eval.evaluate import HEADINGS, format_value, row_name
+from fastdistill.eval.evaluate import format_value, heading, row_name
+from fastdistill.eval.judges import headline_of
 from fastdistill.eval.report import inline
 from fastdistill.train import sampling
 from fastdistill.train.config import flat
 from fastdistill.train.files import replacing, write_text
 from fastdistill.train.methods import METHODS
 
-MAIN = {"ring": ("sliced_wasserstein", "map_error"), "digits": ("frechet", "accuracy")}
 NUMBERS = tuple(map(str, sampling.NUMBERS))
 CONTROL = "flow_matching"
 
@@ -37,8 +37,8 @@ def write_report(
         grids: samples of each method by number of steps, from the same noise throughout.
         curves: of each method, as `fastdistill.eval.records.read_metrics` returns them.
     """
-    first, second = MAIN[summary["data"]]
-    names = {"quality": HEADINGS[first], "second": HEADINGS[second]}
+    first, second = headline(summary)
+    names = {"quality": heading(first), "second": heading(second)}
     drawn = {
         "quality": figures.draw_quality(ranked(summary), first, names["quality"], summary["references"]),
         "cost": figures.draw_cost(ranked(summary), first, names["quality"]),
@@ -53,6 +53,7 @@ def write_report(
     )
     html = page.get_template("comparison.html.jinja").render(
         summary=summary,
+        caption=summary.get("caption", ""),
         main=names,
         table=table(summary),
         budget_heads=BUDGET,
@@ -68,16 +69,22 @@ def write_report(
     write_text(path, html)
 
 
+def headline(summary: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the two metrics that are shown; a summary from before they were written down says by its data's name."""
+    first, second = summary.get("headline") or headline_of(summary["data"])
+    return first, second
+
+
 def ranked(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The methods that were measured, the best at one step first."""
-    first = MAIN[summary["data"]][0]
+    """Return the methods that were measured, the best at one step first."""
+    first = headline(summary)[0]
     done = {name: row for name, row in summary["methods"].items() if not row["failed"]}
     return dict(sorted(done.items(), key=lambda item: item[1]["quality"]["1"][first]["mean"]))
 
 
 def table(summary: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """The rows of the table: a method, and its cells as text, the best at one step first."""
-    first, second = MAIN[summary["data"]]
+    """Return the rows of the table: a method, and its cells as text, the best at one step first."""
+    first, second = headline(summary)
     rows = []
     for name, row in ranked(summary).items():
         cells = [_cell(first, row["quality"].get(number, {}).get(first)) for number in NUMBERS]
@@ -104,10 +111,10 @@ def budget_cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def describe(summary: Mapping[str, Any]) -> str:
-    """The same table as text."""
-    first, second = MAIN[summary["data"]]
-    heads = [f"{HEADINGS[first]}@{number}" for number in NUMBERS]
-    heads += [f"{HEADINGS[second]}@1", "ms/step", "MiB", "teacher", *BUDGET]
+    """Return the same table as text."""
+    first, second = headline(summary)
+    heads = [f"{heading(first)}@{number}" for number in NUMBERS]
+    heads += [f"{heading(second)}@1", "ms/step", "MiB", "teacher", *BUDGET]
     lines = [["", *heads]] + [[name, *cells[: len(heads)]] for name, cells in table(summary)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
@@ -116,11 +123,11 @@ def describe(summary: Mapping[str, Any]) -> str:
 
 
 def verdicts(summary: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
-    """What the measurements say for and against each method, in words that follow from the numbers alone.
+    """Return what the measurements say for and against each method, in words that follow from the numbers alone.
 
     Quality is compared with the best and the middle of the field, cost with flow matching where it took part.
     """
-    first = MAIN[summary["data"]][0]
+    first = headline(summary)[0]
     field = ranked(summary)
     found: dict[str, dict[str, list[str]]] = {}
     control = field.get(CONTROL)
@@ -139,7 +146,7 @@ def verdicts(summary: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
                 cons.append(f"in the worst quarter at {steps}")
         one, *more = (spread[first]["mean"] for spread in row["quality"].values())
         if more:
-            last = f"{list(row['quality'])[-1]} steps give {more[-1] / one:.2f} times the {HEADINGS[first]} of one"
+            last = f"{list(row['quality'])[-1]} steps give {more[-1] / one:.2f} times the {heading(first)} of one"
             (pros if more[-1] < 0.9 * one else cons).append(last)
         else:
             cons.append("learnt one step alone")

@@ -11,10 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
+from fastdistill.data.pictures import tile_images
 from fastdistill.eval.figures import FAINT, INK, png_of_figure, tidy, tile
 
 COLORS = {"1": "#2c6e8f", "2": "#4f9d8f", "4": "#c59a3f", "8": "#b0603f"}
-SHOWN = 20  # digits of a method and number of steps
+SHOWN = 20  # images of a method and number of steps
 
 
 def draw_quality(
@@ -61,12 +62,12 @@ def draw_cost(rows: Mapping[str, Any], metric: str, name: str) -> bytes:
 
 
 def draw_samples(grids: Mapping[str, Mapping[str, Tensor]]) -> bytes:
-    """Samples of every method at every number of steps, all from the same noise: points, or lines of digits.
+    """Draw samples of every method at every number of steps, all from the same noise: points, or lines of images.
 
     A number of steps that a method doesn't have is left blank.
     """
     columns = sorted({steps for panels in grids.values() for steps in panels}, key=int)
-    is_points = next(iter(next(iter(grids.values())).values())).ndim == 2
+    is_points = next(iter(next(iter(grids.values())).values())).ndim == 2  # of images each row is a line of them
     width, height = (1.35, 1.35) if is_points else (2.6, 0.34)
     size = (1.6 + width * len(columns), 0.4 + height * len(grids))
     figure = Figure(figsize=size, dpi=130, facecolor="white")
@@ -113,8 +114,15 @@ def _plain_numbers(axis: Axis) -> None:
 
 
 def _draw_panel(axes: Axes, samples: Tensor, is_points: bool) -> None:
-    if is_points:
+    if is_points and samples.shape[1] == 2:
+        limit = max(3.0, 1.3 * samples.abs().quantile(0.9).item())
         axes.scatter(samples[:, 0], samples[:, 1], s=0.6, alpha=0.5, linewidths=0, color=COLORS["1"])
-        axes.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
+        axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    elif samples.ndim == 4 and samples.shape[1] in (1, 3):
+        shown = samples[:SHOWN]
+        if samples.shape[1] == 1:
+            axes.imshow(tile(shown, len(shown), 3), cmap="gray", vmin=0, vmax=255)
+        else:
+            axes.imshow(tile_images(shown, len(shown), 1))
     else:
-        axes.imshow(tile(samples[:SHOWN], SHOWN, 3), cmap="gray", vmin=0, vmax=255)
+        axes.text(0.5, 0.5, "no picture", ha="center", va="center", fontsize=7, color=FAINT)

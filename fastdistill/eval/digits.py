@@ -15,10 +15,12 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastdistill.data import Digits, generator_at
 from fastdistill.eval.classifier import cached_classifier
 from fastdistill.eval.metrics import (
     frechet_distance,
@@ -28,7 +30,6 @@ from fastdistill.eval.metrics import (
     two_sample_accuracy,
 )
 from fastdistill.train import TrainConfig
-from fastdistill.train.data import Digits, generator_at
 from fastdistill.train.sampling import OWN, Sampling, draw
 
 Row = dict[str, float]
@@ -40,26 +41,41 @@ class DigitJudge:
 
     Args:
         folder: where the classifier is kept, as `classifier.safetensors`.
+        digits: the data; None makes them.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.digits = folder, Digits()
+    headline = ("frechet", "accuracy")
+    training_steps = 4000
+
+    def __init__(self, folder: Path, digits: Digits | None = None) -> None:
+        self.folder, self.digits = folder, digits or Digits()
         self.x, self.y = self.digits.x, self.digits.y
         self.unseen = len(self.digits.held_out_y)
         self.classifier = cached_classifier(folder / "classifier.safetensors", self.digits.x, self.digits.y)
         self._references: dict[tuple[int | None, int], dict[str, Row]] = {}
 
+    def evaluate(
+        self, net: nn.Module, config: TrainConfig, steps: Sequence[int], *, count: int | None, how: Sampling, seed: int
+    ) -> dict[str, Any]:
+        """Return rows and references by number of steps, see `fastdistill.eval.judges.Judge`; `checks` besides."""
+        samples = len(self.labels(count))
+        rows, checks = evaluate_network(net, config, self, steps, count=count, how=how, seed=seed)
+        known = self.references(count, seed=seed)
+        return {
+            "samples": samples, "set": self.set_size(samples), "steps": rows, "checks": checks, "references": known,
+        }  # fmt: skip
+
     def labels(self, count: int | None = None) -> Tensor:
-        """Labels (count,) int64 in the real frequencies, sorted; None: `SETS` times as many as are unseen."""
+        """Return labels (count,) int64 in the real frequencies, sorted; None: `SETS` times as many as are unseen."""
         count = count or SETS * self.unseen
         return self.y.sort().values[torch.arange(count) * len(self.y) // count]
 
     def set_size(self, count: int) -> int:
-        """How many images a number is measured of, where there are `count`: a whole set's, at most the unseen's."""
+        """Return how many images a number is measured of, where there are `count`: a set's, at most the unseen's."""
         return count // self._number_of_sets(count)
 
     def measure(self, x: Tensor, y: Tensor, seconds: float) -> Row:
-        """The four numbers of a row of the table.
+        """Return the four numbers of a row of the table.
 
         Args:
             x: the images; y: the labels that they are meant to show.
@@ -77,7 +93,7 @@ class DigitJudge:
         return _mean(rows) | {"seconds_per_sample": seconds / len(x)}
 
     def check(self, x: Tensor) -> Row:
-        """What a Fréchet distance can't tell: precision, recall, and whether images x are copies of the training set.
+        """Return what a Fréchet distance can't tell: precision, recall, and whether images are copies of real ones.
 
         Precision, recall and the two-sample accuracy `c2st` (0.5: can't be told from the training digits) are those of
         the classifier's features. The nearest-neighbour ratio, in pixels, is 1 for images as far from the training set
@@ -93,7 +109,7 @@ class DigitJudge:
         return _mean(rows)
 
     def _sets(self, x: Tensor) -> list[Tensor]:
-        """Images or labels, sorted by label, in equal sets of at most the unseen digits' number, alike in labels."""
+        """Return images or labels, sorted by label, in equal sets of at most the unseen's number, alike in labels."""
         number = self._number_of_sets(len(x))
         return [x[first::number] for first in range(number)]
 
@@ -101,7 +117,7 @@ class DigitJudge:
         return -(-count // self.unseen)
 
     def references(self, count: int | None = None, *, seed: int = 0) -> dict[str, Row]:
-        """The same four numbers for what is no network's work, `count` images each; None: `SETS` times the unseen.
+        """Return the same four numbers for what is no network's work, `count` images each; None: `SETS` times unseen.
 
         Of unseen digits there is one set alone, of the size that all other sets have.
         """
@@ -122,17 +138,17 @@ class DigitJudge:
         }
 
     def training_digits(self) -> tuple[Tensor, Tensor]:
-        """One set of training digits, as many as there are unseen ones, evenly from all classes, with their labels."""
+        """Return as many training digits as there are unseen ones, evenly from all classes, with their labels."""
         kept = self._spread(self.unseen, self.y)
         return self.x[kept], self.y[kept]
 
     @staticmethod
     def _spread(count: int, y: Tensor) -> Tensor:
-        """The places of `count` of the labels y, at even distances once they are sorted."""
+        """Return the places of `count` of the labels y, at even distances once they are sorted."""
         return y.argsort(stable=True)[torch.arange(count) * len(y) // count]
 
     def _resample(self, y: Tensor, generator: torch.Generator) -> Tensor:
-        """Training digits with these labels, drawn with replacement."""
+        """Return training digits with these labels, drawn with replacement."""
         drawn = self.x.new_empty(len(y), *self.x.shape[1:])
         for label in range(self.digits.num_classes):
             rows, pool = y == label, self.x[self.y == label]
@@ -140,7 +156,7 @@ class DigitJudge:
         return drawn
 
     def _draw_gaussians(self, y: Tensor, generator: torch.Generator) -> Tensor:
-        """For each label, draws from the Gaussian that fits its training images."""
+        """Return draws from the Gaussian that fits the training images of each label."""
         drawn = self.x.new_empty(len(y), *self.x.shape[1:])
         for label in range(self.digits.num_classes):
             rows, pool = y == label, self.digits.x[self.digits.y == label].flatten(1).double()
@@ -168,7 +184,7 @@ def evaluate_network(
         net, config: as `load_run` returns them.
         steps: of the sampler.
         count: of images; None: `SETS` times as many as there are unseen digits.
-        how: which sampler, guidance and gamma.
+        how: which sampler, with which parameters and guidance.
     """
     device = next(net.parameters()).device
     labels = judge.labels(count)
@@ -185,7 +201,7 @@ def evaluate_network(
 
 
 def _mean(rows: Sequence[Row]) -> Row:
-    """The mean of each metric."""
+    """Return the mean of each metric."""
     return {metric: statistics.fmean(row[metric] for row in rows) for metric in rows[0]}
 
 

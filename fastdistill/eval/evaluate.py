@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdistill.eval import digits, ring
+from fastdistill.data import generator_at
+from fastdistill.eval.judges import Judge, judge_maker_of, make_judge
 from fastdistill.objectives.reflow import straightness
 from fastdistill.train import TrainConfig, load_run
-from fastdistill.train.config import couples
-from fastdistill.train.data import DATASETS, generator_at
 from fastdistill.train.files import write_text
 from fastdistill.train.sampling import NUMBERS, Sampling
 
@@ -35,10 +34,10 @@ def evaluate(
     n: int | None = None,
     sampler: str | None = None,
     guidance: float | None = None,
-    gamma: float | None = None,
     seed: int = 0,
-    judge: digits.DigitJudge | None = None,
+    judge: Judge | None = None,
     device: torch.device | str | None = None,
+    **parameters: float | None,
 ) -> dict[str, Any]:
     """Generate with each number of steps, measure, and write `summary.json` in the run folder.
 
@@ -49,21 +48,23 @@ def evaluate(
         steps: of the sampler; None: those of 1, 2, 4, 8, and 32 for samplers of velocities, for which the run learnt
             where to start (DMD: those that start at its times), and 1 alone for a sampler that adds noise to what was
             trained with noise matched to data.
-        n: how many samples; None: for digits six sets of as many as there are unseen ones, 296, with labels in the
-            real frequencies; for the ring 4096.
-        sampler, guidance, gamma: see `fastdistill.train.sampling.Sampling`; None: the run's own.
-        judge: for digits, to share one; None: its classifier is trained for, and kept in, this run folder.
+        n: how many samples; None: as many as the judge asks for. Of digits six sets of as many as there are unseen
+            ones, 296, with labels in the real frequencies; of the ring 4096.
+        sampler, guidance: see `fastdistill.train.sampling.Sampling`; None: the run's own.
+        judge: to share one; None: the one of the run's data set, which keeps its files, such as the classifier of
+            digits, in this run folder.
         device: None: the GPU if there is one. Metrics are computed on the CPU.
+        parameters: of the sampler, such as gamma; see `fastdistill.samplers.PARAMETERS`.
 
     Returns:
-        What was written: `data`, `method`, `sampler`, `samples`, `set` (of how many samples a number is), `measuring`,
-        `straightness` where the network knows a velocity, `coupled` for the ring (whether noise was matched to data),
-        `steps` and `references`, both {name: {metric: value}}, and for digits `checks`. See `fastdistill.eval.digits`
-        and `fastdistill.eval.ring` for the metrics.
+        What was written: `data`, `method`, `sampler`, `measuring`, `straightness` where the network knows a velocity,
+        and what the judge found: `samples`, `set` (of how many samples a number is), `steps` and `references`, both
+        {name: {metric: value}}, for the ring `coupled` (whether noise was matched to data), for digits `checks`. See
+        `fastdistill.eval.digits` and `fastdistill.eval.ring` for the metrics.
 
     Raises:
         ValueError: an argument outside these rules, by name.
-        ConfigError, CheckpointError: no run, or one that can't be read; see `load_run`.
+        ConfigError, CheckpointError: no run, or one that can't be read, see `load_run`; or its data has no judge.
     """
     if n is not None and n < 64:
         raise ValueError(f"n: expected at least 64 samples, got {n}")
@@ -71,44 +72,42 @@ def evaluate(
         raise ValueError(f"steps: expected positive numbers, got {list(steps)}")
     run = Path(run)
     net, config = load_run(run, device=device)
-    how = Sampling(sampler, guidance, gamma).resolve(config)
-    usual = (*NUMBERS, 32) if how.sampler in ("euler", "heun") else NUMBERS
+    judge = judge or make_judge(config, run)
+    how = Sampling(sampler, guidance, **parameters).resolve(config)
+    in_steps = how.spec.follows_velocity and how.spec.evaluations is not None
+    usual = (*NUMBERS, 32) if in_steps else NUMBERS
     steps = steps or how.measured_steps(config, usual)
     result: dict[str, Any] = {"data": config.data.name, "method": config.method.name, "sampler": how.sampler}
     result["measuring"] = MEASURING
     if "velocity" in config.method.learns:
         result["straightness"] = measure_straightness(net, config, seed)
-    if config.data.name == "ring":
-        count = n or 4096
-        result |= {"samples": count, "set": count, "coupled": couples(config)}
-        result["steps"] = ring.evaluate_network(net, config, steps, count=count, how=how, seed=seed)
-        result["references"] = ring.references(steps, count=count, path=config.path.build(), seed=seed)
-        result["references"] |= ring.exact_rows(config, steps, count=count, how=how, seed=seed)
-    else:
-        judge = judge or digits.DigitJudge(run)
-        result["samples"] = len(judge.labels(n))
-        result["set"] = judge.set_size(result["samples"])
-        result["steps"], result["checks"] = digits.evaluate_network(
-            net, config, judge, steps, count=n, how=how, seed=seed
-        )
-        result["references"] = judge.references(n, seed=seed)
+    result |= judge.evaluate(net, config, steps, count=n, how=how, seed=seed)
     write_text(run / "summary.json", json.dumps(result, indent=2) + "\n")
     return result
 
 
+def after_training(run: Path, config: TrainConfig) -> list[str]:
+    """Measure a run that has just ended, where its judge does so at once; return what there is to say."""
+    if getattr(config.data.build(), "judge", None) is None or not getattr(judge_maker_of(config), "at_once", False):
+        return []
+    judge: Any = make_judge(config, run)
+    told = f"{describe(evaluate(run, judge=judge))}\n\n{run / 'summary.json'}"
+    return [told, str(judge.plot(run))] if hasattr(judge, "plot") else [told]
+
+
 def measure_straightness(net: nn.Module, config: TrainConfig, seed: int = 0, count: int = 512) -> float:
-    """How far the flow of a network's velocity is from straight lines at constant speed, for which it is 0.
+    """Return how far the flow of a network's velocity is from straight lines at constant speed, for which it is 0.
 
     The mean over an element of data: S of `fastdistill.objectives.reflow.straightness` over the elements of a row.
     """
-    dataset, device = DATASETS[config.data.name], next(net.parameters()).device
+    dataset, device = config.data.build(), next(net.parameters()).device
     x1 = torch.randn(count, *dataset.shape, generator=generator_at(seed, "straightness")).to(device)
     y = torch.arange(count, device=device) % dataset.num_classes if dataset.num_classes else None
     return float(straightness(net, x1, y, 32, path=config.path.build())) / x1[0].numel()
 
 
 def describe(result: Mapping[str, Any]) -> str:
-    """What `evaluate` found, as a text table with its references."""
+    """Return what `evaluate` found as a text table with its references."""
     text = format_table({result["method"]: result["steps"], "references": result["references"]})
     if result.get("coupled"):
         text += "\n\nThis run matched its noise to its data, and its flow is not the one that map error is measured by."
@@ -117,9 +116,9 @@ def describe(result: Mapping[str, Any]) -> str:
 
 
 def format_table(groups: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """A text table of {group: {row: {metric: value}}}, e.g. {"meanflow": {"1": {...}}, "references": {...}}."""
+    """Return a text table of {group: {row: {metric: value}}}, e.g. {"meanflow": {"1": {...}}, "references": {...}}."""
     metrics = list(next(iter(next(iter(groups.values())).values())))
-    lines = [["", *(HEADINGS[metric] for metric in metrics)]]
+    lines = [["", *map(heading, metrics)]]
     for group, rows in groups.items():
         for name, row in rows.items():
             lines.append([row_name(group, name), *(format_value(metric, row[metric]) for metric in metrics)])
@@ -129,15 +128,20 @@ def format_table(groups: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str
     )
 
 
+def heading(metric: str) -> str:
+    """Return the name of a metric as tables and figures have it."""
+    return HEADINGS.get(metric, metric.replace("_", " "))
+
+
 def row_name(group: str, name: str) -> str:
-    """`meanflow, 1 step`, or a reference's name in words."""
+    """Return the name of a row: `meanflow, 1 step`, or a reference's name in words."""
     if not name.isdigit():
         return name.replace("_", " ")
     return f"{group}, {name} step{'' if name == '1' else 's'}"
 
 
 def format_value(metric: str, value: float) -> str:
-    """A metric as the table shows it."""
+    """Return a metric as the table shows it."""
     if metric == "seconds_per_sample":
         return f"{1000 * value:.3f}"
     return f"{value:.1f}" if metric == "frechet" else f"{value:.3f}"

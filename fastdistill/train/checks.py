@@ -16,6 +16,7 @@ import torch
 import torch.distributed
 
 from fastdistill import models
+from fastdistill.data import DATASETS, Batch, generator_at
 from fastdistill.objectives.metric import LogVariance
 from fastdistill.train.config import (
     UNNAMED,
@@ -26,7 +27,7 @@ from fastdistill.train.config import (
     read_yaml,
 )
 from fastdistill.train.critic import Critic
-from fastdistill.train.data import DATASETS, Batch, generator_at
+from fastdistill.train.data_settings import changed_fingerprint
 from fastdistill.train.environment import memory_of_machine
 from fastdistill.train.methods import METHODS, Context, ScoreMethod
 from fastdistill.train.perceptual import perceptual_of
@@ -35,7 +36,6 @@ from fastdistill.train.settings import ConfigError, short
 
 TRIAL_ROWS = 4096
 COPIES = 5  # of each weight: itself, its gradient, two moments of the optimiser, its average
-MAKE_A_TEACHER = "a finished run, e.g. of `fastdistill train {data}-flow`, as --teacher runs/{data}-flow"
 
 
 def check_config(config: TrainConfig) -> None:
@@ -47,7 +47,8 @@ def check_config(config: TrainConfig) -> None:
         ConfigError: naming the fields.
     """
     _check_places(config)
-    classes = DATASETS[config.data.name].num_classes
+    config.data.try_out()
+    classes = config.data.build().num_classes
     if config.data.label_dropout and not classes:
         raise ConfigError(f"data.label_dropout: {config.data.name} has no labels to drop, so expected 0")
     _check_teachers(config)
@@ -92,7 +93,14 @@ def _check_teachers(config: TrainConfig) -> None:
                 f"follows one: {', '.join(able)}"
             )
         if not given and (role in objective.needs or (role == "teacher" and method.needs_teacher())):
-            raise ConfigError(f"{role}: {method.name} needs a {what}: {MAKE_A_TEACHER.format(data=config.data.name)}")
+            raise ConfigError(f"{role}: {method.name} needs a {what}: a finished run, {_example_of_teacher(config)}")
+
+
+def _example_of_teacher(config: TrainConfig) -> str:
+    name = config.data.name
+    if name in DATASETS:
+        return f"e.g. of `fastdistill train {name}-flow`, as --teacher runs/{name}-flow"
+    return f"e.g. of method.name flow_matching on {name}, as --teacher RUN"
 
 
 def _check_path(config: TrainConfig) -> None:
@@ -143,7 +151,7 @@ def _check_sampling(config: TrainConfig) -> None:
 
 
 def _check_model(config: TrainConfig) -> None:
-    dataset = DATASETS[config.data.name]
+    dataset = config.data.build()
     shape: tuple[int, ...] = dataset.shape
     if config.model.preset not in models.PRESETS:
         raise ConfigError(
@@ -186,7 +194,7 @@ def _refuse_too_large(config: TrainConfig, weights: int, arguments: dict[str, An
         )
     tokens = 1
     if "patch_size" in arguments:
-        tokens = math.prod(side // arguments["patch_size"] for side in DATASETS[config.data.name].shape[1:])
+        tokens = math.prod(side // arguments["patch_size"] for side in config.data.build().shape[1:])
     needed = 2 * config.data.batch * tokens * arguments["width"] * arguments["depth"]  # one value a layer, in 16 bits
     if needed > memory:
         raise ConfigError(
@@ -201,7 +209,7 @@ def _in_gib(count: int) -> str:
 
 def _try_objective(config: TrainConfig) -> None:
     """Call the objective once, on random rows and the smallest network: what it refuses, it refuses here."""
-    method, dataset, seed = config.method, DATASETS[config.data.name], generator_at(config.seed, "trial")
+    method, dataset, seed = config.method, config.data.build(), generator_at(config.seed, "trial")
     rows, classes = config.data.batch, dataset.num_classes
     if rows > TRIAL_ROWS:  # whole groups of them, for a method that compares groups
         group = getattr(method, "group", 1)
@@ -298,6 +306,8 @@ def _check_one_teacher(config: TrainConfig, role: str) -> None:
     teacher = parse_config(read_yaml(run / "config.yaml"), f"{role}: {run}")
     if teacher.data.name != config.data.name:
         raise ConfigError(f"{role}: {run} learnt {teacher.data.name}, and data.name is {config.data.name}")
+    if changed := changed_fingerprint(teacher.data.fingerprint(), config.data.fingerprint()):
+        raise ConfigError(f"{role}: {run} learnt other data: {'; '.join(changed)}")
     if "velocity" not in teacher.method.learns:
         able = ", ".join(name for name, method in METHODS.items() if "velocity" in method.learns)
         raise ConfigError(

@@ -12,25 +12,14 @@ import yaml
 from pydantic import Field, ValidationError
 
 from fastdistill import models, paths
-from fastdistill.train.data import DATASETS
-from fastdistill.train.methods import Method, Share
+from fastdistill.train.data_settings import ChosenData
+from fastdistill.train.methods import Method
 from fastdistill.train.settings import ConfigError, Settings, explain, nearest, short
 from fastdistill.train.yaml_file import load_yaml
 
 MOST = 10**12  # of steps: more than any machine makes
 Count = Annotated[int, Field(ge=1, le=MOST)]
 UNNAMED = frozenset({"gaussian"})  # paths that a configuration can't name: they take functions
-
-
-class DataSettings(Settings):
-    """What is learnt."""
-
-    name: Literal["digits", "ring"]
-    """digits: scikit-learn's 1,797 images of 8 x 8 pixels; ring: eight Gaussians in the plane."""
-    batch: Annotated[int, Field(ge=1, le=2**24)] = 128
-    """Rows in a step."""
-    label_dropout: Share = 0.0
-    """Share of the labels replaced by "no label": the training of classifier-free guidance."""
 
 
 class ModelSettings(Settings):
@@ -128,7 +117,7 @@ class TrainConfig(Settings):
     seed: int = Field(0, ge=0, lt=2**64)
     steps: Count
     """Training steps in all; a finished run goes on if this is raised, unless its method has a curriculum over them."""
-    data: DataSettings
+    data: ChosenData
     model: ModelSettings
     method: Method
     """What is learnt: the objective, its times, its guidance."""
@@ -184,7 +173,7 @@ def couples(config: TrainConfig) -> bool:
 
 def model_arguments(config: TrainConfig) -> dict[str, Any]:
     """The network's constructor arguments: the preset's, the user's, and what the data says."""
-    dataset = DATASETS[config.data.name]
+    dataset = config.data.build()
     fitted = {"dim": math.prod(dataset.shape), "channels": dataset.shape[0], "num_classes": dataset.num_classes}
     preset = models.PRESETS[config.model.preset].arguments
     chosen = config.model.model_dump(exclude={"preset"}, exclude_none=True)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdistill.data import generator_at
 from fastdistill.objectives.critic import fake_score_loss, gan_critic_loss
-from fastdistill.train.data import generator_at
 from fastdistill.train.methods import Context, CriticSettings, Metrics, ScoreMethod
 
 

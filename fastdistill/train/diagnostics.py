@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistill.train.data import Batch
+from fastdistill.data import Batch
 from fastdistill.train.methods import MethodSettings
 
 SHOWN_ROWS = 5

@@ -11,6 +11,7 @@ import tyro
 
 from fastdistill.train.checks import check_config
 from fastdistill.train.config import TrainConfig, parse_config, read_yaml
+from fastdistill.train.data_settings import DataSettings
 from fastdistill.train.methods import METHODS
 from fastdistill.train.methods.regression import MEANFLOW_RECIPES
 from fastdistill.train.settings import ConfigError, nearest, short
@@ -42,6 +43,9 @@ def load_config(source: str | Path, overrides: Sequence[str] = (), *, out: Path 
     stem, method = path.stem, given.get("method")
     if name is not None and not (isinstance(method, Mapping) and method.get("name") == name):
         given, stem = choose_method(given, name, recipes), f"{path.stem}-{name}"
+    data, overrides = take_option(overrides, "--data.name")
+    if data is not None:
+        given = given | {"data": choose_data(given.get("data"), data)}
     recipe, overrides = take_option(overrides, "--method.recipe")
     if recipe is not None:
         given = given | {"method": choose_recipe(given.get("method") or {}, recipe)}
@@ -59,6 +63,14 @@ def load_config(source: str | Path, overrides: Sequence[str] = (), *, out: Path 
         )
     check_config(config)
     return config
+
+
+def choose_data(data: Any, name: str) -> dict[str, Any]:
+    """Return the fields of another data set: those that all sets have, and where it is the same, all."""
+    data = data if isinstance(data, Mapping) else {}
+    same = data.get("name") == name
+    kept = data if same else {field: data[field] for field in data if field in DataSettings.model_fields}
+    return {**kept, "name": name}
 
 
 def choose_recipe(method: Mapping[str, Any], recipe: str) -> dict[str, Any]:

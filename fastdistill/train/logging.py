@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastdistill.data import DataSet, pictures
 from fastdistill.train.files import (
     CheckpointError,
     WriteError,
@@ -170,35 +171,20 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
 
 
-def save_samples(path: Path, samples: Tensor, columns: int) -> None:
-    """Write samples as one PNG: images (B, 1 or 3, H, W) in [-1, 1] as a grid, points (B, 2) as a scatter plot."""
+def save_samples(path: Path, data: DataSet, samples: Tensor, columns: int) -> None:
+    """Write samples of a set as one PNG file, drawn as the set says; say so where it can't be drawn.
+
+    Raises:
+        WriteError: the disk is full, or something else lies there.
+    """
+    try:
+        png = pictures.draw(data, samples, columns)
+    except pictures.NoPictureError as error:
+        return tell(f"{path.name} is not drawn: {error}")
+    save_picture(path, png)
+
+
+def save_picture(path: Path, png: bytes) -> None:
+    """Write the bytes of a picture, as a whole or not at all."""
     with replacing(path) as temporary:
-        if samples.ndim == 2:
-            save_panels(temporary, {"": samples.float().cpu()})
-        else:
-            _draw_grid(temporary, samples.float().cpu(), columns)
-
-
-def _draw_grid(path: Path, images: Tensor, columns: int, height: int = 48) -> None:
-    from PIL import Image
-
-    side = max(1, height // images.shape[2])  # enlarge small images, pixel by pixel
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
-    pixels = pixels.repeat_interleave(side, 2).repeat_interleave(side, 3)
-    pixels = torch.nn.functional.pad(pixels, (0, 2, 0, 2), value=255)  # a line between images
-    blank = -len(pixels) % columns
-    pixels = torch.cat([pixels, pixels.new_full((blank, *pixels.shape[1:]), 255)])
-    rows = pixels.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (H, W, C)
-    Image.fromarray(rows.squeeze(2).numpy()).save(path, format="PNG")
-
-
-def save_panels(path: Path, panels: Mapping[str, Tensor]) -> None:
-    """Write scatter plots of points (B, 2), each under its title, side by side as one PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4 * len(panels), 4.3), dpi=100, layout="constrained")
-    for column, (title, points) in enumerate(panels.items(), start=1):
-        axes = figure.add_subplot(1, len(panels), column, aspect="equal", xlim=(-3.2, 3.2), ylim=(-3.2, 3.2))
-        axes.scatter(points[:, 0], points[:, 1], s=2, alpha=0.5, linewidths=0)
-        axes.set_title(title)
-    figure.savefig(path, format="png")
+        temporary.write_bytes(png)

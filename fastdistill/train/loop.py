@@ -20,10 +20,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from fastdistill import couplings
+from fastdistill.data import Batch, DataSet, drop_labels, generator_at
 from fastdistill.train.checkpoint import list_checkpoints, save_checkpoint
 from fastdistill.train.checks import check_config, check_one_process, check_teacher
 from fastdistill.train.config import TrainConfig, couples
-from fastdistill.train.data import DATASETS, Batch, Dataset, drop_labels, generator_at
 from fastdistill.train.diagnostics import attribute, measure, why_flat, why_no_cosines
 from fastdistill.train.files import WriteError, intact, set_aside
 from fastdistill.train.logging import RunLog, peak_memory, save_samples, tell
@@ -91,8 +91,8 @@ def naming_files(run: Path) -> Iterator[None]:
 
 def run_steps(state: dict[str, Any], config: TrainConfig, run: Path) -> None:
     """All steps from `state["step"]` to `config.steps`, with what happens once in a while between them."""
-    data = DATASETS[config.data.name]()
-    dataset: Dataset | Pairs = data
+    data = config.data.build()
+    dataset: DataSet | Pairs = data
     if config.method.makes_pairs:
         dataset = make_pairs(config, state["teacher"], state["teacher_path"], state["teacher_sha256"], data, run)
     if (reason := why_flat(config.method)) is not None:
@@ -121,7 +121,7 @@ def run_steps(state: dict[str, Any], config: TrainConfig, run: Path) -> None:
             # once in a while: draw samples from the averaged weights
             if step % every.sample_every == 0 or last:
                 samples, columns = sample_grid(state["ema"].module, config)
-                save_samples(run / "samples" / f"step_{step:08d}.png", samples, columns)
+                save_samples(run / "samples" / f"step_{step:08d}.png", data, samples, columns)
                 restart_clock(state)
 
             # once in a while: save everything that going on needs
@@ -131,7 +131,7 @@ def run_steps(state: dict[str, Any], config: TrainConfig, run: Path) -> None:
                 restart_clock(state)
 
 
-def train_step(state: dict[str, Any], config: TrainConfig, dataset: Dataset | Pairs, run: Path) -> dict[str, Tensor]:
+def train_step(state: dict[str, Any], config: TrainConfig, dataset: DataSet | Pairs, run: Path) -> dict[str, Tensor]:
     """One update. Raises NonFiniteError before any of it is saved; of the loss, before the weights are touched."""
     net, optimizer, step = state["net"], state["optimizer"], state["step"]
     context = make_context(state, config, make_batch(dataset, config, step, state["device"]))
@@ -211,7 +211,7 @@ def mixed_precision(state: dict[str, Any]) -> torch.autocast:
     return torch.autocast(state["device"].type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
-def make_batch(dataset: Dataset | Pairs, config: TrainConfig, step: int, device: torch.device) -> Batch:
+def make_batch(dataset: DataSet | Pairs, config: TrainConfig, step: int, device: torch.device) -> Batch:
     """The batch of a step. All of it is drawn on the CPU: the same numbers whatever the device."""
     seed, size = config.seed, config.data.batch
     if isinstance(dataset, Pairs):

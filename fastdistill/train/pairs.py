@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdistill import paths
+from fastdistill.data import DataSet, epoch_rows, generator_at
 from fastdistill.objectives.reflow import coupled_pairs
 from fastdistill.train.config import TrainConfig
-from fastdistill.train.data import DATASETS, Dataset, epoch_rows, generator_at
 from fastdistill.train.files import intact, write_checked, writing
 from fastdistill.train.methods import ReFlow
 
@@ -30,22 +30,22 @@ class Pairs:
     """Coupled pairs (x0, x1), with labels where the data has them.
 
     Args:
-        name: of the data that the teacher learnt.
+        num_classes: of the data that the teacher learnt.
         x0, x1: (N, ...); y: (N,) int64 or None.
     """
 
-    def __init__(self, name: str, x0: Tensor, x1: Tensor, y: Tensor | None) -> None:
-        self.name, self.num_classes = name, DATASETS[name].num_classes
+    def __init__(self, num_classes: int, x0: Tensor, x1: Tensor, y: Tensor | None) -> None:
+        self.num_classes = num_classes
         self.x0, self.x1, self.y = x0, x1, y
 
     def batch(self, seed: int, step: int, size: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Rows x0, x1 (size, ...) and y (size,) without replacement, epoch after epoch, as the digits are drawn."""
+        """Return rows x0, x1 (size, ...) and y (size,) without replacement, epoch after epoch, as digits are drawn."""
         rows = epoch_rows(len(self.x0), seed, step, size)
         return self.x0[rows], self.x1[rows], None if self.y is None else self.y[rows]
 
 
 def make_pairs(
-    config: TrainConfig, teacher: nn.Module, path_of_teacher: paths.Path, digest: str, dataset: Dataset, run: Path
+    config: TrainConfig, teacher: nn.Module, path_of_teacher: paths.Path, digest: str, dataset: DataSet, run: Path
 ) -> Pairs:
     """The pairs of a run: read where they are whole, made where not.
 
@@ -69,12 +69,12 @@ def make_pairs(
             tensors = _make_shard(config.seed, method, teacher, path_of_teacher, dataset, start, count)
             described = made_by | {"count": str(count)}
             write_checked(path, lambda out, t=tensors, d=described: save_file(t, out, d))  # type: ignore[misc]
-    return _read(dataset.name, [folder / f"pairs_{start:08d}.safetensors" for start in shards])
+    return _read(dataset.num_classes, [folder / f"pairs_{start:08d}.safetensors" for start in shards])
 
 
 @torch.no_grad()
 def _make_shard(
-    seed: int, method: ReFlow, teacher: nn.Module, path: paths.Path, dataset: Dataset, start: int, count: int
+    seed: int, method: ReFlow, teacher: nn.Module, path: paths.Path, dataset: DataSet, start: int, count: int
 ) -> dict[str, Tensor]:
     device = next(teacher.parameters()).device
     x1 = torch.randn(count, *dataset.shape, generator=generator_at(seed, "pairs", start))
@@ -94,14 +94,14 @@ def _make_shard(
     return {"x0": x0.cpu().contiguous(), "x1": x1} | ({} if y is None else {"y": y})
 
 
-def _read(name: str, files: list[Path]) -> Pairs:
+def _read(num_classes: int, files: list[Path]) -> Pairs:
     parts: dict[str, list[Tensor]] = {}
     for path in files:
         with safetensors.safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118, it is no mapping
                 parts.setdefault(key, []).append(file.get_tensor(key))
     whole: dict[str, Any] = {key: torch.cat(tensors) for key, tensors in parts.items()}
-    return Pairs(name, whole["x0"], whole["x1"], whole.get("y"))
+    return Pairs(num_classes, whole["x0"], whole["x1"], whole.get("y"))
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastdistill.data import generator_at
+from fastdistill.lookup import UnresolvedError, make
 from fastdistill.objectives.metric import row_distance
 from fastdistill.train.config import TrainConfig
-from fastdistill.train.data import DATASETS, generator_at
 from fastdistill.train.settings import ConfigError
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # distance(a, b) -> one value a row, (B,) or (B, 1, ...)
 
 
 def perceptual_of(config: TrainConfig, device: torch.device) -> Distance | None:
-    """The distance that a configuration's method names, on a device; None where it names none."""
+    """Return the distance that a configuration's method names, on a device; None where it names none."""
     name = getattr(config.method, "perceptual", None)
-    return None if name is None else load_distance(name, DATASETS[config.data.name].shape, device)
+    return None if name is None else load_distance(name, config.data.build().shape, device)
 
 
 @functools.lru_cache(maxsize=2)  # each check of a configuration asks, and a pretrained network is slow to make
@@ -39,23 +38,10 @@ def load_distance(name: str, shape: tuple[int, ...], device: torch.device) -> Di
         ConfigError: it can't be imported or made, isn't callable, fails on rows of this shape, gives another shape than
             one value a row, or values without gradient.
     """
-    module, _, attribute = name.partition(":")
-    path = attribute.removesuffix("()")
-    if not module or not path:
-        raise ConfigError(
-            f"method.perceptual: expected 'package.module:attribute', followed by () if that has to be called to make "
-            f"the distance, got {name!r}"
-        )
     try:
-        found: Any = operator.attrgetter(path)(importlib.import_module(module))
-        if attribute != path:
-            found = found()
-    except Exception as error:  # whatever the user's code raises
-        missing = isinstance(error, ModuleNotFoundError)
-        advice = "; install it, or name the folder of a module of your own in PYTHONPATH" if missing else ""
-        raise ConfigError(
-            f"method.perceptual: expected {name} to be importable, got {type(error).__name__}: {error}{advice}"
-        ) from error
+        found: Any = make(name, "the distance")
+    except UnresolvedError as error:
+        raise ConfigError(f"method.perceptual: {error}") from error
     if isinstance(found, type) or not callable(found):
         made = "its instances, as " + name + "()" if isinstance(found, type) else "a function or a network"
         raise ConfigError(f"method.perceptual: expected {made}, got {name}, which is {found!r}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import fastdistill
 from fastdistill import models
 from fastdistill.train.checkpoint import CheckpointError, list_checkpoints, read_newest_checkpoint
 from fastdistill.train.config import TrainConfig, changed_fields, model_arguments, parse_config, read_yaml, to_yaml
+from fastdistill.train.data_settings import changed_fingerprint
 from fastdistill.train.environment import describe_environment
 from fastdistill.train.files import DamagedFileError, verify, write_checked, write_text, writing
 from fastdistill.train.settings import ConfigError, short
@@ -117,13 +118,33 @@ def _refuse_other_settings(config: TrainConfig) -> None:
 
 
 def refuse_changes(
-    found: TrainConfig, config: TrainConfig, what: str, advice: str, ignored: tuple[str, ...] = ()
+    found: TrainConfig,
+    config: TrainConfig,
+    what: str,
+    advice: str,
+    *,
+    ignored: tuple[str, ...] = (),
+    data: Any = None,
 ) -> None:
-    """Raise a ConfigError that says `what` where a run's settings differ from those that it is to go on with."""
-    changed = [line for line in changed_fields(found, config) if not line.startswith(ignored)]
+    """Raise a ConfigError that says `what` where a run's settings differ from those that it is to go on with.
+
+    Args:
+        ignored: how the lines of fields begin that may differ.
+        data: the fingerprint of the data set as it was; None where nobody wrote it down.
+    """
+    changed = changed_fingerprint(data, config.data.fingerprint()) if isinstance(data, dict) else []
+    changed += [line for line in changed_fields(found, config) if not line.startswith(ignored)]
     if changed:
         more = f"; and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
         raise ConfigError(f"{what} ({'; '.join(changed[:SHOWN])}{more}). {advice}, or choose another --out")
+
+
+def _with_module_moved(given: Mapping[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """Return a stored configuration that follows config.yaml to where a data set of the user's own lies by now."""
+    data = given.get("data")
+    if isinstance(data, Mapping) and ":" in str(data.get("name")) and ":" in config.data.name:
+        return {**given, "data": {**data, "name": config.data.name}}
+    return dict(given)
 
 
 def refuse_foreign_checkpoint(state: dict[str, Any], config: TrainConfig, path: Path, whose: str) -> None:
@@ -135,11 +156,10 @@ def refuse_foreign_checkpoint(state: dict[str, Any], config: TrainConfig, path: 
         given, source = state["config"], f"the configuration in {path}"
         if not isinstance(given, dict):
             raise ConfigError(f"{source}: expected fields and their values, got {short(given)}")
-        found = parse_config({"out": config.out} | given, source)
+        found = parse_config({"out": config.out} | _with_module_moved(given, config), source)
         advice = "Move it away to go on from the one before it"
-        refuse_changes(
-            found, config, f"out: the checkpoint {path} is of a run with other settings than {whose}", advice, MOVABLE
-        )
+        what = f"out: the checkpoint {path} is of a run with other settings than {whose}"
+        refuse_changes(found, config, what, advice, ignored=MOVABLE, data=state.get("data"))
     elif not (config.out / "config.yaml").is_file():
         raise ConfigError(
             f"out: {config.out} has no config.yaml, and its checkpoint is from before checkpoints held one; put the "
@@ -157,6 +177,7 @@ def export_network(run: Path, net: nn.Module, config: TrainConfig, step: int) ->
         "preset": config.model.preset,
         "network": json.dumps(net.config),
         "config": to_yaml(config),
+        "data": json.dumps(config.data.fingerprint()),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
     with writing(path.parent):
@@ -244,12 +265,14 @@ def _refuse_foreign_export(metadata: dict[str, str], config: TrainConfig, path: 
     """An export says of which run it is; one of the same sizes would else be taken for this run's, in silence."""
     try:
         given = yaml.safe_load(metadata["config"])
-        found = parse_config({"out": config.out} | given, str(path))
-    except (KeyError, TypeError, yaml.YAMLError, ConfigError):
+        found = parse_config({"out": config.out} | _with_module_moved(given, config), str(path))
+        data = json.loads(metadata.get("data", "{}"))
+    except (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError, ConfigError):
         return  # from another version, whose settings are other ones: the sizes decide
     advice = "Put back the file that belongs there"
     try:
-        refuse_changes(found, config, f"{path} is of a run with other settings than config.yaml has", advice, MOVABLE)
+        what = f"{path} is of a run with other settings than config.yaml has"
+        refuse_changes(found, config, what, advice, ignored=MOVABLE, data=data)
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
 

@@ -3,90 +3,127 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from fastdistill import samplers
+from fastdistill.data import generator_at
+from fastdistill.data.pictures import grid_of
+from fastdistill.samplers import PARAMETERS, SPECS
 from fastdistill.train.config import TrainConfig, couples
-from fastdistill.train.data import DATASETS, generator_at
-from fastdistill.train.settings import ConfigError
+from fastdistill.train.methods import MethodSettings
+from fastdistill.train.sampler_settings import field_of
+from fastdistill.train.settings import ConfigError, nearest
 
 NUMBERS = (1, 2, 4, 8)  # of steps, in which runs are measured and shown
-GRID_ROWS, GRID_POINTS = 8, 2000
-# What a network must have learnt for each sampler; see `MethodSettings.learns`.
-NEEDS = {
-    "euler": {"velocity"},
-    "heun": {"velocity"},
-    "adaptive": {"velocity"},
-    "average_velocity": {"map"},
-    "gamma": {"map"},
-    "consistency": {"map", "end"},
-}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Sampling:
-    """How to sample; None is the method's own."""
+    """Options of sampling; None, or a parameter that isn't given, takes the method's own."""
 
-    sampler: str | None = None
-    """A name of fastdistill.samplers.SAMPLERS."""
-    guidance: float | None = None
+    sampler: str | None
+    """A name of fastdistill.samplers.SPECS."""
+    guidance: float | None
     """The scale of guidance: an input of the network where it takes one, else classifier-free, by two evaluations: for
     samplers of velocities, and for the jumps of the methods that guide these (`MethodSettings.guides_maps`)."""
-    gamma: float | None = None
-    """Of the sampler `gamma`: how much of the noise is new, in [0, 1]."""
+    parameters: Mapping[str, float] = field(hash=False)
+    """Of the sampler, by name, such as gamma: see its specification. Given alone, they choose the sampler."""
+
+    def __init__(self, sampler: str | None = None, guidance: float | None = None, **parameters: float | None) -> None:
+        for name in parameters:
+            if name not in PARAMETERS:
+                raise TypeError(f"{name}: expected a parameter of a sampler; {nearest(name, PARAMETERS)}")
+        given = {name: value for name, value in parameters.items() if value is not None}
+        for name, value in {"sampler": sampler, "guidance": guidance, "parameters": given}.items():
+            object.__setattr__(self, name, value)
 
     def resolve(self, config: TrainConfig, steps: int = 1) -> Sampling:
-        """The same with every None filled in; ConfigError names what the run can't serve in so many steps."""
+        """Return the same with every None filled in; ConfigError names what the run can't serve in so many steps."""
         method = config.method
-        sampler = self.sampler or ("gamma" if self.gamma is not None else method.sampler or method.objective().sampler)
-        if sampler not in NEEDS:
-            raise ConfigError(f"sampler: expected one of {', '.join(NEEDS)}, got {sampler!r}")
-        if not NEEDS[sampler] & set(method.learns):
-            able = [name for name, needs in NEEDS.items() if needs & set(method.learns)]
-            if self.sampler is None and self.gamma is not None:
-                raise ConfigError(
-                    f"gamma: expected none, for only the sampler gamma takes it and a network of {method.name} serves "
-                    f"{', '.join(able)}; got {self.gamma}"
-                )
-            raise ConfigError(f"sampler: a network of {method.name} serves {', '.join(able)}, got {sampler}")
-        gamma = self.gamma
-        if sampler == "gamma":
-            gamma = method.sample_gamma if gamma is None else gamma
-            if not 0 <= gamma <= 1:
-                raise ConfigError(f"gamma: expected in [0, 1], got {gamma}")
-        elif gamma is not None:
-            raise ConfigError(f"gamma: expected none with the sampler {sampler}, for only gamma takes it; got {gamma}")
+        spec = self._choose(method)
+        parameters = {}
+        for name, parameter in spec.parameters.items():
+            parameters[name] = self.parameters.get(name, getattr(method, field_of(name)))
+            try:
+                parameter.check(name, parameters[name])
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
         guidance = method.sample_guidance if self.guidance is None else self.guidance
         if not math.isfinite(guidance):
             raise ConfigError(f"guidance: expected a finite number, got {guidance}")
-        by_pairs = (NEEDS[sampler] == {"velocity"} or method.guides_maps) and not method.conditions_on_guidance
+        by_pairs = (spec.follows_velocity or method.guides_maps) and not method.conditions_on_guidance
         if guidance != 1 and by_pairs and not config.data.label_dropout:
             raise ConfigError(f"guidance: the run never learnt what no label means, so expected 1, got {guidance}")
         if guidance != 1 and not by_pairs and not method.conditions_on_guidance:
             built_in = "has its guidance built in" if method.guidance_settings is not None else "has no guidance"
             raise ConfigError(f"guidance: a network of {method.name} {built_in}, so expected 1, got {guidance}")
-        found = Sampling(sampler, guidance, gamma)
+        found = Sampling(spec.name, guidance, **parameters)
         if steps > found.most_steps(config):
             raise ConfigError(
-                f"steps: {sampler} adds fresh noise between steps, while this run matched its noise to its data; "
+                f"steps: {spec.name} adds fresh noise between steps, while this run matched its noise to its data; "
                 f"expected 1, got {steps}"
             )
         return found
 
+    def _choose(self, method: MethodSettings) -> samplers.Sampler:
+        """Return the sampler: the one that is named, else the method's own, else the one that takes the parameters."""
+        able = [name for name, spec in SPECS.items() if spec.serves(method.learns)]
+        name = self.sampler or method.sampler or method.objective().sampler
+        if self.sampler is None and self.parameters and not self.parameters.keys() <= SPECS[name].parameters.keys():
+            takers = samplers.taking(set(self.parameters))
+            fit = [taker for taker in takers if taker in able]
+            if len(fit) > 1:
+                raise ConfigError(f"sampler: expected one of {', '.join(fit)}, which take these parameters, got none")
+            parameter, value = next(iter(self.parameters.items()))
+            if not takers:
+                raise ConfigError(f"{parameter}: expected parameters of one sampler, got {self.parameters}")
+            if not fit:
+                raise ConfigError(
+                    f"{parameter}: expected none, for {_only(takers)} it and a network of {method.name} serves "
+                    f"{', '.join(able)}; got {value}"
+                )
+            name = fit[0]
+        if name not in SPECS:
+            raise ConfigError(f"sampler: expected one of {', '.join(SPECS)}, got {name!r}")
+        if name not in able:
+            raise ConfigError(f"sampler: a network of {method.name} serves {', '.join(able)}, got {name}")
+        for parameter, value in self.parameters.items():
+            if parameter not in SPECS[name].parameters:
+                raise ConfigError(
+                    f"{parameter}: expected none with the sampler {name}, for {_only(samplers.taking({parameter}))} "
+                    f"it; got {value}"
+                )
+        return SPECS[name]
+
+    @property
+    def spec(self) -> samplers.Sampler:
+        """Return the specification of the sampler, which must be resolved."""
+        assert self.sampler is not None
+        return SPECS[self.sampler]
+
+    @property
+    def adds_noise(self) -> bool:
+        """Return whether this sampler, resolved, adds fresh noise between steps."""
+        return self.spec.adds_noise(self.parameters)
+
     def most_steps(self, config: TrainConfig) -> float:
-        """How many steps this sampler, resolved, can make: one where it can't add the noise between two."""
-        renoises = self.sampler == "consistency" or (self.sampler == "gamma" and self.gamma != 0)
+        """Return how many steps this sampler, resolved, can make: one where it can't add the noise between two."""
         coupled = couples(config) or config.path.build().coupling != "independent"
-        return 1 if renoises and coupled else math.inf
+        return 1 if self.adds_noise and coupled else math.inf
 
     def measured_steps(self, config: TrainConfig, numbers: Iterable[int] = NUMBERS) -> list[int]:
-        """Those of the numbers that this sampler, resolved, can make and whose starts the method learnt."""
+        """Return those numbers of steps that this sampler, resolved, can make and whose starts the method learnt."""
         most, method = self.most_steps(config), config.method
         return [number for number in numbers if number <= most and method.has_learnt(number)]
+
+
+def _only(takers: Sequence[str]) -> str:
+    """Return the subject and the verb of a sentence that says who alone takes a parameter."""
+    return f"only the sampler {takers[0]} takes" if len(takers) == 1 else f"only {', '.join(takers)} take"
 
 
 OWN = Sampling()  # the method's own way throughout
@@ -111,9 +148,10 @@ def draw(
     """
     how = how.resolve(config, steps)
     assert how.sampler is not None and how.guidance is not None
+    name = config.method.sampler_for(how.sampler, steps)
     told = config.method.conditions_on_guidance
     return samplers.sample(
-        config.method.sampler_for(how.sampler, steps),
+        name,
         net,
         x1,
         config.method.sample_times(steps),
@@ -121,9 +159,9 @@ def draw(
         path=config.path.build(),
         g=how.guidance if told else None,
         scale=1.0 if told else how.guidance,
-        null=DATASETS[config.data.name].num_classes,
+        null=config.data.build().num_classes,
         generator=generator_at(seed, "renoise"),
-        **({} if how.gamma is None else {"gamma": how.gamma}),
+        **{parameter: how.parameters[parameter] for parameter in SPECS[name].parameters},
     )
 
 
@@ -136,8 +174,8 @@ def generate(
     steps: int | None = None,
     sampler: str | None = None,
     guidance: float | None = None,
-    gamma: float | None = None,
     seed: int = 0,
+    **parameters: float | None,
 ) -> Tensor:
     """Draw samples the way the run's method does.
 
@@ -149,8 +187,9 @@ def generate(
         count: how many.
         label: one class for all; None: all classes in turn, 0, 1, ... (nothing where the data has none).
         steps: of the sampler; None: the configuration's. See `draw` for the times that they start at.
-        sampler, guidance, gamma: see `Sampling`; None: the configuration's.
+        sampler, guidance: see `Sampling`; None: the configuration's.
         seed: of the noise.
+        parameters: of the sampler, such as gamma; see `fastdistill.samplers.PARAMETERS`.
 
     Returns:
         Samples (count, *shape) float32 on the network's device.
@@ -158,7 +197,7 @@ def generate(
     Raises:
         ConfigError: an argument that the run can't serve, by name.
     """
-    dataset, how = DATASETS[config.data.name], Sampling(sampler, guidance, gamma)
+    dataset, how = config.data.build(), Sampling(sampler, guidance, **parameters)
     classes = dataset.num_classes
     if label is not None and not 0 <= label < classes:
         expected = f"one of 0 to {classes - 1}" if classes else f"none, because {config.data.name} has no labels"
@@ -172,6 +211,6 @@ def generate(
 
 
 def sample_grid(net: nn.Module, config: TrainConfig) -> tuple[Tensor, int]:
-    """The samples that a run draws as it trains, always from the same noise, and the columns of their grid."""
-    classes = DATASETS[config.data.name].num_classes
-    return generate(net, config, classes * GRID_ROWS or GRID_POINTS, seed=config.seed), max(classes, 1)
+    """Return the samples that a run draws as it trains, always from the same noise, and the columns of their grid."""
+    count, columns = grid_of(config.data.build())
+    return generate(net, config, count, seed=config.seed), columns

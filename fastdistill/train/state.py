@@ -30,7 +30,6 @@ from fastdistill.train.checkpoint import (
 )
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.critic import Critic
-from fastdistill.train.data import DATASETS
 from fastdistill.train.files import copy_aside, sha256
 from fastdistill.train.logging import tell
 from fastdistill.train.methods import ScoreMethod
@@ -71,6 +70,7 @@ def new_state(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     return {
         "step": 0,
         "config": json.loads(config.model_dump_json(exclude={"out"})),  # the folder may be moved
+        "data": config.data.fingerprint(),
         "went_back": None,
         "net": net,
         "ema": average_of(net, ramped_ema(optim.ema)),
@@ -93,7 +93,7 @@ def make_critic(teacher: nn.Module, config: TrainConfig) -> Critic | None:
     """The second network of a method that has one."""
     if not isinstance(config.method, ScoreMethod):
         return None
-    return Critic(teacher, config.method.critic, DATASETS[config.data.name].shape, config.optim.betas)
+    return Critic(teacher, config.method.critic, config.data.build().shape, config.optim.betas)
 
 
 def make_optimizer(modules: Sequence[nn.Module], config: TrainConfig, lr: float) -> torch.optim.AdamW:
@@ -133,7 +133,7 @@ def snapshot(state: dict[str, Any]) -> dict[str, Any]:
     saved["rng"] = {"cpu": torch.get_rng_state()}
     if state["device"].type == "cuda":
         saved["rng"]["cuda"] = torch.cuda.get_rng_state(state["device"])
-    return saved | {name: state[name] for name in ("step", "config", "went_back", *UNCHANGED)}
+    return saved | {name: state[name] for name in ("step", "config", "data", "went_back", *UNCHANGED)}
 
 
 def resume(state: dict[str, Any], config: TrainConfig, run: Path) -> Path | None:

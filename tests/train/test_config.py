@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from fastdistill import models
+from fastdistill.data import DATASETS
 from fastdistill.train import ConfigError, TrainConfig, load_config, shipped_configs
 from fastdistill.train.checks import check_config
 from fastdistill.train.config import changed_fields, model_arguments, to_yaml
@@ -47,7 +48,7 @@ def written(tmp_path: Path, **changes: Any) -> Path:
             ["method.name:", "'flow_matching', 'reflow', 'meanflow'", "got 'meanflo'; did you mean 'meanflow'?"],
         ),
         ({"precision": "fp8"}, ["precision:", "'auto', 'fp32' or 'bf16'", "got 'fp8'"]),
-        ({"data": {"name": "cifar"}}, ["data.name:", "'digits' or 'ring'", "got 'cifar'"]),
+        ({"data": {"name": "cifar"}}, ["data.name:", " or ".join(map(repr, DATASETS)), "got 'cifar'"]),
         ({"data": None}, ["data:", "got None"]),
         ({"model": {"preset": "dit-xxl"}}, ["model.preset:", "mlp-ring", "dit-s/2", "got 'dit-xxl'"]),
         ({"model": {"heads": 4}}, ["model: 'mlp-ring' takes dim, width, depth, num_classes, guidance, got heads"]),

@@ -197,10 +197,16 @@ def test_a_full_disk_is_named_for_whatever_meets_it(
             return fails() if os.readlink(f"/proc/self/fd/{number}").endswith("/metrics.jsonl") else sync(number)
 
         monkeypatch.setattr(os, "fsync", fails_there)
+    elif name == "samples":
+        write = Path.write_bytes
+
+        def fails_among_samples(path: Path, content: bytes) -> int:
+            return fails() if path.parent.name == "samples" else write(path, content)  # type: ignore[func-returns-value]
+
+        monkeypatch.setattr(Path, "write_bytes", fails_among_samples)
     else:
         place, attribute = {
             "events": (logging.Events, "_flush"),
-            "samples": (logging, "save_panels"),
             "export": (run.safetensors.torch, "save_file"),
         }[name]
         monkeypatch.setattr(place, attribute, fails)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from fastdistill.data import Ring, generator_at
 from fastdistill.paths import EDM, LINEAR
 from fastdistill.train import CheckpointError, ConfigError, TrainConfig, train
 from fastdistill.train.checkpoint import list_checkpoints, read_checkpoint
 from fastdistill.train.critic import Critic
-from fastdistill.train.data import Ring, generator_at
 from fastdistill.train.loop import make_batch, make_context
 from fastdistill.train.methods import METHODS, Context, Metrics
 from fastdistill.train.methods.distribution import ConsistentCriticSettings, CriticSettings, ScoreMethod

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastdistill.data import Ring
 from fastdistill.train import NonFiniteError, TrainConfig, train
 from fastdistill.train.checkpoint import list_checkpoints, read_checkpoint
-from fastdistill.train.data import Ring
 from fastdistill.train.diagnostics import attribute, bin_by_times, gradient_cosines, why_flat
 from fastdistill.train.loop import make_batch, make_context
 from fastdistill.train.methods import METHODS

@@ -9,11 +9,11 @@ import pytest
 import torch
 import yaml
 
+from fastdistill.data import Batch, Digits, generator_at
 from fastdistill.times import LogitNormal, pair_times
 from fastdistill.train import ConfigError, TrainConfig, load_config, train
 from fastdistill.train.checkpoint import CheckpointError, list_checkpoints, save_checkpoint
 from fastdistill.train.config import parse_config, read_yaml, to_yaml
-from fastdistill.train.data import Batch, Digits, generator_at
 from fastdistill.train.loop import make_batch
 from fastdistill.train.methods import METHODS, Context
 from fastdistill.train.sampling import OWN, Sampling, draw

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from fastdistill.data import Ring, generator_at
 from fastdistill.paths import EDM
 from fastdistill.times import LogitNormal, pair_times
 from fastdistill.train import ConfigError, TrainConfig, generate, load_config, load_run, train
 from fastdistill.train.checkpoint import list_checkpoints, read_checkpoint
-from fastdistill.train.data import Ring, generator_at
 from fastdistill.train.loop import make_batch, make_context
 from fastdistill.train.methods import METHODS, ScoreMethod
 from fastdistill.train.methods.consistency import Consistency

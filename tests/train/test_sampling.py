@@ -8,10 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastdistill.samplers import PARAMETERS, SPECS, Learnt, Parameter, Sampler
 from fastdistill.train import ConfigError, generate
 from fastdistill.train.run import build_network
-from fastdistill.train.sampling import OWN
+from fastdistill.train.sampling import OWN, Sampling
 from tests.train.conftest import MakeConfig
+
+
+def serving(*learnt: Learnt) -> str:
+    """Return the names of the samplers that a network which learnt this serves."""
+    return ", ".join(name for name, spec in SPECS.items() if spec.serves(learnt))
 
 
 class Recorder(torch.nn.Module):
@@ -141,13 +147,13 @@ def test_a_network_told_its_guidance_gets_it_as_an_input(tiny_digits: MakeConfig
         (
             "flow_matching",
             {"sampler": "average_velocity"},
-            "a network of flow_matching serves euler, heun, adaptive, got",
+            f"a network of flow_matching serves {serving('velocity')}, got",
         ),
         ("ect", {"sampler": "euler"}, "a network of ect serves consistency, got euler"),
         ("ect", {"gamma": 0.5}, "gamma: expected none, .* a network of ect serves consistency; got 0.5"),
         ("ect", {"gamma": 7.0}, "gamma: expected none, .* a network of ect serves consistency; got 7.0"),
         ("ect", {"sampler": "gamma", "gamma": 0.5}, "sampler: a network of ect serves consistency, got gamma"),
-        ("facm", {"sampler": "average_velocity"}, "a network of facm serves euler, heun, adaptive, consistency, got"),
+        ("facm", {"sampler": "average_velocity"}, f"a network of facm serves {serving('velocity', 'end')}, got"),
         ("meanflow", {"sampler": "ddim"}, "sampler: expected one of euler, .*, got 'ddim'"),
         ("meanflow", {"gamma": 1.5}, r"gamma: expected in \[0, 1\], got 1.5"),
         ("meanflow", {"sampler": "consistency", "gamma": 0.5}, "gamma: expected none with the sampler consistency"),
@@ -175,3 +181,36 @@ def test_what_a_run_cannot_serve_is_named(tiny: MakeConfig, tiny_digits: MakeCon
         generate(net, undropped, 1, guidance=2.0)
     with pytest.raises(ConfigError, match="guidance: a network of meanflow has its guidance built in"):
         generate(net, meanflow, 1, guidance=2.0)
+
+
+def planted(*parameters: str) -> Sampler:
+    """Return one more sampler of maps, which takes these parameters and nothing is done with."""
+
+    def other(net: Any, x: Tensor, steps: Any, y: Any, **_: Any) -> Tensor:
+        return x
+
+    return Sampler(other, ("map",), 1, parameters={name: Parameter(0.5, 0.0, 1.0, "of mine") for name in parameters})
+
+
+def test_parameters_alone_choose_the_one_sampler_that_takes_them(
+    tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's own first; where several would, one has to be named; together they must fit one sampler."""
+    for name, spec in {"other": planted("gamma"), "third": planted("delta")}.items():
+        monkeypatch.setitem(SPECS, name, spec)
+    monkeypatch.setitem(PARAMETERS, "delta", Parameter(0.5, 0.0, 1.0, "of mine"))
+    meanflow, ayf = tiny(), tiny(method={"name": "ayf_emd"}, teacher="x")
+    with pytest.raises(ConfigError, match=r"^sampler: expected one of gamma, other, which take these parameters, got"):
+        Sampling(gamma=0.5).resolve(meanflow)
+    assert Sampling(gamma=0.5).resolve(ayf).sampler == "gamma"
+    with pytest.raises(ConfigError, match=r"^gamma: expected parameters of one sampler, got {'gamma': 0.5, 'delta'"):
+        Sampling(gamma=0.5, delta=0.5).resolve(meanflow)
+    with pytest.raises(ConfigError, match=r"^gamma: .* only gamma, other take it; got 0.5"):
+        Sampling("average_velocity", gamma=0.5).resolve(meanflow)
+
+
+def test_a_parameter_of_no_sampler_is_a_mistake_in_the_call(tiny: MakeConfig) -> None:
+    """It suggests the nearest one."""
+    config = tiny()
+    with pytest.raises(TypeError, match=r"^gama: expected a parameter of a sampler; did you mean 'gamma'\?"):
+        generate(build_network(config), config, 2, gama=0.5)

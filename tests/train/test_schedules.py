@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from fastdistill.data import Batch, generator_at
 from fastdistill.paths import LINEAR
 from fastdistill.times import LogNormalLevel, ect_times
-from fastdistill.train.data import Batch, generator_at
 from fastdistill.train.methods import METHODS, Context
 from fastdistill.train.methods.base import ramp
 

@@ -9,19 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from fastdistill import objectives
+from fastdistill.data import Batch
 from fastdistill.objectives import Objective
 from fastdistill.objectives.velocity import Autoguidance, Guidance
 from fastdistill.paths import Path
-from fastdistill.samplers import Net, Steps
+from fastdistill.samplers import Learnt, Net, Steps
 from fastdistill.times import distinct_rows
-from fastdistill.train.data import Batch
+from fastdistill.train.sampler_settings import Sampler, with_sampler_parameters
 from fastdistill.train.settings import Settings
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-Sampler = Literal["euler", "heun", "adaptive", "average_velocity", "consistency", "gamma"]
-Learnt = Literal["velocity", "map", "end"]
 # What the context gives by keyword.
 PARTS = ("teacher", "weak_teacher", "target", "weighting", "velocity_head", "perceptual", "generator")
 Metrics = dict[str, Any]  # detached scalars by name, and under "rows" and "terms" what diagnostics look at
@@ -114,8 +113,9 @@ class GuidanceSettings(Settings):
         return Guidance(omega=omega, kappa=self.kappa, interval=self.interval, null=context.batch.null)
 
 
-class MethodSettings(Settings):
-    """What the trainer asks of every method. A subclass gives its fields, and `draw_times`."""
+@with_sampler_parameters
+class CommonSettings(Settings):
+    """Fields that all methods have, up to those of the samplers' parameters, which the decorator adds."""
 
     name: str
     learned_weight: bool = False
@@ -128,8 +128,11 @@ class MethodSettings(Settings):
     """Steps of the sample grids."""
     sampler: Sampler | None = None
     """Of all samples; None: the method's own, see `fastdistill explain`."""
-    sample_gamma: Share = 0.5
-    """Of the sampler gamma: how much of the noise is new at each step."""
+
+
+class MethodSettings(CommonSettings):
+    """What the trainer asks of every method. A subclass gives its fields, and `draw_times`."""
+
     sample_guidance: float = Field(1.0, ge=0)
     """Guidance scale of samples, where the network can still be guided; 1 is none. Any other takes two evaluations."""
 

@@ -15,6 +15,7 @@ import torch
 from fastdistill import objectives
 from fastdistill.benchmarks.methods import evidence
 from fastdistill.benchmarks.methods.evidence import MUTANTS, Job
+from fastdistill.eval.digits import DigitJudge
 from fastdistill.train import NonFiniteError
 from tests.benchmarks.methods.summaries import method, ring
 
@@ -157,7 +158,7 @@ def test_a_measurement_is_kept_until_the_run_changes(tmp_path: Path, monkeypatch
 def test_references_of_digits_tell_copies_and_means_from_unseen_digits(tmp_path: Path) -> None:
     """Copies: at no distance, and found out; means: right in class, and nothing like the digits' spread."""
     references: dict[str, dict[str, float]] = {"held_out": {"frechet": 4.6}}
-    evidence.add_references(references, evidence.judge_in(tmp_path))
+    evidence.add_references(references, DigitJudge(tmp_path))
     unseen, copies, means = (references[name] for name in ("held_out", "training_digits", "class_mean"))
     assert copies["frechet"] < unseen["frechet"] < 0.1 * means["frechet"]
     assert copies["nearest_neighbour_ratio"] == 0
