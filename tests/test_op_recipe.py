@@ -90,6 +90,17 @@ def test_it_is_counted_and_benchmarked(copy: tuple[Path, set[str]]) -> None:
     """Its parity is judged before a time is taken, by the suite that it is in by being there."""
     code = "from fastdistill.benchmarks.count.op_problems import NAMES; print('l2_norm' in NAMES)"
     assert run(copy[0], "-c", code).strip() == "True"
-    bench = "-m fastdistill.cli bench --suite norms --quick --device cpu --cases l2_norm.*forward".split()
+    bench = [
+        "-m",
+        "fastdistill.cli",
+        "bench",
+        "--suite",
+        "norms",
+        "--quick",
+        "--device",
+        "cpu",
+        "--cases",
+        "l2_norm.*forward",
+    ]
     command = (*bench, "--providers", "fastdistill torch", "no tangent")
     assert "l2_norm" in run(copy[0], *command)

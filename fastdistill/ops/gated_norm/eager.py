@@ -7,162 +7,122 @@ and dgate is the sum of h∘dr; the tangents' by the product rule.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastdistill.ops.norm.eager import _multiply_add, _sum, backward_block, forward_block, plan
-from fastdistill.ops.protocol.row_blocks import Gradients, Rows, accumulator_dtype, memory, part, row_blocks
+from fastdistill.ops.norm.eager import Statistics, backward_block, forward_block, plan
+from fastdistill.ops.protocol.pair import (
+    ABSENT,
+    Needs,
+    Pair,
+    Pairs,
+    add,
+    add_product,
+    cast,
+    moves,
+    times,
+    without_tangents,
+)
+from fastdistill.ops.protocol.row_blocks import (
+    Gradients,
+    Rows,
+    accumulator_dtype,
+    memories,
+    part,
+    parts,
+    row_blocks,
+)
 
 
-def gated_norm_forward(
-    x: Tensor,
-    t_x: Tensor | None,
-    h: Tensor,
-    t_h: Tensor | None,
-    gate: Tensor | None,
-    t_gate: Tensor | None,
-    weight: Tensor | None,
-    t_weight: Tensor | None,
-    bias: Tensor | None,
-    t_bias: Tensor | None,
-    scale: Tensor | None,
-    t_scale: Tensor | None,
-    shift: Tensor | None,
-    t_shift: Tensor | None,
-    *,
-    eps: float,
-    rms: bool,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """r = x + gate∘h and its modulated norm y, with their tangents: (r, t_r, y, t_y, mean, rstd).
+def gated_norm_forward(inputs: Pairs, *, eps: float, rms: bool) -> tuple[list[Pair], Statistics]:
+    """Return r = x + gate∘h and its modulated norm y, with tangents: (((r, t_r), (y, t_y)), (mean, rstd)).
 
-    x, h (B, T, C), any strides; the gate as scale and shift, (B or 1, T or 1, C), or None for one. r, t_r have x's
-    dtype, y, t_y have h's; all is computed in float32 (float64 for float64). The rest is as in `norm_forward`. Both
-    tangents are None without any, and neither with one.
+    Args:
+        inputs: the pairs of x and h (B, T, C), of any strides, of the gate, as scale and shift (B or 1, T or 1, C) or
+            None for one, and of weight, bias, scale and shift as in `norm_forward`.
+        eps, rms: as there.
 
-    Equivalent to: `torch.func.jvp(reference.gated_residual_ada_norm, (x, h, gate, ...), (t_x, t_h, t_gate, ...))`.
+    Returns:
+        r, t_r in x's dtype, y, t_y in h's, the rest as there; all is computed in float32 (float64 for float64). Both
+        tangents are None without any, and neither with one.
+
+    Equivalent to:
+        `torch.func.jvp(reference.gated_residual_ada_norm, (x, h, gate, ...), (t_x, t_h, t_gate, ...))`
     """
-    dtype = accumulator_dtype(x, h)
-    arguments = (x, t_x, h, t_h, gate, t_gate, weight, t_weight, bias, t_bias, scale, t_scale, shift, t_shift)
-    taken = {memory(a) for a in arguments if a is not None}
+    (x, _), (h, _), *_ = inputs
+    dtype, taken = accumulator_dtype(x, h), memories(inputs)
     r, t_r = (Rows(x.shape, x.dtype, x.device) for _ in range(2))
     y, t_y = (Rows(x.shape, h.dtype, x.device) for _ in range(2))
     mean, rstd = (Rows(x.shape[:-1], dtype, x.device) for _ in range(2))
     for at in row_blocks(x):
-        parts: list[Any] = [part(a, at) for a in arguments]
-        of_r = _residual(*parts[:6], dtype=dtype)
-        of_y = forward_block(*of_r, *parts[6:], eps=eps, rms=rms, dtype=dtype)
-        for result, found in zip((r, t_r, y, t_y, mean, rstd), (*of_r, *of_y), strict=True):
+        block = parts(inputs, at)
+        of_r = _residual(block, dtype)
+        of_y, *statistics = forward_block([of_r, *block[3:]], eps=eps, rms=rms, dtype=dtype)
+        for result, found in zip((r, t_r, y, t_y, mean, rstd), (*of_r, *of_y, *statistics), strict=True):
             if found is not None:
                 result.put(found, at, taken)
     if t_y.whole is not None and t_r.whole is None:
         t_r.whole = x.new_zeros(x.shape)
-    assert r.whole is not None and y.whole is not None and rstd.whole is not None
-    return r.whole, t_r.whole, y.whole, t_y.whole, mean.whole, rstd.whole
+    return [Pair(r.whole, t_r.whole), Pair(y.whole, t_y.whole)], (mean.whole, rstd.whole)
 
 
 def gated_norm_backward(
-    dr: Tensor | None,
-    dt_r: Tensor | None,
-    dy: Tensor | None,
-    dt_y: Tensor | None,
-    x: Tensor,
-    t_x: Tensor | None,
-    h: Tensor,
-    t_h: Tensor | None,
-    gate: Tensor | None,
-    t_gate: Tensor | None,
-    weight: Tensor | None,
-    t_weight: Tensor | None,
-    bias: Tensor | None,
-    t_bias: Tensor | None,
-    scale: Tensor | None,
-    t_scale: Tensor | None,
-    shift: Tensor | None,
-    t_shift: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    *,
-    rms: bool,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of <dr, r> + <dt_r, t_r> + <dy, y> + <dt_y, t_y>.
+    cotangents: Pairs, inputs: Pairs, saved: tuple[Any, Statistics], *, rms: bool, needs: Needs
+) -> list[Pair]:
+    """Return the gradients of <dr, r> + <dt_r, t_r> + <dy, y> + <dt_y, t_y>, in pairs as `needs`.
 
-    In the order (x, h, gate, weight, bias, scale, shift), then of their tangents; `needs` says which of the fourteen,
-    the others are None. Each has the shape and dtype of its argument. Any cotangent may be None, but not all; without
-    dt_r and dt_y no tangent is read.
+    Args:
+        cotangents: (dr, dt_r) and (dy, dt_y). Any may be None, but not all; without dt_r and dt_y no tangent is read.
+        inputs, rms: as in `gated_norm_forward`.
+        saved: its outputs, which aren't read, and mean and rstd.
+        needs: which gradients are wanted, in the order of the inputs; the others are None.
+
+    Returns:
+        (dx, dt_x), (dh, dt_h), (dgate, dt_gate), ..., each in the shape and dtype of its argument.
+
+    Raises:
+        ValueError: there is no cotangent.
     """
-    if all(d is None for d in (dr, dt_r, dy, dt_y)):
+    if all(d is None for pair in cotangents for d in pair):
         raise ValueError("dr: expected a tensor where dt_r, dy and dt_y are None, got None")
-    if dt_r is None and dt_y is None:
-        t_x = t_h = t_gate = t_weight = t_bias = t_scale = t_shift = None
-    arguments = (dr, dt_r, dy, dt_y, x, t_x, h, t_h, gate, t_gate)
-    of_norm = (weight, t_weight, bias, t_bias, scale, t_scale, shift, t_shift, mean, rstd)
-    grads = Gradients((x, h, gate, weight, bias, scale, shift), needs, x, (dr, dt_r, dy, dt_y))
-    blocks, centred = plan(x, scale, shift, mean, rstd, primal=dt_r is None and dt_y is None)
+    primal = not moves(cotangents)
+    inputs = without_tangents(inputs) if primal else inputs
+    (x, _), *_, (scale, _), (shift, _) = inputs
+    mean, rstd = saved[1]
+    assert rstd is not None
+    grads = Gradients(inputs, needs, x, cotangents)
+    blocks, centred = plan(x, scale, shift, mean, rstd, primal=primal)
     for at in blocks:
-        parts: list[Any] = [part(a, at) for a in (*arguments, *of_norm)]
-        options: dict[str, Any] = {"rms": rms, "needs": needs, "centred": centred, "dtype": rstd.dtype}
-        grads.put(_gradients(*parts[:10], of_norm=parts[10:], **options), at)
+        statistics = (part(mean, at), part(rstd, at))
+        options: dict[str, Any] = {"rms": rms, "needs": needs, "centred": centred}
+        grads.put(_gradients(parts(cotangents, at), parts(inputs, at), statistics, **options), at)
     return grads.results()
 
 
 def _gradients(
-    dr: Tensor | None,
-    dt_r: Tensor | None,
-    dy: Tensor | None,
-    dt_y: Tensor | None,
-    x: Tensor | None,
-    t_x: Tensor | None,
-    h: Tensor | None,
-    t_h: Tensor | None,
-    gate: Tensor | None,
-    t_gate: Tensor | None,
-    *,
-    of_norm: Sequence[Tensor | None],
-    rms: bool,
-    needs: tuple[bool, ...],
-    centred: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor | None, ...]:
-    """The fourteen gradients at some rows; None is zero, or was not asked for."""
-    before, t_before = any(needs[:3]), any(needs[7:10])
-    found: Sequence[Tensor | None] = [None] * 10
-    if dy is not None or dt_y is not None:
-        wanted = (before or t_before, *needs[3:7], dt_y is not None and (before or t_before), *needs[10:])
-        of_r = _residual(x, t_x, h, t_h, gate, t_gate, dtype=dtype)
-        found = backward_block(dy, dt_y, *of_r, *of_norm, rms=rms, needs=wanted, centred=centred)
-    dr, dt_r = (_sum(found[i], None if d is None else d.to(dtype)) for i, d in ((0, dr), (5, dt_r)))
-    rows, t_rows, factor, t_factor = (None if a is None else a.to(dtype) for a in (h, t_h, gate, t_gate))
-    dh, dt_h = (d if factor is None else _product(d, factor) for d in (dr, dt_r))
-    dh = _sum(dh, _product(dt_r, t_factor))
-    dgate = dt_gate = None
-    if gate is not None:
-        dgate, dt_gate = _sum(_product(dr, rows), _product(dt_r, t_rows)), _product(dt_r, rows)
-    return (dr, dh, dgate, *found[1:5], dt_r, dt_h, dt_gate, *found[6:])
+    cotangents: Pairs, inputs: Pairs, statistics: Statistics, *, rms: bool, needs: Needs, centred: bool
+) -> list[Pair]:
+    """Return the gradients at some rows; None is zero, or was not asked for."""
+    of_r, of_y = cotangents
+    dtype: Any = None if statistics[1] is None else statistics[1].dtype
+    before = [any(need) for need in zip(*needs[:3])]
+    found = [ABSENT] * 5
+    if of_y.primal is not None or of_y.tangent is not None:
+        wanted = [(any(before), of_y.tangent is not None and any(before)), *needs[3:]]
+        rows = [_residual(inputs, dtype), *inputs[3:]]
+        found = backward_block(of_y, rows, statistics, rms=rms, needs=wanted, centred=centred)
+    dr, dt_r = (add(grad, cast(d, dtype)) for grad, d in zip(found[0], of_r))
+    (h, t_h), (gate, t_gate) = (Pair(cast(x, dtype), cast(t, dtype)) for x, t in inputs[1:3])
+    dh, dt_h = (d if gate is None else times(d, gate) for d in (dr, dt_r))
+    dh = add(dh, times(dt_r, t_gate))
+    of_gate = ABSENT if gate is None else Pair(add(times(dr, h), times(dt_r, t_h)), times(dt_r, h))
+    return [Pair(dr, dt_r), Pair(dh, dt_h), of_gate, *found[1:]]
 
 
-def _residual(
-    x: Any,
-    t_x: Tensor | None,
-    h: Any,
-    t_h: Tensor | None,
-    gate: Tensor | None,
-    t_gate: Tensor | None,
-    *,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None]:
-    """r and its tangent, in `dtype`."""
-    x, h = x.to(dtype), h.to(dtype)
-    t_x, t_h, gate, t_gate = (None if a is None else a.to(dtype) for a in (t_x, t_h, gate, t_gate))
-    r = x + h if gate is None else torch.addcmul(x, gate, h)
-    t_r = t_x if t_gate is None else _multiply_add(t_x, t_gate, h)
-    if gate is None or t_h is None:
-        return r, _sum(t_r, t_h)
-    return r, _multiply_add(t_r, gate, t_h)
-
-
-def _product(x: Tensor | None, y: Tensor | None) -> Tensor | None:
-    return None if x is None or y is None else x * y
+def _residual(inputs: Pairs, dtype: torch.dtype) -> Pair:
+    """Return r and its tangent, in `dtype`."""
+    (x, t_x), (h, t_h), (gate, t_gate) = (Pair(cast(x, dtype), cast(t, dtype)) for x, t in inputs[:3])
+    if gate is None:
+        return Pair(x + h, add(t_x, t_h))
+    return Pair(torch.addcmul(x, gate, h), add_product(add_product(t_x, t_gate, h), gate, t_h))

@@ -11,71 +11,60 @@ is zero. Means are over the last dimension.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdistill.ops.protocol.row_blocks import At, Gradients, Rows, accumulator_dtype, memory, part, row_blocks
+from fastdistill.ops.protocol.pair import ABSENT, Needs, Pair, Pairs, affine, cast, without_tangents
+from fastdistill.ops.protocol.row_blocks import (
+    At,
+    Gradients,
+    Rows,
+    accumulator_dtype,
+    memories,
+    part,
+    parts,
+    row_blocks,
+)
 
 MOST_OFFSET = 1.0  # means up to so many standard deviations cost PyTorch's kernel no digits
 LEAST_SAMPLE = 1 << 14  # elements of a sample from which on a kernel for each is worth its launch
+Statistics = Sequence[Tensor | None]  # mean, None for RMSNorm, and rstd of each row
 
 
-def norm_forward(
-    x: Tensor,
-    t_x: Tensor | None,
-    weight: Tensor | None,
-    t_weight: Tensor | None,
-    bias: Tensor | None,
-    t_bias: Tensor | None,
-    scale: Tensor | None,
-    t_scale: Tensor | None,
-    shift: Tensor | None,
-    t_shift: Tensor | None,
-    *,
-    eps: float,
-    rms: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """The normalised, affine, modulated x and its tangent: (y, t_y, mean, rstd).
+def norm_forward(inputs: Pairs, *, eps: float, rms: bool) -> tuple[list[Pair], Statistics]:
+    """Return the normalised, affine, modulated x and its tangent: (((y, t_y),), (mean, rstd)).
 
-    x (B, T, C), any strides; weight, bias (C,) or None; scale, shift (B or 1, T or 1, C) or None. y and t_y are in x's
-    dtype; mean and rstd (B, T), and all of the computation, in float32 (float64 for float64). t_y is None without any
-    tangent, mean is None for RMSNorm.
+    Args:
+        inputs: the pairs of x (B, T, C), of any strides, of weight and bias (C,), and of scale and shift (B or 1, T or
+            1, C); all but x may be None.
+        eps: added to the variance.
+        rms: RMSNorm, which takes no mean.
 
-    Equivalent to: `torch.func.jvp(reference.norm, (x, weight, bias, scale, shift), (t_x, t_weight, ...))`.
+    Returns:
+        y, t_y in x's dtype; mean, rstd (B, T), and all of the computation, in float32 (float64 for float64). t_y is
+        None without any tangent, mean is None for RMSNorm.
+
+    Equivalent to:
+        `torch.func.jvp(reference.norm, (x, weight, bias, scale, shift), (t_x, t_weight, ...))`
     """
-    dtype = accumulator_dtype(x)
-    arguments = (x, t_x, weight, t_weight, bias, t_bias, scale, t_scale, shift, t_shift)
-    taken = {memory(a) for a in arguments if a is not None}
+    x = inputs[0].primal
+    dtype, taken = accumulator_dtype(x), memories(inputs)
     y, t_y = Rows(x.shape, x.dtype, x.device), Rows(x.shape, x.dtype, x.device)
     mean, rstd = (Rows(x.shape[:-1], dtype, x.device) for _ in range(2))
     for at in row_blocks(x):
-        block = forward_block(*(part(a, at) for a in arguments), eps=eps, rms=rms, dtype=dtype)
-        for result, found in zip((y, t_y, mean, rstd), block, strict=True):
+        of_y, *statistics = forward_block(parts(inputs, at), eps=eps, rms=rms, dtype=dtype)
+        for result, found in zip((y, t_y, mean, rstd), (*of_y, *statistics), strict=True):
             if found is not None:
                 result.put(found, at, taken)
-    assert y.whole is not None and rstd.whole is not None
-    return y.whole, t_y.whole, mean.whole, rstd.whole
+    return [Pair(y.whole, t_y.whole)], (mean.whole, rstd.whole)
 
 
-def forward_block(
-    x: Any,
-    t_x: Tensor | None,
-    weight: Tensor | None,
-    t_weight: Tensor | None,
-    bias: Tensor | None,
-    t_bias: Tensor | None,
-    scale: Tensor | None,
-    t_scale: Tensor | None,
-    shift: Tensor | None,
-    t_shift: Tensor | None,
-    *,
-    eps: float,
-    rms: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """(y, t_y, mean, rstd) of some rows, in `dtype`; t_y may be a mere t_shift, in its shape and memory."""
+def forward_block(inputs: Pairs, *, eps: float, rms: bool, dtype: torch.dtype) -> tuple[Pair, Tensor | None, Tensor]:
+    """Return ((y, t_y), mean, rstd) of some rows, in `dtype`; t_y may be a mere t_shift, in its shape and memory."""
+    (x, t_x), weight, bias, scale, shift = inputs
     width, rows, mean = x.shape[-1], x.to(dtype), None
     if rms:
         rstd = rows.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
@@ -88,51 +77,50 @@ def forward_block(
         xh, rest, rstd = torch.native_layer_norm(rows, (width,), None, None, eps)
         rows, mean = rows.sub_(rest), mean.add_(rest).squeeze(-1)
     t_xh = None if t_x is None else _Normed(rows, xh, rstd, rms).pull_back(t_x.to(dtype))
-    h = _affine(_Pair(xh, t_xh), _pair(weight, t_weight, dtype), _pair(bias, t_bias, dtype))
-    y = _affine(h, _one_plus(scale, t_scale, dtype), _pair(shift, t_shift, dtype))
-    return y.value, y.tangent, mean, rstd.squeeze(-1)
+    h = affine(Pair(xh, t_xh), _in(weight, dtype), _in(bias, dtype))
+    return affine(h, _one_plus(scale, dtype), _in(shift, dtype)), mean, rstd.squeeze(-1)
 
 
 def norm_backward(
-    dy: Tensor | None,
-    dt_y: Tensor | None,
-    x: Tensor,
-    t_x: Tensor | None,
-    weight: Tensor | None,
-    t_weight: Tensor | None,
-    bias: Tensor | None,
-    t_bias: Tensor | None,
-    scale: Tensor | None,
-    t_scale: Tensor | None,
-    shift: Tensor | None,
-    t_shift: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    *,
-    rms: bool,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of <dy, y> + <dt_y, t_y>: (dx, dweight, dbias, dscale, dshift, dt_x, ..., dt_shift).
+    cotangents: Pairs, inputs: Pairs, saved: tuple[Any, Statistics], *, rms: bool, needs: Needs
+) -> list[Pair]:
+    """Return the gradients of <dy, y> + <dt_y, t_y>, in pairs as `needs`.
 
-    `needs` says which of the ten, in that order; the others are None. Each has the shape and dtype of its argument.
-    Without dt_y this is the primal backward, and no tangent is read; with dt_y, dy may be None.
+    Args:
+        cotangents: ((dy, dt_y),). Without dt_y this is the primal backward, and no tangent is read; with dt_y, dy may
+            be None.
+        inputs, rms: as in `norm_forward`.
+        saved: its outputs, which aren't read, and mean and rstd.
+        needs: which gradients of x, weight, bias, scale, shift and of their tangents are wanted; the others are None.
+
+    Returns:
+        (dx, dt_x), (dweight, dt_weight), ..., each in the shape and dtype of its argument.
+
+    Raises:
+        ValueError: there is no cotangent.
     """
+    ((dy, dt_y),) = cotangents
     if dt_y is None and dy is None:
         raise ValueError("dy: expected a tensor where dt_y is None, got None")
-    arguments = (dy, dt_y, x, t_x, weight, t_weight, bias, t_bias, scale, t_scale, shift, t_shift, mean, rstd)
-    grads = Gradients((x, weight, bias, scale, shift), needs, x, (dy, dt_y))
+    (x, _), _, _, (scale, _), (shift, _) = inputs
+    mean, rstd = saved[1]
+    assert rstd is not None
+    grads = Gradients(inputs, needs, x, cotangents)
     blocks, centred = plan(x, scale, shift, mean, rstd, primal=dt_y is None)
     if not centred and scale is None and shift is None and x.dtype == rstd.dtype:
         blocks = [()]  # one kernel, without a temporary
     for at in blocks:
-        grads.put(backward_block(*(part(a, at) for a in arguments), rms=rms, needs=needs, centred=centred), at)
+        statistics = (part(mean, at), part(rstd, at))
+        (of_y,) = parts(cotangents, at)
+        block = backward_block(of_y, parts(inputs, at), statistics, rms=rms, needs=needs, centred=centred)
+        grads.put(block, at)
     return grads.results()
 
 
 def plan(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, mean: Tensor | None, rstd: Tensor, *, primal: bool
 ) -> tuple[list[At], bool]:
-    """The blocks of a backward pass, and whether their rows have to be centred.
+    """Return the blocks of a backward pass, and whether their rows have to be centred.
 
     PyTorch's kernel for the primal backward of LayerNorm has no need of it, but its error grows with |mean| rstd; what
     that is, only a CPU says without waiting. For the kernel a modulation that is one vector for a block is a weight.
@@ -146,59 +134,42 @@ def plan(
 
 
 def backward_block(
-    dy: Tensor | None,
-    dt_y: Tensor | None,
-    x: Any,
-    t_x: Tensor | None,
-    weight: Tensor | None,
-    t_weight: Tensor | None,
-    bias: Tensor | None,
-    t_bias: Tensor | None,
-    scale: Tensor | None,
-    t_scale: Tensor | None,
-    shift: Tensor | None,
-    t_shift: Tensor | None,
-    mean: Tensor | None,
-    rstd: Any,
-    *,
-    rms: bool,
-    needs: tuple[bool, ...],
-    centred: bool = True,
-) -> tuple[Tensor | None, ...]:
-    """The ten gradients at some rows, in float32 or better; those of parameters may still want to be summed.
+    cotangent: Pair, inputs: Pairs, statistics: Statistics, *, rms: bool, needs: Needs, centred: bool = True
+) -> list[Pair]:
+    """Return the gradients at some rows, in float32 or better; those of parameters may still want to be summed.
 
     None is zero, or was not asked for; some that were not asked for may be there. They may be the cotangents.
     Without `centred`, LayerNorm's primal backward takes x as it is: see `plan`.
     """
-    if dt_y is None and dy is not None and mean is not None and _are_vectors(scale, shift):
-        return *_native_backward(dy, x, weight, bias, scale, mean, rstd, needs, centred), *[None] * 5
+    (dy, dt_y), (mean, rstd) = cotangent, statistics
+    assert rstd is not None
+    if dt_y is None and mean is not None and _are_vectors(inputs[3].primal, inputs[4].primal):
+        return _native_backward(dy, [x for x, _ in inputs], mean, rstd, needs, centred)
     if dt_y is None:
-        cotangent, t_cotangent, t_x, t_weight, t_bias, t_scale = dy, None, None, None, None, None
-        wants = [(need, False) for need in needs[:5]]
+        of_y, inputs = Pair(dy), without_tangents(inputs)
+        wants = [of_primal for of_primal, _ in needs]
     else:
-        cotangent, t_cotangent = dt_y, dy
-        wants = list(zip(needs[5:], needs[:5], strict=True))
-    assert cotangent is not None
+        of_y = Pair(dt_y, dy)
+        wants = [of_primal or of_tangent for of_primal, of_tangent in needs]
+    (x, t_x), weight, bias, scale, _ = inputs
     dtype, rstd = rstd.dtype, rstd.unsqueeze(-1)
     rows = x.to(dtype) if mean is None else x.to(dtype) - mean.unsqueeze(-1)
-    weights = _pair(weight, t_weight, dtype)
-    of_y = _Pair(cotangent.to(dtype), None if t_cotangent is None else t_cotangent.to(dtype))
-    of_h = _affine(of_y, _one_plus(scale, t_scale, dtype))
-    found: list[_Pair | None] = [None, None, of_h, None, of_y]
+    of_y, weights = _in(of_y, dtype), _in(weight, dtype)
+    of_h = affine(of_y, _one_plus(scale, dtype))
+    found = [ABSENT, ABSENT, of_h, ABSENT, of_y]
     core = _Normed(rows, None, rstd, rms)
     a, t_xh = (None, None)
     if t_x is not None:
         t_rows = t_x.to(dtype)
         a = core.along(t_rows)
         t_xh = core.pull_back(t_rows, a)
-    if any(wants[0]):
-        found[0] = _input_gradient(_affine(of_h, weights), core, t_xh, a)
-    if any(wants[1]):
-        found[1] = _affine(of_h, _Pair(core.xh, t_xh))
-    if any(wants[3]):
-        found[3] = _affine(of_y, _affine(_Pair(core.xh, t_xh), weights, _pair(bias, t_bias, dtype)))
-    of_value, of_tangent = zip(*((None, None) if pair is None else pair for pair in found), strict=True)
-    return (*of_value, *of_tangent) if dt_y is None else (*of_tangent, *of_value)
+    if wants[0]:
+        found[0] = _input_gradient(affine(of_h, weights), core, t_xh, a)
+    if wants[1]:
+        found[1] = affine(of_h, Pair(core.xh, t_xh))
+    if wants[3]:
+        found[3] = affine(of_y, affine(Pair(core.xh, t_xh), weights, _in(bias, dtype)))
+    return found if dt_y is None else [Pair(tangent, value) for value, tangent in found]
 
 
 def _are_vectors(*modulations: Tensor | None) -> bool:
@@ -206,36 +177,29 @@ def _are_vectors(*modulations: Tensor | None) -> bool:
 
 
 def _native_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    needs: tuple[bool, ...],
-    centred: bool,
-) -> tuple[Tensor | None, ...]:
-    """The primal backward of a LayerNorm by PyTorch's kernel, whose weight is weight (1 + scale): five gradients."""
+    dy: Tensor, primals: Sequence[Any], mean: Tensor, rstd: Tensor, needs: Needs, centred: bool
+) -> list[Pair]:
+    """Return the primal gradients of a LayerNorm by PyTorch's kernel, whose weight is weight (1 + scale)."""
+    x, weight, bias, scale, _ = primals
     dtype, mean, rstd = rstd.dtype, mean.unsqueeze(-1), rstd.unsqueeze(-1)
     rows = x.to(dtype)
     if centred:
         rows, mean = rows - mean, torch.zeros_like(mean)
-    weight, bias = (None if a is None else a.to(dtype) for a in (weight, bias))
+    weight, bias = cast(weight, dtype), cast(bias, dtype)
     factor = None if scale is None else 1 + scale.to(dtype).flatten()
     gamma = factor if weight is None else weight if factor is None else weight * factor
-    parameters = any(needs[1:5])
+    parameters = any(of_primal for of_primal, _ in needs[1:])
     if gamma is None and parameters:
         gamma = rows.new_ones(rows.shape[-1])
     dx, along, total = torch.ops.aten.native_layer_norm_backward(
-        dy.to(dtype), rows, rows.shape[-1:], mean, rstd, gamma, gamma, (needs[0], parameters, parameters)
+        dy.to(dtype), rows, rows.shape[-1:], mean, rstd, gamma, gamma, (needs[0][0], parameters, parameters)
     )
     if not parameters:
-        return dx, None, None, None, None
+        return [Pair(dx), *[ABSENT] * 4]
     dweight, dbias = (along, total) if factor is None else (along * factor, total * factor)
     dscale = along if weight is None else along * weight
     dscale = dscale if bias is None else torch.addcmul(dscale, total, bias)
-    return dx, dweight, dbias, dscale[None, None], total[None, None]
+    return list(map(Pair, (dx, dweight, dbias, dscale[None, None], total[None, None])))
 
 
 class _Normed:
@@ -246,17 +210,17 @@ class _Normed:
 
     @property
     def xh(self) -> Tensor:
-        """The normalised rows, once somebody asks."""
+        """Return the normalised rows, made once somebody asks."""
         if self._xh is None:
             self._xh = self.rows * self.rstd
         return self._xh
 
     def along(self, u: Tensor) -> Tensor:
-        """mean(xh u)."""
+        """Return mean(xh u)."""
         return (self.xh * u).mean(dim=-1, keepdim=True)
 
     def pull_back(self, u: Tensor, along: Tensor | None = None) -> Tensor:
-        """rstd Pi(u); `along` is mean(xh u), for who has it."""
+        """Return rstd Pi(u); `along` is mean(xh u), for who has it."""
         if self._rms:
             return torch.addcmul(u, self.xh, self.along(u) if along is None else along, value=-1).mul_(self.rstd)
         shape, zero = self.rows.shape[-1:], torch.zeros_like(self.rstd)
@@ -266,41 +230,16 @@ class _Normed:
         ]
 
 
-class _Pair(NamedTuple):
-    value: Tensor
-    tangent: Tensor | None
+def _in(x: Pair, dtype: torch.dtype) -> Pair:
+    return Pair(cast(x.primal, dtype), cast(x.tangent, dtype))
 
 
-def _pair(x: Tensor | None, t_x: Tensor | None, dtype: torch.dtype) -> _Pair | None:
-    return None if x is None else _Pair(x.to(dtype), None if t_x is None else t_x.to(dtype))
+def _one_plus(scale: Pair, dtype: torch.dtype) -> Pair:
+    return Pair(None if scale.primal is None else 1 + scale.primal.to(dtype), cast(scale.tangent, dtype))
 
 
-def _one_plus(scale: Tensor | None, t_scale: Tensor | None, dtype: torch.dtype) -> _Pair | None:
-    return _pair(None if scale is None else 1 + scale.to(dtype), t_scale, dtype)
-
-
-def _affine(x: _Pair, factor: _Pair | None, addend: _Pair | None = None) -> _Pair:
-    """x * factor + addend by the product rule; a factor of None is one, an addend of None is zero."""
-    value, t_value = (None, None) if addend is None else addend
-    if factor is None:
-        return _Pair(x.value if value is None else x.value + value, _sum(x.tangent, t_value))
-    if factor.tangent is not None:
-        t_value = _multiply_add(t_value, x.value, factor.tangent)
-    if x.tangent is not None:
-        t_value = _multiply_add(t_value, x.tangent, factor.value)
-    return _Pair(_multiply_add(value, x.value, factor.value), t_value)
-
-
-def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
-    return y if x is None else x if y is None else x + y
-
-
-def _multiply_add(addend: Tensor | None, x: Tensor, factor: Tensor) -> Tensor:
-    return x * factor if addend is None else torch.addcmul(addend, x, factor)
-
-
-def _input_gradient(of_xh: _Pair, core: _Normed, t_xh: Tensor | None, a: Tensor | None) -> _Pair:
-    """rstd Pi(dxh) and its tangent; `a` is mean(xh t_x)."""
+def _input_gradient(of_xh: Pair, core: _Normed, t_xh: Tensor | None, a: Tensor | None) -> Pair:
+    """Return rstd Pi(dxh) and its tangent; `a` is mean(xh t_x)."""
     dxh, t_dxh = of_xh
     along = None if t_xh is None else core.along(dxh)
     value = core.pull_back(dxh, along)
@@ -309,8 +248,9 @@ def _input_gradient(of_xh: _Pair, core: _Normed, t_xh: Tensor | None, a: Tensor 
         other = (t_xh * dxh).mean(dim=-1, keepdim=True)
         change = (t_xh * along).addcmul_(core.xh, other).addcmul_(value, a).mul_(core.rstd)
         tangent = change.neg_() if tangent is None else tangent.sub_(change)
-    return _Pair(value, tangent)
+    return Pair(value, tangent)
 
 
-def _fresh(x: Tensor, like: Tensor) -> Tensor:
+def fresh(x: Tensor, like: Tensor) -> Tensor:
+    """Return a copy of x in the dtype of `like`, contiguous and in memory of its own."""
     return like.new_empty(like.shape).copy_(x)

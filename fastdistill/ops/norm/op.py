@@ -12,53 +12,43 @@ from fastdistill.ops.norm import second_order
 from fastdistill.ops.protocol import context, dispatch
 from fastdistill.ops.protocol import torch_functions as F
 from fastdistill.ops.protocol.dual_op import DualOp, Spec, Tensors
-from fastdistill.ops.protocol.pair import Needs, Pairs, flat, paired
+from fastdistill.ops.protocol.pair import Needs, Pairs
 
 MAX_TRITON_WIDTH = 8192
 
 
 def choose(x: Tensor, impl: str) -> str:
-    """The implementation that runs: "torch" or "triton"."""
+    """Return the implementation that runs: "torch" or "triton"."""
     if impl != "auto":
         return impl
     triton_runs = x.device.type == "cuda" and x.dtype != torch.float64 and x.shape[-1] <= MAX_TRITON_WIDTH
     return "triton" if triton_runs and dispatch.triton_problem(x.device) is None else "torch"
 
 
+def _module(x: Tensor, impl: str) -> Any:
+    return dispatch.implementation("norm", choose(x, impl))
+
+
 def _forward(inputs: Pairs, attrs: Sequence[Any], tangent_grad: bool) -> tuple[Pairs, Tensors]:
-    primals, tangents = zip(*inputs)
-    x, weight, bias, scale, shift = primals
-    t_x, t_weight, t_bias, t_scale, t_shift = tangents
     eps, rms, impl = attrs
-    assert x is not None
-    y, t_y, mean, rstd = dispatch.implementation("norm", choose(x, impl)).norm_forward(
-        x, t_x, weight, t_weight, bias, t_bias, scale, t_scale, shift, t_shift, eps=eps, rms=rms
-    )
-    return paired([y], [t_y]), (mean, rstd)
+    results: tuple[Pairs, Tensors] = _module(inputs[0].primal, impl).norm_forward(inputs, eps=eps, rms=rms)
+    return results
 
 
-def _backward(
-    cotangents: Pairs, inputs: Pairs, saved: tuple[Pairs, Tensors], attrs: Sequence[Any], needs: Needs
-) -> Pairs:
-    (d_outs, dt_outs), (primals, tangents), residuals = zip(*cotangents), zip(*inputs), saved[1]
-    needs = flat(needs)
-    (dy,), (dt_y,), (x, *_), (mean, rstd), (_, rms, impl) = d_outs, dt_outs, primals, residuals, attrs
-    assert x is not None
-    pairs = [x for pair in zip(primals, tangents) for x in pair]
-    grads: Tensors = dispatch.implementation("norm", choose(x, impl)).norm_backward(
-        dy, dt_y, *pairs, mean, rstd, rms=rms, needs=tuple(needs)
-    )
-    return paired(grads[:5], grads[5:])
+def _backward(cotangents: Pairs, inputs: Pairs, saved: Any, attrs: Sequence[Any], needs: Needs) -> Pairs:
+    _, rms, impl = attrs
+    module = _module(inputs[0].primal, impl)
+    grads: Pairs = module.norm_backward(cotangents, inputs, saved, rms=rms, needs=needs)
+    return grads
 
 
-def _native(primals: Tensors, attrs: Sequence[Any]) -> Tensors | None:
+def _native(primals: Sequence[Any], attrs: Sequence[Any]) -> Tensors | None:
     """PyTorch's own norm, where no implementation was asked for by name and one dtype runs through.
 
     A modulated 16-bit norm is not among them: composed, it would round three times where the fused one rounds once.
     """
     x, weight, bias, scale, shift = primals
     eps, rms, impl = attrs
-    assert x is not None
     if impl != "auto" or any(p is not None and p.dtype != x.dtype for p in primals):
         return None
     composed = scale is not None or shift is not None or (rms and bias is not None)
@@ -71,7 +61,7 @@ def _native(primals: Tensors, attrs: Sequence[Any]) -> Tensors | None:
 
 
 def native_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
-    """PyTorch's own norm over the last dimension; its RMSNorm takes no bias, which is added here."""
+    """Return PyTorch's own norm over the last dimension; its RMSNorm takes no bias, which is added here."""
     if not rms:
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     y = F.rms_norm(x, x.shape[-1:], weight, eps)
@@ -79,24 +69,17 @@ def native_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
 
 
 def _specs(inputs: Pairs, attrs: Sequence[Any], tangent_grad: bool) -> tuple[Sequence[Spec], Sequence[Spec]]:
-    primals = [x for x, _ in inputs]
-    x = primals[0]
-    assert x is not None
-    statistic = torch.float64 if x.dtype == torch.float64 else torch.float32
-    row = (tuple(x.shape[:2]), statistic)
+    x = inputs[0].primal
+    row = (tuple(x.shape[:2]), torch.float64 if x.dtype == torch.float64 else torch.float32)
     return [(tuple(x.shape), x.dtype)], [None if attrs[1] else row, row]
 
 
 def _math(inputs: Pairs, attrs: Sequence[Any]) -> Pairs:
-    primals, tangents = zip(*inputs)
-    y, t_y = second_order.norm_dual(primals, tangents, attrs[0], attrs[1])
-    return paired([y], [t_y])
+    return [second_order.norm_dual(inputs, attrs[0], attrs[1])]
 
 
 def _math_backward(cotangents: Pairs, inputs: Pairs, attrs: Sequence[Any], needs: Needs) -> Pairs:
-    (d_outs, dt_outs), (primals, tangents), needs = zip(*cotangents), zip(*inputs), flat(needs)
-    grads = second_order.norm_dual_backward(d_outs[0], dt_outs[0], primals, tangents, attrs[0], attrs[1], needs)
-    return paired(grads[:5], grads[5:])
+    return second_order.norm_dual_backward(cotangents[0], inputs, attrs[0], attrs[1], needs)
 
 
 NORM = DualOp(

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdistill.ops.protocol.pair import Needs, Pair, Pairs
+
 # Elements of one block: for each thread of a CPU, which shares out a block among its threads, and for a GPU.
 BLOCK_SIZE = {"cpu": 1 << 17, "cuda": 1 << 25}
 At = tuple[slice, ...]  # the part of the two leading dimensions that a block is; empty for the whole
 
 
 def accumulator_dtype(*tensors: Tensor) -> torch.dtype:
-    """In which everything is computed: float32, or float64 where there is any."""
+    """Return the dtype in which everything is computed: float32, or float64 where there is any."""
     dtype = torch.float32
     for x in tensors:
         dtype = torch.promote_types(dtype, x.dtype)
@@ -28,12 +30,12 @@ def accumulator_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def block_size(device: torch.device) -> int:
-    """Elements in a block."""
+    """Return how many elements a block has."""
     return BLOCK_SIZE["cpu"] * torch.get_num_threads() if device.type == "cpu" else BLOCK_SIZE["cuda"]
 
 
 def row_blocks(x: Tensor, *, by_sample: bool = False) -> list[At]:
-    """Where the blocks of x (B, T, ...) lie: some b with all their t, or some t of one b; one empty `At` if it is one.
+    """Return where the blocks of x (B, T, ...) lie: some b with all their t, or some t of one b; one empty `At` for one.
 
     Rows, the last dimension, are never cut. `by_sample`: no block has more than one b.
     """
@@ -47,20 +49,20 @@ def row_blocks(x: Tensor, *, by_sample: bool = False) -> list[At]:
 
 
 def _cuts(length: int, most: int) -> list[slice]:
-    """About equal parts, of `most` at most."""
+    """Return about equal parts, of `most` at most."""
     step = math.ceil(length / math.ceil(length / most))
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
 def part(x: Tensor | None, at: At) -> Tensor | None:
-    """A block of (B or 1, T or 1, ...); of a vector, and of nothing, the whole."""
+    """Return a block of (B or 1, T or 1, ...); of a vector, and of nothing, the whole."""
     if x is None or not at or x.dim() == 1:
         return x
     return x[tuple(slice(None) if size == 1 else where for size, where in zip(x.shape, at))]
 
 
 def elements(*tensors: Tensor | None) -> Iterator[list[Any]]:
-    """Blocks of tensors of one shape, any strides, and None for what isn't there."""
+    """Yield blocks of tensors of one shape, any strides, and None for what isn't there."""
     given = [x for x in tensors if x is not None]
     if given[0].numel() <= block_size(given[0].device):
         yield list(tensors)
@@ -83,7 +85,7 @@ class Rows:
         self.whole: Tensor | None = None
 
     def put(self, block: Tensor, at: At, taken: set[int]) -> None:
-        """A block's part. One that is the whole becomes the result itself, unless its memory is among the `taken`."""
+        """Take a block's part. One that is the whole becomes the result itself, unless its memory is `taken`."""
         if not at and block.shape == self._shape:
             whole = block.to(self._dtype).contiguous()
             if memory(whole) not in taken:
@@ -104,7 +106,7 @@ class Gradient:
         self._sum: Tensor | None = None
 
     def put(self, grad: Tensor, at: At, taken: set[int]) -> None:
-        """A block's part, in the shape of the rows or already summed."""
+        """Take a block's part, in the shape of the rows or already summed."""
         if self._summed:
             like = part(self._like, at)
             assert like is not None
@@ -119,38 +121,43 @@ class Gradient:
         self._rows.put(grad, at, taken)
 
     def result(self) -> Tensor:
-        """The gradient once all blocks are in: zeros if none was."""
+        """Return the gradient once all blocks are in: zeros if none was."""
         whole = self._rows.whole if self._sum is None else self._sum.to(self._like.dtype)
         return self._like.new_zeros(self._like.shape) if whole is None else whole
 
 
 class Gradients:
-    """The gradients of some arguments and then those of their tangents, as `needs` says."""
+    """The gradients of some arguments and of their tangents, in pairs, as `needs` says."""
 
-    def __init__(
-        self,
-        likes: Sequence[Tensor | None],
-        needs: Sequence[bool],
-        rows: Tensor,
-        given: Sequence[Tensor | None],
-    ) -> None:
+    def __init__(self, inputs: Pairs, needs: Needs, rows: Tensor, cotangents: Pairs) -> None:
         self._found = [
-            Gradient(like, rows) if need and like is not None else None
-            for like, need in zip([*likes, *likes], needs, strict=True)
+            tuple(Gradient(like, rows) if need and like is not None else None for need in pair)
+            for (like, _), pair in zip(inputs, needs, strict=True)
         ]
-        self._taken = {memory(x) for x in given if x is not None}
+        self._taken = memories(cotangents)
 
-    def put(self, block: Sequence[Tensor | None], at: At) -> None:
-        """Those of a block; None is zero. They may share memory with what was `given`, and with each other."""
-        for gradient, grad in zip(self._found, block, strict=True):
-            if gradient is not None and grad is not None:
-                gradient.put(grad, at, self._taken)
+    def put(self, block: Pairs, at: At) -> None:
+        """Take those of a block; None is zero. They may share memory with the cotangents, and with each other."""
+        for gradients, grads in zip(self._found, block, strict=True):
+            for gradient, grad in zip(gradients, grads):
+                if gradient is not None and grad is not None:
+                    gradient.put(grad, at, self._taken)
 
-    def results(self) -> tuple[Tensor | None, ...]:
-        """All, once all blocks are in."""
-        return tuple(None if gradient is None else gradient.result() for gradient in self._found)
+    def results(self) -> list[Pair]:
+        """Return all, once all blocks are in."""
+        return [Pair(*(None if x is None else x.result() for x in gradients)) for gradients in self._found]
+
+
+def parts(pairs: Pairs, at: At) -> list[Pair]:
+    """Return a block of each pair, as `part` does of one tensor."""
+    return [Pair(part(primal, at), part(tangent, at)) for primal, tangent in pairs]
+
+
+def memories(pairs: Pairs) -> set[int]:
+    """Return what identifies the memories of some pairs."""
+    return {memory(x) for pair in pairs for x in pair if x is not None}
 
 
 def memory(x: Tensor) -> int:
-    """What identifies the memory of a tensor."""
+    """Return what identifies the memory of a tensor."""
     return x.untyped_storage().data_ptr()

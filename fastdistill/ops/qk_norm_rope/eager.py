@@ -8,85 +8,65 @@ of `fastdistill.ops.norm.eager`. All is computed in float32 (float64 for float64
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fastdistill.ops.norm.eager import _fresh, norm_backward, norm_forward
+from fastdistill.ops.norm.eager import fresh, norm_backward, norm_forward
+from fastdistill.ops.protocol.pair import ABSENT, Needs, Pair, Pairs, cast, moves
+
+Angles = tuple[Tensor | None, Tensor | None]
 
 
-def qk_norm_rope_forward(
-    q: Tensor,
-    t_q: Tensor | None,
-    k: Tensor,
-    t_k: Tensor | None,
-    q_weight: Tensor | None,
-    t_q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    t_k_weight: Tensor | None,
-    q_bias: Tensor | None,
-    t_q_bias: Tensor | None,
-    k_bias: Tensor | None,
-    t_k_bias: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    *,
-    norm: str,
-    eps: float,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Normalised and turned queries and keys with their tangents: (q_out, t_q_out, k_out, t_k_out).
+def qk_norm_rope_forward(inputs: Pairs, *, norm: str, eps: float, interleaved: bool) -> tuple[list[Pair], tuple[()]]:
+    """Return normalised and turned queries and keys with their tangents: (((q_out, t_q_out), (k_out, t_k_out)), ()).
 
-    q (B, H, N, D), k (B, Hkv, M, D), any strides; weights, biases (D,) or None; cos, sin (B or 1, max(N, M), D/2) or
-    None. norm is "rms", "layer" or "none". The outputs are contiguous and in the dtype of q and k. The tangents are
-    both None without any tangent, and neither with one.
+    Args:
+        inputs: the pairs of q (B, H, N, D), k (B, Hkv, M, D), of any strides, of q_weight, k_weight, q_bias, k_bias
+            (D,) or None, and cos, sin (B or 1, max(N, M), D/2) or None, which are constants.
+        norm: "rms", "layer" or "none".
+        eps: added to the variance.
+        interleaved: see `rotate`.
 
-    Equivalent to: `torch.func.jvp(reference.qk_norm_rope, (q, k, cos, sin, ...), (t_q, t_k, 0, 0, ...))`.
+    Returns:
+        The outputs are contiguous and in the dtype of q and k. The tangents are both None without any tangent, and
+        neither with one.
+
+    Equivalent to:
+        `torch.func.jvp(reference.qk_norm_rope, (q, k, cos, sin, ...), (t_q, t_k, 0, 0, ...))`
     """
-    of_q = (q, t_q, q_weight, t_q_weight, q_bias, t_q_bias)
-    of_k = (k, t_k, k_weight, t_k_weight, k_bias, t_k_bias)
-    outs = [_one_forward(*side, cos, sin, norm, eps, interleaved) for side in (of_q, of_k)]
-    if any(t is not None for _, t in outs):
-        outs = [(y, torch.zeros_like(y) if t_y is None else t_y) for y, t_y in outs]
-    return (*outs[0], *outs[1])
+    outs = [_one_forward(side, angles, norm, eps, interleaved) for side, angles in _sides(inputs)]
+    if moves(outs):
+        outs = [Pair(y, torch.zeros_like(y) if t_y is None else t_y) for y, t_y in outs]
+    return outs, ()
 
 
 def qk_norm_rope_backward(
-    dq_out: Tensor | None,
-    dt_q_out: Tensor | None,
-    dk_out: Tensor | None,
-    dt_k_out: Tensor | None,
-    q: Tensor,
-    t_q: Tensor | None,
-    k: Tensor,
-    t_k: Tensor | None,
-    q_weight: Tensor | None,
-    t_q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    t_k_weight: Tensor | None,
-    q_bias: Tensor | None,
-    t_q_bias: Tensor | None,
-    k_bias: Tensor | None,
-    t_k_bias: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    *,
-    norm: str,
-    eps: float,
-    interleaved: bool,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of <dq_out, q_out> + <dt_q_out, t_q_out>, and the same of k.
+    cotangents: Pairs, inputs: Pairs, saved: Any, *, norm: str, eps: float, interleaved: bool, needs: Needs
+) -> list[Pair]:
+    """Return the gradients of <dq_out, q_out> + <dt_q_out, t_q_out>, and the same of k, in pairs as `needs`.
 
-    In the order (q, k, q_weight, k_weight, q_bias, k_bias), then of their tangents; `needs` says which of the twelve,
-    the others are None. Each is contiguous, in the shape and dtype of its argument. A cotangent of None is zero.
+    Args:
+        cotangents: (dq_out, dt_q_out) and (dk_out, dt_k_out); None is zero.
+        inputs, norm, eps, interleaved: as in `qk_norm_rope_forward`.
+        saved: what it returned, which isn't read.
+        needs: which gradients are wanted, in the order of the inputs; the others, and those of cos and sin, are None.
+
+    Returns:
+        (dq, dt_q), (dk, dt_k), ..., each contiguous, in the shape and dtype of its argument.
     """
-    of_q = (q, t_q, q_weight, t_q_weight, q_bias, t_q_bias)
-    of_k = (k, t_k, k_weight, t_k_weight, k_bias, t_k_bias)
-    sides = ((dq_out, dt_q_out, of_q, needs[0::2]), (dk_out, dt_k_out, of_k, needs[1::2]))
     found = [
-        _one_backward(dy, dt_y, *side, cos, sin, norm, eps, interleaved, wanted) for dy, dt_y, side, wanted in sides
+        _one_backward(of_y, side, angles, norm, eps, interleaved, needs[i:6:2])
+        for i, (of_y, (side, angles)) in enumerate(zip(cotangents, _sides(inputs)))
     ]
-    return tuple(grad for both in zip(*found, strict=True) for grad in both)
+    return [*(grad for both in zip(*found, strict=True) for grad in both), ABSENT, ABSENT]
+
+
+def _sides(inputs: Pairs) -> list[tuple[Pairs, Angles]]:
+    """Return the inputs of the queries and of the keys: rows, weight, bias; and the angles of a rotation."""
+    angles = (inputs[6][0], inputs[7][0])
+    return [(inputs[0:6:2], angles), (inputs[1:6:2], angles)]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -102,71 +82,48 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((u * cos - v * sin, u * sin + v * cos), dim=-1)
 
 
-def _one_forward(
-    x: Tensor,
-    t_x: Tensor | None,
-    weight: Tensor | None,
-    t_weight: Tensor | None,
-    bias: Tensor | None,
-    t_bias: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    norm: str,
-    eps: float,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Queries or keys, and their tangent if there is any."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    y, t_y = x.to(dtype), None if t_x is None else t_x.to(dtype)
+def _one_forward(side: Pairs, angles: Angles, norm: str, eps: float, interleaved: bool) -> Pair:
+    """Return queries or keys, and their tangent if there is any."""
+    rows, weight, bias = side
+    dtype, like = torch.promote_types(rows.primal.dtype, torch.float32), rows.primal
+    y = Pair(rows.primal.to(dtype), cast(rows.tangent, dtype))
     if norm != "none":
-        of_norm = (weight, t_weight, bias, t_bias, None, None, None, None)
-        y, t_y, _, _ = norm_forward(y, t_y, *of_norm, eps=eps, rms=norm == "rms")
+        ((y,), _) = norm_forward([y, weight, bias, ABSENT, ABSENT], eps=eps, rms=norm == "rms")
+    cos, sin = (cast(a, dtype) for a in angles)
     if cos is not None and sin is not None:
-        cos, sin = cos.to(dtype), sin.to(dtype)
-        y = rotate(y, cos, sin, interleaved)
-        t_y = None if t_y is None else rotate(t_y, cos, sin, interleaved)
-    return _fresh(y, x), None if t_y is None else _fresh(t_y, x)
+        y = Pair(*(None if x is None else rotate(x, cos, sin, interleaved) for x in y))
+    return Pair(*(None if x is None else fresh(x, like) for x in y))
 
 
 def _one_backward(
-    dy: Tensor | None,
-    dt_y: Tensor | None,
-    x: Tensor,
-    t_x: Tensor | None,
-    weight: Tensor | None,
-    t_weight: Tensor | None,
-    bias: Tensor | None,
-    t_bias: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    norm: str,
-    eps: float,
-    interleaved: bool,
-    needs: tuple[bool, ...],
-) -> list[Tensor | None]:
-    """Gradients of (x, weight, bias) and of their tangents."""
-    likes = [x, weight, bias] * 2
-    grads: list[Tensor | None] = [None] * 6
-    if any(needs) and (dy is not None or dt_y is not None):
+    of_y: Pair, side: Pairs, angles: Angles, norm: str, eps: float, interleaved: bool, needs: Needs
+) -> list[Pair]:
+    """Return the gradients of rows, weight and bias."""
+    grads = [ABSENT] * 3
+    if any(map(any, needs)) and (of_y.primal is not None or of_y.tangent is not None):
+        x, t_x = side[0]
         dtype = torch.promote_types(x.dtype, torch.float32)
-        dy, dt_y = (None if d is None else d.to(dtype) for d in (dy, dt_y))
+        of_y, (cos, sin) = Pair(*(cast(d, dtype) for d in of_y)), (cast(a, dtype) for a in angles)
         if cos is not None and sin is not None:
-            cos, back = cos.to(dtype), -sin.to(dtype)
-            dy, dt_y = (None if d is None else rotate(d, cos, back, interleaved) for d in (dy, dt_y))
+            of_y = Pair(*(None if d is None else rotate(d, cos, -sin, interleaved) for d in of_y))
         if norm == "none":
-            grads[0], grads[3] = dy, dt_y
+            grads[0] = of_y
         else:
-            rms, none = norm == "rms", (None,) * 4
-            rows = x.to(dtype)
+            rms, rows = norm == "rms", x.to(dtype)
             if not rms:  # moves no result, but a large mean rounded to float32 would
                 rows = rows - rows.mean(dim=-1, keepdim=True)
-            _, _, mean, rstd = norm_forward(rows, None, *none, *none, eps=eps, rms=rms)
-            pairs = (rows, t_x, weight, t_weight, bias, t_bias, *none)
-            wanted = (*needs[:3], False, False, *(need and dt_y is not None for need in needs[3:]), False, False)
-            found = norm_backward(dy, dt_y, *pairs, mean, rstd, rms=rms, needs=wanted)
-            grads = [*found[:3], *found[5:8]]
+            saved = norm_forward([Pair(rows), *[ABSENT] * 4], eps=eps, rms=rms)
+            wanted = [(primal, tangent and of_y.tangent is not None) for primal, tangent in needs]
+            inputs, none = [Pair(rows, t_x), *side[1:], ABSENT, ABSENT], (False, False)
+            grads = norm_backward([of_y], inputs, saved, rms=rms, needs=[*wanted, none, none])[:3]
     return [
-        None if not need or like is None else torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-        if grad is None else _fresh(grad, like)
-        for grad, like, need in zip(grads, likes, needs, strict=True)
-    ]  # fmt: skip
+        Pair(*(_filled(grad, like, need) for grad, need in zip(pair, wanted)))
+        for pair, (like, _), wanted in zip(grads, side, needs, strict=True)
+    ]
+
+
+def _filled(grad: Tensor | None, like: Tensor | None, need: bool) -> Tensor | None:
+    """Return a gradient in the form of its argument, zeros where it is None, and None where it isn't needed."""
+    if not need or like is None:
+        return None
+    return torch.zeros(like.shape, dtype=like.dtype, device=like.device) if grad is None else fresh(grad, like)

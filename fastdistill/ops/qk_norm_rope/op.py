@@ -10,59 +10,48 @@ from torch import Tensor
 
 from fastdistill.ops.protocol import dispatch
 from fastdistill.ops.protocol.dual_op import DualOp, Spec, Tensors
-from fastdistill.ops.protocol.pair import Needs, Pairs, flat, paired
-from fastdistill.ops.qk_norm_rope.second_order import _math, _math_backward, _pairs
+from fastdistill.ops.protocol.pair import Needs, Pairs
+from fastdistill.ops.qk_norm_rope.second_order import check_angles, qk_norm_rope_dual, qk_norm_rope_dual_backward
 
 MAX_TRITON_HEAD = 512
 
 
 def choose(q: Tensor, impl: str) -> str:
-    """The implementation that runs: "torch" or "triton"."""
+    """Return the implementation that runs: "torch" or "triton"."""
     if impl != "auto":
         return impl
     triton_runs = q.device.type == "cuda" and q.dtype != torch.float64 and q.shape[-1] <= MAX_TRITON_HEAD
     return "triton" if triton_runs and dispatch.triton_problem(q.device) is None else "torch"
 
 
+def _module(inputs: Pairs, impl: str) -> Any:
+    return dispatch.implementation("qk_norm_rope", choose(inputs[0].primal, impl))
+
+
+def _options(attrs: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip(("norm", "eps", "interleaved"), attrs))
+
+
 def _forward(inputs: Pairs, attrs: Sequence[Any], tangent_grad: bool) -> tuple[Pairs, Tensors]:
-    primals, tangents = zip(*inputs)
-    norm, eps, interleaved, impl = attrs
-    assert primals[0] is not None
-    implementation = dispatch.implementation("qk_norm_rope", choose(primals[0], impl))
-    q, t_q, k, t_k = implementation.qk_norm_rope_forward(
-        *_pairs(primals, tangents), norm=norm, eps=eps, interleaved=interleaved
-    )
-    return paired([q, k], [t_q, t_k]), ()
+    check_angles(inputs)
+    results: tuple[Pairs, Tensors] = _module(inputs, attrs[-1]).qk_norm_rope_forward(inputs, **_options(attrs))
+    return results
 
 
-def _backward(
-    cotangents: Pairs, inputs: Pairs, saved: tuple[Pairs, Tensors], attrs: Sequence[Any], needs: Needs
-) -> Pairs:
-    (d_outs, dt_outs), (primals, tangents) = zip(*cotangents), zip(*inputs)
-    needs = flat(needs)
-    norm, eps, interleaved, impl = attrs
-    assert primals[0] is not None
-    cotangents = [d for pair in zip(d_outs, dt_outs) for d in pair]
-    implementation = dispatch.implementation("qk_norm_rope", choose(primals[0], impl))
-    grads = implementation.qk_norm_rope_backward(
-        *cotangents,
-        *_pairs(primals, tangents),
-        norm=norm,
-        eps=eps,
-        interleaved=interleaved,
-        needs=(*needs[:6], *needs[8:14]),
-    )
-    return paired([*grads[:6], None, None], [*grads[6:], None, None])
+def _backward(cotangents: Pairs, inputs: Pairs, saved: Any, attrs: Sequence[Any], needs: Needs) -> Pairs:
+    check_angles(inputs)
+    module = _module(inputs, attrs[-1])
+    grads: Pairs = module.qk_norm_rope_backward(cotangents, inputs, saved, **_options(attrs), needs=needs)
+    return grads
 
 
 def _native(primals: Tensors, attrs: Sequence[Any]) -> Tensors | None:
-    """PyTorch has no such op."""
+    """Return None: PyTorch has no such op."""
     return None
 
 
 def _specs(inputs: Pairs, attrs: Sequence[Any], tangent_grad: bool) -> tuple[Sequence[Spec], Sequence[Spec]]:
-    primals = [x for x, _ in inputs]
-    return [(tuple(x.shape), x.dtype) for x in primals[:2] if x is not None], []
+    return [(tuple(x.shape), x.dtype) for x, _ in inputs[:2]], []
 
 
 QK_NORM_ROPE = DualOp(
@@ -73,8 +62,8 @@ QK_NORM_ROPE = DualOp(
     residuals=(),
     forward=_forward,
     backward=_backward,
-    math=_math,
-    math_backward=_math_backward,
+    math=qk_norm_rope_dual,
+    math_backward=qk_norm_rope_dual_backward,
     native=_native,
     specs=_specs,
     broadcastable=frozenset({"cos", "sin"}),

@@ -9,70 +9,63 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops.norm import second_order
-from fastdistill.ops.protocol.dual_op import Tensors
-from fastdistill.ops.protocol.pair import Needs, Pairs, flat, paired
+from fastdistill.ops.protocol.pair import ABSENT, Needs, Pair, Pairs, cast, moves
 from fastdistill.ops.qk_norm_rope.eager import rotate
 
 
-def _pairs(primals: Tensors, tangents: Tensors) -> list[Tensor | None]:
-    """Arguments of an implementation: primals with their tangents, cos and sin, which have none."""
-    for name, t in zip(("cos", "sin"), tangents[6:]):
-        if t is not None:
+def check_angles(inputs: Pairs) -> None:
+    """Raise ValueError where an angle moves."""
+    for name, (_, tangent) in zip(("cos", "sin"), inputs[6:]):
+        if tangent is not None:
             raise ValueError(f"{name}: expected a constant, got a tensor with a tangent")
-    return [*(x for pair in zip(primals[:6], tangents[:6]) for x in pair), *primals[6:]]
 
 
-def _math(inputs: Pairs, attrs: Sequence[Any]) -> Pairs:
-    primals, tangents = zip(*inputs)
-    """The formulas of the forward, differentiable any number of times."""
+def qk_norm_rope_dual(inputs: Pairs, attrs: Sequence[Any]) -> list[Pair]:
+    """Return (q_out, t_q_out) and (k_out, t_k_out)."""
     norm, eps, interleaved, _ = attrs
-    dtype = primals[0].dtype
-    _pairs(primals, tangents)
-    outs, t_outs = [], []
+    check_angles(inputs)
+    dtype, outs = inputs[0].primal.dtype, []
     for side in range(2):
-        y, t_y = _wide(primals[side]), _wide(tangents[side])
+        y, weight, bias = _wide(inputs[side:6:2])
         if norm != "none":
-            (weight, bias), (t_weight, t_bias) = ((_wide(x[2 + side]), _wide(x[4 + side])) for x in (primals, tangents))
-            y, t_y = second_order.norm_dual(
-                (y, weight, bias, None, None), (t_y, t_weight, t_bias, None, None), eps, norm == "rms"
-            )
-        assert y is not None
-        outs.append(_turned(y, primals, interleaved).to(dtype))
-        t_outs.append(None if t_y is None else _turned(t_y, primals, interleaved).to(dtype))
-    if any(t is not None for t in t_outs):
-        t_outs = [torch.zeros_like(y) if t is None else t for y, t in zip(outs, t_outs)]
-    return paired(outs, t_outs)
+            y = second_order.norm_dual([y, weight, bias, ABSENT, ABSENT], eps, norm == "rms")
+        outs.append(Pair(*(None if x is None else _turned(x, inputs, interleaved).to(dtype) for x in y)))
+    if moves(outs):
+        outs = [Pair(y, torch.zeros_like(y) if t is None else t) for y, t in outs]
+    return outs
 
 
-def _math_backward(cotangents: Pairs, inputs: Pairs, attrs: Sequence[Any], needs: Needs) -> Pairs:
-    (d_outs, dt_outs), (primals, tangents), needs = zip(*cotangents), zip(*inputs), flat(needs)
-    """The formulas of both backward passes."""
+def qk_norm_rope_dual_backward(cotangents: Pairs, inputs: Pairs, attrs: Sequence[Any], needs: Needs) -> list[Pair]:
+    """Return the gradients of the inputs and of their tangents; cos and sin have none."""
     norm, eps, interleaved, _ = attrs
-    grads: list[Tensor | None] = [None] * 16
+    grads = [ABSENT] * 8
     for side in range(2):
-        wide = (_wide(d_outs[side]), _wide(dt_outs[side]))
-        dy, dt_y = (None if d is None else _turned(d, primals, interleaved, back=True) for d in wide)
-        at = [side, 2 + side, 4 + side]
+        (wide,) = _wide([cotangents[side]])
+        of_y = Pair(*(None if d is None else _turned(d, inputs, interleaved, back=True) for d in wide))
         if norm == "none":
-            grads[side], grads[8 + side] = dy, dt_y
+            grads[side] = of_y
             continue
-        point, direction = ((*(_wide(x[i]) for i in at), None, None) for x in (primals, tangents))
-        wanted = [*(needs[i] for i in at), False, False, *(needs[8 + i] for i in at), False, False]
-        found = second_order.norm_dual_backward(dy, dt_y, point, direction, eps, norm == "rms", wanted)
-        for i, of_primal, of_tangent in zip(at, found[:3], found[5:8]):
-            grads[i], grads[8 + i] = of_primal, of_tangent
-    grads = [
-        None if not need or like is None else torch.zeros_like(like) if grad is None else grad.to(like.dtype)
-        for grad, like, need in zip(grads, [*primals, *primals], needs, strict=True)
+        rows, none = [*_wide(inputs[side:6:2]), ABSENT, ABSENT], (False, False)
+        wanted = [*needs[side:6:2], none, none]
+        found = second_order.norm_dual_backward(of_y, rows, eps, norm == "rms", wanted)
+        grads[side:6:2] = found[:3]
+    return [
+        Pair(*(_filled(grad, like, need) for grad, need in zip(pair, wanted)))
+        for pair, (like, _), wanted in zip(grads, inputs, needs, strict=True)
     ]
-    return paired(grads[:8], grads[8:])
 
 
-def _turned(x: Tensor, primals: Any, interleaved: bool, back: bool = False) -> Tensor:
-    cos, sin = (None if a is None else a.to(x.dtype) for a in primals[6:])
+def _filled(grad: Tensor | None, like: Tensor | None, need: bool) -> Tensor | None:
+    if not need or like is None:
+        return None
+    return torch.zeros_like(like) if grad is None else grad.to(like.dtype)
+
+
+def _turned(x: Tensor, inputs: Pairs, interleaved: bool, back: bool = False) -> Tensor:
+    cos, sin = (cast(a, x.dtype) for a, _ in inputs[6:])
     return x if cos is None or sin is None else rotate(x, cos, -sin if back else sin, interleaved)
 
 
-def _wide(x: Tensor | None) -> Tensor | None:
-    """16-bit tensors in float32."""
-    return None if x is None else x.to(torch.promote_types(x.dtype, torch.float32))
+def _wide(pairs: Pairs) -> list[Pair]:
+    """Return 16-bit tensors in float32."""
+    return [Pair(*(None if x is None else x.to(torch.promote_types(x.dtype, torch.float32)) for x in p)) for p in pairs]
