@@ -17,10 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .attention_arguments import Inputs, Pairs, Strides, check, precision, strides_of, use_descriptors, with_descriptors
+from .attention_arguments import Inputs, Strides, check, precision, strides_of, use_descriptors, with_descriptors
 from .attention_backward import attention_backward
 from .attention_bands import Problem, band, first_row, live_between, live_tiles, locate, problem_of, sequences, visible
-from .launch import Launch
+from .attention_tile import LOG2_E, LOWEST
+from .launch import FUSION, Launch, Pairs
 from .tiles import (
     Strided,
     add_cross,
@@ -37,9 +38,7 @@ from .tiles import (
 
 __all__ = ["Outputs", "allocate", "attention_backward", "attention_forward", "plan"]
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.0e38)  # below every logit but -inf
 LIVE = tl.constexpr(0.5)  # a query that sees a key has a rowsum E of 1 or more, any other one of 0
 
 
@@ -201,7 +200,7 @@ def _lay_out(
         "UNIT": strides.unit,
         "PRECISION": precision(q.dtype),
         **config.options(),
-        "enable_fp_fusion": True,
+        **FUSION,
     }
     grid = (triton.cdiv(problem.n, config.block_n) * sequences(q, problem) * problem.heads,)
     return Layout(strides, problem._replace(cu_n=None, cu_m=None), config, descriptors, grid, options)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .configs import Config
+from .launch import Pairs, check_dtype
 from .tiles import Described, Strided, describable, described, stride_unit, strided
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST_HEAD = 256
-Pairs = Sequence[tuple[Any, Tensor | None]]  # (primal, tangent) of q, k, v and the mask; None is a structural zero
 
 
 class Inputs(NamedTuple):
@@ -33,8 +32,7 @@ class Inputs(NamedTuple):
 def check(inputs: Pairs) -> None:
     """Raise TypeError for a dtype, ValueError for a head or a mask that the kernels cannot take."""
     (q, _), _, (v, _), (mask, t_mask) = inputs
-    if q.dtype not in DTYPES:
-        raise TypeError(f"q: expected float32, bfloat16 or float16 for the Triton kernel, got {q.dtype}")
+    check_dtype("q", q)
     for name, width in (("q", q.shape[-1]), ("v", v.shape[-1])):
         if not 1 <= width <= WIDEST_HEAD:
             raise ValueError(f"{name}: expected a head dim from 1 to {WIDEST_HEAD}, got {width}")

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .attention_arguments import Inputs, Pairs, check, mask_by_pointer, precision, use_descriptors
+from .attention_arguments import Inputs, check, mask_by_pointer, precision, use_descriptors
 from .attention_bands import Problem, band, first_row, live_between, live_tiles, locate, problem_of, sequences, visible
 from .attention_rows import Saved, rows_kernel
 from .attention_tile import (
@@ -30,7 +30,7 @@ from .attention_tile import (
     load_statistics,
     store_gradient,
 )
-from .launch import Launch
+from .launch import FUSION, Launch, Pairs
 from .tiles import Described, Strided, described, stride_unit, strided, zeros
 
 # Head dims up to which four and two accumulators of 64 rows fit the registers of four warps, and two under a mask.
@@ -288,7 +288,7 @@ def _operands(task: Task, config: configs.Config, descriptors: bool) -> tuple[In
 
 
 def _options(task: Task, config: configs.Config) -> dict[str, Any]:
-    return {**task.constants, **config.options(), "enable_fp_fusion": True}
+    return {**task.constants, **config.options(), **FUSION}
 
 
 @triton.jit

@@ -94,7 +94,7 @@ def _activation(case: Case) -> tuple[Any, Launch]:
     y, other = _empty(BATCH, LENGTH, case.d, dtype=case.dtype), up if gated else None
     inputs = activation.Inputs(x, x, other, other, *((y, y) if backward else ()))
     of_up = y if gated else None
-    outputs = activation.Gradients(y, of_up, y, of_up) if backward else activation.Outputs(y, y)
+    outputs = activation.Gradients(y, y, of_up, of_up) if backward else activation.Outputs(y, y)
     kind = "silu" if gated else "gelu_tanh"
     return activation.kernel_of(outputs), activation.plan(inputs, outputs, kind)
 
