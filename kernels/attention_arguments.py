@@ -60,9 +60,9 @@ class Strides(NamedTuple):
 def strides_of(inputs: Sequence[Tensor | None]) -> Strides:
     """Return how these inputs lie, in the order of `Inputs`."""
     unit = stride_unit(*inputs[:6])
-    rows = [strided(x, unit) for x in inputs[:6]]
+    six = [strided(x, unit) for x in inputs[:6]]
     masks = [mask_by_pointer(x) for x in inputs[6:]]
-    return Strides(tuple([None if x is None else x[1:] for x in (*rows, *masks)]), unit)
+    return Strides(tuple([None if x is None else x[1:] for x in (*six, *masks)]), unit)
 
 
 def mask_by_pointer(mask: Tensor | None) -> Strided | None:
@@ -86,6 +86,6 @@ def use_descriptors(arch: int, *tensors: Tensor | None) -> bool:
 
 def with_descriptors(inputs: Inputs, tensors: Sequence[Tensor | None], config: Config) -> Inputs:
     """Return the same with all but the masks by descriptors for the tiles of that config, given in that order."""
-    rows = (config.block_n, config.block_m, config.block_m) * 2
-    by_descriptor = [described(x, count, config.stream) for x, count in zip(tensors, rows)]
+    heights = (config.block_n, config.block_m, config.block_m) * 2
+    by_descriptor = [described(x, height, config.stream) for x, height in zip(tensors, heights)]
     return Inputs._make([*by_descriptor, inputs.mask, inputs.t_mask])
