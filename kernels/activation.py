@@ -16,11 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch
+from .launch import FUSION, Launch, Pairs, check_dtype
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("silu", "gelu", "gelu_tanh")
-BLOCK = 1024  # elements a program, eight a thread: 16 bytes of bfloat16
+BLOCK, WARPS = 1024, 4  # elements and warps of a program: eight elements a thread, 16 bytes of bfloat16
 
 FAR = tl.constexpr(20.0)  # beyond it phi is the identity or zero in float32, and a polynomial of x only overflows
 SPREAD = tl.constexpr(2 * math.sqrt(2 / math.pi))
@@ -56,57 +55,75 @@ class Outputs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What the backward writes, contiguous. None is not wanted."""
+    """What the backward writes, contiguous, in the order of the inputs' pairs. None is not wanted."""
 
     dx: Tensor | None
-    dup: Tensor | None
     dt_x: Tensor | None
+    dup: Tensor | None
     dt_up: Tensor | None
 
 
-def activation_forward(
-    x: Tensor, t_x: Tensor | None, up: Tensor | None, t_up: Tensor | None, *, kind: str
-) -> tuple[Tensor, Tensor | None]:
-    """(y, t_y) of y = phi(x) up, all of one shape, any strides; kind is "silu", "gelu" or "gelu_tanh".
+def activation_forward(inputs: Pairs, *, kind: str) -> tuple[tuple[Outputs], tuple[()]]:
+    """Return y = phi(x) up and its tangent: ((y, t_y),), and no residuals.
 
-    float32, bfloat16 or float16, computed in float32. up of None is one; a tangent of None is zero and costs nothing.
-    Both results are contiguous and of x's dtype; t_y is None without any tangent.
+    Args:
+        inputs: (primal, tangent) of x and of up, all of one shape and dtype, float32, bfloat16 or float16, any strides;
+            computed in float32. up of None is one; a tangent of None is zero and costs nothing.
+        kind: "silu", "gelu" or "gelu_tanh".
 
-    Equivalent to: torch.func.jvp of phi(x) * up. Raises TypeError for another dtype, ValueError for a tangent of up
-    without up.
+    Returns:
+        y, t_y, contiguous and of x's dtype; t_y is None without any tangent.
+
+    Equivalent to:
+        torch.func.jvp of phi(x) * up
+
+    Raises:
+        TypeError: another dtype. ValueError: a tangent of up without up.
     """
-    inputs = Inputs(x, t_x, up, t_up)
-    _check(inputs)
+    (x, t_x), (up, t_up) = inputs
+    given = Inputs(x, t_x, up, t_up)
+    _check(given)
     outputs = Outputs(_empty(x), None if t_x is None and t_up is None else _empty(x))
-    _run(inputs, outputs, kind)
-    return outputs
+    _launch(given, outputs, kind)
+    return (outputs,), ()
 
 
 def activation_backward(
-    dy: Tensor | None,
-    dt_y: Tensor | None,
-    x: Tensor,
-    t_x: Tensor | None,
-    up: Tensor | None,
-    t_up: Tensor | None,
+    cotangents: Pairs,
+    inputs: Pairs,
+    saved: tuple[Pairs, Sequence[Tensor | None]],
     *,
     kind: str,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of <dy, y> + <dt_y, t_y>: (dx, dup, dt_x, dt_up), those that `needs` names; the others are None.
+    needs: Sequence[tuple[bool, bool]],
+) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Return the gradients of sum(dy * y) + sum(dt_y * t_y).
 
-    Arguments as in `activation_forward`; each gradient is contiguous and of x's dtype. A cotangent of None is zero.
+    Args:
+        cotangents: (dy, dt_y); None is zero.
+        inputs, kind: as in `activation_forward`.
+        saved: what it returned, of which nothing is read.
+        needs: which gradients of x, up and of their tangents are wanted. The others are None.
+
+    Returns:
+        (dx, dt_x), (dup, dt_up), contiguous and of x's dtype.
+
+    Equivalent to:
+        torch.autograd.grad of that sum
+
+    Raises:
+        TypeError, ValueError: as `activation_forward`.
     """
-    inputs = Inputs(x, t_x, up, t_up, dy, dt_y)
-    _check(inputs)
-    outputs = Gradients(*(_empty(x) if need else None for need in needs))
-    if any(needs):
-        _run(inputs, outputs, kind)
-    return outputs
+    ((dy, dt_y),), ((x, t_x), (up, t_up)) = cotangents, inputs
+    given = Inputs(x, t_x, up, t_up, dy, dt_y)
+    _check(given)
+    gradients = Gradients(*(_empty(x) if need else None for wants in needs for need in wants))
+    if any([z is not None for z in gradients]):
+        _launch(given, gradients, kind)
+    return [(gradients.dx, gradients.dt_x), (gradients.dup, gradients.dt_up)]
 
 
 def plan(inputs: Inputs, outputs: Outputs | Gradients, kind: str) -> Launch:
-    """How to launch `kernel_of` outputs on these tensors. Runs nothing: one can also just compile it."""
+    """Return how to launch `kernel_of` outputs on these tensors. Runs nothing: one can also just compile it."""
     sizes, strides = coalesced(inputs.x.shape, [z.stride() for z in inputs if z is not None])
     width, rows = sizes[0], math.prod(sizes[1:])
     block_c = min((BLOCK, BLOCK // 2, BLOCK // 4), key=lambda block: (-width % block, -block))  # the least padding
@@ -121,16 +138,16 @@ def plan(inputs: Inputs, outputs: Outputs | Gradients, kind: str) -> Launch:
             "KIND": kind,
             "ROWS": block_rows,
             "BLOCK_C": block_c,
-            "num_warps": 4,
-            "enable_fp_fusion": True,
+            "num_warps": WARPS,
+            **FUSION,
         },
     )
 
 
 def coalesced(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], list[tuple[int, ...]]]:
-    """As few dimensions as describe all these tensors of one shape: their sizes, and for each tensor its strides.
+    """Join dimensions as far as all these tensors of one shape allow; return the sizes, and each tensor's strides.
 
-    Innermost first, and two at least: columns, and rows.
+    The innermost dimension comes first, and there are two at least: columns, and rows.
     """
     sizes: list[int] = []
     kept: list[list[int]] = []  # a dimension's stride in each tensor
@@ -150,19 +167,18 @@ def coalesced(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[l
 
 
 def kernel_of(outputs: Outputs | Gradients) -> Any:
-    """The kernel that writes these."""
+    """Return the kernel that writes these."""
     return _forward_kernel if isinstance(outputs, Outputs) else _backward_kernel
 
 
-def _run(inputs: Inputs, outputs: Outputs | Gradients, kind: str) -> None:
+def _launch(inputs: Inputs, outputs: Outputs | Gradients, kind: str) -> None:
     if inputs.x.numel():
         launch = plan(inputs, outputs, kind)
         kernel_of(outputs)[launch.grid](*launch.args, **launch.options)
 
 
 def _check(inputs: Inputs) -> None:
-    if inputs.x.dtype not in DTYPES:
-        raise TypeError(f"x: expected float32, bfloat16 or float16 for the Triton kernel, got {inputs.x.dtype}")
+    check_dtype("x", inputs.x)
     if inputs.up is None and inputs.t_up is not None:
         raise ValueError("t_up: expected None without an up, got a tensor")
 
@@ -175,7 +191,7 @@ def _empty(x: Tensor) -> Tensor:
 def _forward_kernel(
     IN, OUT, SIZES, R, C, KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """One program: a tile of ROWS rows by BLOCK_C columns."""
+    """Write a tile of ROWS rows by BLOCK_C columns of y and t_y."""
     rows, offs_c, live = _tile(R, C, ROWS, BLOCK_C)
     phi, slope, _ = _derivatives(_load(IN.x, SIZES, rows, offs_c, live), KIND)
     y, t_y = phi, None
@@ -197,7 +213,7 @@ def _forward_kernel(
 def _backward_kernel(
     IN, OUT, SIZES, R, C, KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """One program: a tile of ROWS rows by BLOCK_C columns. g, h: the cotangents of phi, and of phi' t_x."""
+    """Write a tile of ROWS rows by BLOCK_C columns of the gradients; g and h are the cotangents of phi and phi' t_x."""
     rows, offs_c, live = _tile(R, C, ROWS, BLOCK_C)
     phi, slope, curvature = _derivatives(_load(IN.x, SIZES, rows, offs_c, live), KIND)
     zero = tl.zeros_like(phi)
@@ -226,7 +242,7 @@ def _backward_kernel(
 
 @triton.jit
 def _derivatives(x, KIND: tl.constexpr):
-    """phi, phi' and phi'' at x; the compiler drops what is not used."""
+    """Return phi, phi' and phi'' at x; the compiler drops what is not used."""
     near = tl.where(x < -FAR, -FAR, tl.where(x > FAR, FAR, x))  # NaN stays NaN
     if KIND == "gelu":
         p = 0.5 + 0.5 * tl.erf(x * SQRT_HALF)
@@ -252,7 +268,7 @@ def _derivatives(x, KIND: tl.constexpr):
 
 @triton.jit
 def _tile(R, C, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The program's rows (ROWS, 1) and columns (1, BLOCK_C), and which of them there are."""
+    """Return the program's rows (ROWS, 1) and columns (1, BLOCK_C), and which of them there are."""
     tiles_c = tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
     rows = (pid // tiles_c).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -262,7 +278,7 @@ def _tile(R, C, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _load(x, SIZES, rows, offs_c, live):
-    """(ROWS, BLOCK_C) in float32, zero beyond the edges."""
+    """Load (ROWS, BLOCK_C) in float32, zero beyond the edges."""
     ptrs = x.ptr + offs_c * x.stride_c
     for i in tl.static_range(len(SIZES) - 1):
         ptrs += (rows % SIZES[i]) * x.row_strides[i]
@@ -273,13 +289,13 @@ def _load(x, SIZES, rows, offs_c, live):
 
 @triton.jit
 def _store(ptr, z, rows, offs_c, live, C):
-    """(ROWS, BLOCK_C) into a contiguous tensor of rows of C."""
+    """Store (ROWS, BLOCK_C) into a contiguous tensor of rows of C."""
     tl.store(ptr + rows * C + offs_c, z.to(ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit
 def _sum(x, y):
-    """x + y, where x of None is zero."""
+    """Return x + y, where x of None is zero."""
     if x is None:
         return y
     else:

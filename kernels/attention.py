@@ -17,10 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .attention_arguments import Inputs, Pairs, Strides, check, precision, strides_of, use_descriptors, with_descriptors
+from .attention_arguments import Inputs, Strides, check, precision, strides_of, use_descriptors, with_descriptors
 from .attention_backward import attention_backward
 from .attention_bands import Problem, band, first_row, live_between, live_tiles, locate, problem_of, sequences, visible
-from .launch import Launch
+from .attention_tile import LOG2_E, LOWEST
+from .launch import FUSION, Launch, Pairs
 from .tiles import (
     Strided,
     add_cross,
@@ -29,7 +30,7 @@ from .tiles import (
     add_scaled_rows,
     as_operand,
     at_least,
-    load_rows,
+    load_tile,
     scale_rows,
     store_with_rests,
     zeros,
@@ -37,9 +38,7 @@ from .tiles import (
 
 __all__ = ["Outputs", "allocate", "attention_backward", "attention_forward", "plan"]
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.0e38)  # below every logit but -inf
 LIVE = tl.constexpr(0.5)  # a query that sees a key has a rowsum E of 1 or more, any other one of 0
 
 
@@ -103,15 +102,15 @@ def allocate(
     q: Tensor, v: Tensor, moving: bool, grad: bool = False, tangent_grad: bool = False, packed: bool = False
 ) -> Outputs:
     """Return outputs of which the kernel writes every element; if packed, those of rows in no sequence are filled."""
-    rows, shape, rounded = q.shape[:3], (*q.shape[:3], v.shape[3]), q.dtype != torch.float32
+    statistic, shape, rounded = q.shape[:3], (*q.shape[:3], v.shape[3]), q.dtype != torch.float32
     like: dict[str, Any] = {"dtype": q.dtype, "device": q.device}
     wide: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     new = torch.zeros if packed else torch.empty
     return Outputs(
         o=new(shape, **like),
         t_o=new(shape, **like) if moving else None,
-        lse=torch.full(rows, -math.inf, **wide) if packed else torch.empty(rows, **wide),
-        mu=new(rows, **wide) if moving else None,
+        lse=torch.full(statistic, -math.inf, **wide) if packed else torch.empty(statistic, **wide),
+        mu=new(statistic, **wide) if moving else None,
         o_rest=new(shape, **like) if grad and rounded else None,
         t_o_rest=new(shape, **like) if tangent_grad and moving and rounded else None,
     )
@@ -201,7 +200,7 @@ def _lay_out(
         "UNIT": strides.unit,
         "PRECISION": precision(q.dtype),
         **config.options(),
-        "enable_fp_fusion": True,
+        **FUSION,
     }
     grid = (triton.cdiv(problem.n, config.block_n) * sequences(q, problem) * problem.heads,)
     return Layout(strides, problem._replace(cu_n=None, cu_m=None), config, descriptors, grid, options)
@@ -219,7 +218,7 @@ def _attention_kernel(
     D: tl.constexpr, D_V: tl.constexpr, LOWER_RIGHT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N queries of one head against all the keys they see."""
+    """Write the results of BLOCK_N queries of one head against all the keys they see."""
     tiles_n = tl.cdiv(P.n, BLOCK_N)
     pid = tl.program_id(0)
     row, pid_zh = pid % tiles_n, pid // tiles_n
@@ -228,10 +227,10 @@ def _attention_kernel(
     if (P.cu_n is not None) and start_n >= N:
         return
     low, high = band(P, N, M, LOWER_RIGHT)
-    q = load_rows(IN.q, b, h, first_n, start_n, N, BLOCK_N, D, UNIT, STREAM)  # (BLOCK_N, D)
+    q = load_tile(IN.q, b, h, first_n, start_n, N, BLOCK_N, D, UNIT, STREAM)  # (BLOCK_N, D)
     t_q = None
     if IN.t_q is not None:
-        t_q = load_rows(IN.t_q, b, h, first_n, start_n, N, BLOCK_N, D, UNIT, STREAM)  # (BLOCK_N, D)
+        t_q = load_tile(IN.t_q, b, h, first_n, start_n, N, BLOCK_N, D, UNIT, STREAM)  # (BLOCK_N, D)
 
     m, e_sum, e_dot, h_dot, rho, o, a = _sweep(
         q, t_q, IN, P, TILES, (b, h, row, N, first_m, M, low, high), scale,
@@ -262,7 +261,7 @@ def _sweep(
     D: tl.constexpr, D_V: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
-    """All keys that any of the queries sees, tile by tile.
+    """Sum over all keys that any of the queries sees, tile by tile.
 
     The loop is written in the order that keeps the fewest registers alive.
     """
@@ -290,14 +289,14 @@ def _sweep(
             start_m = tl.load(listed + i) * BLOCK_M
         offs_m = start_m + tl.arange(0, BLOCK_M)
         live_m = offs_m < M
-        k = load_rows(IN.k, b, h_kv, first_m, start_m, M, BLOCK_M, D, UNIT, STREAM)  # (BLOCK_M, D)
+        k = load_tile(IN.k, b, h_kv, first_m, start_m, M, BLOCK_M, D, UNIT, STREAM)  # (BLOCK_M, D)
         zero = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         if HELD:
             s = add_cross(zero, q, k, False, PRECISION)  # (BLOCK_N, BLOCK_M) f32
         else:
             t_k = None
             if IN.t_k is not None:
-                t_k = load_rows(IN.t_k, b, h_kv, first_m, start_m, M, BLOCK_M, D, UNIT, STREAM)
+                t_k = load_tile(IN.t_k, b, h_kv, first_m, start_m, M, BLOCK_M, D, UNIT, STREAM)
             s, t = add_crosses(zero, zero, q, k, t_q, t_k, False, PRECISION, D, STREAM)
         unit = scale * LOG2_E
         if IN.mask is not None:
@@ -323,7 +322,7 @@ def _sweep(
                 if IN.t_q is not None:
                     t = add_cross(t, t_q, k, False, PRECISION)  # (BLOCK_N, BLOCK_M) f32
                 if IN.t_k is not None:
-                    t_k = load_rows(IN.t_k, b, h_kv, first_m, start_m, M, BLOCK_M, D, UNIT)  # (BLOCK_M, D)
+                    t_k = load_tile(IN.t_k, b, h_kv, first_m, start_m, M, BLOCK_M, D, UNIT)  # (BLOCK_M, D)
                     t = add_cross(t, q, t_k, False, PRECISION)
             t_unit = scale
             if IN.t_mask is not None:
@@ -339,21 +338,21 @@ def _sweep(
             a = scale_rows(a, decay)
 
         e_dot = e_dot * decay + tl.sum(e_low.to(tl.float32), 1)
-        v = load_rows(IN.v, b, h_kv, first_m, start_m, M, BLOCK_M, D_V, UNIT, STREAM)  # (BLOCK_M, D_V)
+        v = load_tile(IN.v, b, h_kv, first_m, start_m, M, BLOCK_M, D_V, UNIT, STREAM)  # (BLOCK_M, D_V)
         o = scale_rows(o, decay)
         if MOVES_S:
             o, a = add_pair(o, a, e_low, h_low, v, None, PRECISION, D_V, STREAM)
         else:
             o, _ = add_pair(o, (), e_low, None, v, None, PRECISION, D_V, STREAM)
         if IN.t_v is not None:
-            t_v = load_rows(IN.t_v, b, h_kv, first_m, start_m, M, BLOCK_M, D_V, UNIT, STREAM)  # (BLOCK_M, D_V)
+            t_v = load_tile(IN.t_v, b, h_kv, first_m, start_m, M, BLOCK_M, D_V, UNIT, STREAM)  # (BLOCK_M, D_V)
             a, _ = add_pair(a, (), e_low, None, t_v, None, PRECISION, D_V, STREAM)
     return m, e_sum, e_dot, h_dot, rho, o, a
 
 
 @triton.jit
 def _add_mask(s, MASK, b, h, offs_n, live_n, offs_m, live_m):
-    """s, in units of log 2, under a mask: -inf where a bool one is False, or with a float one added."""
+    """Return s, in units of log 2, under a mask: -inf where a bool one is False, or with a float one added."""
     mask = _load_mask(MASK, b, h, offs_n, live_n, offs_m, live_m)
     if MASK.ptr.dtype.element_ty == tl.int1:
         return tl.where(mask, s, float("-inf"))
@@ -366,7 +365,7 @@ def _add_mask(s, MASK, b, h, offs_n, live_n, offs_m, live_m):
 
 @triton.jit
 def _load_mask(MASK, b, h, offs_n, live_n, offs_m, live_m):
-    """(BLOCK_N, BLOCK_M) of a mask, or (1, BLOCK_M) if all queries share a row; zero beyond its edges."""
+    """Load (BLOCK_N, BLOCK_M) of a mask, or (1, BLOCK_M) if all queries share a row; zero beyond its edges."""
     row = MASK.ptr + b.to(tl.int64) * MASK.stride_b + h.to(tl.int64) * MASK.stride_h
     ptrs, live = row + offs_m.to(tl.int64)[None, :] * MASK.stride_d, live_m[None, :]
     if MASK.stride_n is not None:

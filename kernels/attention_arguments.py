@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .configs import Config
+from .launch import Pairs, check_dtype
 from .tiles import Described, Strided, describable, described, stride_unit, strided
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST_HEAD = 256
-Pairs = Sequence[tuple[Any, Tensor | None]]  # (primal, tangent) of q, k, v and the mask; None is a structural zero
 
 
 class Inputs(NamedTuple):
@@ -33,8 +32,7 @@ class Inputs(NamedTuple):
 def check(inputs: Pairs) -> None:
     """Raise TypeError for a dtype, ValueError for a head or a mask that the kernels cannot take."""
     (q, _), _, (v, _), (mask, t_mask) = inputs
-    if q.dtype not in DTYPES:
-        raise TypeError(f"q: expected float32, bfloat16 or float16 for the Triton kernel, got {q.dtype}")
+    check_dtype("q", q)
     for name, width in (("q", q.shape[-1]), ("v", v.shape[-1])):
         if not 1 <= width <= WIDEST_HEAD:
             raise ValueError(f"{name}: expected a head dim from 1 to {WIDEST_HEAD}, got {width}")
@@ -62,9 +60,9 @@ class Strides(NamedTuple):
 def strides_of(inputs: Sequence[Tensor | None]) -> Strides:
     """Return how these inputs lie, in the order of `Inputs`."""
     unit = stride_unit(*inputs[:6])
-    rows = [strided(x, unit) for x in inputs[:6]]
+    six = [strided(x, unit) for x in inputs[:6]]
     masks = [mask_by_pointer(x) for x in inputs[6:]]
-    return Strides(tuple([None if x is None else x[1:] for x in (*rows, *masks)]), unit)
+    return Strides(tuple([None if x is None else x[1:] for x in (*six, *masks)]), unit)
 
 
 def mask_by_pointer(mask: Tensor | None) -> Strided | None:
@@ -88,6 +86,6 @@ def use_descriptors(arch: int, *tensors: Tensor | None) -> bool:
 
 def with_descriptors(inputs: Inputs, tensors: Sequence[Tensor | None], config: Config) -> Inputs:
     """Return the same with all but the masks by descriptors for the tiles of that config, given in that order."""
-    rows = (config.block_n, config.block_m, config.block_m) * 2
-    by_descriptor = [described(x, count, config.stream) for x, count in zip(tensors, rows)]
+    heights = (config.block_n, config.block_m, config.block_m) * 2
+    by_descriptor = [described(x, height, config.stream) for x, height in zip(tensors, heights)]
     return Inputs._make([*by_descriptor, inputs.mask, inputs.t_mask])

@@ -17,12 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .attention_arguments import Inputs, Pairs, check, mask_by_pointer, precision, use_descriptors
+from .attention_arguments import Inputs, check, mask_by_pointer, precision, use_descriptors
 from .attention_bands import Problem, band, first_row, live_between, live_tiles, locate, problem_of, sequences, visible
-from .attention_rows import Saved, rows_kernel
+from .attention_preprocess import Saved, preprocess_kernel
 from .attention_tile import (
     Cotangents,
-    Rows,
+    Statistics,
     add_tile,
     indices,
     load_keys,
@@ -30,7 +30,7 @@ from .attention_tile import (
     load_statistics,
     store_gradient,
 )
-from .launch import Launch
+from .launch import FUSION, Launch, Pairs
 from .tiles import Described, Strided, described, stride_unit, strided, zeros
 
 # Head dims up to which four and two accumulators of 64 rows fit the registers of four warps, and two under a mask.
@@ -57,7 +57,7 @@ class Task(NamedTuple):
     tangents: tuple[Tensor | None, ...]
     cotangents: tuple[Tensor | None, ...]
     saved: Saved
-    rows: Rows
+    statistics: Statistics
     gradients: Gradients
     problem: Problem
     scale: float
@@ -102,7 +102,7 @@ def attention_backward(
 
 def perform(task: Task, descriptors: bool | None = None) -> None:
     """Launch what the task takes. descriptors: load rows by TMA, by default where the GPU and the tensors allow it."""
-    _launch(rows_kernel, plan_rows(task))
+    _launch(preprocess_kernel, plan_preprocess(task))
     for part in parts_of_keys(task):
         _launch(_keys_kernel, plan_keys(part, descriptors=descriptors))
     for part in parts_of_queries(task):
@@ -152,7 +152,7 @@ def prepare(
         tangents=asked,
         cotangents=(do, dt_o),
         saved=Saved._make([*(strided(x, unit) for x in (o, t_o, *rests)), lse, d_lse, d_mu]),
-        rows=Rows(
+        statistics=Statistics(
             lse=torch.empty_like(lse),
             rest=torch.empty_like(lse) if biased else None,
             mu=mu if moves else None,
@@ -174,7 +174,7 @@ def prepare(
 
 
 def _asked(dt_o: Tensor | None, d_mu: Tensor | None, tangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """The tangents that the cotangents ask about: mu does not depend on t_v."""
+    """Return the tangents that the cotangents ask about: mu does not depend on t_v."""
     if dt_o is not None:
         return tangents
     return (*tangents[:2], None, tangents[3]) if d_mu is not None else (None,) * 4
@@ -186,17 +186,17 @@ def _gradient(x: Tensor | None, need: bool, written: bool) -> Tensor | None:
     return (torch.empty if written else torch.zeros)(x.shape, dtype=x.dtype, device=x.device)
 
 
-def plan_rows(task: Task, config: configs.Config | None = None) -> Launch:
-    """How to launch the pre-pass. Runs nothing: one can also just compile it."""
-    config = config or configs.Config(32, 32, 1 if task.rows.lse.device.type == "cpu" else 4, 1)
+def plan_preprocess(task: Task, config: configs.Config | None = None) -> Launch:
+    """Return how to launch the pre-pass. Runs nothing: one can also just compile it."""
+    config = config or configs.Config(32, 32, 1 if task.statistics.lse.device.type == "cpu" else 4, 1)
     q, problem = task.primals[0], task.problem
     programs = triton.cdiv(problem.rows, config.block_n) * q.shape[0] * problem.heads
-    args = (*_operands(task, config, False), task.saved, task.rows, problem, task.scale)
+    args = (*_operands(task, config, False), task.saved, task.statistics, problem, task.scale)
     return Launch((programs,), args, _options(task, config))
 
 
 def parts_of_keys(task: Task) -> list[Task]:
-    """The task once for each launch of the kernel for keys: fewer accumulators at a time the wider they are."""
+    """Return the task once for each launch of the kernel for keys: fewer accumulators at a time the wider they are."""
     if (most := _most_accumulators(task)) == 1:
         return _parts(task, ["dk"], ["dt_k"], ["dv"], ["dt_v"])
     _, dk, dv, _, _, dt_k, dt_v, _ = task.gradients
@@ -206,14 +206,14 @@ def parts_of_keys(task: Task) -> list[Task]:
 
 
 def parts_of_queries(task: Task) -> list[Task]:
-    """The same for the kernel for queries and masks."""
+    """Return the task once for each launch of the kernel for queries and masks."""
     if _most_accumulators(task) == 1:
         return _parts(task, ["dq", "d_mask"], ["dt_q", "dt_mask"])
     return _parts(task, ["dq", "d_mask", "dt_q", "dt_mask"])
 
 
 def _most_accumulators(task: Task) -> int:
-    """How many of 64 rows fit the registers beside the tiles."""
+    """Return how many accumulators of 64 rows fit the registers beside the tiles."""
     width, masked = max(task.constants["D"], task.constants["D_V"]), task.primals[3] is not None
     mixed = any(x is not None for x in task.tangents)
     if mixed and width > (WIDEST_MASKED if masked else WIDEST_OF_TWO):
@@ -222,7 +222,7 @@ def _most_accumulators(task: Task) -> int:
 
 
 def _parts(task: Task, *groups: list[str]) -> list[Task]:
-    """The task with the gradients of one group at a time, without the groups of which none is wanted."""
+    """Return the task with the gradients of one group at a time, without the groups of which none is wanted."""
     parts = []
     for group in groups:
         gradients = Gradients(**{name: x if name in group else None for name, x in task.gradients._asdict().items()})
@@ -232,29 +232,29 @@ def _parts(task: Task, *groups: list[str]) -> list[Task]:
 
 
 def plan_keys(task: Task, config: configs.Config | None = None, descriptors: bool | None = None) -> Launch:
-    """How to launch the kernel for keys and values, by default with the shipped config."""
+    """Return how to launch the kernel for keys and values, by default with the shipped config."""
     (q, k, _, mask), problem = task.primals, task.problem
     config, operands = _choices(task, "backward_kv", problem.m, config, descriptors)
     tiles = None if mask is None else live_tiles(mask.mT, config.block_m, config.block_n)
     programs = triton.cdiv(problem.m, config.block_m) * sequences(q, problem) * k.shape[1]
-    args = (*operands, task.rows, task.gradients, problem, tiles, task.scale, k.shape[2])
+    args = (*operands, task.statistics, task.gradients, problem, tiles, task.scale, k.shape[2])
     return Launch((programs,), args, _options(task, config))
 
 
 def plan_queries(task: Task, config: configs.Config | None = None, descriptors: bool | None = None) -> Launch:
-    """How to launch the kernel for queries and masks, by default with the shipped config."""
+    """Return how to launch the kernel for queries and masks, by default with the shipped config."""
     (q, _, _, mask), problem = task.primals, task.problem
     config, operands = _choices(task, "backward_q", problem.n, config, descriptors)
     tiles = None if mask is None else live_tiles(mask, config.block_n, config.block_m)
     programs = triton.cdiv(problem.n, config.block_n) * sequences(q, problem) * problem.heads
-    args = (*operands, task.rows, task.gradients, problem, tiles, task.scale)
+    args = (*operands, task.statistics, task.gradients, problem, tiles, task.scale)
     return Launch((programs,), args, _options(task, config))
 
 
 def _choices(
     task: Task, kernel: str, length: int, config: configs.Config | None, descriptors: bool | None
 ) -> tuple[configs.Config, tuple[Inputs, Cotangents]]:
-    """The config and the operands, where not given those for the GPU and the tensors at hand."""
+    """Return the config and the operands: where they are not given, those for the GPU and the tensors at hand."""
     (q, k, v, mask), tangents, problem = task.primals, task.tangents, task.problem
     arch = configs.arch_of(q.device)
     if descriptors is None:
@@ -275,29 +275,29 @@ def _choices(
 
 
 def _operands(task: Task, config: configs.Config, descriptors: bool) -> tuple[Inputs, Cotangents]:
-    """By descriptors for tiles of this size, or by pointers."""
+    """Return the operands by descriptors for tiles of this size, or by pointers."""
     (q, k, v, mask), (t_q, t_k, t_v, t_mask) = task.primals, task.tangents
 
-    def operand(x: Tensor | None, rows: int) -> Strided | Described | None:
-        return described(x, rows, config.stream) if descriptors else strided(x, task.constants["UNIT"])
+    def operand(x: Tensor | None, height: int) -> Strided | Described | None:
+        return described(x, height, config.stream) if descriptors else strided(x, task.constants["UNIT"])
 
     n, m = config.block_n, config.block_m
-    rows = [operand(x, size) for x, size in zip((q, k, v, t_q, t_k, t_v), (n, m, m, n, m, m))]
+    six = [operand(x, height) for x, height in zip((q, k, v, t_q, t_k, t_v), (n, m, m, n, m, m))]
     masks = [mask_by_pointer(x) for x in (mask, t_mask)]
-    return Inputs._make([*rows, *masks]), Cotangents(*(operand(x, n) for x in task.cotangents))
+    return Inputs._make([*six, *masks]), Cotangents(*(operand(x, n) for x in task.cotangents))
 
 
 def _options(task: Task, config: configs.Config) -> dict[str, Any]:
-    return {**task.constants, **config.options(), "enable_fp_fusion": True}
+    return {**task.constants, **config.options(), **FUSION}
 
 
 @triton.jit
 def _keys_kernel(
-    IN, CO, ROWS, OUT, P, TILES, scale, kv_rows,
+    IN, CO, STATISTICS, OUT, P, TILES, scale, kv_rows,
     D: tl.constexpr, D_V: tl.constexpr, LOWER_RIGHT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
-    """One program: the gradients of BLOCK_M keys of one key head, from all the queries of its group that see them."""
+    """Write the gradients of BLOCK_M keys of one key head, from all the queries of its group that see them."""
     tiles_m = tl.cdiv(P.m, BLOCK_M)
     pid = tl.program_id(0)
     tile_m, pid_zh = pid % tiles_m, pid // tiles_m
@@ -334,7 +334,7 @@ def _keys_kernel(
             if (P.left is not None) or (P.right is not None):
                 limits = (low, high, (start_n < whole_begin) | (start_n >= whole_end))
             dk, dt_k, dv, dt_v = add_tile(
-                (dk, dt_k, dv, dt_v), query, key, ROWS, IN, (None, None), P, first_n, (b, h, i, j, N, M), limits,
+                (dk, dt_k, dv, dt_v), query, key, STATISTICS, IN, (None, None), P, first_n, (b, h, i, j, N, M), limits,
                 scale, True, PRECISION, D, D_V, STREAM,
             )  # fmt: skip
 
@@ -348,11 +348,11 @@ def _keys_kernel(
 
 @triton.jit
 def _queries_kernel(
-    IN, CO, ROWS, OUT, P, TILES, scale,
+    IN, CO, STATISTICS, OUT, P, TILES, scale,
     D: tl.constexpr, D_V: tl.constexpr, LOWER_RIGHT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
-    """One program: the gradients of BLOCK_N queries of one head, and their rows of the masks' gradients."""
+    """Write the gradients of BLOCK_N queries of one head, and their rows of the masks' gradients."""
     tiles_n = tl.cdiv(P.n, BLOCK_N)
     pid = tl.program_id(0)
     tile_n, pid_zh = pid % tiles_n, pid // tiles_n
@@ -367,7 +367,7 @@ def _queries_kernel(
         listed, first, last = live_between(TILES, b, h, tile_n, begin, end, BLOCK_M)
     query = load_queries(IN, CO, b, h, first_n, start_n, N, BLOCK_N, D, D_V, UNIT, STREAM)  # (BLOCK_N, D), (., D_V)
     i = start_n + tl.arange(0, BLOCK_N)[:, None]
-    rows = load_statistics(ROWS, P, first_n, (b, h, i, i, N, M))
+    statistics = load_statistics(STATISTICS, P, first_n, (b, h, i, i, N, M))
 
     dq, dt_q = (), ()
     if OUT.dq is not None:
@@ -382,8 +382,8 @@ def _queries_kernel(
         j = start_m + tl.arange(0, BLOCK_M)[None, :]
         limits = (low, high, (start_m < whole_begin) | (start_m >= whole_end))
         sums = add_tile(
-            (dq, dt_q, (), ()), query, key, rows, IN, (OUT.d_mask, OUT.dt_mask), P, first_n, (b, h, i, j, N, M), limits,
-            scale, False, PRECISION, D, D_V, STREAM,
+            (dq, dt_q, (), ()), query, key, statistics, IN, (OUT.d_mask, OUT.dt_mask), P, first_n, (b, h, i, j, N, M),
+            limits, scale, False, PRECISION, D, D_V, STREAM,
         )  # fmt: skip
         dq, dt_q = sums[0], sums[1]
 

@@ -53,7 +53,7 @@ class Tiles(NamedTuple):
 def problem_of(
     q: Tensor, k: Tensor, window: tuple[int, int], cu_seqlens: tuple[Tensor, Tensor, int, int] | None
 ) -> Problem:
-    """The problem that q (B, H, N, D), k (B, Hkv, M, D), a window and packed sequences pose.
+    """Return the problem that q (B, H, N, D), k (B, Hkv, M, D), a window and packed sequences pose.
 
     A side of the window, -1 or any limit that no query of these lengths could reach, is None.
     """
@@ -63,19 +63,19 @@ def problem_of(
 
 
 def sequences(q: Tensor, problem: Problem) -> int:
-    """How many there are: of the samples or, packed in one, of all."""
+    """Return how many sequences there are: one a sample or, packed in one sample, as many as the bounds say."""
     return q.shape[0] if problem.cu_n is None else problem.cu_n.shape[0] - 1
 
 
 @triton.jit
 def first_row(P, b, h, first):
-    """The 64-bit index, in a contiguous (B, H, rows) tensor, of row `first` of head h of sample b."""
+    """Return the 64-bit index, in a contiguous (B, H, rows) tensor, of row `first` of head h of sample b."""
     return (b.to(tl.int64) * P.heads + h) * P.rows + first
 
 
 @triton.jit
 def locate(P, z):
-    """Sequence z: the sample it lies in, its first query and their number, its first key and their number."""
+    """Return of sequence z: the sample it lies in, its first query and their number, its first key and their number."""
     if P.cu_n is not None:
         first_n, first_m = tl.load(P.cu_n + z), tl.load(P.cu_m + z)
         return z * 0, first_n, tl.load(P.cu_n + z + 1) - first_n, first_m, tl.load(P.cu_m + z + 1) - first_m
@@ -85,7 +85,10 @@ def locate(P, z):
 
 @triton.jit
 def band(P, n, m, LOWER_RIGHT: tl.constexpr):
-    """(low, high): query i sees the keys from i + low to i + high. LOWER_RIGHT: the last query meets the last key."""
+    """Return (low, high): query i sees the keys from i + low to i + high.
+
+    LOWER_RIGHT: the last query meets the last key.
+    """
     low, high = n * 0 - UNLIMITED, n * 0 + UNLIMITED
     shift = m - n if LOWER_RIGHT else n * 0
     if P.left is not None:
@@ -97,11 +100,11 @@ def band(P, n, m, LOWER_RIGHT: tl.constexpr):
 
 @triton.jit
 def visible(start, low, high, length, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """The tiles of STEP that rows start ... start + BLOCK - 1 see: (begin, whole_begin, whole_end, end), in elements.
+    """Return the tiles of STEP that rows start ... start + BLOCK - 1 see: (begin, whole_begin, whole_end, end).
 
-    Row i sees i + low ... i + high of `length` others. Nothing outside [begin, end) is seen by any of these rows, and
-    tiles that start in [whole_begin, whole_end) are seen whole by all of them. For a key's queries, call it with
-    (-high, -low).
+    All are in elements. Row i sees i + low ... i + high of `length` others. Nothing outside [begin, end) is seen by any
+    of these rows, and tiles that start in [whole_begin, whole_end) are seen whole by all of them. For a key's queries,
+    call it with (-high, -low).
     """
     begin = tl.maximum(start + low, 0) // STEP * STEP
     end = tl.minimum(start + BLOCK + high, length)
@@ -112,7 +115,7 @@ def visible(start, low, high, length, BLOCK: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def live_between(T, b, h, row, begin, end, STEP: tl.constexpr):
-    """(list, first, last): the live tiles of STEP elements within [begin, end) are list[first] ... list[last - 1]."""
+    """Return (list, first, last): list[first] ... list[last - 1] are the live tiles of STEP within [begin, end)."""
     line = b.to(tl.int64) * T.stride_b + h.to(tl.int64) * T.stride_h + row.to(tl.int64) * T.stride_row
     before = T.before + line * (T.width + 1)
     first = tl.load(before + tl.minimum(begin // STEP, T.width))
@@ -121,7 +124,9 @@ def live_between(T, b, h, row, begin, end, STEP: tl.constexpr):
 
 
 def live_tiles(mask: Tensor, block_row: int, block_col: int) -> Tiles:
-    """The tiles, block_row by block_col, of a (B, H, rows, columns) mask, bool or float, that hide not everything.
+    """Return the tiles, block_row by block_col, of a (B, H, rows, columns) mask that do not hide everything.
+
+    The mask is bool or float.
 
     Broadcast dimensions (stride 0) stay broadcast, so a padding mask is looked at once a sample.
     """
@@ -141,7 +146,7 @@ def live_tiles(mask: Tensor, block_row: int, block_col: int) -> Tiles:
 
 
 def _most(mask: Tensor, dim: int, size: int, length: int) -> Tensor:
-    """The largest entry of each tile of `size` along a dimension; one that is broadcast to `length` stays as it is."""
+    """Return the largest entry of each tile of `size` along a dimension; one broadcast to `length` stays as it is."""
     if mask.shape[dim] != length:
         return mask
     whole = length // size * size

@@ -1,7 +1,8 @@
 """One tile of attention's backward, shared by the kernels for keys and for queries.
 
 It is (BLOCK_N, BLOCK_M), or its transpose where BY_KEYS: so the left operand of every matmul into a gradient is what
-has just been computed, and nothing has to be turned around. Row statistics come as a column or, BY_KEYS, as a row.
+has just been computed, and nothing has to be turned around. The statistics of the queries come as a column or,
+BY_KEYS, as a row.
 """
 
 # mypy: allow-untyped-defs
@@ -14,23 +15,23 @@ import triton
 import triton.language as tl
 
 from .attention_bands import first_row
-from .tiles import Described, Strided, add_cross, add_crosses, add_pair, as_operand, at_least, load_rows, store_rows
+from .tiles import Described, Strided, add_cross, add_crosses, add_pair, as_operand, at_least, load_tile, store_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)  # below every logit but -inf
 
 
 class Cotangents(NamedTuple):
-    """Of o and t_o, (B, H, N, D_V) each. None is a structural zero."""
+    """The cotangents of o and t_o, each (B, H, N, D_V). None is a structural zero."""
 
     do: Strided | Described | None
     dt_o: Strided | Described | None
 
 
-class Rows(NamedTuple):
-    """Of each query, (B, H, N) in float32: P = exp2(S - lse - rest), all in units of log 2.
+class Statistics(NamedTuple):
+    """What the tiles need of each query, (B, H, N) in float32: P = exp2(S - lse - rest), all in units of log 2.
 
-    rest is None unless a float mask may push lse too far from 0 to hold it. A row that sees no key has lse = inf.
+    rest is None unless a float mask may push lse too far from 0 to hold it. A query that sees no key has lse = inf.
     delta_t is None where no logit moves, or no cotangent asks how.
     """
 
@@ -43,7 +44,7 @@ class Rows(NamedTuple):
 
 @triton.jit
 def indices(start_n, start_m, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BY_KEYS: tl.constexpr):
-    """The tile's queries and keys, shaped so that they broadcast to the tile."""
+    """Return the tile's queries and keys, shaped so that they broadcast to the tile."""
     offs_n, offs_m = start_n + tl.arange(0, BLOCK_N), start_m + tl.arange(0, BLOCK_M)
     if BY_KEYS:
         return offs_n[None, :], offs_m[:, None]
@@ -52,22 +53,22 @@ def indices(start_n, start_m, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BY_K
 
 
 @triton.jit
-def load_statistics(ROWS, P, first_n, at):
-    """All of the tile's queries; None where there is none."""
+def load_statistics(STATISTICS, P, first_n, at):
+    """Load all statistics of the tile's queries; None where there is none."""
     rest, mu, delta_t = None, None, None
-    lse = _load_statistic(ROWS.lse, P, first_n, at)
-    delta = _load_statistic(ROWS.delta, P, first_n, at)
-    if ROWS.rest is not None:
-        rest = _load_statistic(ROWS.rest, P, first_n, at)
-    if ROWS.delta_t is not None:
-        mu = _load_statistic(ROWS.mu, P, first_n, at)
-        delta_t = _load_statistic(ROWS.delta_t, P, first_n, at)
+    lse = _load_statistic(STATISTICS.lse, P, first_n, at)
+    delta = _load_statistic(STATISTICS.delta, P, first_n, at)
+    if STATISTICS.rest is not None:
+        rest = _load_statistic(STATISTICS.rest, P, first_n, at)
+    if STATISTICS.delta_t is not None:
+        mu = _load_statistic(STATISTICS.mu, P, first_n, at)
+        delta_t = _load_statistic(STATISTICS.delta_t, P, first_n, at)
     return lse, rest, mu, delta, delta_t
 
 
 @triton.jit
 def _load_statistic(ptr, P, first_n, at):
-    """0 beyond the last query, where q, do and dt_o are 0 as well, so that nothing comes of it."""
+    """Load one of them: 0 beyond the last query, where q, do and dt_o are 0 as well, so that nothing comes of it."""
     b, h, i, _, n, _ = at
     return tl.load(ptr + first_row(P, b, h, first_n) + i, mask=i < n, other=0.0)
 
@@ -77,15 +78,15 @@ def load_queries(
     IN, CO, b, h, first, start, n,
     BLOCK_N: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, UNIT: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
-    """(q, t_q, do, dt_o) of BLOCK_N queries, None where there is none."""
+    """Load (q, t_q, do, dt_o) of BLOCK_N queries, None where there is none."""
     t_q, do, dt_o = None, None, None
-    q = load_rows(IN.q, b, h, first, start, n, BLOCK_N, D, UNIT, STREAM)
+    q = load_tile(IN.q, b, h, first, start, n, BLOCK_N, D, UNIT, STREAM)
     if IN.t_q is not None:
-        t_q = load_rows(IN.t_q, b, h, first, start, n, BLOCK_N, D, UNIT, STREAM)
+        t_q = load_tile(IN.t_q, b, h, first, start, n, BLOCK_N, D, UNIT, STREAM)
     if CO.do is not None:
-        do = load_rows(CO.do, b, h, first, start, n, BLOCK_N, D_V, UNIT, STREAM)
+        do = load_tile(CO.do, b, h, first, start, n, BLOCK_N, D_V, UNIT, STREAM)
     if CO.dt_o is not None:
-        dt_o = load_rows(CO.dt_o, b, h, first, start, n, BLOCK_N, D_V, UNIT, STREAM)
+        dt_o = load_tile(CO.dt_o, b, h, first, start, n, BLOCK_N, D_V, UNIT, STREAM)
     return q, t_q, do, dt_o
 
 
@@ -94,20 +95,20 @@ def load_keys(
     IN, b, h, first, start, m,
     BLOCK_M: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, UNIT: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
-    """(k, t_k, v, t_v) of BLOCK_M keys, None where there is none."""
+    """Load (k, t_k, v, t_v) of BLOCK_M keys, None where there is none."""
     t_k, t_v = None, None
-    k = load_rows(IN.k, b, h, first, start, m, BLOCK_M, D, UNIT, STREAM)
-    v = load_rows(IN.v, b, h, first, start, m, BLOCK_M, D_V, UNIT, STREAM)
+    k = load_tile(IN.k, b, h, first, start, m, BLOCK_M, D, UNIT, STREAM)
+    v = load_tile(IN.v, b, h, first, start, m, BLOCK_M, D_V, UNIT, STREAM)
     if IN.t_k is not None:
-        t_k = load_rows(IN.t_k, b, h, first, start, m, BLOCK_M, D, UNIT, STREAM)
+        t_k = load_tile(IN.t_k, b, h, first, start, m, BLOCK_M, D, UNIT, STREAM)
     if IN.t_v is not None:
-        t_v = load_rows(IN.t_v, b, h, first, start, m, BLOCK_M, D_V, UNIT, STREAM)
+        t_v = load_tile(IN.t_v, b, h, first, start, m, BLOCK_M, D_V, UNIT, STREAM)
     return k, t_k, v, t_v
 
 
 @triton.jit
 def logits(s, IN, at, scale):
-    """S under the mask, in units of log 2, from s = q kᵀ."""
+    """Return S under the mask, in units of log 2, from s = q kᵀ."""
     _, _, i, _, n, _ = at
     s *= scale * LOG2_E
     if IN.mask is not None:
@@ -123,7 +124,7 @@ def logits(s, IN, at, scale):
 
 @triton.jit
 def add_tile(
-    acc, query, key, rows, IN, OUT, P, first_n, at, limits, scale,
+    acc, query, key, statistics, IN, OUT, P, first_n, at, limits, scale,
     BY_KEYS: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
     """Add a tile's share to (dk, dt_k, dv, dt_v) BY_KEYS, else to (dq, dt_q, (), ()); () is a gradient nobody needs.
@@ -133,7 +134,7 @@ def add_tile(
     """
     q, t_q, do, dt_o = query
     k, t_k, v, t_v = key
-    lse, rest, mu, delta, delta_t = rows
+    lse, rest, mu, delta, delta_t = statistics
     d_mask, dt_mask = OUT
     if BY_KEYS:
         others = (q, t_q, do, dt_o)
@@ -217,7 +218,7 @@ def _add_products(
     acc, others, p, pz, d_t, d_s,
     PRECISION: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
-    """What P, P_t, dT and dS add to the gradients; None adds nothing, and is not needed or comes at another time."""
+    """Add to the gradients what P, P_t, dT and dS give; None adds nothing: it is not needed, or comes another time."""
     dx, dt_x, dv, dt_v = acc
     x, t_x, do, dt_o = others
     dt_v, dv = add_pair(dt_v, dv, p, pz, dt_o, do, PRECISION, D_V, STREAM)
@@ -227,7 +228,7 @@ def _add_products(
 
 @triton.jit
 def _statistic(x, P, first_n, at, BY_KEYS: tl.constexpr):
-    """BY_KEYS each tile has its own, loaded where it is used; else all tiles have the same, loaded before."""
+    """Load a statistic BY_KEYS, where each tile has its own; else all tiles have the same, loaded before."""
     if BY_KEYS:
         return _load_statistic(x, P, first_n, at)
     else:
@@ -236,7 +237,7 @@ def _statistic(x, P, first_n, at, BY_KEYS: tl.constexpr):
 
 @triton.jit
 def _moved_logits(t, IN, at, scale):
-    """T, from t = t_q kᵀ + q t_kᵀ."""
+    """Return T, from t = t_q kᵀ + q t_kᵀ."""
     t *= scale
     if IN.t_mask is not None:
         t += _load_mask(IN.t_mask, at, 0).to(tl.float32)
@@ -245,14 +246,14 @@ def _moved_logits(t, IN, at, scale):
 
 @triton.jit
 def seen(at, low, high):
-    """The keys that there are, and that lie in the query's band."""
+    """Return whether the key is there, and lies in the query's band."""
     _, _, i, j, _, m = at
     return (j < m) & (j >= i + low) & (j <= i + high)
 
 
 @triton.jit
 def _load_mask(MASK, at, beyond):
-    """A tile of a mask, or its one row if all queries share it, and what lies beyond its edges."""
+    """Load a tile of a mask, or its one row if all queries share it; beyond its edges it is `beyond`."""
     b, h, i, j, n, m = at
     ptrs = MASK.ptr + b.to(tl.int64) * MASK.stride_b + h.to(tl.int64) * MASK.stride_h + j.to(tl.int64) * MASK.stride_d
     live = j < m
@@ -270,9 +271,9 @@ def _store_mask(ptr, x, P, at):
 
 @triton.jit
 def store_gradient(ptr, first, live, x, factor, D: tl.constexpr, STREAM: tl.constexpr):
-    """Write the live rows of factor x; nothing where nobody needs them."""
+    """Write the live rows of factor x, unless nobody needs them."""
     if ptr is not None:
         tile = ()
         for i in tl.static_range(len(x)):
             tile = tile + (x[i] * factor,)
-        store_rows(ptr, first, live, tile, D, STREAM)
+        store_tile(ptr, first, live, tile, D, STREAM)

@@ -58,7 +58,7 @@ def column_parts(width: int, stream: int = 0) -> tuple[tuple[int, int], ...]:
 
 
 def stride_unit(*tensors: torch.Tensor | None) -> int:
-    """The common factor, 8 or 1, that kernels take out of the batch, head and row strides of these tensors.
+    """Return the common factor, 8 or 1, that kernels take out of the batch, head and row strides of these tensors.
 
     Triton knows a stride to be aligned only when 16 divides it. Rows of 72 elements of 16 bits lie 144 bytes apart, fit
     for 16-byte loads, but 16 does not divide 72 and they would be loaded element by element. So kernels receive
@@ -69,7 +69,7 @@ def stride_unit(*tensors: torch.Tensor | None) -> int:
 
 
 def strided(x: torch.Tensor | None, unit: int = 1) -> Strided | None:
-    """A 4-D tensor for a kernel. A dimension of size 1 may have any stride; here it gets 0."""
+    """Return a 4-D tensor for a kernel. A dimension of size 1 may have any stride; here it gets 0."""
     if x is None:
         return None
     units = (unit, unit, unit, 1)
@@ -77,27 +77,27 @@ def strided(x: torch.Tensor | None, unit: int = 1) -> Strided | None:
 
 
 def describable(x: torch.Tensor) -> bool:
-    """Whether descriptors can name this tensor's elements: all aligned to 16 bytes, and none broadcast."""
+    """Return whether descriptors can name this tensor's elements: all aligned to 16 bytes, and none broadcast."""
     strides = [s for size, s in zip(x.shape[:-1], x.stride()[:-1]) if size > 1]
     aligned = all(s > 0 and s * x.element_size() % 16 == 0 for s in strides)
     return aligned and x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and x.numel() > 0
 
 
-def described(x: torch.Tensor | None, rows: int, stream: int = 0) -> Described | None:
-    """A 4-D tensor for kernels that load that many of its rows at a time; one descriptor does if they are streamed."""
+def described(x: torch.Tensor | None, height: int, stream: int = 0) -> Described | None:
+    """Return a 4-D tensor for kernels that load tiles of that height; one descriptor does if rows are streamed."""
     if x is None:
         return None
     strides = [16 if size == 1 else s for size, s in zip(x.shape[:-1], x.stride()[:-1])] + [1]
     widths = [stream] if stream else [width for _, width in column_parts(x.shape[-1])]
-    blocks = [[1, 1, rows, width] for width in widths]
+    blocks = [[1, 1, height, width] for width in widths]
     return Described(tuple(TensorDescriptor(x, list(x.shape), strides, block) for block in blocks))
 
 
 @triton.jit
-def load_rows(
+def load_tile(
     x, b, h, first, start, n, ROWS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, STREAM: tl.constexpr = 0
 ):  # fmt: skip
-    """Rows start ... start + ROWS - 1 of a sequence of n, whose row 0 is row `first` of head h of sample b.
+    """Load rows start ... start + ROWS - 1 of a sequence of n, whose row 0 is row `first` of head h of sample b.
 
     Rows from n on and columns from D on are zero. With STREAM nothing is loaded yet: what comes back says from where
     the products below load STREAM columns at a time, each time anew.
@@ -123,7 +123,7 @@ def load_rows(
 
 @triton.jit
 def _load_columns(rows, first, D: tl.constexpr, STREAM: tl.constexpr):
-    """STREAM columns of streamed rows, from column `first` on."""
+    """Load STREAM columns of streamed rows, from column `first` on."""
     if len(rows) == 4:  # Described
         source, b, h, start = rows
         return source.load([b, h, start, first]).reshape(source.block_shape[2], STREAM)
@@ -147,7 +147,7 @@ def _load_part(x, head, rows, live, FIRST: tl.constexpr, WIDTH: tl.constexpr, D:
 
 @triton.jit
 def _columns(rows, i, D: tl.constexpr, STREAM: tl.constexpr):
-    """Part i of the columns, which is there, or is loaded now."""
+    """Return part i of the columns, which is there, or is loaded now."""
     if STREAM:
         return _load_columns(rows, i * STREAM, D, STREAM)
     else:
@@ -155,7 +155,7 @@ def _columns(rows, i, D: tl.constexpr, STREAM: tl.constexpr):
 
 
 @triton.jit
-def store_rows(ptr, first_row, live, x, D: tl.constexpr, STREAM: tl.constexpr = 0):
+def store_tile(ptr, first_row, live, x, D: tl.constexpr, STREAM: tl.constexpr = 0):
     """Write the live rows of x to rows first_row, first_row + 1, ... of a contiguous (..., D) tensor."""
     PARTS: tl.constexpr = column_parts(D, STREAM)
     for i in tl.static_range(len(PARTS)):
@@ -164,7 +164,7 @@ def store_rows(ptr, first_row, live, x, D: tl.constexpr, STREAM: tl.constexpr = 
 
 @triton.jit
 def store_with_rests(ptr, rest, first_row, live, x, D: tl.constexpr, STREAM: tl.constexpr):
-    """The same, and to `rest`, unless it is None, what rounding takes from x, times REST: in float32, exactly."""
+    """Write x as `store_tile` does, and to `rest`, unless None, what rounding takes from x, times REST: exactly."""
     PARTS: tl.constexpr = column_parts(D, STREAM)
     for i in tl.static_range(len(PARTS)):
         low = x[i].to(ptr.dtype.element_ty)
@@ -186,7 +186,7 @@ def _store_part(ptr, live, x, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.co
 
 @triton.jit
 def with_rests(x, rest):
-    """Rounded x as float32, and what rounding took from it; a rest of None is zero."""
+    """Return rounded x as float32 plus what rounding took from it; a rest of None is zero."""
     tile = ()
     for i in tl.static_range(len(x)):
         if rest is None:
@@ -198,7 +198,7 @@ def with_rests(x, rest):
 
 @triton.jit
 def zeros(ROWS: tl.constexpr, D: tl.constexpr, STREAM: tl.constexpr = 0):
-    """A float32 accumulator (ROWS, D)."""
+    """Return a float32 accumulator (ROWS, D)."""
     PARTS: tl.constexpr = column_parts(D, STREAM)
     tile = ()
     for i in tl.static_range(len(PARTS)):
@@ -215,7 +215,7 @@ def _zero_part(ROWS: tl.constexpr, WIDTH: tl.constexpr):
 def add_cross(
     acc, x, y, TURNED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr = 0, STREAM: tl.constexpr = 0
 ):  # fmt: skip
-    """acc + x yᵀ, TURNED acc + y xᵀ: the parts are of the summed dimension, acc is one plain tile."""
+    """Return acc + x yᵀ, TURNED acc + y xᵀ: the parts are of the summed dimension, acc is one plain tile."""
     if STREAM:
         for first in tl.range(0, D, STREAM):
             x_i, y_i = _load_columns(x, first, D, STREAM), _load_columns(y, first, D, STREAM)
@@ -230,7 +230,7 @@ def add_cross(
 def add_crosses(
     a, b, x, y, t_x, t_y, TURNED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, STREAM: tl.constexpr
 ):  # fmt: skip
-    """(a + x yᵀ, b + t_x yᵀ + x t_yᵀ) of streamed rows, loaded once for both; None is left out."""
+    """Return (a + x yᵀ, b + t_x yᵀ + x t_yᵀ) of streamed rows, loaded once for both; None is left out."""
     for first in tl.range(0, D, STREAM):
         x_i, y_i = _load_columns(x, first, D, STREAM), _load_columns(y, first, D, STREAM)
         a = _add_dot(a, x_i, y_i, TURNED, PRECISION)
@@ -251,7 +251,7 @@ def _add_dot(acc, x, y, TURNED: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def add_pair(first, second, a, b, x, y, PRECISION: tl.constexpr, D: tl.constexpr, STREAM: tl.constexpr):
-    """(first + a x, second + a y + b x), part by part so that one of x serves both; () and None are left out."""
+    """Return (first + a x, second + a y + b x), part by part so that one of x serves both; () and None are left out."""
     PARTS: tl.constexpr = column_parts(D, STREAM)
     new_first, new_second = (), ()
     for i in tl.static_range(len(PARTS)):
@@ -274,7 +274,7 @@ def add_pair(first, second, a, b, x, y, PRECISION: tl.constexpr, D: tl.constexpr
 
 @triton.jit
 def as_operand(x, other, PRECISION: tl.constexpr):
-    """float32 x as the matmul with `other` takes it: in its dtype, and for TF32 rounded to a mantissa of 10 bits."""
+    """Return float32 x as the matmul with `other` takes it: in its dtype, for TF32 rounded to a mantissa of 10 bits."""
     if PRECISION == "tf32":
         bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
         return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
@@ -284,19 +284,19 @@ def as_operand(x, other, PRECISION: tl.constexpr):
 
 @triton.constexpr_function
 def _element_type(dtype: Any) -> Any:
-    """Of a tile, or of the pointers to it."""
+    """Return the element type of a tile, or of the pointers to it."""
     return dtype.element_ty if dtype.is_ptr() else dtype
 
 
 @triton.jit
 def at_least(x, least):
-    """The larger of the two; NaN stays NaN, which `tl.maximum` by itself would replace."""
+    """Return the larger of the two; NaN stays NaN, which `tl.maximum` by itself would replace."""
     return tl.maximum(x, least, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def scale_rows(x, factor):
-    """factor ∘ x with one factor a row."""
+    """Return factor ∘ x with one factor a row."""
     tile = ()
     for i in tl.static_range(len(x)):
         tile = tile + (x[i] * factor[:, None],)
@@ -305,7 +305,7 @@ def scale_rows(x, factor):
 
 @triton.jit
 def add_scaled_rows(x, factor, y):
-    """x + factor ∘ y with one factor a row."""
+    """Return x + factor ∘ y with one factor a row."""
     tile = ()
     for i in tl.static_range(len(x)):
         tile = tile + (x[i] + factor[:, None] * y[i],)

@@ -40,15 +40,22 @@ def inputs(
     return primals, {name: draw().to(dtype) for name in names if name in tangents}
 
 
-def pairs(primals: Tensors, tangents: Tensors) -> Any:
-    return [x for name in NAMES for x in (primals.get(name), tangents.get(name))]
+def pairs(primals: Tensors, tangents: Tensors) -> list[tuple[Any, Tensor | None]]:
+    return [(primals.get(name), tangents.get(name)) for name in NAMES]
+
+
+def gradients(dy: Tensor | None, dt_y: Tensor, primals: Tensors, tangents: Tensors, kind: str) -> list[Tensor]:
+    """dx, dt_x, dup, dt_up: all of them."""
+    arguments, needs = ([(dy, dt_y)], pairs(primals, tangents), ([(None, None)], ())), [(True, True)] * 2
+    return [x for pair in kernel.activation_backward(*arguments, kind=kind, needs=needs) for x in pair]
 
 
 def check(kind: str, primals: Tensors, tangents: Tensors, cotangents: list[Tensor] | None = None) -> None:
     """y, t_y, the gradients of y and those of both keep the tolerance rule and absolute caps."""
     fn = lambda x, up=None: PHI[kind](x) if up is None else PHI[kind](x) * up  # noqa: E731
     exact = cast(primals, torch.float64), cast(tangents, torch.float64)
-    outputs = kernel.activation_forward(*pairs(primals, tangents), kind=kind)
+    saved = kernel.activation_forward(pairs(primals, tangents), kind=kind)
+    ((*outputs,),) = saved[0]
     found = {name: x for name, x in zip(("y", "t_y"), outputs, strict=True) if x is not None}
     assert ("t_y" in found) == bool(tangents)
     truths = dict(zip(("y", "t_y"), reference_jvp(fn, *exact)))
@@ -56,11 +63,11 @@ def check(kind: str, primals: Tensors, tangents: Tensors, cotangents: list[Tenso
     dy, dt_y = cotangents or [torch.randn_like(outputs[0]) for _ in range(2)]
     for order, other in [(1, None), (2, dt_y)]:
         wants = ["x", "up"] if other is None else ["x", "up", "t_x", "t_up"]
-        needs = tuple(n in wants and (primals | {f"t_{k}": v for k, v in tangents.items()}).get(n) is not None
-                      for n in ("x", "up", "t_x", "t_up"))  # fmt: skip
-        grads = kernel.activation_backward(dy, other, *pairs(primals, tangents), kind=kind, needs=needs)
-        assert tuple(x is not None for x in grads) == needs
-        named = zip(("x", "up", "t_x", "t_up"), grads, strict=True)
+        given = primals | {f"t_{name}": t for name, t in tangents.items()}
+        needs = [tuple(n in wants and given.get(n) is not None for n in (name, f"t_{name}")) for name in NAMES]
+        grads = kernel.activation_backward([(dy, other)], pairs(primals, tangents), saved, kind=kind, needs=needs)
+        assert [tuple(x is not None for x in pair) for pair in grads] == needs
+        named = [(n, x) for name, pair in zip(NAMES, grads, strict=True) for n, x in zip((name, f"t_{name}"), pair)]
         found |= {f"d{name}{order}": x for name, x in named if x is not None}
         for results, point, (d, dt) in (
             (truths, exact, (dy.double(), None if other is None else other.double())),
@@ -119,8 +126,10 @@ def test_far_out_an_activation_is_the_identity_or_zero(kind: str, dtype: torch.d
     x = torch.tensor([1.0, -1.0], device=DEVICE).outer(torch.tensor(far, device=DEVICE)).clamp(-far[-1], far[-1])
     x = x.to(dtype)
     one, on = torch.ones_like(x), (x > 0).to(dtype)
-    y, t_y = kernel.activation_forward(x, one, None, None, kind=kind)
-    dx, _, dt_x, _ = kernel.activation_backward(one, one, x, one, None, None, kind=kind, needs=(True, False) * 2)
+    inputs = [(x, one), (None, None)]
+    ((y, t_y),), _ = saved = kernel.activation_forward(inputs, kind=kind)
+    needs = [(True, True), (False, False)]
+    (dx, dt_x), _ = kernel.activation_backward([(one, one)], inputs, saved, kind=kind, needs=needs)
     for actual, expected in ((y, x * on), (t_y, on), (dx, on), (dt_x, on)):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
 
@@ -129,16 +138,13 @@ def test_a_loss_of_the_tangent_alone() -> None:
     """dy of None is zeros."""
     primals, tangents = inputs()
     dt_y = torch.randn(2, 5, 72, device=DEVICE)
-    without, zeros = (
-        kernel.activation_backward(dy, dt_y, *pairs(primals, tangents), kind="silu", needs=(True,) * 4)
-        for dy in (None, torch.zeros_like(dt_y))
-    )
-    assert all(torch.equal(a, b) for a, b in zip(without, zeros))
+    without, zeros = (gradients(dy, dt_y, primals, tangents, "silu") for dy in (None, torch.zeros_like(dt_y)))
+    assert all(torch.equal(a, b) for a, b in zip(without, zeros, strict=True))
 
 
 def test_no_elements() -> None:
     """An empty tensor launches nothing."""
-    y, t_y = kernel.activation_forward(*pairs(*inputs(shape=(0, 5))), kind="silu")
+    ((y, t_y),), _ = kernel.activation_forward(pairs(*inputs(shape=(0, 5))), kind="silu")
     assert y.shape == t_y.shape == (0, 5)
 
 
@@ -146,9 +152,9 @@ def test_what_it_cannot_do_is_refused() -> None:
     """By the name of the argument."""
     x = torch.zeros(2, dtype=torch.float64)
     with pytest.raises(TypeError, match=r"x: expected float32, .* got torch.float64"):
-        kernel.activation_forward(x, None, None, None, kind="silu")
+        kernel.activation_forward([(x, None), (None, None)], kind="silu")
     with pytest.raises(ValueError, match="t_up: expected None without an up"):
-        kernel.activation_forward(x.float(), None, None, x.float(), kind="silu")
+        kernel.activation_forward([(x.float(), None), (None, x.float())], kind="silu")
 
 
 @pytest.mark.parametrize("op", ["swiglu", "geglu"])
@@ -171,8 +177,6 @@ def test_nan_stays_nan(kind: str) -> None:
     """In y, t_y and all gradients, at this entry and nowhere else."""
     primals, tangents = inputs(shape=(1, 8))
     primals["x"][0, 3] = math.nan
-    outputs = kernel.activation_forward(*pairs(primals, tangents), kind=kind)
-    cotangents = [torch.ones_like(x) for x in outputs]
-    gradients = kernel.activation_backward(*cotangents, *pairs(primals, tangents), kind=kind, needs=(True,) * 4)
-    for x in (*outputs, *gradients):
+    ((y, t_y),), _ = kernel.activation_forward(pairs(primals, tangents), kind=kind)
+    for x in (y, t_y, *gradients(torch.ones_like(y), torch.ones_like(t_y), primals, tangents, kind)):
         assert x.isnan().nonzero().tolist() == [[0, 3]]

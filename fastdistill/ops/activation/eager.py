@@ -10,12 +10,26 @@ Derivation and second derivatives: kernels/README.md, in the names used here.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu  # bound here: a user may assign ours in their place
 
+from fastdistill.ops.protocol.pair import (
+    ABSENT,
+    Needs,
+    Pair,
+    Pairs,
+    accumulated,
+    affine,
+    cast,
+    moves,
+    needed,
+    paired,
+    times,
+    write_add_product,
+)
 from fastdistill.ops.protocol.row_blocks import accumulator_dtype, elements
 
 FAR = 9.5  # beyond it the curvature is zero in float64, and a polynomial of x only overflows
@@ -23,118 +37,106 @@ SPREAD = 2 * math.sqrt(2 / math.pi)
 CUBIC = 0.044715
 
 
-def activation_forward(
-    x: Tensor, t_x: Tensor | None, up: Tensor | None, t_up: Tensor | None, *, kind: str
-) -> tuple[Tensor, Tensor | None]:
-    """(y, t_y) of y = phi(x) up, all of one shape, any strides; kind is "silu", "gelu" or "gelu_tanh".
+def activation_forward(inputs: Pairs, *, kind: str) -> tuple[tuple[Pair], tuple[()]]:
+    """Return y = phi(x) up and its tangent: ((y, t_y),), and no residuals.
 
-    Both results are contiguous and of x's dtype; 16-bit arguments are computed in float32 and rounded once. t_y is None
-    without any tangent.
+    Args:
+        inputs: the pairs of x and of up, all of one shape and dtype, any strides; up of None is one.
+        kind: "silu", "gelu" or "gelu_tanh".
 
-    Equivalent to: `torch.func.jvp(lambda x, up: phi(x) * up, (x, up), (t_x, t_up))`.
+    Returns:
+        y, t_y, contiguous and of x's dtype; 16-bit arguments are computed in float32 and rounded once. t_y is None
+        without any tangent.
+
+    Equivalent to:
+        torch.func.jvp(lambda x, up: phi(x) * up, (x, up), (t_x, t_up))
     """
+    (x, t_x), (up, t_up) = inputs
     if up is None and (kind != "gelu_tanh" or t_x is None):
-        return phi(x, kind).contiguous(), None if t_x is None else along(t_x, x, kind).contiguous()
-    y, t_y = _empty(x), None if t_x is None and t_up is None else _empty(x)
+        return (Pair(phi(x, kind).contiguous(), None if t_x is None else along(t_x, x, kind).contiguous()),), ()
+    y, t_y = _empty(x), _empty(x) if moves(inputs) else None
     for block in elements(x, t_x, up, t_up, y, t_y):
-        _values(*block, kind=kind)
-    return y, t_y
+        *given, written = paired(block[::2], block[1::2])
+        _write_values(given, written, kind)
+    return (Pair(y, t_y),), ()
 
 
-def _values(x: Any, t_x: Tensor | None, up: Tensor | None, t_up: Tensor | None, y: Any, t_y: Any, *, kind: str) -> None:
+def _write_values(inputs: Pairs, outputs: Pair, kind: str) -> None:
     """Write y = phi(x) up and its tangent."""
-    x, up = _wide(x), None if up is None else _wide(up)
+    (x, t_x), (up, t_up), (y, t_y) = *inputs, outputs
+    dtype = accumulator_dtype(x)
+    x, up = cast(x, dtype), cast(up, dtype)
     if t_x is None:
         value, moved = phi(x, kind), None
     elif kind == "gelu_tanh":
         value, moved = _tanh_pair(x)
         value, moved = value.mul_(x), moved.mul_(t_x)
     else:
-        value, moved = phi(x, kind), along(_wide(t_x), x, kind)
+        value, moved = phi(x, kind), along(cast(t_x, dtype), x, kind)
     if t_y is not None:
-        _sum_into(t_y, _product(moved, up), None if t_up is None else value, t_up)
-    _sum_into(y, value if up is None else None, value, up)
+        write_add_product(t_y, moved if up is None else times(moved, up), value, t_up)
+    write_add_product(y, value if up is None else None, value, up)
 
 
 def activation_backward(
-    dy: Tensor | None,
-    dt_y: Tensor | None,
-    x: Tensor,
-    t_x: Tensor | None,
-    up: Tensor | None,
-    t_up: Tensor | None,
+    cotangents: Pairs,
+    inputs: Pairs,
+    saved: tuple[Pairs, Sequence[Tensor | None]],
     *,
     kind: str,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of <dy, y> + <dt_y, t_y>: (dx, dup, dt_x, dt_up).
+    needs: Needs,
+) -> list[Pair]:
+    """Return the gradients of <dy, y> + <dt_y, t_y>, in pairs as `needs`.
 
-    `needs` says which of the four; the others are None. Each is contiguous and of x's shape and dtype. A cotangent of
-    None is zero.
+    Args:
+        cotangents: (dy, dt_y); None is zero, and one of the two is there.
+        inputs, kind: as in `activation_forward`.
+        saved: what it returned, of which nothing is read.
+        needs: which gradients of x, up and of their tangents are wanted; the others are None.
+
+    Returns:
+        (dx, dt_x), (dup, dt_up), each contiguous and of x's shape and dtype.
     """
+    ((dy, dt_y),), ((x, t_x), (up, t_up)) = cotangents, inputs
     if up is None and dt_y is None and dy is not None and kind != "gelu_tanh":
-        one = along(dy, x, kind).contiguous() if needs[0] else None
-        return one, *(torch.zeros_like(x) if need else None for need in needs[1:])
-    results = [_empty(x) if need else None for need in needs]
-    for block in elements(dy, dt_y, x, t_x, up, t_up, *results):
-        _gradients(*block, kind=kind)
-    return tuple(results)
+        return needed([Pair(along(dy, x, kind).contiguous() if needs[0][0] else None), ABSENT], inputs, needs)
+    gradients = [Pair(*[_empty(x) if need else None for need in wants]) for wants in needs]
+    for block in elements(dy, dt_y, x, t_x, up, t_up, *gradients[0], *gradients[1]):
+        cotangent, *given = paired(block[::2], block[1::2])
+        _write_gradients(cotangent, given[:2], given[2:], kind)
+    return gradients
 
 
-def _gradients(
-    dy: Tensor | None,
-    dt_y: Tensor | None,
-    x: Any,
-    t_x: Tensor | None,
-    up: Tensor | None,
-    t_up: Tensor | None,
-    dx: Tensor | None,
-    dup: Tensor | None,
-    dt_x: Tensor | None,
-    dt_up: Tensor | None,
-    *,
-    kind: str,
-) -> None:
+def _write_gradients(cotangent: Pair, inputs: Pairs, gradients: Pairs, kind: str) -> None:
     """Write those gradients that are wanted. h is the cotangent of phi' t_x, g that of phi."""
-    x = _wide(x)
-    dy, dt_y, t_x, up, t_up = (None if z is None else _wide(z) for z in (dy, dt_y, t_x, up, t_up))
-    h, slope = _product(dt_y, up), None
+    (dy, dt_y), (x, t_x), up = (Pair(*accumulated(pair)) for pair in (cotangent, *inputs))
+    (dx, dt_x), (dup, dt_up) = gradients
+    # h = dt_y up and g = dy up + dt_y t_up are a product rule, too.
+    h, g = affine(Pair(dt_y, dy), up) if dx is not None else affine(Pair(dt_y), Pair(up.primal))
+    slope = None
     if dt_y is not None:  # or else there is one product with it, which PyTorch has a kernel for
         slope = along(x.new_ones(()).expand(x.shape), x, kind)
     value = None if dup is None and dt_up is None else phi(x, kind)
     if dx is not None:
-        g = _product(dy, up)
-        if t_up is not None and dt_y is not None:
-            g = dt_y * t_up if g is None else torch.addcmul(g, dt_y, t_up)
         bend = None if t_x is None or h is None else curvature(x, kind).mul_(t_x)
         moved = None if g is None else along(g, x, kind) if slope is None else slope * g
-        _sum_into(dx, moved, bend, h)
+        write_add_product(dx, moved, bend, h)
     if dup is not None:
-        moved = None if t_x is None or slope is None else slope * t_x
-        _sum_into(dup, _product(dy, value), moved, dt_y)
+        moved = times(slope, t_x)
+        write_add_product(dup, times(dy, value), moved, dt_y)
     if dt_x is not None:
-        _sum_into(dt_x, None, slope, h)
+        write_add_product(dt_x, None, slope, h)
     if dt_up is not None:
-        _sum_into(dt_up, None, value, dt_y)
-
-
-def _sum_into(out: Tensor, x: Tensor | None, y: Tensor | None, factor: Tensor | None) -> None:
-    """out = x + y * factor, where None is zero."""
-    if y is not None and factor is not None:
-        torch.mul(y, factor, out=out) if x is None else torch.addcmul(x, y, factor, out=out)
-    elif x is not None:
-        out.copy_(x)
-    else:
-        out.zero_()
+        write_add_product(dt_up, None, value, dt_y)
 
 
 def phi(x: Tensor, kind: str) -> Tensor:
-    """The activation itself."""
+    """Return the activation itself."""
     return silu(x) if kind == "silu" else gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
 def along(u: Tensor, x: Tensor, kind: str) -> Tensor:
-    """phi'(x) u."""
+    """Return phi'(x) u."""
     if kind == "gelu_tanh":
         return _tanh_pair(x)[1].mul_(u)
     aten = torch.ops.aten
@@ -142,7 +144,7 @@ def along(u: Tensor, x: Tensor, kind: str) -> Tensor:
 
 
 def _tanh_pair(x: Tensor) -> tuple[Tensor, Tensor]:
-    """For GELU's tanh, x in float32 or better: p = logistic(v), and phi' = p (1 + x q v'), q = logistic(-v)."""
+    """Return p = logistic(v) and phi' = p (1 + x q v'), q = logistic(-v), of GELU's tanh; x in float32 or better."""
     near = x.clamp(-FAR, FAR)
     cubic = torch.addcmul(near, near, near.square(), value=CUBIC)
     p = torch.mul(cubic, SPREAD).sigmoid_()
@@ -152,7 +154,7 @@ def _tanh_pair(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def curvature(x: Tensor, kind: str) -> Tensor:
-    """phi''(x), in memory of its own."""
+    """Return phi''(x), in memory of its own."""
     if kind == "silu":
         p = torch.sigmoid(x)
         q = 1 - p
@@ -170,15 +172,6 @@ def curvature(x: Tensor, kind: str) -> Tensor:
     bend = torch.sub(e, 1).mul_(p).mul_(v1).mul_(v1).add_(near, alpha=6 * CUBIC * SPREAD)
     bend.mul_(near).add_(v1, alpha=2)
     return e.mul_(p).mul_(p).mul_(bend)
-
-
-def _product(x: Tensor | None, factor: Tensor | None) -> Tensor | None:
-    """x * factor, where an x of None is zero and a factor of None is one."""
-    return x if x is None or factor is None else x * factor
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(accumulator_dtype(x))
 
 
 def _empty(like: Tensor) -> Tensor:

@@ -7,13 +7,14 @@ All of them are one op, `torch.ops.fastdistill.activation`. Derivation and backw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from fastdistill.ops.activation.op import ACTIVATION
 from fastdistill.ops.protocol import checks, context, dispatch
+from fastdistill.ops.protocol.dual_op import Tensors
 from fastdistill.ops.protocol.pair import paired
 
 KINDS = {"none": "gelu", "tanh": "gelu_tanh"}
@@ -21,7 +22,7 @@ KINDS = {"none": "gelu", "tanh": "gelu_tanh"}
 
 @checks.accepts_x
 def gelu(input: Tensor, approximate: str = "none", *, impl: str = "auto") -> Tensor:
-    """`torch.nn.functional.gelu`, one kernel for primal and tangent under forward AD.
+    """Apply GELU: `torch.nn.functional.gelu`, one kernel for primal and tangent under forward AD.
 
     Args:
         input: any shape and strides; float64, float32, bfloat16 or float16, computed in float32 or better.
@@ -34,25 +35,25 @@ def gelu(input: Tensor, approximate: str = "none", *, impl: str = "auto") -> Ten
     Equivalent to:
         F.gelu(input, approximate=approximate)
     """
-    return _Call([("input", input)], _gelu_kind(approximate), impl).run()
+    return _value({"input": input}, _gelu_kind(approximate), impl)
 
 
 def gelu_jvp(
     x: Tensor, t_x: Tensor | None, approximate: str = "none", *, tangent_grad: bool = False, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """GELU and its directional derivative; a tangent of None is zero.
+    """Return GELU and its directional derivative; a tangent of None is zero.
 
     With `tangent_grad=False` gradients flow through `y` only and nothing is saved for `t_y`.
 
     Equivalent to:
         torch.func.jvp(lambda x: F.gelu(x, approximate=approximate), (x,), (t_x,))
     """
-    return _Call([("x", x)], _gelu_kind(approximate), impl).pair([t_x], tangent_grad)
+    return _value_and_tangent({"x": x}, [t_x], _gelu_kind(approximate), tangent_grad, impl)
 
 
 @checks.accepts_x
 def silu(input: Tensor, inplace: bool = False, *, impl: str = "auto") -> Tensor:
-    """`torch.nn.functional.silu`, one kernel for primal and tangent under forward AD.
+    """Apply SiLU: `torch.nn.functional.silu`, one kernel for primal and tangent under forward AD.
 
     Args:
         input: as in `gelu`.
@@ -63,23 +64,23 @@ def silu(input: Tensor, inplace: bool = False, *, impl: str = "auto") -> Tensor:
         F.silu(input, inplace)
     """
     if not inplace:
-        return _Call([("input", input)], "silu", impl).run()
+        return _value({"input": input}, "silu", impl)
     checks.check_tensor("input", input)
     old = input.clone() if torch.is_grad_enabled() else input  # a gradient is taken at what is overwritten
-    return input.copy_(_Call([("input", old)], "silu", impl).run())
+    return input.copy_(_value({"input": old}, "silu", impl))
 
 
 def silu_jvp(x: Tensor, t_x: Tensor | None, *, tangent_grad: bool = False, impl: str = "auto") -> tuple[Tensor, Tensor]:
-    """SiLU and its directional derivative; arguments as in `gelu_jvp`.
+    """Return SiLU and its directional derivative; arguments as in `gelu_jvp`.
 
     Equivalent to:
         torch.func.jvp(F.silu, (x,), (t_x,))
     """
-    return _Call([("x", x)], "silu", impl).pair([t_x], tangent_grad)
+    return _value_and_tangent({"x": x}, [t_x], "silu", tangent_grad, impl)
 
 
 def swiglu(gate: Tensor, up: Tensor, *, impl: str = "auto") -> Tensor:
-    """SiLU of the gate times the other half (Shazeer, arXiv:2002.05202), one kernel for primal and tangent.
+    """Return SiLU of the gate times the other half (Shazeer, arXiv:2002.05202), one kernel for primal and tangent.
 
     Args:
         gate, up: of one shape, dtype and device, any strides: the halves of a packed projection are read in place,
@@ -92,7 +93,7 @@ def swiglu(gate: Tensor, up: Tensor, *, impl: str = "auto") -> Tensor:
     Equivalent to:
         F.silu(gate) * up
     """
-    return _Call([("gate", gate), ("up", up)], "silu", impl).run()
+    return _value({"gate": gate, "up": up}, "silu", impl)
 
 
 def swiglu_jvp(
@@ -104,21 +105,23 @@ def swiglu_jvp(
     tangent_grad: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """SwiGLU and its directional derivative; tangents have their primals' shapes, None is zero.
+    """Return SwiGLU and its directional derivative; tangents have their primals' shapes, None is zero.
 
     Equivalent to:
         torch.func.jvp(swiglu, (gate, up), (t_gate, t_up))
     """
-    return _Call([("gate", gate), ("up", up)], "silu", impl).pair([t_gate, t_up], tangent_grad)
+    return _value_and_tangent({"gate": gate, "up": up}, [t_gate, t_up], "silu", tangent_grad, impl)
 
 
 def geglu(gate: Tensor, up: Tensor, approximate: str = "none", *, impl: str = "auto") -> Tensor:
-    """GELU of the gate times the other half (Shazeer, arXiv:2002.05202); arguments as in `swiglu` and `gelu`.
+    """Return GELU of the gate times the other half (Shazeer, arXiv:2002.05202).
+
+    Arguments are as in `swiglu` and `gelu`.
 
     Equivalent to:
         F.gelu(gate, approximate=approximate) * up
     """
-    return _Call([("gate", gate), ("up", up)], _gelu_kind(approximate), impl).run()
+    return _value({"gate": gate, "up": up}, _gelu_kind(approximate), impl)
 
 
 def geglu_jvp(
@@ -131,12 +134,13 @@ def geglu_jvp(
     tangent_grad: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """GEGLU and its directional derivative; tangents have their primals' shapes, None is zero.
+    """Return GEGLU and its directional derivative; tangents have their primals' shapes, None is zero.
 
     Equivalent to:
         torch.func.jvp(lambda gate, up: geglu(gate, up, approximate), (gate, up), (t_gate, t_up))
     """
-    return _Call([("gate", gate), ("up", up)], _gelu_kind(approximate), impl).pair([t_gate, t_up], tangent_grad)
+    kind = _gelu_kind(approximate)
+    return _value_and_tangent({"gate": gate, "up": up}, [t_gate, t_up], kind, tangent_grad, impl)
 
 
 def _gelu_kind(approximate: str) -> str:
@@ -145,32 +149,41 @@ def _gelu_kind(approximate: str) -> str:
     return KINDS[approximate]
 
 
-class _Call:
-    """One call: arguments checked by name and brought to two dimensions or more, the first of which may be mapped."""
+def _value(primals: dict[str, Tensor], kind: str, impl: str) -> Tensor:
+    """Return the op of named primals, x and perhaps up."""
+    x = _checked(primals, impl)
+    (y,) = ACTIVATION(_operands(primals.values(), x), (kind, impl), context.tangent_grad())
+    assert y is not None
+    return y.reshape(x.shape)
 
-    def __init__(self, named: Sequence[tuple[str, Tensor]], kind: str, impl: str) -> None:
-        (first, x), *others = named
-        checks.check_tensor(first, x)
-        for name, other in others:
-            checks.check_tensor(name, other)
-            checks.check_like(name, other, first, x)
-            if other.shape != x.shape:
-                raise ValueError(f"{name}: expected shape {tuple(x.shape)} as {first}, got {tuple(other.shape)}")
-        dispatch.check_impl(impl, x.device)
-        self.named, self.x, self.attrs = named, x, (kind, impl)
 
-    def run(self) -> Tensor:
-        (y,) = ACTIVATION(self._canonical([x for _, x in self.named]), self.attrs, context.tangent_grad())
-        assert y is not None
-        return y.reshape(self.x.shape)
+def _value_and_tangent(
+    primals: dict[str, Tensor], tangents: Tensors, kind: str, tangent_grad: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    """Return the op of named primals, and its directional derivative."""
+    x = _checked(primals, impl)
+    named = [(name, primal, tangent) for (name, primal), tangent in zip(primals.items(), tangents, strict=True)]
+    tangents = checks.checked_tangents(named, tangent_grad)
+    inputs = paired(_operands(primals.values(), x), _operands(tangents, x))
+    ((y, t_y),) = ACTIVATION.pair(inputs, (kind, impl), tangent_grad)
+    return y.reshape(x.shape), t_y.reshape(x.shape)
 
-    def pair(self, given: Sequence[Tensor | None], tangent_grad: bool) -> tuple[Tensor, Tensor]:
-        tangents = checks.checked_tangents([(name, x, t) for (name, x), t in zip(self.named, given)], tangent_grad)
-        primals = self._canonical([x for _, x in self.named])
-        ((y, t_y),) = ACTIVATION.pair(paired(primals, self._canonical(tangents)), self.attrs, tangent_grad)
-        return y.reshape(self.x.shape), t_y.reshape(self.x.shape)
 
-    def _canonical(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        lead = (None,) * max(0, 2 - self.x.dim())
-        canonical = [x if x is None or not lead else x[lead] for x in tensors]
-        return canonical + [None] * (2 - len(canonical))
+def _checked(primals: dict[str, Tensor], impl: str) -> Tensor:
+    """Check the primals by name, and return the first, whose shape the other has."""
+    (first, x), *others = primals.items()
+    checks.check_tensor(first, x)
+    for name, other in others:
+        checks.check_tensor(name, other)
+        checks.check_like(name, other, first, x)
+        if other.shape != x.shape:
+            raise ValueError(f"{name}: expected shape {tuple(x.shape)} as {first}, got {tuple(other.shape)}")
+    dispatch.check_impl(impl, x.device)
+    return x
+
+
+def _operands(tensors: Iterable[Tensor | None], x: Tensor) -> list[Tensor | None]:
+    """Return x and up as the op takes them: of two dimensions or more, the first of which may be mapped."""
+    lead = (None,) * max(0, 2 - x.dim())
+    operands = [z if z is None or not lead else z[lead] for z in tensors]
+    return operands + [None] * (2 - len(operands))

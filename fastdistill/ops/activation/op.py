@@ -8,46 +8,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill.ops.activation import eager
-from fastdistill.ops.activation.second_order import _math, _math_backward
+from fastdistill.ops.activation import eager, second_order
 from fastdistill.ops.protocol import dispatch
 from fastdistill.ops.protocol.dual_op import DualOp, Spec, Tensors
-from fastdistill.ops.protocol.pair import Needs, Pairs, flat, paired
+from fastdistill.ops.protocol.pair import Needs, Pairs
 
 
 def choose(x: Tensor, impl: str) -> str:
-    """The implementation that runs: "torch" or "triton"."""
+    """Return the implementation that runs: "torch" or "triton"."""
     if impl != "auto":
         return impl
     triton_runs = x.device.type == "cuda" and x.dtype != torch.float64
     return "triton" if triton_runs and dispatch.triton_problem(x.device) is None else "torch"
 
 
+def _module(inputs: Pairs, impl: str) -> Any:
+    """Return the module of the implementation that runs."""
+    return dispatch.implementation("activation", choose(inputs[0][0], impl))
+
+
 def _forward(inputs: Pairs, attrs: Sequence[Any], tangent_grad: bool) -> tuple[Pairs, Tensors]:
-    primals, tangents = zip(*inputs)
-    (x, up), (t_x, t_up), (kind, impl) = primals, tangents, attrs
-    assert x is not None
-    module = dispatch.implementation("activation", choose(x, impl))
-    y, t_y = module.activation_forward(x, t_x, up, t_up, kind=kind)
-    return paired([y], [t_y]), ()
+    kind, impl = attrs
+    results: tuple[Pairs, Tensors] = _module(inputs, impl).activation_forward(inputs, kind=kind)
+    return results
 
 
 def _backward(
     cotangents: Pairs, inputs: Pairs, saved: tuple[Pairs, Tensors], attrs: Sequence[Any], needs: Needs
 ) -> Pairs:
-    (d_outs, dt_outs), (primals, tangents) = zip(*cotangents), zip(*inputs)
-    needs = flat(needs)
-    (dy,), (dt_y,), (x, up), (t_x, t_up), (kind, impl) = d_outs, dt_outs, primals, tangents, attrs
-    assert x is not None
-    module = dispatch.implementation("activation", choose(x, impl))
-    grads: Tensors = module.activation_backward(dy, dt_y, x, t_x, up, t_up, kind=kind, needs=tuple(needs))
-    return paired(grads[:2], grads[2:])
+    kind, impl = attrs
+    module = _module(inputs, impl)
+    gradients: Pairs = module.activation_backward(cotangents, inputs, saved, kind=kind, needs=needs)
+    return gradients
+
+
+def _math(inputs: Pairs, attrs: Sequence[Any]) -> Pairs:
+    return second_order.activation_dual(inputs, kind=attrs[0])
+
+
+def _math_backward(cotangents: Pairs, inputs: Pairs, attrs: Sequence[Any], needs: Needs) -> Pairs:
+    return second_order.activation_dual_backward(cotangents, inputs, kind=attrs[0], needs=needs)
 
 
 def _native(primals: Tensors, attrs: Sequence[Any]) -> Tensors | None:
-    """PyTorch's own activation, where no implementation was asked for by name.
+    """Return what PyTorch's own activation gives, where no implementation was asked for by name.
 
-    The gated forms are not among them where ours is one kernel, or rounds once and PyTorch twice.
+    The gated forms are left to ours where ours is one kernel, or rounds once and PyTorch twice.
     """
     (x, up), (kind, impl) = primals, attrs
     assert x is not None
@@ -59,9 +65,7 @@ def _native(primals: Tensors, attrs: Sequence[Any]) -> Tensors | None:
 
 
 def _specs(inputs: Pairs, attrs: Sequence[Any], tangent_grad: bool) -> tuple[Sequence[Spec], Sequence[Spec]]:
-    primals = [x for x, _ in inputs]
-    x = primals[0]
-    assert x is not None
+    x, _ = inputs[0]
     return [(tuple(x.shape), x.dtype)], []
 
 

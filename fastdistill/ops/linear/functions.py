@@ -16,12 +16,15 @@ from torch import Tensor
 
 from fastdistill.ops.linear.op import LINEAR
 from fastdistill.ops.protocol import checks, context, dispatch
+from fastdistill.ops.protocol.dual_op import Tensors
 from fastdistill.ops.protocol.pair import paired
+
+NAMES = ("x", "weight", "bias")
 
 
 @checks.accepts_x
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
-    """`torch.nn.functional.linear`, whose tangent skips what does not move.
+    """Apply a linear layer: `torch.nn.functional.linear`, whose tangent skips what does not move.
 
     Args:
         input: (..., K), floating-point: unlike PyTorch's, no integers, which have no tangents.
@@ -32,10 +35,16 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: s
     Returns:
         (..., N), or (...), of input's dtype; under autocast all three are cast first, as PyTorch does.
 
+    Raises:
+        ValueError, TypeError: an argument that doesn't fit, by its name.
+
     Equivalent to:
         F.linear(input, weight, bias)
     """
-    return _Call(input, weight, bias, impl, "input").run()
+    primals = _checked("input", input, weight, bias, impl)
+    (y,) = LINEAR(_operands(primals, primals), (impl,), context.tangent_grad())
+    assert y is not None
+    return _result(y, primals, primals)
 
 
 def linear_jvp(
@@ -49,79 +58,74 @@ def linear_jvp(
     tangent_grad: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """A linear layer and its directional derivative; tangents have their primals' shapes, None is zero.
+    """Return a linear layer and its directional derivative; tangents have their primals' shapes, None is zero.
 
     With `tangent_grad=False` gradients flow through `y` only and nothing is saved for `t_y`.
 
     Equivalent to:
         torch.func.jvp(F.linear, (x, weight, bias), (t_x, t_weight, t_bias))
     """
-    return _Call(x, weight, bias, impl).pair(t_x, t_weight, t_bias, tangent_grad)
+    primals = _checked("x", x, weight, bias, impl)
+    tangents = checks.checked_tangents(list(zip(NAMES, primals, (t_x, t_weight, t_bias))), tangent_grad)
+    inputs = paired(_operands(primals, primals), _operands(primals, tangents))
+    ((y, t_y),) = LINEAR.pair(inputs, (impl,), tangent_grad)
+    return _result(y, primals, primals), _result(t_y, primals, tangents)
 
 
-class _Call:
-    """One call: arguments checked by name, x brought to two dimensions or more, weight to two, bias to (N,).
-
-    A bias of another shape is left out of the op, and added to what it returns.
-    """
-
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, impl: str, first: str = "x") -> None:
-        checks.check_tensor(first, x)
-        checks.check_tensor("weight", weight)
-        if x.dim() == 0 or weight.dim() not in (1, 2) or weight.shape[-1] != x.shape[-1]:
+def _checked(first: str, x: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> list[Tensor | None]:
+    """Check the arguments, of which x is called `first`, and return them in the dtype that autocast asks for."""
+    checks.check_tensor(first, x)
+    checks.check_tensor("weight", weight)
+    if x.dim() == 0 or weight.dim() not in (1, 2) or weight.shape[-1] != x.shape[-1]:
+        raise ValueError(
+            f"weight: expected (N, K) or (K,) for {first} (..., K), got {tuple(weight.shape)} for {first} "
+            f"{tuple(x.shape)}"
+        )
+    if bias is not None:
+        checks.check_tensor("bias", bias)
+        result = (*x.shape[:-1], *weight.shape[:-1])
+        if bias.shape != weight.shape[:-1] and not _broadcasts(bias.shape, result):
             raise ValueError(
-                f"weight: expected (N, K) or (K,) for {first} (..., K), got {tuple(weight.shape)} for {first} "
-                f"{tuple(x.shape)}"
+                f"bias: expected shape {tuple(weight.shape[:-1])}, or one that broadcasts to {result}, "
+                f"got {tuple(bias.shape)}"
             )
-        self.shape = (*x.shape[:-1], *weight.shape[:-1])
-        if bias is not None:
-            checks.check_tensor("bias", bias)
-            if bias.shape != weight.shape[:-1] and not _broadcasts(bias.shape, self.shape):
-                raise ValueError(
-                    f"bias: expected shape {tuple(weight.shape[:-1])}, or one that broadcasts to {self.shape}, "
-                    f"got {tuple(bias.shape)}"
-                )
-        low = context.autocast_dtype(x.device)
-        cast = [z if z is None or low is None or z.dtype == torch.float64 else z.to(low) for z in (x, weight, bias)]
-        self.named = list(zip(("x", "weight", "bias"), cast))
-        assert cast[0] is not None
-        for name, value in self.named[1:]:
-            if value is not None:
-                checks.check_like(name, value, first, cast[0])
-        dispatch.check_impl(impl, x.device)
-        if impl == "triton":
-            raise ValueError("impl='triton': linear has no Triton kernel; use 'torch' or 'auto'")
-        self.attrs = (impl,)
-        self.bias_apart = bias is not None and (weight.dim() == 1 or bias.shape != weight.shape[:1])
-
-    def run(self) -> Tensor:
-        values = [z for _, z in self.named]
-        (y,) = LINEAR(self._canonical(values), self.attrs, context.tangent_grad())
-        assert y is not None
-        return self._finished(y, values[2])
-
-    def pair(
-        self, t_x: Tensor | None, t_weight: Tensor | None, t_bias: Tensor | None, tangent_grad: bool
-    ) -> tuple[Tensor, Tensor]:
-        given = [(name, z, t) for (name, z), t in zip(self.named, (t_x, t_weight, t_bias))]
-        tangents, values = checks.checked_tangents(given, tangent_grad), [z for _, z in self.named]
-        inputs = paired(self._canonical(values), self._canonical(tangents))
-        ((y, t_y),) = LINEAR.pair(inputs, self.attrs, tangent_grad)
-        return self._finished(y, values[2]), self._finished(t_y, tangents[2])
-
-    def _canonical(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        x, weight, bias = tensors
-        return [
-            x if x is None or x.dim() > 1 else x[None],
-            weight if weight is None or weight.dim() > 1 else weight[None],
-            None if self.bias_apart else bias,
-        ]
-
-    def _finished(self, y: Tensor, bias: Tensor | None) -> Tensor:
-        y = y.reshape(self.shape)
-        return y + bias if self.bias_apart and bias is not None else y
+    low = context.autocast_dtype(x.device)
+    if low is not None:
+        x, weight = (z if z.dtype == torch.float64 else z.to(low) for z in (x, weight))
+        bias = bias if bias is None or bias.dtype == torch.float64 else bias.to(low)
+    for name, z in (("weight", weight), ("bias", bias)):
+        if z is not None:
+            checks.check_like(name, z, first, x)
+    dispatch.check_impl(impl, x.device)
+    if impl == "triton":
+        raise ValueError("impl='triton': linear has no Triton kernel; use 'torch' or 'auto'")
+    return [x, weight, bias]
 
 
 def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
     beyond = len(shape) - len(to)
     return beyond <= 0 and all(size in (1, to[i - beyond]) for i, size in enumerate(shape))
+
+
+def _bias_apart(primals: Tensors) -> bool:
+    """Return whether the bias is no (N,): then it is left out of the op, and added to what the op returns."""
+    _, weight, bias = primals
+    return bias is not None and weight is not None and (weight.dim() == 1 or bias.shape != weight.shape[:1])
+
+
+def _operands(primals: Tensors, tensors: Tensors) -> list[Tensor | None]:
+    """Return the primals, or their tangents, as the op takes them: x and the weight have two dimensions or more."""
+    x, weight, bias = tensors
+    return [
+        x if x is None or x.dim() > 1 else x[None],
+        weight if weight is None or weight.dim() > 1 else weight[None],
+        None if _bias_apart(primals) else bias,
+    ]
+
+
+def _result(y: Tensor, primals: Tensors, tensors: Tensors) -> Tensor:
+    """Return what the op made of the primals, or of their tangents, in its own shape, with a bias that was apart."""
+    x, weight, _ = primals
+    assert x is not None and weight is not None
+    y, bias = y.reshape((*x.shape[:-1], *weight.shape[:-1])), tensors[2]
+    return y + bias if bias is not None and _bias_apart(primals) else y

@@ -5,12 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastdistill.ops.linear.eager import _backward, _forward
-from fastdistill.ops.linear.second_order import _math, _math_backward
+from fastdistill.ops.linear import eager, second_order
 from fastdistill.ops.protocol import context
 from fastdistill.ops.protocol import torch_functions as F
 from fastdistill.ops.protocol.dual_op import DualOp, Spec, Tensors
-from fastdistill.ops.protocol.pair import Pairs
+from fastdistill.ops.protocol.pair import Needs, Pairs
+
+
+def _forward(inputs: Pairs, attrs: Sequence[Any], tangent_grad: bool) -> tuple[Pairs, Tensors]:
+    return eager.linear_forward(inputs)
+
+
+def _backward(
+    cotangents: Pairs, inputs: Pairs, saved: tuple[Pairs, Tensors], attrs: Sequence[Any], needs: Needs
+) -> Pairs:
+    return eager.linear_backward(cotangents, inputs, saved, needs=needs)
+
+
+def _math(inputs: Pairs, attrs: Sequence[Any]) -> Pairs:
+    return second_order.linear_dual(inputs)
+
+
+def _math_backward(cotangents: Pairs, inputs: Pairs, attrs: Sequence[Any], needs: Needs) -> Pairs:
+    return second_order.linear_dual_backward(cotangents, inputs, needs=needs)
 
 
 def _native(primals: Tensors, attrs: Sequence[Any]) -> Tensors | None:
@@ -21,8 +38,7 @@ def _native(primals: Tensors, attrs: Sequence[Any]) -> Tensors | None:
 
 
 def _specs(inputs: Pairs, attrs: Sequence[Any], tangent_grad: bool) -> tuple[Sequence[Spec], Sequence[Spec]]:
-    x, weight, _ = (x for x, _ in inputs)
-    assert x is not None and weight is not None
+    (x, _), (weight, _), _ = inputs
     return [((*x.shape[:-1], weight.shape[0]), x.dtype)], []
 
 

@@ -6,6 +6,6 @@ from torch import Tensor
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b for x (..., K), W (N, K), b (N,). Equivalent to: `F.linear(x, weight, bias)`."""
+    """Return x Wᵀ + b for x (..., K), W (N, K), b (N,). Equivalent to: `F.linear(x, weight, bias)`."""
     y = x @ weight.mT
     return y if bias is None else y + bias

@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from torch import Tensor
 
-import torch
-
-from fastdistill.ops.protocol.pair import Needs, Pairs, flat, paired
+from fastdistill.ops.protocol.pair import Needs, Pair, Pairs, add, matmul, needed, transposed
 
 
-def _math(inputs: Pairs, attrs: Sequence[Any]) -> Pairs:
-    primals, tangents = zip(*inputs)
-    """The formulas of the forward, differentiable any number of times."""
-    (x, weight, bias), (t_x, t_weight, t_bias) = primals, tangents
-    y = x @ weight.mT if bias is None else x @ weight.mT + bias
-    terms = [
-        None if t_x is None else t_x @ weight.mT,
-        None if t_weight is None else x @ t_weight.mT,
-        None if t_bias is None else t_bias.expand(y.shape),
+def linear_dual(inputs: Pairs) -> list[Pair]:
+    """Return (y, t_y): y = x Wᵀ + b, t_y = t_x Wᵀ + x t_Wᵀ + t_b; no t_y without any tangent."""
+    (x, t_x), (weight, t_weight), (bias, t_bias) = inputs
+    y = x @ weight.mT
+    t_y = add(matmul(t_x, weight.mT), matmul(x, transposed(t_weight)))
+    t_y = add(t_y, None if t_bias is None else t_bias.expand(y.shape))
+    return [Pair(y if bias is None else y + bias, t_y)]
+
+
+def linear_dual_backward(cotangents: Pairs, inputs: Pairs, *, needs: Needs) -> list[Pair]:
+    """Return the gradients of x, the weight, the bias and of their tangents, from the cotangents of y and t_y."""
+    ((dy, dt_y),) = cotangents
+    (x, t_x), (weight, t_weight), _ = inputs
+    gradients = [
+        Pair(add(matmul(dy, weight), matmul(dt_y, t_weight)), matmul(dt_y, weight)),
+        Pair(add(_outer(dy, x), _outer(dt_y, t_x)), _outer(dt_y, x)),
+        Pair(_sum_over_rows(dy), _sum_over_rows(dt_y)),
     ]
-    moving = [term for term in terms if term is not None]
-    return paired([y], [sum(moving[1:], moving[0]) if moving else None])
+    return needed(gradients, inputs, needs)
 
 
-def _math_backward(cotangents: Pairs, inputs: Pairs, attrs: Sequence[Any], needs: Needs) -> Pairs:
-    (d_outs, dt_outs), (primals, tangents), needs = zip(*cotangents), zip(*inputs), flat(needs)
-    """The formulas of both backward passes."""
-    (x, weight, _), (t_x, t_weight, _) = primals, tangents
-    zero = torch.zeros_like(d_outs[0] if d_outs[0] is not None else dt_outs[0])
-    dy, dt_y = (zero if z is None else z for z in (d_outs[0], dt_outs[0]))
-    outer = lambda a, b: a.flatten(0, -2).mT @ b.flatten(0, -2)  # noqa: E731
-    grads = [
-        dy @ weight if t_weight is None else dy @ weight + dt_y @ t_weight,
-        outer(dy, x) if t_x is None else outer(dy, x) + outer(dt_y, t_x),
-        dy.flatten(0, -2).sum(0),
-        dt_y @ weight,
-        outer(dt_y, x),
-        dt_y.flatten(0, -2).sum(0),
-    ]
-    grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-    return paired(grads[:3], grads[3:])
+def _outer(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Return the sum over all rows of their outer products: aᵀ b."""
+    return None if a is None or b is None else a.flatten(0, -2).mT @ b.flatten(0, -2)
+
+
+def _sum_over_rows(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.flatten(0, -2).sum(0)

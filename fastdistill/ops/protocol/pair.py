@@ -85,9 +85,26 @@ def add_product(addend: Tensor | None, a: Tensor | None, b: Tensor | None) -> Te
     return a * b if addend is None else torch.addcmul(addend, a, b)
 
 
+def write_add_product(out: Tensor, addend: Tensor | None, a: Tensor | None, b: Tensor | None) -> None:
+    """Write addend + a * b, elementwise and in one pass, over `out`, whose dtype may be narrower."""
+    if a is not None and b is not None:
+        torch.mul(a, b, out=out) if addend is None else torch.addcmul(addend, a, b, out=out)
+    elif addend is not None:
+        out.copy_(addend)
+    else:
+        out.zero_()
+
+
 def matmul(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     """Return a @ b."""
     return None if a is None or b is None else a @ b
+
+
+def add_matmul(addend: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Return addend + a @ b of matrices, written over the addend."""
+    if a is None or b is None:
+        return addend
+    return a @ b if addend is None else addend.addmm_(a, b)
 
 
 def transposed(x: Tensor | None) -> Tensor | None:
@@ -106,3 +123,19 @@ def affine(x: Pair, factor: Pair, addend: Pair = ABSENT) -> Pair:
         return Pair(add(x.primal, addend.primal), add(x.tangent, addend.tangent))
     tangent = add_product(add_product(addend.tangent, x.primal, factor.tangent), x.tangent, factor.primal)
     return Pair(add_product(addend.primal, x.primal, factor.primal), tangent)
+
+
+def needed(gradients: Iterable[Pair], inputs: Pairs, needs: Needs) -> list[Pair]:
+    """Return the gradients that are wanted, each like its primal in shape and dtype; a wanted one of None is zero."""
+    return [
+        Pair(*[_like(primal, grad) if need else None for grad, need in zip(pair, wants, strict=True)])
+        for pair, (primal, _), wants in zip(gradients, inputs, needs, strict=True)
+    ]
+
+
+def _like(primal: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    if primal is None:
+        return None
+    if grad is None:
+        return primal.new_zeros(primal.shape)
+    return cast(grad if grad.shape == primal.shape else grad.reshape(primal.shape), primal.dtype)

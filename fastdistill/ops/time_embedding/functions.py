@@ -1,6 +1,7 @@
 """The sinusoidal embedding of a time, in float32.
 
-A plain function of PyTorch's own ops: under forward AD these are already exact, and (B, dim) numbers cost nothing.
+It is a plain function of PyTorch's own ops. It has no dispatcher op, and so its room has neither op.py nor eager.py nor
+second_order.py: the formula is short, PyTorch's derivatives of it are already exact, and (B, dim) numbers cost nothing.
 
     e = [cos(f t), sin(f t)]      t_e = f t_t [-sin(f t), cos(f t)]      f_i = max_period^(-i / (dim / 2))
 """
@@ -16,7 +17,7 @@ from fastdistill.ops.protocol import checks
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000) -> Tensor:
-    """Cosines, then sines, of t at `dim // 2` frequencies from 1 down towards 1 / max_period (ADM, DiT, SiT).
+    """Return cosines, then sines, of t at `dim // 2` frequencies from 1 down towards 1 / max_period (ADM, DiT, SiT).
 
     Args:
         t: (...), of any dtype. Times in [0, 1] are scaled by the caller, as in `timestep_embedding(1000 * t, 256)`.
@@ -34,7 +35,7 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000) -> Tensor
 
 
 def timestep_embedding_jvp(t: Tensor, t_t: Tensor | None, dim: int, max_period: float = 10000) -> tuple[Tensor, Tensor]:
-    """`timestep_embedding` and its directional derivative, differentiable in t and t_t; t_t of None is zero.
+    """Return `timestep_embedding` and its directional derivative, differentiable in t and t_t; t_t of None is zero.
 
     Equivalent to:
         torch.func.jvp(lambda t: timestep_embedding(t, dim, max_period), (t,), (t_t,))
@@ -52,7 +53,7 @@ def timestep_embedding_jvp(t: Tensor, t_t: Tensor | None, dim: int, max_period: 
 
 
 def _angles(t: Tensor, dim: int, max_period: float) -> tuple[Tensor, Tensor]:
-    """f t and f, in float32 or better; f is rounded once, since the angles inherit its error times t."""
+    """Return f t and f, in float32 or better; f is rounded once, since the angles inherit its error times t."""
     if not isinstance(t, Tensor):
         raise TypeError(f"t: expected a tensor, got {type(t).__name__}")
     if t.is_complex():
@@ -67,6 +68,7 @@ def _angles(t: Tensor, dim: int, max_period: float) -> tuple[Tensor, Tensor]:
 
 
 def _padded(parts: list[Tensor], dim: int) -> Tensor:
+    """Return the parts beside each other, and a zero last if dim is odd."""
     if dim % 2:
         parts = [*parts, torch.zeros_like(parts[0][..., :1])]
     return torch.cat(parts, dim=-1)

@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000) -> Tensor:
-    """cos, then sin, of t at frequencies max_period^(-i / (dim // 2)); (..., dim) for t (...), a zero last if odd."""
+    """Return cos, then sin, of t at frequencies max_period^(-i / (dim // 2)).
+
+    The result is (..., dim) for t (...), with a zero last if dim is odd.
+    """
     half = dim // 2
     steps = torch.arange(half, dtype=t.dtype, device=t.device)
     angles = t[..., None] * torch.exp(-math.log(max_period) / half * steps)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from fastdistill import reference
 from fastdistill.ops.activation import eager
 from fastdistill.ops.protocol import row_blocks
+from fastdistill.ops.protocol.pair import ABSENT, Pair, flat
 from fastdistill.testing import assert_accurate, cast, reference_jvp, reference_vjp, relative_error
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,8 +39,8 @@ def problem(
     return primals, {name: draw().to(DTYPES[dtype]) for name in names if name in tangents}
 
 
-def paired(primals: Tensors, tangents: Tensors) -> Any:
-    return [x for name in NAMES for x in (primals.get(name), tangents.get(name))]
+def paired(primals: Tensors, tangents: Tensors) -> list[Pair]:
+    return [Pair(primals.get(name), tangents.get(name)) for name in NAMES]
 
 
 def backward(
@@ -55,7 +55,10 @@ def backward(
     if needs is None:
         moving = [dt_y is not None and name in tangents for name in NAMES]
         needs = (*(primals.get(name) is not None for name in NAMES), *moving)
-    gradients = eager.activation_backward(dy, dt_y, *paired(primals, tangents), kind=kind, needs=needs)
+    wanted, saved = list(zip(needs[:2], needs[2:], strict=True)), ([ABSENT], ())
+    gradients = flat(
+        eager.activation_backward([Pair(dy, dt_y)], paired(primals, tangents), saved, kind=kind, needs=wanted)
+    )
     assert [x is not None for x in gradients] == list(needs)
     return {n: x for n, x in zip((*NAMES, "t_x", "t_up"), gradients, strict=True) if x is not None}
 
@@ -64,7 +67,7 @@ def check(kind: str, primals: Tensors, tangents: Tensors) -> None:
     """Forward, primal backward and mixed backward, by the tolerance rule; what comes back is contiguous."""
     fn, exact = specification(kind), (cast(primals, torch.float64), cast(tangents, torch.float64))
     truth, baseline = reference_jvp(fn, *exact), reference_jvp(fn, primals, tangents)
-    y, t_y = eager.activation_forward(*paired(primals, tangents), kind=kind)
+    ((y, t_y),), _ = eager.activation_forward(paired(primals, tangents), kind=kind)
     assert y.dtype == baseline[0].dtype and y.is_contiguous()
     assert_accurate(y, truth[0], baseline[0], name="y")
     assert (t_y is None) == (not tangents)
@@ -126,7 +129,7 @@ def test_errors_stay_under_absolute_caps(kind: str, dtype: str, cap: float) -> N
     """Whatever PyTorch's own error is: 16-bit results carry the rounding of the output, and hardly more."""
     primals, tangents = problem(True, dtype=dtype, shape=(64, 64))
     fn, exact = specification(kind), (cast(primals, torch.float64), cast(tangents, torch.float64))
-    y, t_y = eager.activation_forward(*paired(primals, tangents), kind=kind)
+    ((y, t_y),), _ = eager.activation_forward(paired(primals, tangents), kind=kind)
     for actual, truth in zip((y, t_y), reference_jvp(fn, *exact), strict=True):
         assert relative_error(actual, truth) < cap
     truths = reference_vjp(fn, *exact, y.double(), t_y.double())
@@ -140,8 +143,10 @@ def test_far_out_an_activation_is_the_identity_or_zero(kind: str, dtype: str) ->
     """Nothing overflows, to 1e15; then y, t_y, both gradients and the curvature term have their limits."""
     x = torch.tensor([1.0, -1.0]).outer(torch.tensor([50.0, 100.0, 1e3, 1e6, 1e10, 1e15])).to(DTYPES[dtype])
     one, on = torch.ones_like(x), (x > 0).to(x.dtype)
-    y, t_y = eager.activation_forward(x, one, None, None, kind=kind)
-    dx, _, dt_x, _ = eager.activation_backward(one, one, x, one, None, None, kind=kind, needs=(True, False) * 2)
+    inputs = [Pair(x, one), ABSENT]
+    ((y, t_y),), _ = saved = eager.activation_forward(inputs, kind=kind)
+    needs = [(True, True), (False, False)]
+    (dx, dt_x), _ = eager.activation_backward([Pair(one, one)], inputs, saved, kind=kind, needs=needs)
     for actual, expected in ((y, x * on), (t_y, on), (dx, on), (dt_x, on)):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
 
@@ -173,7 +178,8 @@ def test_arguments_are_neither_changed_nor_returned(gated: bool) -> None:
     dy, dt_y = torch.randn(2, 3, 7, 40)
     arguments = [x for x in (*primals.values(), *tangents.values(), dy, dt_y) if x is not None]
     copies = [x.clone() for x in arguments]
-    results = [*eager.activation_forward(*paired(primals, tangents), kind="gelu")]
+    outputs, _ = eager.activation_forward(paired(primals, tangents), kind="gelu")
+    results = flat(outputs)
     results += backward(dy, dt_y, primals, tangents, "gelu").values()
     assert all(torch.equal(x, copy) for x, copy in zip(arguments, copies, strict=True))
     taken = {x.untyped_storage().data_ptr() for x in arguments}

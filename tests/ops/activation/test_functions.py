@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import fastdistill as fd
 from fastdistill import reference
@@ -132,7 +133,7 @@ def test_halves_of_a_packed_projection_are_not_copied(monkeypatch: pytest.Monkey
         original = getattr(eager, name)
 
         def spy(*args: Any, original: Any = original, **kw: Any) -> Any:
-            seen.extend(x for x in args if isinstance(x, Tensor))
+            seen.extend(x for x in tree_leaves((args, kw)) if isinstance(x, Tensor))
             return original(*args, **kw)
 
         monkeypatch.setattr(eager, name, spy)
