@@ -11,9 +11,8 @@ from torch import Tensor
 
 from .configs import Config
 from .launch import Pairs, check_dtype
+from .limits import WIDEST_HEAD
 from .tiles import Described, Strided, describable, described, stride_unit, strided
-
-WIDEST_HEAD = 256
 
 
 class Inputs(NamedTuple):

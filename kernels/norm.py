@@ -7,7 +7,6 @@ README.md derives the formulas under "Norms", in the symbols used here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .launch import Launch
+from .launch import FUSION, Launch, Pairs
 from .norm_backward import norm_backward
-from .norm_rows import Inputs, check, load_rows, plus, store_rows, strided, times
+from .norm_rows import Inputs, check, inputs_of, load_rows, plus, store_rows, strided, times
 
 __all__ = ["Outputs", "allocate", "norm_backward", "norm_forward", "plan", "run"]
 
@@ -35,67 +34,62 @@ class Outputs(NamedTuple):
 
 
 def norm_forward(
-    x: Tensor,
-    t_x: Tensor | None,
-    weight: Tensor | None,
-    t_weight: Tensor | None,
-    bias: Tensor | None,
-    t_bias: Tensor | None,
-    scale: Tensor | None,
-    t_scale: Tensor | None,
-    shift: Tensor | None,
-    t_shift: Tensor | None,
-    *,
-    eps: float,
-    rms: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Normalised, affine, modulated x and its tangent: (y, t_y, mean, rstd).
+    inputs: Pairs, *, eps: float, rms: bool
+) -> tuple[list[tuple[Tensor, Tensor | None]], tuple[Tensor | None, Tensor]]:
+    """Return the normalised, affine, modulated x and its tangent: (((y, t_y),), (mean, rstd)).
 
-    x (B, T, C) in float32, bfloat16 or float16, any strides, C up to 8192; weight, bias (C,) or None; scale, shift
-    (B or 1, T or 1, C) or None. Tangents have their primal's shape; None is zero and costs nothing. Dtypes may differ;
-    all is computed in float32. y, t_y (B, T, C) are contiguous and of x's dtype; mean, rstd (B, T) are float32. t_y is
-    None without any tangent, mean is None for RMSNorm.
+    Args:
+        inputs: (primal, tangent) of x (B, T, C) in float32, bfloat16 or float16, of any strides, C up to 8192; of
+            weight and bias (C,); and of scale and shift (B or 1, T or 1, C). All but x may be None. Tangents have their
+            primal's shape; None is zero and costs nothing. Dtypes may differ.
+        eps: added to the variance.
+        rms: RMSNorm, which takes no mean.
 
-    Equivalent to: torch.func.jvp of y = (norm(x) * weight + bias) * (1 + scale) + shift.
-    Raises TypeError for another dtype of x, ValueError for a wider x or a tangent without its primal.
+    Returns:
+        y, t_y (B, T, C), contiguous and of x's dtype; mean, rstd (B, T) in float32, as all of the computation. t_y is
+        None without any tangent, mean is None for RMSNorm.
+
+    Equivalent to:
+        torch.func.jvp of y = (norm(x) * weight + bias) * (1 + scale) + shift
+
+    Raises:
+        TypeError: another dtype of x. ValueError: a wider x, or a tangent without its primal.
     """
-    inputs = [x, t_x, weight, t_weight, bias, t_bias, scale, t_scale, shift, t_shift]
-    outputs = run(x, inputs, x.dtype, eps, rms)
-    return outputs.y, outputs.t_y, outputs.mean, outputs.rstd
+    outputs = run(inputs_of(inputs), inputs[0][0].dtype, eps, rms)
+    return [(outputs.y, outputs.t_y)], (outputs.mean, outputs.rstd)
 
 
-def run(x: Tensor, inputs: Sequence[Tensor | None], dtype: torch.dtype, eps: float, rms: bool) -> Outputs:
-    """The kernel on `inputs`, in the order of `Inputs`; y and t_y get that dtype."""
-    named = Inputs(*inputs)._asdict()
+def run(inputs: Inputs, dtype: torch.dtype, eps: float, rms: bool) -> Outputs:
+    """Run the kernel; y and t_y get that dtype."""
+    named = inputs._asdict()
     check({name: (named[name], named[f"t_{name}"]) for name in named if not name.startswith("t_")})
-    any_tangent = any(value is not None for name, value in named.items() if name.startswith("t_"))
-    outputs = allocate(x, any_tangent, rms, dtype, named["h"] is not None)
-    if x.numel():
-        launch = plan(x, inputs, outputs, eps, rms)
+    moving = any(value is not None for name, value in named.items() if name.startswith("t_"))
+    outputs = allocate(inputs.x, moving, rms, dtype, inputs.h is not None)
+    if inputs.x.numel():
+        launch = plan(inputs, outputs, eps, rms)
         _norm_kernel[launch.grid](*launch.args, **launch.options)
     return outputs
 
 
-def allocate(
-    x: Tensor, any_tangent: bool, rms: bool, dtype: torch.dtype | None = None, residual: bool = False
-) -> Outputs:
-    """Uninitialised outputs, for the kernel writes every element: y of that dtype, with r where there is a residual."""
+def allocate(x: Tensor, moving: bool, rms: bool, dtype: torch.dtype | None = None, residual: bool = False) -> Outputs:
+    """Return outputs of which the kernel writes every element: y of that dtype, with r where there is a residual."""
 
     def rows(of: torch.dtype, wanted: bool) -> Tensor | None:
         return torch.empty(x.shape, dtype=of, device=x.device) if wanted else None
 
     return Outputs(
         y=torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device),
-        t_y=rows(dtype or x.dtype, any_tangent),
+        t_y=rows(dtype or x.dtype, moving),
         mean=None if rms else torch.empty(x.shape[:2], dtype=torch.float32, device=x.device),
         rstd=torch.empty(x.shape[:2], dtype=torch.float32, device=x.device),
         r=rows(x.dtype, residual),
-        t_r=rows(x.dtype, residual and any_tangent),
+        t_r=rows(x.dtype, residual and moving),
     )
 
 
-def plan(x: Tensor, inputs: Sequence[Tensor | None], outputs: Outputs, eps: float, rms: bool) -> Launch:
-    """How to launch the kernel on `inputs`, in the order of `Inputs`. Runs nothing: one can also just compile it."""
+def plan(inputs: Inputs, outputs: Outputs, eps: float, rms: bool) -> Launch:
+    """Return how to launch the kernel. Runs nothing: one can also just compile it."""
+    x = inputs.x
     batch, length, width = x.shape
     config = configs.norm_config(length, width)
     return Launch(
@@ -107,7 +101,7 @@ def plan(x: Tensor, inputs: Sequence[Tensor | None], outputs: Outputs, eps: floa
             "ROWS": config.rows,
             "BLOCK_C": config.block_c,
             "num_warps": config.num_warps,
-            "enable_fp_fusion": True,
+            **FUSION,
         },
     )
 

@@ -16,11 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .launch import Launch
+from .launch import FUSION, Launch, Pairs
 from .norm_rows import (
     Inputs,
     add,
     factor_gradient,
+    inputs_of,
     load,
     load_or_none,
     load_rows,
@@ -88,43 +89,54 @@ class Plan(NamedTuple):
 
 
 def norm_backward(
-    dy: Tensor | None,
-    dt_y: Tensor | None,
-    x: Tensor,
-    t_x: Tensor | None,
-    weight: Tensor | None,
-    t_weight: Tensor | None,
-    bias: Tensor | None,
-    t_bias: Tensor | None,
-    scale: Tensor | None,
-    t_scale: Tensor | None,
-    shift: Tensor | None,
-    t_shift: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
+    cotangents: Pairs,
+    inputs: Pairs,
+    saved: tuple[Any, tuple[Tensor | None, Tensor]],
     *,
     rms: bool,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of <dy, y> + <dt_y, t_y>: (dx, dweight, dbias, dscale, dshift, dt_x, ..., dt_shift).
+    needs: Sequence[tuple[bool, bool]],
+) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Return the gradients of <dy, y> + <dt_y, t_y>, in pairs as `needs`.
 
-    `needs` says which of the ten, in that order; the others are None. Each has the shape and dtype of its argument.
-    Without dt_y this is the primal backward, and no tangent is read; with dt_y, dy may be None. Sums over rows are
-    taken in float32 and in a fixed order.
+    Args:
+        cotangents: ((dy, dt_y),). Without dt_y this is the primal backward, and no tangent is read; with dt_y, dy may
+            be None.
+        inputs, rms: as in `norm_forward`.
+        saved: its outputs, which aren't read, and mean and rstd.
+        needs: which gradients of x, weight, bias, scale, shift and of their tangents are wanted; the others are None.
+
+    Returns:
+        (dx, dt_x), (dweight, dt_weight), ..., each in the shape and dtype of its argument. Sums over rows are taken in
+        float32 and in a fixed order.
+
+    Raises:
+        ValueError: there is no cotangent.
     """
+    ((dy, dt_y),) = cotangents
     if dy is None and dt_y is None:
         raise ValueError("dy: expected a tensor where dt_y is None, got None")
-    inputs = Inputs(x, t_x, weight, t_weight, bias, t_bias, scale, t_scale, shift, t_shift)
-    names = NAMES[:5]
-    wanted = [name for name, need in zip((*names, *(f"t_{name}" for name in names)), needs, strict=True) if need]
-    found = gradients(Cotangents(dy, dt_y), inputs, mean, rstd, rms, wanted)
-    return tuple(found.get(name) for name in (*names, *(f"t_{name}" for name in names)))
+    return gradient_pairs(NAMES[:5], Cotangents(dy, dt_y), inputs_of(inputs), saved[1], rms, needs)
+
+
+def gradient_pairs(
+    names: Sequence[str],
+    cotangents: Cotangents,
+    inputs: Inputs,
+    statistics: tuple[Tensor | None, Tensor],
+    rms: bool,
+    needs: Sequence[tuple[bool, bool]],
+) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Return the gradients of the inputs of these names and of their tangents, in pairs as `needs`."""
+    both = [(name, f"t_{name}") for name in names]
+    wanted = [name for pair, need in zip(both, needs, strict=True) for name, want in zip(pair, need) if want]
+    found = gradients(cotangents, inputs, *statistics, rms, wanted)
+    return [(found.get(of_primal), found.get(of_tangent)) for of_primal, of_tangent in both]
 
 
 def gradients(
     cotangents: Cotangents, inputs: Inputs, mean: Tensor | None, rstd: Tensor, rms: bool, wanted: Sequence[str]
 ) -> dict[str, Tensor]:
-    """The wanted gradients by the names of their tensors; of those that are None, none."""
+    """Return the wanted gradients by the names of their tensors; of those that are None, none."""
     given = {**inputs._asdict(), **{f"t_{name}": getattr(inputs, name) for name in NAMES}}
     wanted = [name for name in wanted if given[name] is not None]
     if not wanted:
@@ -155,7 +167,7 @@ def gradients(
 def plan(
     cotangents: Cotangents, inputs: Inputs, mean: Tensor | None, rstd: Tensor, rms: bool, wanted: Sequence[str]
 ) -> Plan:
-    """How to launch the kernel. Runs nothing: one can also just compile it, with meta tensors.
+    """Return how to launch the kernel. Runs nothing: one can also just compile it, with meta tensors.
 
     Where a whole row leaves no room, a second launch takes the sums, and h, whose gradients follow from those of x. Its
     programs see a few columns each.
@@ -193,7 +205,7 @@ def plan(
                 "ROWS": tile.rows,
                 "BLOCK_C": tile.block_c,
                 "num_warps": tile.num_warps,
-                "enable_fp_fusion": True,
+                **FUSION,
             },
         )
 
@@ -212,12 +224,12 @@ def _empty(like: Tensor, dtype: torch.dtype, wanted: bool) -> Tensor | None:
 
 
 def _is_by_row(like: Tensor, x: Tensor) -> bool:
-    """Whether a parameter has a row for each of x's, in its sample or in all: then a program writes rows, not sums."""
+    """Return whether a parameter has a row for each of x's: then a program writes rows of its gradient, not sums."""
     return like.dim() == 3 and like.shape[1] == x.shape[1] > 1
 
 
 def _destination(like: Tensor, x: Tensor, by_row: bool, chunks: int) -> Tensor:
-    """(B, T, C) for gradients by row, else (B, chunks, C) of partial sums."""
+    """Return (B, T, C) for gradients by row, else (B, chunks, C) of partial sums."""
     batch, length, width = x.shape
     alone = by_row and like.shape[0] == batch
     shape = (batch, length if by_row else chunks, width)
@@ -225,7 +237,7 @@ def _destination(like: Tensor, x: Tensor, by_row: bool, chunks: int) -> Tensor:
 
 
 def _summed(partial: Tensor, like: Tensor) -> Tensor:
-    """The second stage: what the programs left, summed to the parameter's shape and in its dtype."""
+    """Return the second stage: what the programs left, summed to the parameter's shape and in its dtype."""
     if partial.shape == like.shape:
         return partial.to(like.dtype)
     total = partial.sum((0, 1)) if like.dim() == 1 else partial.sum_to_size(like.shape)

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WIDEST_ROW = 8192
+from .launch import Pairs, check_dtype
+from .limits import WIDEST_ROW
 
 
 class Strided(NamedTuple):
@@ -61,12 +60,17 @@ class Inputs(NamedTuple):
     t_gate: Any = None
 
 
+def inputs_of(pairs: Pairs) -> Inputs:
+    """Return the inputs of pairs of x, weight, bias, scale, shift and, for a gated norm, h and gate."""
+    return Inputs(*[x for pair in pairs for x in pair])
+
+
 def check(named: Mapping[str, tuple[Tensor | None, Tensor | None]]) -> None:
-    """TypeError for a dtype of the rows, ValueError for their width or a tangent of nothing."""
+    """Raise TypeError for a dtype of the rows, ValueError for their width or a tangent of nothing."""
     for name in ("x", "h"):
         x, _ = named.get(name, (None, None))
-        if x is not None and x.dtype not in DTYPES:
-            raise TypeError(f"{name}: expected float32, bfloat16 or float16 for the Triton kernel, got {x.dtype}")
+        if x is not None:
+            check_dtype(name, x)
         if x is not None and x.shape[-1] > WIDEST_ROW:
             raise ValueError(f"{name}: expected at most {WIDEST_ROW} channels for the Triton kernel, got {x.shape[-1]}")
     for name, (primal, tangent) in named.items():
@@ -75,7 +79,7 @@ def check(named: Mapping[str, tuple[Tensor | None, Tensor | None]]) -> None:
 
 
 def strided(x: Tensor | None) -> Source | None:
-    """A (B or 1, T or 1, C) or (C,) tensor for a kernel."""
+    """Return a (B or 1, T or 1, C) or (C,) tensor as a kernel receives it."""
     if x is None:
         return None
     x = x.expand(1, 1, -1) if x.dim() == 1 else x

@@ -7,6 +7,7 @@ README.md derives the formulas under "Queries and keys", in the symbols used her
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch
+from .launch import FUSION, Launch, Pairs
 from .rope_rows import (
     angles_of,
     back_through_norm,
@@ -54,172 +55,127 @@ class Gradients(NamedTuple):
     dt_bias: Tensor | None
 
 
+class Options(NamedTuple):
+    """What the kernels are told besides tensors: norm is "rms", "layer" or "none"; see `load_halves` for the others."""
+
+    norm: str
+    eps: float
+    interleaved: bool
+
+
 def qk_norm_rope_forward(
-    q: Tensor,
-    t_q: Tensor | None,
-    k: Tensor,
-    t_k: Tensor | None,
-    q_weight: Tensor | None,
-    t_q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    t_k_weight: Tensor | None,
-    q_bias: Tensor | None,
-    t_q_bias: Tensor | None,
-    k_bias: Tensor | None,
-    t_k_bias: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    *,
-    norm: str,
-    eps: float,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Normalised and turned queries and keys with their tangents: (q_out, t_q_out, k_out, t_k_out).
+    inputs: Pairs, *, norm: str, eps: float, interleaved: bool
+) -> tuple[list[tuple[Tensor, Tensor | None]], tuple[()]]:
+    """Return normalised and turned queries and keys with tangents: (((q_out, t_q_out), (k_out, t_k_out)), ()).
 
-    q (B, H, N, D), k (B, Hkv, M, D) in float32, bfloat16 or float16, any strides, D even and at most 512; weights,
-    biases (D,) or None; cos, sin (B or 1, max(N, M), D/2) or None. norm is "rms", "layer" or "none". All is computed in
-    float32; outputs are contiguous. The tangents are both None without any tangent, and neither with one.
+    Args:
+        inputs: (primal, tangent) of q (B, H, N, D), k (B, Hkv, M, D) in float32, bfloat16 or float16, of any strides, D
+            even and at most 512; of q_weight, k_weight, q_bias, k_bias (D,) or None; and of cos, sin (B or 1, max(N,
+            M), D/2) or None, which have no tangents.
+        norm: "rms", "layer" or "none". All is computed in float32.
+        eps: added to the variance.
+        interleaved: whether neighbouring channels turn together, or those of the two halves.
 
-    Equivalent to: torch.func.jvp of rotate(norm(q) * q_weight + q_bias), and the same of k.
-    Raises TypeError for another dtype, ValueError for another D.
+    Returns:
+        The outputs are contiguous, in the dtype of q and k. The tangents are both None without any tangent, and neither
+        with one.
+
+    Equivalent to:
+        torch.func.jvp of rotate(norm(q) * q_weight + q_bias), and the same of k
+
+    Raises:
+        TypeError: another dtype. ValueError: another D.
     """
-    of_q = (q, t_q, q_weight, t_q_weight, q_bias, t_q_bias)
-    of_k = (k, t_k, k_weight, t_k_weight, k_bias, t_k_bias)
+    (q, _), (k, _), *_ = inputs
     check(q, k)
-    moving = any(t is not None for t in (*of_q[1::2], *of_k[1::2]))
+    moving = any(t is not None for _, t in inputs)
     outs = [Outputs(empty(x), empty(x) if moving else None) for x in (q, k)]
     if q.numel() or k.numel():
-        launch = plan(of_q, of_k, cos, sin, outs[0], outs[1], norm, eps, interleaved)
+        launch = plan(inputs, outs, Options(norm, eps, interleaved))
         _forward_kernel[launch.grid](*launch.args, **launch.options)
-    return (*outs[0], *outs[1])
+    return list(map(tuple, outs)), ()  # type: ignore[arg-type]
 
 
-def plan(
-    of_q: tuple[Any, ...],
-    of_k: tuple[Any, ...],
-    cos: Tensor | None,
-    sin: Tensor | None,
-    out_q: Outputs,
-    out_k: Outputs,
-    norm: str,
-    eps: float,
-    interleaved: bool,
-) -> Launch:
-    """How to launch the forward on (x, t_x, weight, ...) of q and of k. Runs nothing: one can also just compile it."""
-    unit = stride_unit(*of_q[:2], *of_k[:2])
-    q, k = side_of(unit, *of_q), side_of(unit, *of_k)
-    rows, options = _tile(out_q.y.shape[-1])
+def plan(inputs: Pairs, outs: Sequence[Outputs], options: Options) -> Launch:
+    """Return how to launch the forward, which writes the outputs. Runs nothing: one can also just compile it."""
+    unit = stride_unit(*inputs[0], *inputs[1])
+    q, k = (side_of(unit, inputs[i:6:2]) for i in range(2))
+    rows, sizes = _tile(outs[0].y.shape[-1])
     return Launch(
         grid=(sum(triton.cdiv(side.rows, rows) for side in (q, k)),),
-        args=(q, k, angles_of(cos, sin), out_q, out_k, eps),
-        options={
-            **options,
-            "NORM": norm,
-            "UNIT": unit,
-            "INTERLEAVED": interleaved,
-            "num_warps": 4,
-            "enable_fp_fusion": True,
-        },
+        args=(q, k, angles_of(inputs[6][0], inputs[7][0]), *outs, options.eps),
+        options={**sizes, **_constants(options, unit), "num_warps": 4},
     )
 
 
 def qk_norm_rope_backward(
-    dq_out: Tensor | None,
-    dt_q_out: Tensor | None,
-    dk_out: Tensor | None,
-    dt_k_out: Tensor | None,
-    q: Tensor,
-    t_q: Tensor | None,
-    k: Tensor,
-    t_k: Tensor | None,
-    q_weight: Tensor | None,
-    t_q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    t_k_weight: Tensor | None,
-    q_bias: Tensor | None,
-    t_q_bias: Tensor | None,
-    k_bias: Tensor | None,
-    t_k_bias: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
+    cotangents: Pairs,
+    inputs: Pairs,
+    saved: Any,
     *,
     norm: str,
     eps: float,
     interleaved: bool,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of <dq_out, q_out> + <dt_q_out, t_q_out>, and the same of k.
+    needs: Sequence[tuple[bool, bool]],
+) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Return the gradients of <dq_out, q_out> + <dt_q_out, t_q_out>, and the same of k, in pairs as `needs`.
 
-    In the order (q, k, q_weight, k_weight, q_bias, k_bias), then of their tangents; `needs` says which of the twelve,
-    the others are None. Each is contiguous, in the shape and dtype of its argument. A cotangent of None is zero, and
-    without those of the tangents no tangent is read. Sums over rows are taken in float32 and in a fixed order.
+    Args:
+        cotangents: (dq_out, dt_q_out) and (dk_out, dt_k_out); None is zero, and without those of the tangents no
+            tangent is read.
+        inputs, norm, eps, interleaved: as in `qk_norm_rope_forward`.
+        saved: what it returned, which isn't read.
+        needs: which gradients are wanted, in the order of the inputs; the others, and those of cos and sin, are None.
+
+    Returns:
+        (dq, dt_q), (dk, dt_k), ..., each contiguous, in the shape and dtype of its argument. Sums over rows are taken
+        in float32 and in a fixed order.
     """
-    check(q, k)
-    if dt_q_out is None:
-        t_q = t_q_weight = t_q_bias = None
-    if dt_k_out is None:
-        t_k = t_k_weight = t_k_bias = None
-    of_q = (q, t_q, q_weight, t_q_weight, q_bias, t_q_bias, dq_out, dt_q_out)
-    of_k = (k, t_k, k_weight, t_k_weight, k_bias, t_k_bias, dk_out, dt_k_out)
-    wanted = [_in_pairs(needs[side::2]) for side in range(2)]
-    launch = plan_backward(of_q, of_k, cos, sin, wanted[0], wanted[1], norm, eps, interleaved)
-    if any(needs) and launch.grid[0]:
+    check(inputs[0][0], inputs[1][0])
+    read = [
+        (x, t_x if i > 5 or cotangents[i % 2][1] is not None else None)  # the sides take turns; angles have no tangent
+        for i, (x, t_x) in enumerate(inputs)
+    ]
+    launch = plan_backward(cotangents, read, needs, Options(norm, eps, interleaved))
+    if any(map(any, needs)) and launch.grid[0]:
         _backward_kernel[launch.grid](*launch.args, **launch.options)
-    found = [_finished(side, grads) for side, grads in ((of_q, launch.args[3]), (of_k, launch.args[4]))]
-    return tuple(grad for both in zip(*found, strict=True) for grad in both)
+    found = [_finished(inputs[i:6:2], grads) for i, grads in enumerate(launch.args[3:5])]
+    return [*(pair for both in zip(*found, strict=True) for pair in both), (None, None), (None, None)]
 
 
-def plan_backward(
-    of_q: tuple[Any, ...],
-    of_k: tuple[Any, ...],
-    cos: Tensor | None,
-    sin: Tensor | None,
-    needs_q: tuple[bool, ...],
-    needs_k: tuple[bool, ...],
-    norm: str,
-    eps: float,
-    interleaved: bool,
-) -> Launch:
-    """How to launch the backward on (x, t_x, weight, ..., dy, dt_y) of q and of k, with fresh `Gradients` to write."""
-    unit = stride_unit(*of_q[:2], *of_q[6:], *of_k[:2], *of_k[6:])
-    q, k = side_of(unit, *of_q), side_of(unit, *of_k)
-    rows, options = _tile(of_q[0].shape[-1])
-    steps = _steps(q.rows + k.rows, rows) if any((*needs_q[2:], *needs_k[2:])) else 1
+def plan_backward(cotangents: Pairs, inputs: Pairs, needs: Sequence[tuple[bool, bool]], options: Options) -> Launch:
+    """Return how to launch the backward, with fresh `Gradients` to write."""
+    unit = stride_unit(*[x for pair in (*inputs[:2], *cotangents) for x in pair])
+    q, k = (side_of(unit, inputs[i:6:2], cotangents[i]) for i in range(2))
+    wanted = [tuple(need for pair in needs[i:6:2] for need in pair) for i in range(2)]
+    rows, sizes = _tile(inputs[0][0].shape[-1])
+    steps = _steps(q.rows + k.rows, rows) if any(any(side[2:]) for side in wanted) else 1
     programs = [triton.cdiv(side.rows, rows * steps) for side in (q, k)]
-    outs = [_gradients(side, needs, count) for side, needs, count in zip((of_q, of_k), (needs_q, needs_k), programs)]
+    outs = [_gradients(x, side, count) for (x, _), side, count in zip(inputs[:2], wanted, programs)]
     return Launch(
         grid=(sum(programs),),
-        args=(q, k, angles_of(cos, sin), *outs, eps, steps),
-        options={
-            **options,
-            "NORM": norm,
-            "UNIT": unit,
-            "INTERLEAVED": interleaved,
-            "num_warps": 8,
-            "enable_fp_fusion": True,
-        },
+        args=(q, k, angles_of(inputs[6][0], inputs[7][0]), *outs, options.eps, steps),
+        options={**sizes, **_constants(options, unit), "num_warps": 8},
     )
 
 
+def _constants(options: Options, unit: int) -> dict[str, Any]:
+    return {"NORM": options.norm, "UNIT": unit, "INTERLEAVED": options.interleaved, **FUSION}
+
+
 def _tile(d: int) -> tuple[int, dict[str, Any]]:
-    """Rows a program takes at a time, about 2048 elements, and the sizes for the kernels."""
+    """Return how many rows a program takes at a time, about 2048 elements, and the sizes for the kernels."""
     half = triton.next_power_of_2(d // 2)
     rows = max(1, 1024 // half)
     return rows, {"D": d, "ROWS": rows, "HALF": half}
 
 
 def _steps(rows: int, tile: int) -> int:
-    """So that there are about 512 programs, each of which leaves a row of sums."""
+    """Return the steps of a program, so that there are about 512 programs, each of which leaves a row of sums."""
     return max(1, triton.cdiv(rows, tile) // 512)
 
 
-def _in_pairs(needs: tuple[bool, ...]) -> tuple[bool, ...]:
-    """Of (x, weight, bias, t_x, t_weight, t_bias), in the order of `Gradients`."""
-    return tuple(needs[i] for i in (0, 3, 1, 4, 2, 5))
-
-
-def _gradients(side: tuple[Any, ...], needs: tuple[bool, ...], programs: int) -> Gradients:
-    x = side[0]
+def _gradients(x: Tensor, needs: tuple[bool, ...], programs: int) -> Gradients:
     rows = [empty(x) if need else None for need in needs[:2]]
     sums = [
         torch.empty((programs, x.shape[-1]), dtype=torch.float32, device=x.device) if need else None
@@ -228,13 +184,14 @@ def _gradients(side: tuple[Any, ...], needs: tuple[bool, ...], programs: int) ->
     return Gradients(*rows, *sums)
 
 
-def _finished(side: tuple[Any, ...], grads: Gradients) -> list[Tensor | None]:
-    """Gradients of (x, weight, bias, t_x, t_weight, t_bias): the second stage of the sums."""
+def _finished(side: Pairs, grads: Gradients) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Return the gradients of rows, weight and bias: the second stage of the sums."""
+    weight, bias = side[1][0], side[2][0]
     sums = [
         None if grad is None or like is None else grad.sum(0).to(like.dtype)
-        for grad, like in zip(grads[2:], (side[2], side[2], side[4], side[4]))
+        for grad, like in zip(grads[2:], (weight, weight, bias, bias))
     ]
-    return [grads.dx, sums[0], sums[2], grads.dt_x, sums[1], sums[3]]
+    return [(grads.dx, grads.dt_x), (sums[0], sums[1]), (sums[2], sums[3])]
 
 
 @triton.jit

@@ -15,10 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .norm_rows import DTYPES
+from .launch import Pairs, check_dtype
+from .limits import WIDEST_ROTATED_HEAD
 from .tiles import strided
-
-WIDEST_HEAD = 512
 
 
 class Channels(NamedTuple):
@@ -55,36 +54,30 @@ class Side(NamedTuple):
 
 
 def check(q: Tensor, k: Tensor) -> None:
-    """TypeError for a dtype, ValueError for a head dim that the kernels cannot take."""
+    """Raise TypeError for a dtype, ValueError for a head dim that the kernels cannot take."""
     for name, x in (("q", q), ("k", k)):
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name}: expected float32, bfloat16 or float16 for the Triton kernel, got {x.dtype}")
-        if x.shape[-1] % 2 or not 2 <= x.shape[-1] <= WIDEST_HEAD:
+        check_dtype(name, x)
+        if x.shape[-1] % 2 or not 2 <= x.shape[-1] <= WIDEST_ROTATED_HEAD:
             raise ValueError(
-                f"{name}: expected an even head dim of at most {WIDEST_HEAD} for the Triton kernel, got {x.shape[-1]}"
+                f"{name}: expected an even head dim of at most {WIDEST_ROTATED_HEAD} for the Triton kernel, got "
+                f"{x.shape[-1]}"
             )
 
 
-def side_of(
-    unit: int,
-    x: Tensor,
-    t_x: Tensor | None,
-    weight: Tensor | None,
-    t_weight: Tensor | None,
-    bias: Tensor | None,
-    t_bias: Tensor | None,
-    dy: Tensor | None = None,
-    dt_y: Tensor | None = None,
-) -> Side:
-    """Queries or keys, by pointers and strides, of rows in units of `unit` elements: see `stride_unit`."""
+def side_of(unit: int, inputs: Pairs, of_y: tuple[Tensor | None, Tensor | None] = (None, None)) -> Side:
+    """Return queries or keys with their weight and bias, by pointers and strides, of rows in units of `unit` elements.
+
+    of_y: the cotangents of the output and of its tangent. See `stride_unit`.
+    """
+    (x, t_x), (weight, t_weight), (bias, t_bias) = inputs
     batch, heads, length, _ = x.shape
     w, t_w, b, t_b = (None if a is None else Channels(a, a.stride(0)) for a in (weight, t_weight, bias, t_bias))
-    rows, t_rows, d_rows, dt_rows = (strided(a, unit) for a in (x, t_x, dy, dt_y))
+    rows, t_rows, d_rows, dt_rows = (strided(a, unit) for a in (x, t_x, *of_y))
     return Side(rows, t_rows, w, t_w, b, t_b, d_rows, dt_rows, heads, length, batch * heads * length)
 
 
 def angles_of(cos: Tensor | None, sin: Tensor | None) -> Angles:
-    """The angles, by pointers and strides."""
+    """Return the angles by pointers and strides."""
     if cos is None or sin is None:
         return Angles(None, None, 0, 0, 0)
     cos, sin = torch.broadcast_tensors(cos, sin)
@@ -94,7 +87,7 @@ def angles_of(cos: Tensor | None, sin: Tensor | None) -> Angles:
 
 
 def empty(x: Tensor) -> Tensor:
-    """Contiguous and uninitialised: a kernel writes every element."""
+    """Return memory like x, contiguous and uninitialised: a kernel writes every element."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 

@@ -106,9 +106,9 @@ def test_no_rows() -> None:
 
 def test_a_wide_or_double_h_is_refused_by_name() -> None:
     primals, tangents = problem(Case(), DEVICE)
-    pairs = [x for name in NAMES for x in (primals[name], tangents[name])]
+    inputs = [({**primals, "h": primals["h"].double()}[name], tangents[name]) for name in NAMES]
     with pytest.raises(TypeError, match=r"h: expected float32, .* got torch\.float64"):
-        kernel.gated_norm_forward(*pairs[:2], pairs[2].double(), *pairs[3:], eps=1e-6, rms=False)
+        kernel.gated_norm_forward(inputs, eps=1e-6, rms=False)
 
 
 @pytest.mark.parametrize("through_tangent", [False, True], ids=["primal", "mixed"])

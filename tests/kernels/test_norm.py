@@ -36,10 +36,15 @@ def inputs(
     return draws[0], {name: t for name, t in draws[1].items() if tangents is None or name in tangents}
 
 
+def pairs(primals: Tensors, tangents: Tensors) -> list[tuple[Any, Tensor | None]]:
+    """Return them in the order of the kernel's inputs."""
+    return [(primals.get(name), tangents.get(name)) for name in NAMES]
+
+
 def run(primals: Tensors, tangents: Tensors, *, rms: bool = False, eps: float = EPS) -> kernel.Outputs:
     """The kernel on named tensors."""
-    pairs = [x for name in NAMES for x in (primals.get(name), tangents.get(name))]
-    return kernel.Outputs(*kernel.norm_forward(*pairs, eps=eps, rms=rms))
+    (of_y,), statistics = kernel.norm_forward(pairs(primals, tangents), eps=eps, rms=rms)
+    return kernel.Outputs(*of_y, *statistics)
 
 
 def check(primals: Tensors, tangents: Tensors, *, rms: bool = False, eps: float = EPS) -> None:

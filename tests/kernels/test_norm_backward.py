@@ -11,10 +11,11 @@ from torch import Tensor
 import fastdistill as fd
 from fastdistill import reference
 from fastdistill.kernels import configs, norm, norm_backward
-from fastdistill.kernels.norm_rows import Inputs
+from fastdistill.kernels.norm_rows import inputs_of
+from fastdistill.ops.protocol.pair import flat
 from fastdistill.testing import assert_accurate, cast, reference_vjp, relative_error
 from tests.kernels.device import DEVICE
-from tests.kernels.test_norm import EPS, NAMES, Tensors, inputs
+from tests.kernels.test_norm import EPS, NAMES, Tensors, inputs, pairs
 
 ALL_NAMES = (*NAMES, *(f"t_{name}" for name in NAMES))
 MODULATIONS = {"sample": (2, 1), "token": (2, 5), "position": (1, 5), "one": (1, 1)}
@@ -24,11 +25,11 @@ def run(
     primals: Tensors, tangents: Tensors, dy: Tensor | None, dt_y: Tensor | None, *, rms: bool = False
 ) -> dict[str, Tensor]:
     """All gradients that autodiff would give, by name."""
-    pairs = [x for name in NAMES for x in (primals.get(name), tangents.get(name))]
-    _, _, mean, rstd = norm.norm_forward(*pairs, eps=EPS, rms=rms)
+    saved = norm.norm_forward(pairs(primals, tangents), eps=EPS, rms=rms)
     needs = [primals.get(name) is not None for name in NAMES]
     needs += [dt_y is not None and tangents.get(name) is not None for name in NAMES]
-    found = norm.norm_backward(dy, dt_y, *pairs, mean, rstd, rms=rms, needs=tuple(needs))
+    wanted = list(zip(needs[:5], needs[5:]))
+    found = flat(norm.norm_backward([(dy, dt_y)], pairs(primals, tangents), saved, rms=rms, needs=wanted))
     assert [x is not None for x in found] == needs
     return {name: x for name, x in zip(ALL_NAMES, found, strict=True) if x is not None}
 
@@ -187,14 +188,15 @@ def test_dtypes_may_differ() -> None:
 def test_only_what_is_needed_is_written(name: str) -> None:
     """The launches have no other outputs, and the gradient is the same as among all."""
     primals, tangents = inputs(shape=(2, 3, 24))
-    pairs = [x for other in NAMES for x in (primals[other], tangents[other])]
     dy, dt_y = torch.randn(2, 2, 3, 24, device=DEVICE).unbind(0)
-    _, _, mean, rstd = norm.norm_forward(*pairs, eps=EPS, rms=False)
-    task = norm_backward.plan(norm_backward.Cotangents(dy, dt_y), Inputs(*pairs), mean, rstd, False, [name])
+    saved = norm.norm_forward(pairs(primals, tangents), eps=EPS, rms=False)
+    point = inputs_of(pairs(primals, tangents))
+    task = norm_backward.plan(norm_backward.Cotangents(dy, dt_y), point, *saved[1], False, [name])
     written = [x for launch in task.launches for part in launch.args[3:6] for x in part if x is not None]
     assert len(written) == len(task.launches) == 1
     needs = tuple(other == name for other in ALL_NAMES)
-    found = norm.norm_backward(dy, dt_y, *pairs, mean, rstd, rms=False, needs=needs)
+    wanted = list(zip(needs[:5], needs[5:]))
+    found = flat(norm.norm_backward([(dy, dt_y)], pairs(primals, tangents), saved, rms=False, needs=wanted))
     assert [x is not None for x in found] == list(needs)
     alone = found[ALL_NAMES.index(name)]
     torch.testing.assert_close(alone, run(primals, tangents, dy, dt_y)[name], rtol=1e-6, atol=1e-6)

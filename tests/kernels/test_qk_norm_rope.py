@@ -14,7 +14,7 @@ from fastdistill.kernels import qk_norm_rope as kernel
 from fastdistill.ops.qk_norm_rope import eager
 from fastdistill.testing import make_qkv
 from tests.kernels.device import DEVICE
-from tests.ops.qk_norm_rope.eager_cases import ALL_NAMES, NAMES, Case, check, options, pairs, problem
+from tests.ops.qk_norm_rope.eager_cases import ALL_NAMES, NAMES, Case, backward, check, forward, problem
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer", "none"])
@@ -76,10 +76,10 @@ def test_any_strides(interleaved: bool, d: int) -> None:
 
     def run(*, copied: bool) -> list[Tensor]:
         own = (lambda x: x.contiguous()) if copied else (lambda x: x)
-        arguments = [own(x) for x in (*pairs(primals, tangents), cos, sin)]
-        values = kernel.qk_norm_rope_forward(*arguments, **options(case))
-        ours = map(own, cotangents)
-        return [*values, *kernel.qk_norm_rope_backward(*ours, *arguments, **options(case), needs=(True,) * 12)]
+        at = [{name: own(x) for name, x in part.items()} for part in (primals, tangents)]
+        angles = (own(cos), own(sin))
+        values = forward(kernel, case, at[0], at[1], angles)
+        return [*values, *backward(kernel, case, list(map(own, cotangents)), (at[0], at[1], angles))]
 
     torch.testing.assert_close(run(copied=False), run(copied=True), rtol=1e-6, atol=1e-6)
 
@@ -90,11 +90,11 @@ def test_only_what_is_needed_is_written(name: str) -> None:
     case = Case("layer")
     primals, tangents, angles = problem(case, DEVICE)
     d = [torch.randn_like(primals[side]) for side in ("q", "q", "k", "k")]
-    arguments = (*d, *pairs(primals, tangents), *angles)
-    first, every = (kernel.qk_norm_rope_backward(*arguments, **options(case), needs=(True,) * 12) for _ in range(2))
+    at = (primals, tangents, angles)
+    first, every = (backward(kernel, case, d, at) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, every))
     needs = tuple(other == name for other in ALL_NAMES)
-    found = kernel.qk_norm_rope_backward(*arguments, **options(case), needs=needs)
+    found = backward(kernel, case, d, at, needs)
     assert [g is not None for g in found] == list(needs)
     torch.testing.assert_close(found[ALL_NAMES.index(name)], every[ALL_NAMES.index(name)], rtol=0, atol=0)
 
@@ -103,9 +103,7 @@ def test_a_loss_of_queries_alone_has_zeros_for_keys() -> None:
     case = Case()
     primals, tangents, angles = problem(case, DEVICE)
     d = torch.randn(2, *primals["q"].shape, device=DEVICE).unbind(0)
-    grads = kernel.qk_norm_rope_backward(
-        *d, None, None, *pairs(primals, tangents), *angles, **options(case), needs=(True,) * 12
-    )
+    grads = backward(kernel, case, (*d, None, None), (primals, tangents, angles))
     assert all((grad != 0).any() for grad in grads[0::2])
     assert all((grad == 0).all() for grad in grads[1::2])
 
@@ -115,9 +113,8 @@ def test_no_rows() -> None:
     case = Case()
     primals, tangents, angles = problem(case, DEVICE, batch=0)
     d = [torch.empty_like(primals[side]) for side in ("q", "q", "k", "k")]
-    arguments = (*pairs(primals, tangents), *angles)
-    assert kernel.qk_norm_rope_forward(*arguments, **options(case))[3].shape == (0, 2, 7, 16)
-    grads = kernel.qk_norm_rope_backward(*d, *arguments, **options(case), needs=(True,) * 12)
+    assert forward(kernel, case, primals, tangents, angles)[3].shape == (0, 2, 7, 16)
+    grads = backward(kernel, case, d, (primals, tangents, angles))
     assert grads[2].shape == (16,) and not grads[2].any()
 
 

@@ -35,7 +35,7 @@ def forward(of: Inputs, rms: bool) -> list[tuple[Any, Launch]]:
     """The kernel and its launch."""
     moving = any(value is not None for name, value in of._asdict().items() if name.startswith("t_"))
     outputs = norm.allocate(of.x, moving, rms, torch.bfloat16, of.h is not None)
-    return [(norm._norm_kernel, norm.plan(of.x, of, outputs, 1e-6, rms))]
+    return [(norm._norm_kernel, norm.plan(of, outputs, 1e-6, rms))]
 
 
 def backward(of: Inputs, rms: bool, cotangents: tuple[str, ...]) -> list[tuple[Any, Launch]]:

@@ -16,16 +16,16 @@ def compiled(direction: str, arch: int, d: int, interleaved: bool) -> tuple[str,
     """PTX and machine code for views of a packed bfloat16 projection, with tangents and weights."""
     q, k, _ = torch.empty(2, 64, 3, 16, d, dtype=torch.bfloat16, device="meta").permute(2, 0, 3, 1, 4)
     weight, angles = torch.empty(d, device="meta"), torch.empty(1, 64, d // 2, device="meta")
-    sides = [(x, x, weight, weight, None, None) for x in (q, k)]
+    inputs = [(q, q), (k, k), (weight, weight), (weight, weight), *[(None, None)] * 2, *[(angles, None)] * 2]
+    options = kernel.Options("rms", 1e-6, interleaved)
     if direction == "forward":
         outs = [kernel.Outputs(torch.empty_like(x), torch.empty_like(x)) for x in (q, k)]
-        launch = kernel.plan(*sides, angles, angles, *outs, "rms", 1e-6, interleaved)
+        launch = kernel.plan(inputs, outs, options)
         function = kernel._forward_kernel
     else:
-        dy, needs = torch.empty(2, 16, 64, d, dtype=torch.bfloat16, device="meta"), (True,) * 4 + (False,) * 2
-        launch = kernel.plan_backward(
-            *((*side, dy, dy) for side in sides), angles, angles, needs, needs, "rms", 1e-6, interleaved
-        )
+        dy = torch.empty(2, 16, 64, d, dtype=torch.bfloat16, device="meta")
+        needs = [(True, True)] * 4 + [(False, False)] * 4
+        launch = kernel.plan_backward([(dy, dy)] * 2, inputs, needs, options)
         function = kernel._backward_kernel
     with aot_table.compiling_for(arch):
         function.device_caches.clear()

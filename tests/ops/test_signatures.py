@@ -11,6 +11,9 @@ ROOT = Path(__file__).parents[2]
 IMPLEMENTATIONS = {
     "activation": (["fastdistill/ops/activation/eager.py"], ["kernels/activation.py"]),
     "attention": (["fastdistill/ops/attention/eager.py"], ["kernels/attention.py", "kernels/attention_backward.py"]),
+    "gated_norm": (["fastdistill/ops/gated_norm/eager.py"], ["kernels/gated_norm.py"]),
+    "norm": (["fastdistill/ops/norm/eager.py"], ["kernels/norm.py", "kernels/norm_backward.py"]),
+    "qk_norm_rope": (["fastdistill/ops/qk_norm_rope/eager.py"], ["kernels/qk_norm_rope.py"]),
     "linear": (["fastdistill/ops/linear/eager.py"],),
 }
 ROOMS = ("activation", "attention", "linear", "protocol", "time_embedding")

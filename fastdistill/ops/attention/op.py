@@ -19,9 +19,6 @@ from fastdistill.ops.protocol import torch_functions as F
 from fastdistill.ops.protocol.dual_op import DualOp, Spec, Tensors
 from fastdistill.ops.protocol.pair import ABSENT, Needs, Pair, Pairs
 
-MAX_TRITON_HEAD_DIM = 256
-WIDE_FLOAT32 = 130 << 10  # bytes of shared memory that the mixed backward of float32 heads wider than 128 takes
-
 
 class _Call(NamedTuple):
     """What both ops boil down to: q (B, H, N, D), k, v and a mask, or packed sequences in a batch of one."""
@@ -74,17 +71,17 @@ def _short_of_memory(q: Tensor, v: Tensor) -> str | None:
     if q.dtype != torch.float32 or max(q.shape[-1], v.shape[-1]) <= 128:
         return None
     available = int(getattr(torch.cuda.get_device_properties(q.device), "shared_memory_per_block_optin", 0))
-    return (
-        None if available >= WIDE_FLOAT32 else f"float32 heads wider than 128 in {available >> 10} KiB of shared memory"
-    )
+    if available >= dispatch.limit("WIDE_FLOAT32"):
+        return None
+    return f"float32 heads wider than 128 in {available >> 10} KiB of shared memory"
 
 
 def unfit_for_triton(q: Tensor, v: Tensor) -> str | None:
     """What about the tensors the Triton kernels can't take on any device, or None."""
     if q.dtype == torch.float64:
         return "float64"
-    widest = max(q.shape[-1], v.shape[-1])
-    return f"head dim {widest} > {MAX_TRITON_HEAD_DIM}" if widest > MAX_TRITON_HEAD_DIM else None
+    widest, most = max(q.shape[-1], v.shape[-1]), dispatch.limit("WIDEST_HEAD")
+    return f"head dim {widest} > {most}" if widest > most else None
 
 
 def _forward(inputs: Pairs, attrs: Sequence[Any], tangent_grad: bool) -> tuple[Pairs, Tensors]:

@@ -14,14 +14,13 @@ from fastdistill.ops.protocol import torch_functions as F
 from fastdistill.ops.protocol.dual_op import DualOp, Spec, Tensors
 from fastdistill.ops.protocol.pair import Needs, Pairs
 
-MAX_TRITON_WIDTH = 8192
-
 
 def choose(x: Tensor, impl: str) -> str:
     """Return the implementation that runs: "torch" or "triton"."""
     if impl != "auto":
         return impl
-    triton_runs = x.device.type == "cuda" and x.dtype != torch.float64 and x.shape[-1] <= MAX_TRITON_WIDTH
+    fits = x.dtype != torch.float64 and x.shape[-1] <= dispatch.limit("WIDEST_ROW")
+    triton_runs = x.device.type == "cuda" and fits
     return "triton" if triton_runs and dispatch.triton_problem(x.device) is None else "torch"
 
 

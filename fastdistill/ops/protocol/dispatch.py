@@ -32,6 +32,13 @@ def implementation(family: str, chosen: str) -> Any:
     )
 
 
+@cache
+def limit(name: str) -> int:
+    """Return one of the kernels' limits by its name in `kernels/limits.py`, which loads no Triton."""
+    value: int = getattr(importlib.import_module("fastdistill.kernels.limits"), name)
+    return value
+
+
 def check_impl(impl: str, device: torch.device) -> None:
     """Refuse an unknown implementation, or an explicit one that can't run here: explicit requests never fall back."""
     if impl not in IMPLEMENTATIONS:

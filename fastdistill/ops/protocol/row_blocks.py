@@ -35,7 +35,7 @@ def block_size(device: torch.device) -> int:
 
 
 def row_blocks(x: Tensor, *, by_sample: bool = False) -> list[At]:
-    """Return where the blocks of x (B, T, ...) lie: some b with all their t, or some t of one b; one empty `At` for one.
+    """Return where the blocks of x (B, T, ...) lie: some b with all their t, or some t of one b; or one empty `At`.
 
     Rows, the last dimension, are never cut. `by_sample`: no block has more than one b.
     """

@@ -13,14 +13,13 @@ from fastdistill.ops.protocol.dual_op import DualOp, Spec, Tensors
 from fastdistill.ops.protocol.pair import Needs, Pairs
 from fastdistill.ops.qk_norm_rope.second_order import check_angles, qk_norm_rope_dual, qk_norm_rope_dual_backward
 
-MAX_TRITON_HEAD = 512
-
 
 def choose(q: Tensor, impl: str) -> str:
     """Return the implementation that runs: "torch" or "triton"."""
     if impl != "auto":
         return impl
-    triton_runs = q.device.type == "cuda" and q.dtype != torch.float64 and q.shape[-1] <= MAX_TRITON_HEAD
+    fits = q.dtype != torch.float64 and q.shape[-1] <= dispatch.limit("WIDEST_ROTATED_HEAD")
+    triton_runs = q.device.type == "cuda" and fits
     return "triton" if triton_runs and dispatch.triton_problem(q.device) is None else "torch"
 
 

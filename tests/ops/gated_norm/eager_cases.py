@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdistill import reference
+from fastdistill.ops.protocol.pair import flat
 from fastdistill.testing import assert_accurate, cast, reference_jvp, reference_vjp, relative_error
 
 NAMES = ("x", "h", "gate", "weight", "bias", "scale", "shift")
@@ -64,19 +65,23 @@ def specification(rms: bool) -> Any:
 
 
 def forward(implementation: Any, primals: Tensors, tangents: Tensors, rms: bool) -> Any:
-    """(r, t_r, y, t_y, mean, rstd)."""
-    pairs = [x for name in NAMES for x in (primals[name], tangents[name])]
-    return implementation.gated_norm_forward(*pairs, eps=EPS, rms=rms)
+    """Return r, t_r, y, t_y, mean and rstd."""
+    inputs = [(primals[name], tangents[name]) for name in NAMES]
+    (of_r, of_y), statistics = implementation.gated_norm_forward(inputs, eps=EPS, rms=rms)
+    return (*of_r, *of_y, *statistics)
 
 
 def backward(implementation: Any, primals: Tensors, tangents: Tensors, cotangents: Tensors, rms: bool) -> Tensors:
     """All gradients that autodiff would give, by name."""
-    pairs = [x for name in NAMES for x in (primals[name], tangents[name])]
+    inputs = [(primals[name], tangents[name]) for name in NAMES]
     statistics = forward(implementation, primals, tangents, rms)[-2:]
     mixed = any(cotangents[name] is not None for name in ("dt_r", "dt_y"))
     needs = [primals[name] is not None for name in NAMES] + [mixed and tangents[name] is not None for name in NAMES]
-    arguments = (*(cotangents[name] for name in COTANGENTS), *pairs, *statistics)
-    found = implementation.gated_norm_backward(*arguments, rms=rms, needs=tuple(needs))
+    dr, dt_r, dy, dt_y = (cotangents[name] for name in COTANGENTS)
+    wanted = list(zip(needs[:7], needs[7:]))
+    found = flat(
+        implementation.gated_norm_backward([(dr, dt_r), (dy, dt_y)], inputs, ((), statistics), rms=rms, needs=wanted)
+    )
     assert [x is not None for x in found] == needs
     return {name: x for name, x in zip(ALL_NAMES, found, strict=True) if x is not None}
 

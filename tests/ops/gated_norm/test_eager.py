@@ -11,6 +11,7 @@ import torch
 from fastdistill.ops.gated_norm import eager
 from fastdistill.ops.norm import eager as norm
 from fastdistill.ops.protocol import row_blocks
+from fastdistill.ops.protocol.pair import Pair, flat
 from tests.ops.gated_norm.eager_cases import (
     ALL_NAMES,
     COTANGENTS,
@@ -109,10 +110,13 @@ def test_only_needed_gradients_are_computed(name: str) -> None:
     case = Case(dtype=torch.float64, block=torch.float64)
     primals, tangents = problem(case)
     cotangents = draw_cotangents(case)
-    pairs = [x for other in NAMES for x in (primals[other], tangents[other])]
-    statistics = forward(eager, primals, tangents, False)[-2:]
+    inputs = [Pair(primals[other], tangents[other]) for other in NAMES]
+    saved = ((), forward(eager, primals, tangents, False)[-2:])
+    dr, dt_r, dy, dt_y = cotangents.values()
     needs = tuple(other == name for other in ALL_NAMES)
-    found = eager.gated_norm_backward(*cotangents.values(), *pairs, *statistics, rms=False, needs=needs)
+    wanted = list(zip(needs[:7], needs[7:]))
+    both = (Pair(dr, dt_r), Pair(dy, dt_y))
+    found = flat(eager.gated_norm_backward(both, inputs, saved, rms=False, needs=wanted))
     assert [x is not None for x in found] == list(needs)
     among_all = backward(eager, primals, tangents, cotangents, False)[name]
     torch.testing.assert_close(found[ALL_NAMES.index(name)], among_all, rtol=0, atol=1e-13)

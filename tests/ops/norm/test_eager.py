@@ -14,6 +14,7 @@ from torch import Tensor
 from fastdistill import reference
 from fastdistill.ops.norm import eager
 from fastdistill.ops.protocol import row_blocks
+from fastdistill.ops.protocol.pair import Pair, flat
 from fastdistill.testing import assert_accurate, cast, reference_jvp, reference_vjp, relative_error
 
 NAMES = ("x", "weight", "bias", "scale", "shift")
@@ -59,8 +60,8 @@ def problem(case: Case, offset: float = 0.5) -> tuple[Tensors, Tensors]:
     return primals, tangents
 
 
-def paired(primals: Tensors, tangents: Tensors) -> Any:
-    return [x for name in NAMES for x in (primals[name], tangents.get(name))]
+def inputs(primals: Tensors, tangents: Tensors) -> list[Pair]:
+    return [Pair(primals[name], tangents.get(name)) for name in NAMES]
 
 
 def specification(rms: bool) -> Callable[..., Tensor]:
@@ -68,7 +69,9 @@ def specification(rms: bool) -> Callable[..., Tensor]:
 
 
 def forward(primals: Tensors, tangents: Tensors, rms: bool) -> Any:
-    return eager.norm_forward(*paired(primals, tangents), eps=EPS, rms=rms)
+    """Return y, t_y, mean and rstd."""
+    ((of_y,), statistics) = eager.norm_forward(inputs(primals, tangents), eps=EPS, rms=rms)
+    return (*of_y, *statistics)
 
 
 def backward(
@@ -84,8 +87,8 @@ def backward(
     if needs is None:
         tangent_needs = [dt_y is not None and tangents[name] is not None for name in NAMES]
         needs = (*(primals[name] is not None for name in NAMES), *tangent_needs)
-    arguments = (dy, dt_y, *paired(primals, tangents), mean, rstd)
-    gradients = eager.norm_backward(*arguments, rms=rms, needs=needs)
+    saved, wanted = ((), (mean, rstd)), list(zip(needs[:5], needs[5:]))
+    gradients = flat(eager.norm_backward([Pair(dy, dt_y)], inputs(primals, tangents), saved, rms=rms, needs=wanted))
     assert [x is not None for x in gradients] == list(needs)
     return dict(zip(ALL_NAMES, gradients, strict=True))
 

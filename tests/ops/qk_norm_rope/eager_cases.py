@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from fastdistill import reference
 from fastdistill.ops import rope_angles
+from fastdistill.ops.protocol.pair import Pair
 from fastdistill.testing import assert_accurate, cast, reference_jvp, reference_vjp, relative_error
 
 NAMES = ("q", "k", "q_weight", "k_weight", "q_bias", "k_bias")
@@ -65,9 +67,32 @@ def problem(case: Case, device: str = "cpu", batch: int = 2) -> tuple[Tensors, T
     return draw(NAMES, case.offset, case.spread), draw(case.tangents, 0.0, 1.0), angles
 
 
-def pairs(primals: Tensors, tangents: Tensors) -> list[Tensor | None]:
-    """In the order of the implementations' arguments."""
-    return [x for name in NAMES for x in (primals[name], tangents[name])]
+def inputs(primals: Tensors, tangents: Tensors, angles: Any) -> list[Pair]:
+    """Return pairs in the order of the implementations' inputs."""
+    return [*(Pair(primals[name], tangents[name]) for name in NAMES), *map(Pair, angles)]
+
+
+def forward(implementation: Any, case: Case, primals: Tensors, tangents: Tensors, angles: Any) -> tuple[Any, ...]:
+    """Return (q_out, t_q_out, k_out, t_k_out)."""
+    outs, _ = implementation.qk_norm_rope_forward(inputs(primals, tangents, angles), **options(case))
+    return tuple(x for pair in outs for x in pair)
+
+
+def backward(
+    implementation: Any,
+    case: Case,
+    cotangents: Any,
+    problem: tuple[Tensors, Tensors, Any],
+    needs: Sequence[bool] = (True,) * 12,
+) -> list[Tensor | None]:
+    """Return the gradients of the primals and then of the tangents, from those of (q, t_q, k, t_k)."""
+    of_q, of_k, none = Pair(*cotangents[:2]), Pair(*cotangents[2:]), (False, False)
+    wanted = [*zip(needs[:6], needs[6:]), none, none]
+    point = inputs(*problem)
+    grads = implementation.qk_norm_rope_backward((of_q, of_k), point, ((), ()), **options(case), needs=wanted)
+    assert [tuple(pair) for pair in grads[6:]] == [(None, None)] * 2
+    primals, tangents = zip(*grads[:6])
+    return [*primals, *tangents]
 
 
 def flat(outputs: Any) -> Tensor:
@@ -84,7 +109,7 @@ def check(implementation: Any, case: Case, device: str = "cpu", *, backwards: in
     """Forward and so many of mixed, primal and tangents' backward keep the tolerance rule and absolute caps."""
     primals, tangents, angles = problem(case, device)
     moving = any(t is not None for t in tangents.values())
-    found = implementation.qk_norm_rope_forward(*pairs(primals, tangents), *angles, **options(case))
+    found = forward(implementation, case, primals, tangents, angles)
     assert all(x is None or (x.dtype == case.dtype and x.is_contiguous()) for x in found)
 
     def at(dtype: torch.dtype) -> tuple[Any, Tensors, Tensors]:
@@ -117,9 +142,7 @@ def check(implementation: Any, case: Case, device: str = "cpu", *, backwards: in
         cotangents = flat(torch.zeros_like(x) if g is None else g for x, g in zip(d[0::2], given[0::2])), flat(d[1::2])
         needs = [primals[name] is not None for name in NAMES]
         needs += [has_tangent and tangents[name] is not None for name in NAMES]
-        grads = implementation.qk_norm_rope_backward(
-            *given, *pairs(primals, tangents), *angles, **options(case), needs=tuple(needs)
-        )
+        grads = backward(implementation, case, given, (primals, tangents, angles), needs)
         assert [g is not None for g in grads] == needs
         dt = cotangents[1] if has_tangent else None
         truth = reference_vjp(*exact, cotangents[0].double(), None if dt is None else dt.double())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastdistill.ops.qk_norm_rope import eager
-from tests.ops.qk_norm_rope.eager_cases import ALL_NAMES, NAMES, Case, check, flat, options, pairs, problem
+from tests.ops.qk_norm_rope.eager_cases import ALL_NAMES, NAMES, Case, backward, check, flat, forward, problem
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer", "none"])
@@ -49,10 +49,10 @@ def test_only_what_is_needed_comes_back(name: str) -> None:
     case = Case("layer")
     primals, tangents, angles = problem(case)
     d = [torch.randn_like(primals[side]) for side in ("q", "q", "k", "k")]
-    arguments = (*d, *pairs(primals, tangents), *angles)
-    every = eager.qk_norm_rope_backward(*arguments, **options(case), needs=(True,) * 12)
+    at = (primals, tangents, angles)
+    every = backward(eager, case, d, at)
     needs = tuple(other == name for other in ALL_NAMES)
-    found = eager.qk_norm_rope_backward(*arguments, **options(case), needs=needs)
+    found = backward(eager, case, d, at, needs)
     assert [g is not None for g in found] == list(needs)
     torch.testing.assert_close(found[ALL_NAMES.index(name)], every[ALL_NAMES.index(name)])
 
@@ -61,9 +61,7 @@ def test_a_loss_of_queries_alone_has_zeros_for_keys() -> None:
     case = Case()
     primals, tangents, angles = problem(case)
     d = torch.randn(2, *primals["q"].shape).unbind(0)
-    grads = eager.qk_norm_rope_backward(
-        *d, None, None, *pairs(primals, tangents), *angles, **options(case), needs=(True,) * 12
-    )
+    grads = backward(eager, case, (*d, None, None), (primals, tangents, angles))
     assert all((grad != 0).any() for grad in grads[0::2])
     assert all((grad == 0).all() for grad in grads[1::2])
 
@@ -84,9 +82,7 @@ def test_any_strides() -> None:
     primals, tangents, angles = problem(case)
     packed = torch.randn(2, 7, 3, 4, 16).permute(2, 0, 3, 1, 4)
     primals["q"], primals["k"] = packed[0], packed[1]
-    found = eager.qk_norm_rope_forward(*pairs(primals, tangents), *angles, **options(case))
+    found = forward(eager, case, primals, tangents, angles)
     primals["q"], primals["k"] = packed[0].contiguous(), packed[1].contiguous()
-    torch.testing.assert_close(
-        flat(found), flat(eager.qk_norm_rope_forward(*pairs(primals, tangents), *angles, **options(case)))
-    )
+    torch.testing.assert_close(flat(found), flat(forward(eager, case, primals, tangents, angles)))
     assert all(x.is_contiguous() for x in found)
