@@ -21,6 +21,7 @@ from .norm_rows import (
     Inputs,
     add,
     factor_gradient,
+    in_order,
     inputs_of,
     load,
     load_or_none,
@@ -29,8 +30,10 @@ from .norm_rows import (
     plus,
     store_rows,
     strided,
+    summed_up,
     times,
     times_backward,
+    zero_sums,
 )
 
 NAMES = ("x", "weight", "bias", "scale", "shift", "h", "gate")
@@ -259,7 +262,7 @@ def _backward_kernel(
     b = (pid // chunks).to(tl.int64)
     start_t = (pid % chunks) * steps * ROWS
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    sums = _zeros(PARTIAL, ROWS, BLOCK_C)
+    sums = zero_sums(PARTIAL, ROWS, BLOCK_C)
     for step in tl.range(0, steps):
         offs_t = start_t + step * ROWS + tl.arange(0, ROWS)
         live = (offs_t < T)[:, None] & (offs_c < C)[None, :]
@@ -270,12 +273,12 @@ def _backward_kernel(
         if not COLUMNS:  # with columns only, the cotangents of r are all that flows into it
             dr, dt_r = _through_norm(row[0], row[1], xh, t_xh, a, rstd, C, RMS)
         dg, dt_g = _through_residual(CO, IN, OUT, dr, dt_r, b * T + offs_t, at, C)
-        found = _in_order(
+        found = in_order(
             of_w[0], of_b[0], of_s[0], of_m[0], dg, of_w[1], of_b[1], of_s[1], of_m[1], dt_g
         )  # fmt: skip
         for i in tl.static_range(len(WHOLE)):
             store_rows(WHOLE[i], b * T + offs_t, offs_c, live, found[i], C)
-        sums = _summed_up(sums, PARTIAL, found)
+        sums = summed_up(sums, PARTIAL, found)
     for i in tl.static_range(len(PARTIAL)):
         if PARTIAL[i] is not None:
             ptrs = PARTIAL[i] + pid.to(tl.int64) * C + offs_c
@@ -378,33 +381,3 @@ def _project(u, xh, C: tl.constexpr, RMS: tl.constexpr):
     if not RMS:
         u = u - (tl.sum(u, 1) / C)[:, None]
     return u - xh * along[:, None], along
-
-
-@triton.jit
-def _zeros(WANTED, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """A running sum for each that is wanted."""
-    sums = ()
-    for i in tl.static_range(len(WANTED)):
-        if WANTED[i] is None:
-            sums = sums + ((),)
-        else:
-            sums = sums + (tl.zeros((ROWS, BLOCK_C), tl.float32),)
-    return sums
-
-
-@triton.jit
-def _in_order(dweight, dbias, dscale, dshift, dgate, dt_weight, dt_bias, dt_scale, dt_shift, dt_gate):
-    """That of `Sums`; see `pair`."""
-    return dweight, dbias, dscale, dshift, dgate, dt_weight, dt_bias, dt_scale, dt_shift, dt_gate
-
-
-@triton.jit
-def _summed_up(sums, WANTED, found):
-    """The running sums with what was found."""
-    new = ()
-    for i in tl.static_range(len(WANTED)):
-        if WANTED[i] is None:
-            new = new + ((),)
-        else:
-            new = new + (add(sums[i], found[i]),)
-    return new

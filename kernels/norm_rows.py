@@ -199,3 +199,33 @@ def store_rows(ptr, rows, offs_c, live, x, C: tl.constexpr):
             tl.store(ptrs, tl.zeros(live.shape, ptr.dtype.element_ty), mask=live)
         else:
             tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def zero_sums(WANTED, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return a running sum for each that is wanted."""
+    sums = ()
+    for i in tl.static_range(len(WANTED)):
+        if WANTED[i] is None:
+            sums = sums + ((),)
+        else:
+            sums = sums + (tl.zeros((ROWS, BLOCK_C), tl.float32),)
+    return sums
+
+
+@triton.jit
+def in_order(dweight, dbias, dscale, dshift, dgate, dt_weight, dt_bias, dt_scale, dt_shift, dt_gate):
+    """Return these in the order of `Sums`; see `pair`."""
+    return dweight, dbias, dscale, dshift, dgate, dt_weight, dt_bias, dt_scale, dt_shift, dt_gate
+
+
+@triton.jit
+def summed_up(sums, WANTED, found):
+    """Return the running sums with what was found."""
+    new = ()
+    for i in tl.static_range(len(WANTED)):
+        if WANTED[i] is None:
+            new = new + ((),)
+        else:
+            new = new + (add(sums[i], found[i]),)
+    return new
