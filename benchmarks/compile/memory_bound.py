@@ -1,7 +1,7 @@
-"""The memory-bound ops' part of the table of compiled kernels: their costliest calls at the sizes of real models.
+"""Compile the memory-bound ops' part of the table: their costliest calls at the sizes of real models.
 
-A case is a kernel's name, a dtype of the rows, and d: the channels of a row, or of a head. Every tensor has a tangent,
-and in the backward all gradients are asked for. Norms are modulated and without parameters, as a DiT's. A gated norm
+A case is a kernel's name, the dtype of the rows, and d: the channels of a row, or of a head. Every tensor has a
+tangent, and the backward computes all gradients. Norms are modulated and have no parameters, as in a DiT. A gated norm
 has a float32 residual stream beside rows of that dtype.
 """
 
@@ -32,7 +32,7 @@ SIZES = {
     "qk_norm_rope": (64, 72, 128),
     "qk_norm_rope_backward": (64, 72, 128),
 }
-# Name of a family -> its files and its kernels; the forward of a gated norm is that of a norm.
+# Maps a family to its files; the forward of a gated norm belongs to the norms.
 FAMILIES = {
     "norm_backward": ("norm_backward.py", "norm_rows.py"),
     "activation": ("activation.py",),
@@ -41,7 +41,7 @@ FAMILIES = {
 
 
 def family(kernel: str) -> str:
-    """Which of `FAMILIES` a kernel is in, or "norm"."""
+    """Return which of `FAMILIES` has a kernel, or "norm"."""
     if kernel == "gated_norm":
         return "norm"
     if "norm_backward" in kernel:
@@ -50,7 +50,7 @@ def family(kernel: str) -> str:
 
 
 def cases() -> Iterator[tuple[Case, NormConfig]]:
-    """Every case, and the config of its first launch."""
+    """Yield every case, and the config of its first launch."""
     for kernel, sizes in SIZES.items():
         for d in sizes:
             case = Case(kernel, torch.bfloat16, d, "", "none", LENGTH)
@@ -60,12 +60,12 @@ def cases() -> Iterator[tuple[Case, NormConfig]]:
 
 
 def compiled(case: Case) -> list[Any]:
-    """Its kernels, for the architecture that Triton compiles for now."""
+    """Compile the kernels of a case, for the architecture for which Triton compiles now."""
     return [kernel.warmup(*launch.args, grid=launch.grid, **launch.options) for kernel, launch in launches(case)]
 
 
 def launches(case: Case) -> list[tuple[Any, Launch]]:
-    """Its kernels and how they are launched, one or two."""
+    """Return the kernels of a case and how they are launched, one or two."""
     if "qk" in case.kernel:
         return [_rope(case)]
     return _norm(case) if "norm" in case.kernel else [_activation(case)]

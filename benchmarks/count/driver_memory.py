@@ -1,10 +1,11 @@
-"""Memory held after the forward, and its peak, of a 6-block transformer: plain, torch.func.jvp, and fastdistill.jvp.
+"""Measure the memory of a 6-block transformer by plain PyTorch, torch.func.jvp, and fastdistill.jvp.
 
     python -m fastdistill.benchmarks.count.driver_memory                 # N = 256 and 1024, table and JSON
     python -m fastdistill.benchmarks.count.driver_memory --lengths 256
 
-Every way is checked against `torch.func.jvp` in float64 first: nothing is measured on red. Bytes are those of tensor
-storages alive (`fastdistill.testing.MemoryRecorder`), so that the numbers are exact and the same on every machine.
+It is the memory held after the forward, and its peak. Every way is first checked against `torch.func.jvp` in float64,
+and nothing is measured that fails. Bytes are those of tensor storages alive (`fastdistill.testing.MemoryRecorder`), so
+the numbers are exact, and the same on every machine.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def plain_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """A DiT block whose attention and norm are given, so that each way of differentiating it uses its own."""
+    """Run a DiT block on the attention and norm that it is given, so that each way of differentiating uses its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ Result = tuple[Tensor, Tensor | None]
 
 
 def ways(net: Network, x: Tensor, t: Tensor, v: Tensor) -> dict[str, Callable[[], Result]]:
-    """Each way to get (u, du/dt); `plain` is the forward alone."""
+    """Return each way to compute (u, du/dt); `plain` is the forward alone."""
 
     def math_jvp() -> tuple[Tensor, Tensor]:
         with sdpa_kernel(SDPBackend.MATH):

@@ -1,10 +1,10 @@
-"""What an op and a DiT block cost on memory: kernels launched and bytes moved, by torch.func.jvp and by ours.
+"""Count the kernels that an op and a DiT block launch, and the bytes that they move: torch.func.jvp against ours.
 
     OMP_NUM_THREADS=1 python -m fastdistill.benchmarks.count.launches  # a minute on a CPU: results/launches.json, .md
 
-`fastdistill.benchmarks.count.counting` says what is counted. "Backward" is that of a loss of output and tangent, to all
-inputs and to their tangents. The floor is one kernel that reads every input once and writes every result once. Where
-there is a GPU, ours is also timed: GB/s of the floor's bytes, against those of a copy on the same GPU.
+`fastdistill.benchmarks.count.counting` says what is counted. "Backward" means the gradients of a loss of output and
+tangent, in all inputs and their tangents. The floor is one kernel that reads every input once and writes every result
+once. On a GPU, ours is also timed: GB/s of the floor's bytes, beside those of a copy on the same GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fastdistill.testing import relative_error
 
 Op = Callable[..., Any]
 Tensors = tuple[Tensor, ...]
-TOKENS, WIDTH, HEADS, RATIO = 256, 1152, 16, 4.0  # DiT-XL/2 on latents of 32 x 32
+TOKENS, WIDTH, HEADS, RATIO = 256, 1152, 16, 4.0  # These are DiT-XL/2 on latents of 32 x 32.
 WAYS = ("torch.func.jvp", "ours, torch", "ours, Triton")
 BLOCKS = {False: "DiT-XL/2", True: "with RoPE, QK-norm"}
 MATMULS = {"mm", "bmm", "addmm", "addmm_", "baddbmm"}
@@ -40,9 +40,11 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class Case(NamedTuple):
-    """An op as a function of tensors that all have tangents, in plain PyTorch and as ours, and their shapes.
+    """Describe an op as a function of tensors that all have tangents, in plain PyTorch and as ours, with their shapes.
 
-    parameters: bytes of what else is read. streams: how many tensors of the result's shape are counted as elements.
+    Args:
+        parameters: bytes of the other tensors that are read.
+        streams: number of tensors of the result's shape whose elements are counted.
     """
 
     plain: Op
@@ -54,7 +56,7 @@ class Case(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Of a DiT's tensors."""
+    """Hold the sizes of a DiT's tensors."""
 
     batch: int = 16
     tokens: int = TOKENS
@@ -63,7 +65,7 @@ class Sizes(NamedTuple):
 
 
 def cases(sizes: Sizes, dtype: torch.dtype, device: str) -> dict[str, Case]:
-    """Every op at the sizes of a DiT. Parameters have no tangents."""
+    """Return every op at the sizes of a DiT; parameters have no tangents."""
     batch, tokens, width, heads = sizes
     make = partial(torch.randn, dtype=dtype, device=device)
     w, b, of_head = make(width), make(width), make(width // heads)
@@ -115,26 +117,26 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: str) -> dict[str, Case]:
 
 
 def draw(case: Case, dtype: torch.dtype, device: str) -> tuple[Tensors, Tensors]:
-    """Primals and tangents, each with a memory of its own."""
+    """Draw primals and tangents, each with memory of its own."""
     leaf = partial(torch.randn, dtype=dtype, device=device, requires_grad=True)
     primals, tangents = (tuple(leaf(shape) for shape in case.shapes) for _ in range(2))
     return primals, tangents
 
 
 def pushed(op: Op, primals: Tensors, tangents: Tensors) -> Tensors:
-    """Outputs, then their tangents."""
+    """Return the outputs, then their tangents."""
     out, t_out = torch.func.jvp(op, primals, tangents)[:2]
     return (*out, *t_out) if isinstance(out, tuple) else (out, t_out)
 
 
 def pulled(results: Tensors, primals: Tensors, tangents: Tensors) -> Callable[[], Tensors]:
-    """The backward of outputs and tangents, to all inputs and all tangents."""
+    """Return the backward of outputs and tangents, in all inputs and all tangents."""
     cotangents = tuple(torch.ones_like(z) for z in results)
     return lambda: torch.autograd.grad(results, (*primals, *tangents), cotangents, retain_graph=True)
 
 
 def op_rows(dtype_name: str, device: str, sizes: Sizes, clock: Clock | None = None) -> list[dict[str, Any]]:
-    """A row for each op, way and direction, timed if there is a clock."""
+    """Return the counts of each op, way and direction; with a clock, ours is also timed."""
     dtype, rows = DTYPES[dtype_name], []
     for name, case in cases(sizes, dtype, device).items():
         primals, tangents = draw(case, dtype, device)
@@ -152,7 +154,8 @@ def op_rows(dtype_name: str, device: str, sizes: Sizes, clock: Clock | None = No
             backward = pulled(outs, primals, tangents)
             with counted(impl, device) as of_backward:
                 backward()
-            timed = clock if way != WAYS[1] or not case.triton else None  # on a GPU, ours is Triton's
+            # On a GPU, only Triton's form of ours is timed.
+            timed = clock if way != WAYS[1] or not case.triton else None
             for direction, run, found in (("forward", forward, of_forward), ("backward", backward, of_backward)):
                 row = {
                     "op": name,
@@ -169,7 +172,7 @@ def op_rows(dtype_name: str, device: str, sizes: Sizes, clock: Clock | None = No
 
 
 def speed(run: Callable[[], Tensors], least: int, clock: Clock) -> dict[str, float]:
-    """On a GPU: the median time, GB/s as if the floor's bytes had been moved, and the kernels that really ran."""
+    """Measure on a GPU the median time, GB/s of the floor's bytes, and the number of kernels that really ran."""
     timed = clock.warm_up(run)
     seconds = statistics.median(clock.sample(timed) for _ in range(20))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
@@ -180,7 +183,7 @@ def speed(run: Callable[[], Tensors], least: int, clock: Clock) -> dict[str, flo
 
 
 def block_ways(rope: bool, sizes: Sizes, device: str) -> dict[str, tuple[Callable[[], Any], str]]:
-    """A DiT block amid a network, with its tangent: the run and the implementation of each way."""
+    """Return the run and the implementation of each way to compute a DiT block, amid a network, with its tangent."""
     torch.manual_seed(0)
     batch, tokens, width, heads = sizes
     block = DiTBlock(width, heads, RATIO, qk_norm=rope).to(device)
@@ -202,7 +205,8 @@ def block_ways(rope: bool, sizes: Sizes, device: str) -> dict[str, tuple[Callabl
         stream, gate_mlp, branch = ours(*point)
         if not relative_error(stream + gate_mlp * branch, plain(*point)) < 1e-5:
             raise SystemExit("parity failed: our block and the plain one are different functions")
-    low = [(z[0], z[1], z[2].bfloat16(), z[3]) for z in (point, direction)]  # a branch comes from a matmul
+    # The branch comes from a matmul, so it has 16 bits.
+    low = [(z[0], z[1], z[2].bfloat16(), z[3]) for z in (point, direction)]
     return {
         "`torch.func.jvp` of plain modules": (lambda: torch.func.jvp(plain, *low), "torch"),
         "`fd.jvp`, torch": (lambda: fd.jvp(ours, *low), "torch"),
@@ -212,7 +216,7 @@ def block_ways(rope: bool, sizes: Sizes, device: str) -> dict[str, tuple[Callabl
 
 
 def block_rows(sizes: Sizes, device: str) -> list[dict[str, Any]]:
-    """Kernels of a block under bfloat16 autocast, with float32 parameters, by kind."""
+    """Return the kernels of a block by kind, under bfloat16 autocast with float32 parameters."""
     rows = []
     for rope in (False, True):
         for way, (run, impl) in block_ways(rope, sizes, device).items():
@@ -231,7 +235,7 @@ def block_rows(sizes: Sizes, device: str) -> list[dict[str, Any]]:
 
 
 def tables(rows: Sequence[dict[str, Any]], blocks: Sequence[dict[str, Any]], copy: float | None, sizes: Sizes) -> str:
-    """Both tables, and what the numbers mean."""
+    """Return both tables, with a text that explains the numbers."""
     bandwidth = "GB/s: not yet measured." if copy is None else f"GB/s: of a copy, {copy:.0f}."
     size = f"{sizes.tokens} tokens of width {sizes.width}"
     legend = (
@@ -270,7 +274,7 @@ def _op_table(rows: Sequence[dict[str, Any]], direction: str, dtype: str) -> lis
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Count, measure where there is a GPU, print the tables and write them."""
+    """Count, measure where there is a GPU, print the tables, and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=Sizes().batch, help="samples, of the ops")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="in a sample")

@@ -1,11 +1,11 @@
-"""One small problem for each op of the torch path, and for a network under `fd.jvp`: what the counting benchmarks run.
+"""Define a small problem for each op of the torch path, and for a network under `fd.jvp`.
 
-Shapes are small, but not so small that an op takes another road than it does at its usual size: attention has several
-blocks of rows, linear layers their two matmuls. Every problem runs in three modes:
+The counting benchmarks run these. Shapes are small, but large enough that an op takes its usual road: attention has
+several blocks of rows, linear layers have their two matmuls. Every problem runs in three modes:
 
-    forward             the output and its tangent, all tangents given, and no graph
-    forward + primal    the same with a graph for the output, and the gradients of the output: a MeanFlow step
-    forward + mixed     the same with a graph for both, and the gradients of both: where a loss sees the tangent
+    forward             the output and its tangent, with all tangents given and no graph
+    forward + primal    the same with a graph for the output, and the gradients of the output, as in a MeanFlow step
+    forward + mixed     the same with a graph for both, and the gradients of both, as where a loss sees the tangent
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from fastdistill.testing import make_packed, make_qkv
 MODES = ("forward", "forward + primal", "forward + mixed")
 ROWS, CHANNELS = (2, 128), 256
 Pair = Callable[..., tuple[Any, Any]]
-ops: Any = fd  # arguments are spread from tuples, which a type checker can't count
+ops: Any = fd  # Arguments are spread from tuples, whose lengths a type checker can't count.
 
 
 class Problem(NamedTuple):
-    """An op on its inputs.
+    """Hold an op with its inputs.
 
-    pair: (primals, tangents, tangent_grad) -> (out, t_out), each a tensor or a tuple of them.
-    primals, tangents: float32, in the same order and of the same shapes.
+    Args:
+        pair: (primals, tangents, tangent_grad) -> (out, t_out), each a tensor or a tuple of tensors.
+        primals, tangents: float32 inputs, in the same order and of the same shapes.
     """
 
     pair: Pair
@@ -39,14 +40,14 @@ class Problem(NamedTuple):
 
 
 def problem(name: str) -> Problem:
-    """The problem of this name, one of `NAMES`, with random inputs of a fixed seed."""
+    """Return the problem of this name, one of `NAMES`, with random inputs of a fixed seed."""
     if name not in PROBLEMS:
         raise ValueError(f"problem: expected one of {', '.join(NAMES)}, got {name!r}")
     return PROBLEMS[name]()
 
 
 def run_mode(task: Problem, mode: str) -> None:
-    """The problem once, in one of `MODES`."""
+    """Run the problem once, in one of `MODES`."""
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
     if mode == "forward":
@@ -66,7 +67,7 @@ def _tuple(x: Any) -> tuple[Tensor, ...]:
 
 
 def _normal(*shapes: Sequence[int]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Primals of these shapes, and tangents of the same."""
+    """Draw primals of these shapes, and tangents of the same shapes."""
     generator = torch.Generator().manual_seed(0)
     primals, tangents = (tuple(torch.randn(*shape, generator=generator) for shape in shapes) for _ in range(2))
     return primals, tangents

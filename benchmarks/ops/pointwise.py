@@ -1,4 +1,7 @@
-"""Norms, modulation, QK-norm with RoPE, and activations: memory-bound, over tokens (B, N, C) or heads (B, H, N, D)."""
+"""Define the benchmarks of memory-bound ops: norms, modulation, QK-norm with RoPE, and activations.
+
+They work on tokens (B, N, C) or heads (B, H, N, D).
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ from fastdistill.benchmarks.ops.common_providers import common_providers, plain_
 from fastdistill.benchmarks.ops.timed_op import Dual, DualOp, Provider, Tensors, TimedCase, as_tuple, few, last_tokens
 
 EPS = 1e-6
-SMALL = 128  # tokens at the parity gate; widths stay
+SMALL = 128  # Number of tokens at the parity gate; widths stay.
 
 # Floating-point operations an element, counted from the formulas: of the primal, of the tangent beside it, of the
-# primal backward and of the mixed one. These ops are bound by memory, so that only the order of magnitude matters.
+# primal backward, and of the mixed backward. Memory bounds these ops, so only the order of magnitude matters.
 OPERATIONS = {
     "layer_norm": (7, 9, 11, 30),
     "rms_norm": (5, 8, 9, 25),
@@ -34,7 +37,7 @@ OPERATIONS = {
 def _pair(
     function: Callable[..., Any], order: Callable[[Tensors, Sequence[Any]], tuple[Any, ...]], **options: Any
 ) -> Callable[[TimedCase, str], Dual]:
-    """One of our explicit pairs, called with what `order` makes of primals and tangents."""
+    """Return one of our explicit pairs as a dual function; `order` arranges primals and tangents as its arguments."""
 
     def of_case(case: TimedCase, impl: str) -> Dual:
         def dual(primals: Tensors, tangents: Sequence[Tensor | None], mixed: bool) -> tuple[Tensors, Tensors]:
@@ -60,7 +63,12 @@ def _op(
     like: Sequence[str] | None = None,
     more: Callable[[torch.device], list[Provider]] = lambda device: [],
 ) -> DualOp:
-    """An op whose formulas don't depend on the case. still: the primals without a tangent; constants: see `DualOp`."""
+    """Build an op whose formulas don't depend on the case.
+
+    Args:
+        still: names of the primals without a tangent.
+        constants: see `DualOp`.
+    """
     counts = OPERATIONS[name]
 
     def flops(case: TimedCase, floor: bool) -> float:
@@ -140,7 +148,7 @@ def _heads(case: TimedCase, draw: Callable[..., Tensor]) -> Tensor:
 
 
 def _norm_floors(rms: bool) -> Callable[[torch.device], list[Provider]]:
-    """NVIDIA apex's and Liger's fused norms, which know no tangents."""
+    """Return the providers of NVIDIA apex's and Liger's fused norms, which compute no tangents."""
 
     def floors(device: torch.device) -> list[Provider]:
         apex = packages.find("apex.normalization.fused_layer_norm", device)
@@ -152,7 +160,7 @@ def _norm_floors(rms: bool) -> Callable[[torch.device], list[Provider]]:
             return lambda x: apex.module.fused_layer_norm(x, (x.shape[-1],), EPS)
 
         def by_liger(case: TimedCase) -> Callable[..., Tensor]:
-            if rms:  # in place it would overwrite the cotangent, which a repeated backward needs again
+            if rms:  # In place, Liger would overwrite the cotangent, which a repeated backward needs again.
                 return lambda x, weight: liger.module.liger_rms_norm(x, weight, EPS, in_place=False)
             return lambda x: liger.module.liger_layer_norm(x, torch.ones_like(x[0, 0]), torch.zeros_like(x[0, 0]), EPS)
 
