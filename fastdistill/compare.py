@@ -1,8 +1,8 @@
-"""`fastdistill compare`: every method under one budget, and what each costs and gives.
+"""Compare methods under one budget, and report what each costs and gives: `fastdistill compare`.
 
-One network, one number of steps and one batch for all; each method with its own recipe (the section `methods` of the
+All have one network, one number of steps and one batch; each method has its own recipe (the section `methods` of the
 shipped configuration) and its own sampler. Teachers are trained once a seed and shared. Everything resumes: runs go on
-where they were, finished ones are only measured.
+where they were, and finished ones are only measured.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ from fastdistill.train.settings import nearest
 from fastdistill.train.state import new_state, pick_device
 
 STEPS = {"ring": 3000, "digits": 4000}
-TEACHER = "flow_matching"  # a method of the comparison like any other, and whom the others follow
+TEACHER = "flow_matching"  # The teacher is a method of the comparison like any other; the others follow it.
 MOST_SEEDS = 1000
 WRITTEN = ("report.html", "summary.json", "quality.png", "cost.png", "samples.png", "curves.png")
 GRID = {"ring": 2000, "digits": 80}
-COST_POINTS, COST_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0), 5  # shares of a run, and how many steps are timed at each
+# Shares of a run, and the number of steps that are timed at each.
+COST_POINTS, COST_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0), 5
 
 
 def compare(
@@ -56,20 +57,22 @@ def compare(
     """Train and measure methods under one budget, and write report.html, summary.json and figures.
 
     Args:
-        methods: names; None: all that there are.
+        methods: names of the methods; None takes all.
         data: "ring" or "digits".
-        out: the folder; None: runs/compare-<data>.
-        steps: of training, for every method and for the teacher; None: 3,000 for the ring, 4,000 for digits.
-        seeds: how many, 0, 1, ..., or which. Every table gives mean and standard deviation over them.
-        samples: for each measurement; None: as `evaluate` has it.
+        out: the folder; None takes runs/compare-<data>.
+        steps: training steps of every method and of the teacher; None takes 3,000 for the ring and 4,000 for digits.
+        seeds: the number of seeds (0, 1, ...), or the seeds themselves. Tables give mean and standard deviation over
+            them.
+        samples: number of samples of each measurement; None takes the default of `evaluate`.
         overrides: more fields for every run, as on the command line: ["--model.width", "32"].
 
     Returns:
-        What summary.json holds: the budget, `methods` {name: {"quality": {steps: {metric: {"mean", "std", "values"}}},
+        The content of summary.json: the budget, `methods` {name: {"quality": {steps: {metric: {"mean", "std",
+            "values"}}},
         "cost", "settings", "failed"}}, `references`, `environment`.
 
     Raises:
-        ConfigError: an unknown name, a method that `overrides` don't suit, or a folder that holds a comparison of other
+        ConfigError: a name is unknown, `overrides` don't suit a method, or the folder holds a comparison of other
             settings.
     """
     if data not in STEPS:
@@ -88,7 +91,7 @@ def compare(
         raise ConfigError("seeds, methods: expected at least one of each")
     refuse_foreign_folder(out, "seed*/*", WRITTEN)
     budget = ["--steps", str(steps or STEPS[data]), *overrides]
-    for name in chosen:  # all of them before any trains
+    for name in chosen:  # All are checked before any trains.
         configure(name, data, out / f"seed{numbers[0]}", budget)
     runs: dict[str, list[TrainConfig]] = {name: [] for name in chosen}
     failed: dict[str, str] = {}
@@ -112,7 +115,7 @@ def compare(
 
 
 def configure(name: str, data: str, folder: Path, overrides: Sequence[str]) -> TrainConfig:
-    """The run of a method, in a folder that its siblings share; it follows the teacher there if its recipe has one."""
+    """Load the run of a method, in a folder that its siblings share; it follows their teacher if its recipe has one."""
     arguments = ["--method.name", name, *overrides]
     config = load_config(data, arguments, out=folder / name)
     if config.teacher is None:
@@ -128,10 +131,10 @@ def summarise(
     *,
     measure: Callable[..., dict[str, Any]] = evaluate,
 ) -> dict[str, Any]:
-    """Measure all runs: what summary.json holds.
+    """Measure all runs, and return the content of summary.json.
 
     Args:
-        measure: called as `evaluate`, whose results it returns, from a store if it likes.
+        measure: called like `evaluate`, and returns the same; it may read stored results.
     """
     measured = [configs[0] for name, configs in runs.items() if name not in failed]
     if not measured:
@@ -176,7 +179,7 @@ def summarise(
 
 
 def _measure_whole(config: TrainConfig, cost: Mapping[str, float]) -> Mapping[str, float]:
-    """A run's whole budget, with its teacher's, whose steps are measured as the run's own."""
+    """Measure a run's whole budget with that of its teacher, whose steps are measured like the run's own."""
     if config.teacher is None:
         return whole_budget(config, cost, None)
     net, teacher = load_run(config.teacher, device="cpu")
@@ -184,14 +187,18 @@ def _measure_whole(config: TrainConfig, cost: Mapping[str, float]) -> Mapping[st
 
 
 def measure_cost(config: TrainConfig) -> dict[str, float]:
-    """What a training step takes: seconds, network evaluations, and the most bytes of tensors alive in one.
+    """Measure the cost of a training step: seconds, network evaluations, and the most bytes of tensors alive in one.
 
-    The seconds are timed now, on the run's device and from fresh weights: the run's log would also tell what else the
-    machine did meanwhile. They are the mean, over `COST_POINTS` of the run, of the median of a few steps there, for a
-    curriculum may cost more late than early. Before each median one step isn't timed, nor is the run's first, where a
-    critic warms up. The bytes are the larger of those of the second step and of the last, for a curriculum may end with
-    a tangent, beside weights and optimiser: the same on every machine. Evaluations are rows through networks, see
-    `fastdistill.eval.budget`: the mean over `COST_POINTS` of those of the step that isn't timed.
+    The seconds are timed now, on the run's device and from fresh weights, because the run's log depends on what else
+    the machine did meanwhile. At each of `COST_POINTS` of the run, the median of a few steps is taken; the seconds are
+    the mean of these medians, because late steps of a curriculum may cost more. Before each median one step isn't
+    timed, nor is the run's first, where a critic warms up.
+
+    The bytes are the larger of those of the second step and of the last, because a curriculum may end with a tangent.
+    They come on top of weights and optimiser, and are the same on every machine.
+
+    The evaluations are rows through networks (see `fastdistill.eval.budget`), the mean over `COST_POINTS` of those of
+    the step that isn't timed.
     """
     device = pick_device(config)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -200,7 +207,7 @@ def measure_cost(config: TrainConfig) -> dict[str, float]:
         if config.method.makes_pairs:
             batch = make_batch(dataset, config, 0, state["device"])
             dataset = Pairs(dataset.name, batch.x0, batch.x1, batch.y)
-        train_step(state, config, dataset, config.out)  # the optimiser's own state appears
+        train_step(state, config, dataset, config.out)  # This step creates the optimiser's own state.
         peak = 0
         for step in (1, _last_step(config)):
             state["step"] = step
@@ -215,12 +222,14 @@ def measure_cost(config: TrainConfig) -> dict[str, float]:
 
 
 def _last_step(config: TrainConfig) -> int:
-    """The number of steps before a run's last one, and 1 at the least."""
+    """Return the number of steps before a run's last one, but at least 1."""
     return max(config.steps - 1, 1)
 
 
 def _time_steps(state: dict[str, Any], config: TrainConfig, dataset: Any, first: int) -> tuple[float, int]:
-    """The median time of `COST_STEPS` steps after the step `first`, or of the last ones; and that one's rows."""
+    """Return the median time of `COST_STEPS` steps after the step `first`, or of the last ones; and the rows of
+    `first`.
+    """
     last, seconds = _last_step(config), []
     first = max(min(first, last - COST_STEPS), 1)
     state["step"] = min(first, last)
@@ -237,19 +246,19 @@ def _time_steps(state: dict[str, Any], config: TrainConfig, dataset: Any, first:
 
 
 def draw_grids(run: Path) -> dict[str, torch.Tensor]:
-    """Samples for the pictures, by number of steps, from the same noise for every method."""
+    """Draw samples for the pictures, by number of steps, from the same noise for every method."""
     net, config = load_run(run)
     count = GRID[config.data.name]
     return {str(number): generate(net, config, count, steps=number).cpu() for number in numbers_of(config)}
 
 
 def numbers_of(config: TrainConfig) -> list[int]:
-    """The numbers of steps in which a run is measured: those that it learnt."""
+    """Return the numbers of steps in which a run is measured: those that it learnt."""
     return OWN.resolve(config).measured_steps(config)
 
 
 def describe_method(config: TrainConfig) -> dict[str, Any]:
-    """What the table says of a method besides numbers."""
+    """Return what the table says of a method besides numbers."""
     objective = config.method.objective()
     return {
         "identity": objective.identity,
@@ -263,7 +272,7 @@ def describe_method(config: TrainConfig) -> dict[str, Any]:
 
 
 def _train(config: TrainConfig) -> str | None:
-    """Train a run to its end; why it failed, or None."""
+    """Train a run to its end; return why it failed, or None."""
     started = time.perf_counter()
     try:
         train(config)
@@ -274,7 +283,7 @@ def _train(config: TrainConfig) -> str | None:
 
 
 def spread(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Mean, standard deviation and values over the seeds, of each metric."""
+    """Return mean, standard deviation and values of each metric over the seeds."""
     return {
         metric: {
             "mean": statistics.fmean(row[metric] for row in rows),

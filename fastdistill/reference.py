@@ -1,4 +1,4 @@
-"""The specification of every op in plain PyTorch, gathered from the ops' rooms."""
+"""Gather the specification of every op, in plain PyTorch, from the ops' rooms."""
 
 from __future__ import annotations
 
