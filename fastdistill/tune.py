@@ -34,8 +34,7 @@ from fastdistill.kernels.configs import Config, Entry
 from fastdistill.ops.attention import eager
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# Relative error by bits: ten times the kernels' own, and far below that of a fault.
-LARGEST_ERROR = {16: 2e-2, 32: 1e-4}
+LARGEST_ERROR = {16: 2e-2, 32: 1e-4}  # Relative, by bits: ten times the kernels' own, far below that of a fault.
 TOKENS = 32768  # The number of tokens in a timed batch.
 HEADS = 16
 REGISTERS = 224  # The registers for tiles alone, of 255.
@@ -144,9 +143,7 @@ def candidates(case: Case, shared_kib: int = 227) -> list[Config]:
 
 
 def _plausible(case: Case, rows: int, columns: int, warps: int, stages: int, stream: int, shared_kib: int) -> bool:
-    """Return whether the tiles fit: `rows` accumulate while `columns` pass in `stages`, or both pass if `stream` isn't
-    0.
-    """
+    """Return whether the tiles fit: `rows` accumulate while `columns` pass in `stages`, or both pass with `stream`."""
     mixed, width = bool(case.tangents), -(-case.d // 16) * 16
     accumulators = (2 if case.kernel == "backward_kv" else 1) * (1 + mixed)
     registers = rows * (accumulators * width + (3 - (case.kernel == "forward") + mixed) * columns) / (32 * warps)
@@ -226,11 +223,9 @@ def compiling() -> Iterator[list[Any]]:
 
 
 def compiled(case: Case, arch: int, config: Config, *, costliest: bool = False, packed: bool = False) -> list[Any]:
-    """Compile what is launched with a case's config, for the GPU for which Triton compiles.
+    """Compile what a case launches, for the GPU for which Triton compiles; `packed` takes packed sequences.
 
-    Args:
-        costliest: adds all that a call with these tangents and this mask may have.
-        packed: takes packed sequences.
+    `costliest` adds all that a call with these tangents and this mask may have.
     """
     batch = 1 if packed else 2
     call, shape = call_of(case, "meta", batch), (batch, HEADS, case.length, case.d)
@@ -250,7 +245,7 @@ def compiled(case: Case, arch: int, config: Config, *, costliest: bool = False, 
 
 
 def _problem(case: Case, arch: int, config: Config) -> str | None:
-    """Return why a config can't be used on this GPU, or None; call it in a process of its own to fill Triton's cache."""
+    """Return why a config can't be used on this GPU, or None; a process of its own fills Triton's cache."""
     try:
         for kernel in compiled(case, arch, config):
             kernel._init_handles()
@@ -264,8 +259,7 @@ def _problem(case: Case, arch: int, config: Config) -> str | None:
 def cuda_times(run: Callable[[], object], milliseconds: float = 300, least: int = 10, most: int = 200) -> list[float]:
     """Return times of single calls by CUDA events, in ms, after warming up and each with a cold L2 cache.
 
-    The cache is overwritten for as long as the host takes to launch the call, so that the time of the launch doesn't
-    count.
+    The cache is overwritten for as long as the host takes to launch the call, so that the launch itself doesn't count.
     """
     cache = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
     for _ in range(3):

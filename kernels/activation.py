@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("silu", "gelu", "gelu_tanh")
 BLOCK = 1024  # elements a program, eight a thread: 16 bytes of bfloat16
 
-FAR = tl.constexpr(20.0)  # beyond it phi is the identity or zero in float32, and a polynomial of x only overflows
+FAR = tl.constexpr(20.0)  # Beyond it phi is the identity or zero in float32, and a polynomial of x can only overflow.
 SPREAD = tl.constexpr(2 * math.sqrt(2 / math.pi))
 CUBIC = tl.constexpr(0.044715)
 SQRT_HALF = tl.constexpr(math.sqrt(0.5))
@@ -175,7 +175,7 @@ def _empty(x: Tensor) -> Tensor:
 def _forward_kernel(
     IN, OUT, SIZES, R, C, KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """One program: a tile of ROWS rows by BLOCK_C columns."""
+    """Compute y and t_y of a tile of ROWS rows by BLOCK_C columns; this is one program."""
     rows, offs_c, live = _tile(R, C, ROWS, BLOCK_C)
     phi, slope, _ = _derivatives(_load(IN.x, SIZES, rows, offs_c, live), KIND)
     y, t_y = phi, None
@@ -197,7 +197,10 @@ def _forward_kernel(
 def _backward_kernel(
     IN, OUT, SIZES, R, C, KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """One program: a tile of ROWS rows by BLOCK_C columns. g, h: the cotangents of phi, and of phi' t_x."""
+    """Compute the gradients of a tile of ROWS rows by BLOCK_C columns; this is one program.
+
+    g and h are the cotangents of phi, and of phi' t_x.
+    """
     rows, offs_c, live = _tile(R, C, ROWS, BLOCK_C)
     phi, slope, curvature = _derivatives(_load(IN.x, SIZES, rows, offs_c, live), KIND)
     zero = tl.zeros_like(phi)
@@ -226,7 +229,7 @@ def _backward_kernel(
 
 @triton.jit
 def _derivatives(x, KIND: tl.constexpr):
-    """phi, phi' and phi'' at x; the compiler drops what is not used."""
+    """Return phi, phi' and phi'' at x; the compiler drops what is not used."""
     near = tl.where(x < -FAR, -FAR, tl.where(x > FAR, FAR, x))  # NaN stays NaN
     if KIND == "gelu":
         p = 0.5 + 0.5 * tl.erf(x * SQRT_HALF)
@@ -245,14 +248,15 @@ def _derivatives(x, KIND: tl.constexpr):
         small = decay * large
         p, q = tl.where(v < 0, small, large), tl.where(v < 0, large, small)  # logistic(v), logistic(-v)
         if KIND == "silu":
-            # An x beyond FAR would lose its small phi' to the clamp, and needs none: nothing overflows.
+            # An x beyond FAR would lose its small phi' to the clamp, and doesn't need it, because nothing overflows
+            # here.
             return x * p, p + x * p * q, p * q * (2 + x * (q - p))
         return x * p, p + near * p * q * v1, p * q * (2 * v1 + near * (v2 + (q - p) * v1 * v1))
 
 
 @triton.jit
 def _tile(R, C, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The program's rows (ROWS, 1) and columns (1, BLOCK_C), and which of them there are."""
+    """Return the program's rows (ROWS, 1) and columns (1, BLOCK_C), and which of them exist."""
     tiles_c = tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
     rows = (pid // tiles_c).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -262,7 +266,7 @@ def _tile(R, C, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _load(x, SIZES, rows, offs_c, live):
-    """(ROWS, BLOCK_C) in float32, zero beyond the edges."""
+    """Load (ROWS, BLOCK_C) in float32, zero beyond the edges."""
     ptrs = x.ptr + offs_c * x.stride_c
     for i in tl.static_range(len(SIZES) - 1):
         ptrs += (rows % SIZES[i]) * x.row_strides[i]
@@ -273,13 +277,13 @@ def _load(x, SIZES, rows, offs_c, live):
 
 @triton.jit
 def _store(ptr, z, rows, offs_c, live, C):
-    """(ROWS, BLOCK_C) into a contiguous tensor of rows of C."""
+    """Write (ROWS, BLOCK_C) into a contiguous tensor of rows of C."""
     tl.store(ptr + rows * C + offs_c, z.to(ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit
 def _sum(x, y):
-    """x + y, where x of None is zero."""
+    """Return x + y, where an x of None is zero."""
     if x is None:
         return y
     else:

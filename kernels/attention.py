@@ -37,8 +37,8 @@ __all__ = ["Outputs", "allocate", "attention_backward", "attention_forward", "pl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.0e38)  # below every logit but -inf
-LIVE = tl.constexpr(0.5)  # a query that sees a key has a rowsum E of 1 or more, any other one of 0
+LOWEST = tl.constexpr(-3.0e38)  # It lies below every logit but -inf.
+LIVE = tl.constexpr(0.5)  # A query that sees a key has a rowsum E of 1 or more, any other query one of 0.
 
 
 class Outputs(NamedTuple):
@@ -195,7 +195,7 @@ def _attention_kernel(
     D: tl.constexpr, D_V: tl.constexpr, LOWER_RIGHT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N queries of one head against all the keys they see."""
+    """Compute o and t_o of BLOCK_N queries of one head, from all the keys that they see; this is one program."""
     tiles_n = tl.cdiv(P.n, BLOCK_N)
     pid = tl.program_id(0)
     row, pid_zh = pid % tiles_n, pid // tiles_n
@@ -217,7 +217,7 @@ def _attention_kernel(
     inverse = 1 / at_least(e_dot, LIVE)
     lse = (m + tl.log2(at_least(e_sum, LIVE))) * LN_2
     if IN.mask is not None:
-        lse = tl.where(lse < LOWEST / 2.1, lowest_float(IN.mask.ptr.dtype.element_ty), lse)  # see `_add_mask`
+        lse = tl.where(lse < LOWEST / 2.1, lowest_float(IN.mask.ptr.dtype.element_ty), lse)  # See `_add_mask`.
     lse = tl.where(e_sum < LIVE, float("-inf"), lse)
     first = first_row(P, b, h, first_n + start_n)
     rows, live_n = first + tl.arange(0, BLOCK_N), start_n + tl.arange(0, BLOCK_N) < N
@@ -238,7 +238,7 @@ def _sweep(
     D: tl.constexpr, D_V: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
-    """All keys that any of the queries sees, tile by tile.
+    """Pass over all keys that any of the queries sees, tile by tile.
 
     The loop is written in the order that keeps the fewest registers alive.
     """
@@ -329,20 +329,20 @@ def _sweep(
 
 @triton.jit
 def _add_mask(s, MASK, b, h, offs_n, live_n, offs_m, live_m):
-    """s, in units of log 2, under a mask: -inf where a bool one is False, or with a float one added."""
+    """Apply a mask to s, in units of log 2: -inf where a bool mask is False, or a float mask added."""
     mask = _load_mask(MASK, b, h, offs_n, live_n, offs_m, live_m)
     if MASK.ptr.dtype.element_ty == tl.int1:
         return tl.where(mask, s, float("-inf"))
     else:
-        # A row of finfo.min is not dead, all its keys weigh the same: the change of units must not make it -inf. What
-        # is as low as that counts as LOWEST / 2, until the kernel has an lse, which is finfo.min.
+        # A row of finfo.min is not dead: all its keys weigh the same, and the change of units must not make it -inf. So
+        # such a low value counts as LOWEST / 2, until the kernel has an lse, which is finfo.min.
         bias = at_least(mask.to(tl.float32), LOWEST / 2) * LOG2_E
         return s + tl.where(mask == float("-inf"), float("-inf"), bias)
 
 
 @triton.jit
 def _load_mask(MASK, b, h, offs_n, live_n, offs_m, live_m):
-    """(BLOCK_N, BLOCK_M) of a mask, or (1, BLOCK_M) if all queries share a row; zero beyond its edges."""
+    """Load (BLOCK_N, BLOCK_M) of a mask, or (1, BLOCK_M) if all queries share a row; zero beyond its edges."""
     row = MASK.ptr + b.to(tl.int64) * MASK.stride_b + h.to(tl.int64) * MASK.stride_h
     ptrs, live = row + offs_m.to(tl.int64)[None, :] * MASK.stride_d, live_m[None, :]
     if MASK.stride_n is not None:

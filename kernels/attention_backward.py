@@ -300,7 +300,7 @@ def _keys_kernel(
     D: tl.constexpr, D_V: tl.constexpr, LOWER_RIGHT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
-    """One program: the gradients of BLOCK_M keys of one key head, from all the queries of its group that see them."""
+    """Compute the gradients of BLOCK_M keys of one key head, from all queries of its group that see them."""
     tiles_m = tl.cdiv(P.m, BLOCK_M)
     pid = tl.program_id(0)
     tile_m, pid_zh = pid % tiles_m, pid // tiles_m
@@ -355,7 +355,7 @@ def _queries_kernel(
     D: tl.constexpr, D_V: tl.constexpr, LOWER_RIGHT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
-    """One program: the gradients of BLOCK_N queries of one head, and their rows of the masks' gradients."""
+    """Compute the gradients of BLOCK_N queries of one head, and their rows of the masks' gradients."""
     tiles_n = tl.cdiv(P.n, BLOCK_N)
     pid = tl.program_id(0)
     tile_n, pid_zh = pid % tiles_n, pid // tiles_n

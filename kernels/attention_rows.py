@@ -14,7 +14,7 @@ from .attention_tile import LOG2_E, LOWEST, indices, logits, seen
 from .geometry import band, first_row, locate, visible
 from .tiles import Strided, add_cross, at_least, load_rows, with_rests
 
-FAR = tl.constexpr(1024.0)  # an |lse| beyond which float32 holds too few digits of it
+FAR = tl.constexpr(1024.0)  # Beyond this |lse|, float32 holds too few of its digits.
 
 
 class Saved(NamedTuple):
@@ -35,7 +35,7 @@ def rows_kernel(
     D: tl.constexpr, D_V: tl.constexpr, LOWER_RIGHT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
-    """One program: the statistics of BLOCK_N rows of one head, of whatever sequences."""
+    """Compute the statistics of BLOCK_N rows of one head, of one or several sequences; this is one program."""
     tiles_n = tl.cdiv(P.rows, BLOCK_N)
     pid = tl.program_id(0)
     start, bh = (pid % tiles_n) * BLOCK_N, pid // tiles_n
@@ -79,7 +79,7 @@ def rows_kernel(
 def _load_unrounded(
     x, rest, b, h, first, start, n, ROWS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr
 ):  # fmt: skip
-    """Rows of x in float32, with what rounding took from them where the forward kept it."""
+    """Load rows of x in float32, and add what rounding took from them, if the forward kept it."""
     rest_rows = None
     if rest is not None:
         rest_rows = load_rows(rest, b, h, first, start, n, ROWS, D, UNIT)
@@ -88,7 +88,7 @@ def _load_unrounded(
 
 @triton.jit
 def _add_row_dot(acc, x, y):
-    """acc + rowsum(x∘y)."""
+    """Return acc + rowsum(x∘y)."""
     for i in tl.static_range(len(x)):
         acc += tl.sum(x[i].to(tl.float32) * y[i], 1)
     return acc
@@ -100,7 +100,7 @@ def _sum_rows(
     D: tl.constexpr, LOWER_RIGHT: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The largest S of each row, in units of log 2, and log2 rowsum exp2(S - it): a huge lse can't hold both."""
+    """Return each row's largest S, in units of log 2, and log2 rowsum exp2(S - largest); a huge lse can't hold both."""
     _, origin, n, _, m = locate(P, b)
     low, high = band(P, n, m, LOWER_RIGHT)
     begin, _, _, end = visible(start_n, low, high, m, BLOCK_N, BLOCK_M)
@@ -116,4 +116,4 @@ def _sum_rows(
         top_new = tl.maximum(top, tl.max(s, 1))
         total = total * tl.exp2(top - top_new) + tl.sum(tl.exp2(s - top_new[:, None]), 1)
         top = top_new
-    return top, tl.log2(at_least(total, 0.5))  # 1 or more, but in dead rows
+    return top, tl.log2(at_least(total, 0.5))  # The total is 1 or more, except in dead rows.

@@ -17,7 +17,7 @@ from .geometry import first_row
 from .tiles import Described, Strided, add_cross, add_crosses, add_pair, as_operand, at_least, load_rows, store_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.0e38)  # below every logit but -inf
+LOWEST = tl.constexpr(-3.0e38)  # It lies below every logit but -inf.
 
 
 class Cotangents(NamedTuple):
@@ -43,7 +43,7 @@ class Rows(NamedTuple):
 
 @triton.jit
 def indices(start_n, start_m, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BY_KEYS: tl.constexpr):
-    """The tile's queries and keys, shaped so that they broadcast to the tile."""
+    """Return the tile's queries and keys, shaped so that they broadcast to the tile."""
     offs_n, offs_m = start_n + tl.arange(0, BLOCK_N), start_m + tl.arange(0, BLOCK_M)
     if BY_KEYS:
         return offs_n[None, :], offs_m[:, None]
@@ -53,7 +53,7 @@ def indices(start_n, start_m, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BY_K
 
 @triton.jit
 def load_statistics(ROWS, P, first_n, at):
-    """All of the tile's queries; None where there is none."""
+    """Load all statistics of the tile's queries; a statistic that isn't there is None."""
     rest, mu, delta_t = None, None, None
     lse = _load_statistic(ROWS.lse, P, first_n, at)
     delta = _load_statistic(ROWS.delta, P, first_n, at)
@@ -67,7 +67,10 @@ def load_statistics(ROWS, P, first_n, at):
 
 @triton.jit
 def _load_statistic(ptr, P, first_n, at):
-    """0 beyond the last query, where q, do and dt_o are 0 as well, so that nothing comes of it."""
+    """Load one statistic, 0 beyond the last query.
+
+    There q, do and dt_o are 0 as well, so these rows add nothing.
+    """
     b, h, i, _, n, _ = at
     return tl.load(ptr + first_row(P, b, h, first_n) + i, mask=i < n, other=0.0)
 
@@ -77,7 +80,7 @@ def load_queries(
     IN, CO, b, h, first, start, n,
     BLOCK_N: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, UNIT: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
-    """(q, t_q, do, dt_o) of BLOCK_N queries, None where there is none."""
+    """Load (q, t_q, do, dt_o) of BLOCK_N queries; None stays None."""
     t_q, do, dt_o = None, None, None
     q = load_rows(IN.q, b, h, first, start, n, BLOCK_N, D, UNIT, STREAM)
     if IN.t_q is not None:
@@ -94,7 +97,7 @@ def load_keys(
     IN, b, h, first, start, m,
     BLOCK_M: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, UNIT: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
-    """(k, t_k, v, t_v) of BLOCK_M keys, None where there is none."""
+    """Load (k, t_k, v, t_v) of BLOCK_M keys; None stays None."""
     t_k, t_v = None, None
     k = load_rows(IN.k, b, h, first, start, m, BLOCK_M, D, UNIT, STREAM)
     v = load_rows(IN.v, b, h, first, start, m, BLOCK_M, D_V, UNIT, STREAM)
@@ -107,7 +110,7 @@ def load_keys(
 
 @triton.jit
 def logits(s, IN, at, scale):
-    """S under the mask, in units of log 2, from s = q kᵀ."""
+    """Return S under the mask, in units of log 2, from s = q kᵀ."""
     _, _, i, _, n, _ = at
     s *= scale * LOG2_E
     if IN.mask is not None:
@@ -126,10 +129,11 @@ def add_tile(
     acc, query, key, rows, IN, OUT, P, first_n, at, limits, scale,
     BY_KEYS: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile's share to (dk, dt_k, dv, dt_v) BY_KEYS, else to (dq, dt_q, (), ()); () is a gradient nobody needs.
+    """Add a tile's share to (dk, dt_k, dv, dt_v) if BY_KEYS, otherwise to (dq, dt_q, (), ()).
 
-    limits is None for a tile that is seen whole, or (low, high, cut): only where `cut` are they looked at. The order of
-    the matmuls keeps the fewest registers alive: at most P and two more tiles.
+    () is a gradient that nobody needs. limits is None for a tile that is seen whole, or (low, high, cut), of which low
+    and high are used only if `cut`. The order of the matmuls keeps the fewest registers alive: at most P and two more
+    tiles.
     """
     q, t_q, do, dt_o = query
     k, t_k, v, t_v = key
@@ -142,8 +146,9 @@ def add_tile(
     USES_S: tl.constexpr = (len(acc[0]) > 0) or (d_mask is not None)
     USES_T: tl.constexpr = USES_S or (len(acc[1]) > 0) or (dt_mask is not None)
     MOVES_V: tl.constexpr = (len(acc[2]) > 0) and (dt_o is not None)
-    # What is held is used as soon as possible, to free registers. What is streamed is loaded once for two products,
-    # and the sums over tiles come last: before a loop over columns, the compiler would put off all but their loads.
+    # A held operand is used as soon as possible, to free registers. A streamed one is loaded once for two products, and
+    # the sums over tiles come last: otherwise the compiler would put off all but their loads before a loop over
+    # columns.
     HELD: tl.constexpr = STREAM == 0
     MOVES: tl.constexpr = (delta_t is not None) and (USES_S or MOVES_V)
     JOINT: tl.constexpr = (delta_t is not None) and (dt_o is not None) and USES_S and not HELD
@@ -217,7 +222,7 @@ def _add_products(
     acc, others, p, pz, d_t, d_s,
     PRECISION: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
-    """What P, P_t, dT and dS add to the gradients; None adds nothing, and is not needed or comes at another time."""
+    """Add what P, P_t, dT and dS contribute to the gradients; None adds nothing here."""
     dx, dt_x, dv, dt_v = acc
     x, t_x, do, dt_o = others
     dt_v, dv = add_pair(dt_v, dv, p, pz, dt_o, do, PRECISION, D_V, STREAM)
@@ -227,7 +232,7 @@ def _add_products(
 
 @triton.jit
 def _statistic(x, P, first_n, at, BY_KEYS: tl.constexpr):
-    """BY_KEYS each tile has its own, loaded where it is used; else all tiles have the same, loaded before."""
+    """Return a statistic of the tile: loaded now if BY_KEYS, otherwise loaded before, because all tiles share it."""
     if BY_KEYS:
         return _load_statistic(x, P, first_n, at)
     else:
@@ -236,7 +241,7 @@ def _statistic(x, P, first_n, at, BY_KEYS: tl.constexpr):
 
 @triton.jit
 def _moved_logits(t, IN, at, scale):
-    """T, from t = t_q kᵀ + q t_kᵀ."""
+    """Return T from t = t_q kᵀ + q t_kᵀ."""
     t *= scale
     if IN.t_mask is not None:
         t += _load_mask(IN.t_mask, at, 0).to(tl.float32)
@@ -245,14 +250,14 @@ def _moved_logits(t, IN, at, scale):
 
 @triton.jit
 def seen(at, low, high):
-    """The keys that there are, and that lie in the query's band."""
+    """Return which keys exist and lie in the query's band."""
     _, _, i, j, _, m = at
     return (j < m) & (j >= i + low) & (j <= i + high)
 
 
 @triton.jit
 def _load_mask(MASK, at, beyond):
-    """A tile of a mask, or its one row if all queries share it, and what lies beyond its edges."""
+    """Load a tile of a mask, or its one row if all queries share it; `beyond` fills what lies beyond its edges."""
     b, h, i, j, n, m = at
     ptrs = MASK.ptr + b.to(tl.int64) * MASK.stride_b + h.to(tl.int64) * MASK.stride_h + j.to(tl.int64) * MASK.stride_d
     live = j < m
@@ -270,7 +275,7 @@ def _store_mask(ptr, x, P, at):
 
 @triton.jit
 def store_gradient(ptr, first, live, x, factor, D: tl.constexpr, STREAM: tl.constexpr):
-    """Write the live rows of factor x; nothing where nobody needs them."""
+    """Write the live rows of factor x; write nothing where nobody needs them."""
     if ptr is not None:
         tile = ()
         for i in tl.static_range(len(x)):

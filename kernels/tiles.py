@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-REST = tl.constexpr(256.0)  # keeps what rounding took from a small float16 clear of the subnormal numbers
+REST = tl.constexpr(256.0)  # This factor keeps what rounding took from a small float16 clear of the subnormal numbers.
 
 
 class Strided(NamedTuple):
@@ -44,7 +44,7 @@ def column_parts(width: int, stream: int = 0) -> tuple[tuple[int, int], ...]:
     """
     if stream:
         return tuple((first, stream) for first in range(0, width, stream))
-    narrowest = 16  # the least summed dimension of a tensor-core matmul
+    narrowest = 16  # A tensor-core matmul sums over at least this many.
     while True:
         parts: list[tuple[int, int]] = []
         first, rest = 0, -(-width // narrowest) * narrowest
@@ -97,9 +97,9 @@ def described(x: torch.Tensor | None, rows: int, stream: int = 0) -> Described |
 def load_rows(
     x, b, h, first, start, n, ROWS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, STREAM: tl.constexpr = 0
 ):  # fmt: skip
-    """Rows start ... start + ROWS - 1 of a sequence of n, whose row 0 is row `first` of head h of sample b.
+    """Load rows start ... start + ROWS - 1 of a sequence of n, whose row 0 is row `first` of head h of sample b.
 
-    Rows from n on and columns from D on are zero. With STREAM nothing is loaded yet: what comes back says from where
+    Rows from n on and columns from D on are zero. With STREAM nothing is loaded yet. The result then says from where
     the products below load STREAM columns at a time, each time anew.
     """
     PARTS: tl.constexpr = column_parts(D)
@@ -123,7 +123,7 @@ def load_rows(
 
 @triton.jit
 def _load_columns(rows, first, D: tl.constexpr, STREAM: tl.constexpr):
-    """STREAM columns of streamed rows, from column `first` on."""
+    """Load STREAM columns of streamed rows, from column `first` on."""
     if len(rows) == 4:  # Described
         source, b, h, start = rows
         return source.load([b, h, start, first]).reshape(source.block_shape[2], STREAM)
@@ -147,7 +147,7 @@ def _load_part(x, head, rows, live, FIRST: tl.constexpr, WIDTH: tl.constexpr, D:
 
 @triton.jit
 def _columns(rows, i, D: tl.constexpr, STREAM: tl.constexpr):
-    """Part i of the columns, which is there, or is loaded now."""
+    """Return part i of the columns; streamed rows load it now."""
     if STREAM:
         return _load_columns(rows, i * STREAM, D, STREAM)
     else:
@@ -164,7 +164,10 @@ def store_rows(ptr, first_row, live, x, D: tl.constexpr, STREAM: tl.constexpr = 
 
 @triton.jit
 def store_with_rests(ptr, rest, first_row, live, x, D: tl.constexpr, STREAM: tl.constexpr):
-    """The same, and to `rest`, unless it is None, what rounding takes from x, times REST: in float32, exactly."""
+    """Write x like `store_rows`, and what rounding takes from it, times REST, to `rest`, unless that is None.
+
+    The difference is exact in float32.
+    """
     PARTS: tl.constexpr = column_parts(D, STREAM)
     for i in tl.static_range(len(PARTS)):
         low = x[i].to(ptr.dtype.element_ty)
@@ -186,7 +189,7 @@ def _store_part(ptr, live, x, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.co
 
 @triton.jit
 def with_rests(x, rest):
-    """Rounded x as float32, and what rounding took from it; a rest of None is zero."""
+    """Return rounded x as float32, plus what rounding took from it; a rest of None is zero."""
     tile = ()
     for i in tl.static_range(len(x)):
         if rest is None:
@@ -198,7 +201,7 @@ def with_rests(x, rest):
 
 @triton.jit
 def zeros(ROWS: tl.constexpr, D: tl.constexpr, STREAM: tl.constexpr = 0):
-    """A float32 accumulator (ROWS, D)."""
+    """Return a float32 accumulator (ROWS, D) of zeros."""
     PARTS: tl.constexpr = column_parts(D, STREAM)
     tile = ()
     for i in tl.static_range(len(PARTS)):
@@ -215,7 +218,7 @@ def _zero_part(ROWS: tl.constexpr, WIDTH: tl.constexpr):
 def add_cross(
     acc, x, y, TURNED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr = 0, STREAM: tl.constexpr = 0
 ):  # fmt: skip
-    """acc + x yᵀ, TURNED acc + y xᵀ: the parts are of the summed dimension, acc is one plain tile."""
+    """Return acc + x yᵀ or, if TURNED, acc + y xᵀ; the parts are of the summed dimension, acc is one plain tile."""
     if STREAM:
         for first in tl.range(0, D, STREAM):
             x_i, y_i = _load_columns(x, first, D, STREAM), _load_columns(y, first, D, STREAM)
@@ -230,7 +233,7 @@ def add_cross(
 def add_crosses(
     a, b, x, y, t_x, t_y, TURNED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, STREAM: tl.constexpr
 ):  # fmt: skip
-    """(a + x yᵀ, b + t_x yᵀ + x t_yᵀ) of streamed rows, loaded once for both; None is left out."""
+    """Return (a + x yᵀ, b + t_x yᵀ + x t_yᵀ) of streamed rows, loaded once for both; None is left out."""
     for first in tl.range(0, D, STREAM):
         x_i, y_i = _load_columns(x, first, D, STREAM), _load_columns(y, first, D, STREAM)
         a = _add_dot(a, x_i, y_i, TURNED, PRECISION)
@@ -251,7 +254,9 @@ def _add_dot(acc, x, y, TURNED: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def add_pair(first, second, a, b, x, y, PRECISION: tl.constexpr, D: tl.constexpr, STREAM: tl.constexpr):
-    """(first + a x, second + a y + b x), part by part so that one of x serves both; () and None are left out."""
+    """Return (first + a x, second + a y + b x), part by part, so that a part of x serves both; () and None are left
+    out.
+    """
     PARTS: tl.constexpr = column_parts(D, STREAM)
     new_first, new_second = (), ()
     for i in tl.static_range(len(PARTS)):
@@ -274,7 +279,7 @@ def add_pair(first, second, a, b, x, y, PRECISION: tl.constexpr, D: tl.constexpr
 
 @triton.jit
 def as_operand(x, other, PRECISION: tl.constexpr):
-    """float32 x as the matmul with `other` takes it: in its dtype, and for TF32 rounded to a mantissa of 10 bits."""
+    """Convert float32 x for a matmul with `other`: to its dtype, and for TF32 rounded to a mantissa of 10 bits."""
     if PRECISION == "tf32":
         bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
         return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
@@ -284,19 +289,19 @@ def as_operand(x, other, PRECISION: tl.constexpr):
 
 @triton.constexpr_function
 def _element_type(dtype: Any) -> Any:
-    """Of a tile, or of the pointers to it."""
+    """Return the element type of a tile, or of the pointers to it."""
     return dtype.element_ty if dtype.is_ptr() else dtype
 
 
 @triton.jit
 def at_least(x, least):
-    """The larger of the two; NaN stays NaN, which `tl.maximum` by itself would replace."""
+    """Return the larger of the two; NaN stays NaN, which `tl.maximum` by itself would replace."""
     return tl.maximum(x, least, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def scale_rows(x, factor):
-    """factor ∘ x with one factor a row."""
+    """Return factor ∘ x, with one factor a row."""
     tile = ()
     for i in tl.static_range(len(x)):
         tile = tile + (x[i] * factor[:, None],)
@@ -305,7 +310,7 @@ def scale_rows(x, factor):
 
 @triton.jit
 def add_scaled_rows(x, factor, y):
-    """x + factor ∘ y with one factor a row."""
+    """Return x + factor ∘ y, with one factor a row."""
     tile = ()
     for i in tl.static_range(len(x)):
         tile = tile + (x[i] + factor[:, None] * y[i],)
