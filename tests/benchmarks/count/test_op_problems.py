@@ -1,4 +1,4 @@
-"""The problems that are counted are right: each pair is PyTorch's own jvp of the public op."""
+"""Check that the counted problems are right: each pair equals PyTorch's own jvp of the public op."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import fastdistill as fd
 from fastdistill.benchmarks.count.op_problems import Problem, problem
 
-# The public op on the primals of its problem.
+# Each op is called on the primals of its problem.
 PLAIN: dict[str, Callable[..., Any]] = {
     "attention": fd.scaled_dot_product_attention,
     "attention, causal": lambda q, k, v: fd.scaled_dot_product_attention(q, k, v, is_causal=True),
@@ -26,13 +26,13 @@ PLAIN: dict[str, Callable[..., Any]] = {
 
 
 def flat(pair: Any) -> list[torch.Tensor]:
-    """Outputs, then their tangents."""
+    """Return the outputs, then their tangents."""
     return [x for part in pair for x in ([part] if isinstance(part, torch.Tensor) else part)]
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_problem_is_the_op_and_its_tangent(name: str) -> None:
-    """Both results, all tangents taken."""
+    """Check both results, with all tangents given."""
     task: Problem = problem(name)
     expected = torch.func.jvp(PLAIN[name], task.primals, task.tangents)
     for actual, truth in zip(flat(task.pair(task.primals, task.tangents, False)), flat(expected), strict=True):
@@ -40,7 +40,7 @@ def test_a_problem_is_the_op_and_its_tangent(name: str) -> None:
 
 
 def test_the_network_of_a_problem_has_gradients_for_every_parameter() -> None:
-    """And a tangent, both through the driver."""
+    """Check that every parameter has a gradient and a tangent, both through the driver."""
     task = problem("DiT under fd.jvp")
     leaves = [x.detach().requires_grad_() for x in task.primals]
     u, du_dt = task.pair(leaves, task.tangents, False)
