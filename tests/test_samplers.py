@@ -1,4 +1,4 @@
-"""Samplers against exact flows: their order of convergence, exact jumps, renoising, grids and guidance."""
+"""Test samplers against exact flows: their order of convergence, exact jumps, renoising, grids and guidance."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_average_velocity_passes_labels_and_both_times() -> None:
 
 
 class LabelField:
-    """v(x, t, y) = (1 + y) x + t, counting its calls."""
+    """Compute v(x, t, y) = (1 + y) x + t, and count the calls."""
 
     def __init__(self) -> None:
         self.rows: list[int] = []
@@ -99,12 +99,12 @@ class LabelField:
 
 
 def on(path: Path) -> Gaussian:
-    """A law on a path."""
+    """Return a law on a path."""
     return Gaussian(torch.tensor([0.7, -0.4]).double(), torch.tensor([[0.6, 0.2], [0.2, 0.3]]).double(), path)
 
 
 def exact_net(law: Gaussian) -> Callable[..., Tensor]:
-    """Its flow map as a network."""
+    """Return a law's flow map as a network."""
     return lambda x, t, s, y=None: law.average_velocity(x, t, s)
 
 
@@ -160,7 +160,7 @@ def test_a_grid_of_times_is_walked_as_given(sampler: Callable[..., Tensor], law:
 @EVERY_PATH
 @pytest.mark.parametrize("steps", [1, 3, [1.0, 0.6, 0.1, 0.0]])
 def test_gamma_extremes_are_the_flow_map_and_consistency(path: Path, steps: samplers.Steps) -> None:
-    """And what lies between is neither."""
+    """Check that what lies between is neither."""
     law, x1 = on(path), torch.randn(32, 2, dtype=torch.float64)
     x, net = path.prior(x1), exact_net(law)
 
@@ -178,9 +178,9 @@ def test_gamma_extremes_are_the_flow_map_and_consistency(path: Path, steps: samp
 @EVERY_PATH
 @pytest.mark.parametrize("amount", [0.4, 0.9, 1.0])
 def test_renoising_leaves_the_law_as_it_is(path: Path, amount: float) -> None:
-    """From exact samples at t = 0.8, a jump of any gamma ends in samples of p_s: mean and covariance, s = 0.5 and 0.
+    """Check that a jump of any gamma from exact samples at t = 0.8 ends in samples of p_s: mean and covariance.
 
-    A planted error in the amount of noise is seen.
+    The ends are s = 0.5 and 0. A planted error in the amount of noise is seen.
     """
     law, count = on(path), 60_000
     t = torch.tensor(0.8, dtype=torch.float64)
@@ -202,7 +202,7 @@ def test_renoising_leaves_the_law_as_it_is(path: Path, amount: float) -> None:
 
 
 def test_consistency_on_the_linear_path_is_the_papers_loop() -> None:
-    """x0 = f(x, t, 0); x = (1 - s) x0 + s noise, fresh each time."""
+    """Compare with x0 = f(x, t, 0); x = (1 - s) x0 + s noise, with fresh noise each time."""
     law, x = on(LINEAR), torch.randn(8, 2, dtype=torch.float64)
     seen: list[float] = []
 
@@ -220,7 +220,7 @@ def test_consistency_on_the_linear_path_is_the_papers_loop() -> None:
 
 
 def test_gamma_on_the_linear_path_is_the_papers_formula() -> None:
-    """r/(1-r) = (1 - gamma^2)^(1/2) s/(1-s); x_s = ((1-s)/(1-r)) f(x_t, t, r) + gamma s noise."""
+    """Check r/(1-r) = (1 - gamma^2)^(1/2) s/(1-s); x_s = ((1-s)/(1-r)) f(x_t, t, r) + gamma s noise."""
     law, x = on(LINEAR), torch.randn(8, 2, dtype=torch.float64)
     odds = math.sqrt(1 - 0.36) * 0.3 / 0.7
     r = odds / (1 + odds)
@@ -231,7 +231,7 @@ def test_gamma_on_the_linear_path_is_the_papers_formula() -> None:
 
 
 class GuidedField:
-    """A network that takes guidance as an input: u = g x."""
+    """Take guidance as an input: u = g x."""
 
     def __call__(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None, *, g: Tensor) -> Tensor:
         assert g.shape == x.shape[:1]
@@ -260,7 +260,7 @@ def test_sampling_by_name_starts_from_the_paths_prior_and_guides_where_it_can() 
 
 
 def test_fresh_noise_is_refused_on_a_path_with_coupled_pairs() -> None:
-    """Its x_s given x0 isn't alpha x0 plus independent noise. One jump needs none."""
+    """Check that x_s given x0, which isn't alpha x0 plus independent noise, is refused; one jump needs none."""
     path, x1 = OTCFM(), torch.randn(3, 2)
     options: dict[str, Any]
     for name, options in (("consistency", {}), ("gamma", {"gamma": 0.5})):
@@ -272,7 +272,7 @@ def test_fresh_noise_is_refused_on_a_path_with_coupled_pairs() -> None:
 
 @pytest.mark.parametrize("name", ["average_velocity", "consistency", "gamma"])
 def test_guidance_of_a_map_extrapolates_its_jumps(name: str) -> None:
-    """f_null + scale (f_y - f_null) at the ends that the sampler asks for, two evaluations in one call a step."""
+    """Check f_null + scale (f_y - f_null) at the sampler's ends, with two evaluations in one call a step."""
     y, x1, rows = torch.tensor([0, 1, 2]), torch.randn(3, 2), []
 
     def net(x: Tensor, t: Tensor, s: Tensor, y: Tensor) -> Tensor:

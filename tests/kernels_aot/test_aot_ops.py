@@ -1,4 +1,4 @@
-"""The memory-bound ops in the table of compiled kernels: all there, none spills, and two compiled again as recorded."""
+"""Test the memory-bound ops in the table of compiled kernels: all are there, none spills, two are compiled again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_each_op_is_in_the_table_in_each_size_on_each_architecture_without_spill
 
 
 def test_every_kernel_is_in_a_family_whose_files_are_there() -> None:
-    """A change of these makes `make aot` measure again."""
+    """Check the files whose change makes `make aot` compile again."""
     for kernel in memory_bound.SIZES:
         patterns = aot_table.FAMILIES[aot_table.family(kernel)]
         assert all(list(aot_table.KERNELS.glob(pattern)) for pattern in patterns)
@@ -29,7 +29,7 @@ def test_every_kernel_is_in_a_family_whose_files_are_there() -> None:
 
 
 def test_wide_rows_of_a_backward_are_two_launches() -> None:
-    """One for rows, one for what is summed over them."""
+    """Check that one launch takes the rows, and one the sums over them."""
     by_case = {(case.kernel, case.d): len(memory_bound.launches(case)) for case, _ in memory_bound.cases()}
     assert by_case["norm_backward", 8192] == by_case["gated_norm_backward", 8192] == 2
     assert (
@@ -39,7 +39,7 @@ def test_wide_rows_of_a_backward_are_two_launches() -> None:
 
 @pytest.mark.parametrize("kernel", ["swiglu_backward", "qk_norm_rope"])
 def test_a_compiled_op_is_as_recorded(kernel: str) -> None:
-    """On Hopper; another compiler gives other numbers and no problems."""
+    """Check it on Hopper; another compiler gives other numbers, but no problems."""
     task = next(task for task in TASKS if (task.case.kernel, task.arch) == (kernel, 90))
     row = aot_table.resources_of(task)
     assert not aot_table.problems(row)

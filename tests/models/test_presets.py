@@ -1,4 +1,4 @@
-"""Presets: sizes as published, overrides, and errors that name what is wrong."""
+"""Test the presets: published sizes, overrides, and errors that name what is wrong."""
 
 from __future__ import annotations
 
