@@ -172,7 +172,7 @@ def test_every_module_imports_only_what_its_layer_may() -> None:
 
 
 def test_the_room_of_an_op_imports_no_other_room() -> None:
-    """Check that it imports only the protocol and the ops that its formula contains; a specification imports torch alone."""
+    """Check that it imports only the protocol and the ops that its formula contains, a specification torch alone."""
     rooms = {module: path for module, path in MODULES.items() if module.startswith("fastdistill.ops.")}
     found = [line for module, path in rooms.items() for line in strangers(module, path.read_text(encoding="utf-8"))]
     assert not found, "\n".join(found)
