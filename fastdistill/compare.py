@@ -227,9 +227,7 @@ def _last_step(config: TrainConfig) -> int:
 
 
 def _time_steps(state: dict[str, Any], config: TrainConfig, dataset: Any, first: int) -> tuple[float, int]:
-    """Return the median time of `COST_STEPS` steps after the step `first`, or of the last ones; and the rows of
-    `first`.
-    """
+    """Return the median time of `COST_STEPS` steps after the step `first`, or of the last, and the rows of `first`."""
     last, seconds = _last_step(config), []
     first = max(min(first, last - COST_STEPS), 1)
     state["step"] = min(first, last)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-UNLIMITED = tl.constexpr(1 << 30)  # longer than any sequence, and twice it still fits 32 bits
+UNLIMITED = tl.constexpr(1 << 30)  # It is longer than any sequence, and twice it still fits 32 bits.
 
 
 class Problem(NamedTuple):
@@ -69,13 +69,13 @@ def sequences(q: Tensor, problem: Problem) -> int:
 
 @triton.jit
 def first_row(P, b, h, first):
-    """The 64-bit index, in a contiguous (B, H, rows) tensor, of row `first` of head h of sample b."""
+    """Return the 64-bit index, in a contiguous (B, H, rows) tensor, of row `first` of head h of sample b."""
     return (b.to(tl.int64) * P.heads + h) * P.rows + first
 
 
 @triton.jit
 def locate(P, z):
-    """Sequence z: the sample it lies in, its first query and their number, its first key and their number."""
+    """Return for sequence z its sample, its first query and their number, and its first key and their number."""
     if P.cu_n is not None:
         first_n, first_m = tl.load(P.cu_n + z), tl.load(P.cu_m + z)
         return z * 0, first_n, tl.load(P.cu_n + z + 1) - first_n, first_m, tl.load(P.cu_m + z + 1) - first_m
@@ -85,7 +85,7 @@ def locate(P, z):
 
 @triton.jit
 def band(P, n, m, LOWER_RIGHT: tl.constexpr):
-    """(low, high): query i sees the keys from i + low to i + high. LOWER_RIGHT: the last query meets the last key."""
+    """Return (low, high): query i sees keys i + low to i + high; LOWER_RIGHT: the last query meets the last key."""
     low, high = n * 0 - UNLIMITED, n * 0 + UNLIMITED
     shift = m - n if LOWER_RIGHT else n * 0
     if P.left is not None:
@@ -97,11 +97,11 @@ def band(P, n, m, LOWER_RIGHT: tl.constexpr):
 
 @triton.jit
 def visible(start, low, high, length, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """The tiles of STEP that rows start ... start + BLOCK - 1 see: (begin, whole_begin, whole_end, end), in elements.
+    """Return (begin, whole_begin, whole_end, end), in elements, of the tiles of STEP that a block of rows sees.
 
-    Row i sees i + low ... i + high of `length` others. Nothing outside [begin, end) is seen by any of these rows, and
-    tiles that start in [whole_begin, whole_end) are seen whole by all of them. For a key's queries, call it with
-    (-high, -low).
+    Row i, of the rows start ... start + BLOCK - 1, sees i + low ... i + high of `length` others. Nothing outside
+    [begin, end) is seen by any of these rows, and tiles that start in [whole_begin, whole_end) are seen whole by all of
+    them. For a key's queries, call it with (-high, -low).
     """
     begin = tl.maximum(start + low, 0) // STEP * STEP
     end = tl.minimum(start + BLOCK + high, length)
@@ -112,7 +112,7 @@ def visible(start, low, high, length, BLOCK: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def live_between(T, b, h, row, begin, end, STEP: tl.constexpr):
-    """(list, first, last): the live tiles of STEP elements within [begin, end) are list[first] ... list[last - 1]."""
+    """Return (list, first, last): live tiles of STEP elements in [begin, end) are list[first] ... list[last - 1]."""
     line = b.to(tl.int64) * T.stride_b + h.to(tl.int64) * T.stride_h + row.to(tl.int64) * T.stride_row
     before = T.before + line * (T.width + 1)
     first = tl.load(before + tl.minimum(begin // STEP, T.width))

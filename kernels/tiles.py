@@ -254,9 +254,7 @@ def _add_dot(acc, x, y, TURNED: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def add_pair(first, second, a, b, x, y, PRECISION: tl.constexpr, D: tl.constexpr, STREAM: tl.constexpr):
-    """Return (first + a x, second + a y + b x), part by part, so that a part of x serves both; () and None are left
-    out.
-    """
+    """Return (first + a x, second + a y + b x), part by part, so that a part of x serves both; () and None add 0."""
     PARTS: tl.constexpr = column_parts(D, STREAM)
     new_first, new_second = (), ()
     for i in tl.static_range(len(PARTS)):

@@ -51,9 +51,7 @@ def test_the_summary_has_quality_and_cost_over_the_seeds(folder: Path) -> None:
 
 
 def test_a_method_is_measured_in_the_steps_that_it_learnt(tmp_path: Path) -> None:
-    """Check DMD with one time, in one step alone: the tables have a dash, other steps no verdict, and figures are
-    drawn.
-    """
+    """Check DMD with one time, in one step alone: dashes in the tables, no verdict on other steps, and figures."""
     folder = tmp_path / "dmd"
     summary = compare(["dmd", "imm"], "ring", folder, steps=2, samples=64, overrides=TINY)
     assert list(summary["methods"]["dmd"]["quality"]) == ["1"]

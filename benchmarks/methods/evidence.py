@@ -5,9 +5,8 @@
     python -m fastdistill.benchmarks.methods.evidence --collect                   # measure and write what there is
 
 This is `make evidence`. Runs are claimed one by one, so that several processes with the same folder share the work:
-start one a core, with OMP_NUM_THREADS=1. A run that was stopped goes on where it was, and a finished one is never
-trained again. The results are docs/evidence (summary.json, evidence.md, plots) and the marked blocks of
-docs/methods.md.
+start one a core, with OMP_NUM_THREADS=1. A stopped run goes on where it was, and a finished one is never trained again.
+It writes docs/evidence (summary.json, evidence.md, plots) and the marked blocks of docs/methods.md.
 """
 
 from __future__ import annotations
@@ -42,8 +41,7 @@ from fastdistill.train.data import generator_at
 from fastdistill.train.files import write_text
 from fastdistill.train.methods import METHODS
 
-# It is trained first: the others learn from it, and it is the control that one step must not satisfy.
-CONTROL = "flow_matching"
+CONTROL = "flow_matching"  # Trained first: the others' teacher, and the control that must fail in one step.
 GATE, CONTROL_GATE = 0.45, 0.6  # Map error in one step: every method must be below, the control and every mutant above.
 # These methods compare laws, not points, and may pair noise and data otherwise than the flow does. So SW2 in one step
 # must stay below this gate; two real draws differ by .04, and flow matching's single step by more than 1.
@@ -90,9 +88,7 @@ class Job:
         return MUTANTS[self.name][0] if self.name in MUTANTS else self.name
 
     def configure(self, out: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-        """Return the run's settings, those of `fastdistill compare`; a mutant gets a folder of its own beside the
-        others.
-        """
+        """Return the run's settings, those of `fastdistill compare`; a mutant gets a folder of its own."""
         folder = out / self.data / f"seed{self.seed}"
         budget = ["--steps", str(compare.STEPS[self.data]), "--seed", str(self.seed), *overrides]
         config = compare.configure(self.method, self.data, folder, budget)

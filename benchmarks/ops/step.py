@@ -110,9 +110,7 @@ class StepOp:
     name = "step"
 
     def data(self, case: TimedCase, device: torch.device) -> Batch:
-        """Draw a network and a batch; all parameters leave the zeros of adaLN-Zero, at which every tangent would be
-        trivial.
-        """
+        """Draw a network and a batch; parameters leave the zeros of adaLN-Zero, where every tangent is trivial."""
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
             torch.manual_seed(0)
             overrides = {key: case.size(key) for key in ("depth", "width", "heads") if key in case.shape}

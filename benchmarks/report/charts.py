@@ -107,8 +107,7 @@ def draw_series(series: Series, look: Mapping[str, Look]) -> str:
 
 
 def draw_roofline(records: Sequence[Record], ceilings: Mapping[str, float], look: Mapping[str, Look]) -> str | None:
-    """Draw the attained operations a second against operations a byte, under the device's ceilings; None without
-    records.
+    """Draw the attained operations a second against operations a byte, under the ceilings; None without records.
 
     Args:
         ceilings: "tflops" of a large matmul, "gbs" of a copy. An absent one is not drawn, and the picture says so.

@@ -109,9 +109,7 @@ class Results:
 
     @property
     def ceilings(self) -> dict[str, float]:
-        """Return the measured ceilings of the device, as far as there are any: "tflops" of a large matmul, "gbs" of a
-        copy.
-        """
+        """Return the measured ceilings of the device, if any: "tflops" of a large matmul, "gbs" of a copy."""
         found = self.machine.get("ceilings")
         found = found if isinstance(found, Mapping) else {}
         tflops, gbs = found.get("matmul_tflops"), found.get("copy_gbs")

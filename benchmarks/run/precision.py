@@ -36,9 +36,7 @@ SAME = 1e-12  # The largest difference of ours and the plain network in float64.
 
 
 class Way(NamedTuple):
-    """Describe a way to compute (u, t_u); `storage` is the parameters' dtype, and our own ways have a `cap` from
-    `CAPS`.
-    """
+    """Describe a way to compute (u, t_u): `storage` is the parameters' dtype, and our own ways have a `cap`."""
 
     words: str
     plain: bool

@@ -26,9 +26,7 @@ TIMED_PAIRS = 512
 
 @contextlib.contextmanager
 def counting_rows(net: nn.Module) -> Iterator[list[int]]:
-    """Count the rows that go through networks of the type of `net`, whoever owns them; yield a list with one entry a
-    call.
-    """
+    """Count the rows that go through any network of the type of `net`; yield a list with one entry a call."""
     kind, rows = type(net), []
 
     def count(module: nn.Module, _: Any, out: Any) -> None:

@@ -58,8 +58,7 @@ class Gaussian:
         return self.path.alpha(s) * self.mean + self._scale(x - self.path.alpha(t) * self.mean, root)
 
     def average_velocity(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """Return u(x, t, s) = (x - f(x, t, s)) / (t - s), or v(x, t) where s = t, to a few rounding errors for all
-        times.
+        """Return u(x, t, s) = (x - f(x, t, s)) / (t - s), or v(x, t) where s = t, to a few rounding errors.
 
         The formula is u = a m + (dC / (C_t + (C_s C_t)^(1/2))) (x - alpha_t m), with the mean slopes a of alpha and dC
         of C.

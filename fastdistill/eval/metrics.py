@@ -34,8 +34,7 @@ def _symmetric_sqrt(matrix: Tensor) -> Tensor:
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, *, projections: int = 256, seed: int = 0) -> float:
-    """Return the sliced 2-Wasserstein distance: the root mean square, over random directions, of the exact 1-D
-    distance.
+    """Return the sliced 2-Wasserstein distance: the root mean square of the exact 1-D distance over directions.
 
     a: (N, D) and b: (M, D); N and M may differ. The directions are uniform on the sphere and fixed by `seed`.
     Equivalent to: `(a @ w).sort(0).values.sub((b @ w).sort(0).values).square().mean().sqrt()` for N = M.

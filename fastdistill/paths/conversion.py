@@ -74,8 +74,7 @@ def rescale(source: Path, target: Path, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def carry_velocity(velocity: Velocity, source: Path, target: Path) -> Velocity:
-    """Return the velocity field on `target` from that on `source`, of the same data; velocity(x, t), x (B, ...), t
-    (B,).
+    """Return the velocity field on `target` from that on `source`; velocity(x, t), x (B, ...), t (B,).
 
     With x = c(t) y and y at time r(t) on the source: v(x, t) = c'(t) y + c(t) r'(t) velocity(y, r).
     """

@@ -106,7 +106,7 @@ class Cosine(Path):
 
 @dataclass(frozen=True)
 class TrigFlow(Path):
-    """sCM's path x = cos(a) x0 + sin(a) z, where the noise z = sigma_data x1 has the data's scale, and a = pi t / 2.
+    """Path of sCM, x = cos(a) x0 + sin(a) z, whose noise z = sigma_data x1 has the data's scale; a = pi t / 2.
 
     sCM's time is the angle a in [0, pi/2]; a velocity by t is pi/2 times one by a.
     Source: Lu and Song 2025 (sCM), arXiv:2410.11081, section 3.

@@ -126,9 +126,7 @@ def test_a_wrong_map_that_renoises_is_found(tmp_path: Path) -> None:
 
 
 def test_another_sampler_gives_other_samples(tmp_path: Path) -> None:
-    """Check samplers by name, or by gamma; the summary names them, and the flow's straightness is measured if it has
-    one.
-    """
+    """Check samplers by name, or by gamma; the summary names them, and has the flow's straightness if there is one."""
     run = train(small_config(tmp_path / "run", "ring", "meanflow"))
     own, renoised, half = (evaluate(run, [2], n=256, **how) for how in ({}, {"sampler": "consistency"}, {"gamma": 0.5}))
     assert [result["sampler"] for result in (own, renoised, half)] == ["average_velocity", "consistency", "gamma"]

@@ -39,9 +39,7 @@ def _absent_or(x, y):
 
 @triton.jit
 def _kernel(ROWS, OUT, steps, WIDTH: tl.constexpr):
-    """Use nested constants (a stride of 1) in a loop and a branch, None as a result, and the length of a tuple with
-    None.
-    """
+    """Use nested constants (a stride of 1) in a loop and a branch, None as a result, and a tuple with a None."""
     offs = tl.arange(0, WIDTH)
     total = tl.zeros((WIDTH,), tl.float32)
     for step in tl.range(0, steps):

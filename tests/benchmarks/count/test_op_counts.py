@@ -55,9 +55,7 @@ def test_matmuls_inside_our_ops_are_seen(fresh: records.Results) -> None:
 
 
 def test_bytes_are_those_that_are_read_and_written() -> None:
-    """Check sums of two, in place, into a buffer, over an expanded dimension, and a copy; views and empty tensors move
-    0.
-    """
+    """Check sums of two, in place, into a buffer, over an expanded dimension, and a copy; views move nothing."""
     x, y, out = torch.ones(8, 16), torch.ones(16), torch.empty(8, 16)
     large, small = x.nbytes, y.nbytes
     for run, moved in (

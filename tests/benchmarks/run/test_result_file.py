@@ -146,9 +146,7 @@ def test_another_kind_of_file_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_merging(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Check that several files become one, named after GPU, date and commit, in which the newer of equal entries
-    counts.
-    """
+    """Check that several files become one, named after GPU, date and commit; the newer of equal entries counts."""
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     filled(old, a=[1.0], b=[1.0])
     filled(new, b=[2.0])
