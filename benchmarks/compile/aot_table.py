@@ -53,7 +53,7 @@ PACKED = (64, 128)
 KEY = 7  # The number of leading fields of a result that say what was compiled.
 
 
-class Row(NamedTuple):
+class Resources(NamedTuple):
     """Hold the resources of a compiled kernel.
 
     Args:
@@ -166,12 +166,12 @@ def config_words(config: Any) -> str:
     return f"{config.rows}x{config.block_c}, {config.num_warps} warps"
 
 
-def resources_of(task: Task) -> Row:
+def resources_of(task: Task) -> Resources:
     """Compile, and read the resources off the machine code; of two kernels, return those of the costlier one."""
-    return max((_row(task, kernel) for kernel in compile_task(task)), key=lambda row: (row.spills, row.registers))
+    return max((_resources(task, kernel) for kernel in compile_task(task)), key=lambda row: (row.spills, row.registers))
 
 
-def _row(task: Task, kernel: Any) -> Row:
+def _resources(task: Task, kernel: Any) -> Resources:
     case = task.case
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -180,7 +180,7 @@ def _row(task: Task, kernel: Any) -> Row:
         code = _tool("nvdisasm", "-c", file.name)
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None, usage
-    return Row(
+    return Resources(
         kernel=case.kernel,
         arch=task.arch,
         dtype=str(case.dtype).removeprefix("torch."),
@@ -202,7 +202,7 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def problems(row: Row) -> list[str]:
+def problems(row: Resources) -> list[str]:
     """Return what is wrong with a compiled kernel, a line each."""
     attends = family(row.kernel) == "attention"
     low = attends and (row.dtype, row.arch) != ("float32", 80)
@@ -217,7 +217,7 @@ def problems(row: Row) -> list[str]:
     return [f"{' '.join(map(str, row[:6]))} ({row.config}): {text}" for text, bad in checks.items() if bad]
 
 
-def rows_of_matmuls(row: Row) -> int:
+def rows_of_matmuls(row: Resources) -> int:
     """Return the rows of the tile that stays with a program; below 64 of them, Hopper's wgmma is out of reach."""
     block_n, block_m = (int(size) for size in row.config.split(",")[0].split("x"))
     return block_m if row.kernel == "backward_kv" else block_n
@@ -268,9 +268,9 @@ def sources() -> dict[str, str]:
     return hashes
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[Resources]) -> str:
     """Return the results as a table with a paragraph above."""
-    heads = [*Row._fields[:6], "config", "registers", "spills", "shared", "TMEM", "instructions", "MMA", "wgmma"]
+    heads = [*Resources._fields[:6], "config", "registers", "spills", "shared", "TMEM", "instructions", "MMA", "wgmma"]
     legend = (
         f"Compiled ahead of time with Triton {triton.__version__}, never run. Each config under the costliest call "
         "that it serves: with these tangents (m: the mask's), a band beside a mask, and the mask's gradients. d is the "
@@ -286,7 +286,7 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def resources_of_all(tasks: Sequence[Task], jobs: int) -> list[Row]:
+def resources_of_all(tasks: Sequence[Task], jobs: int) -> list[Resources]:
     """Compile the tasks side by side; return their resources in order, and print the progress."""
     started, rows = time.monotonic(), []
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -297,7 +297,7 @@ def resources_of_all(tasks: Sequence[Task], jobs: int) -> list[Row]:
     return rows
 
 
-def write(rows: Sequence[Row], path: Path) -> None:
+def write(rows: Sequence[Resources], path: Path) -> None:
     """Write the table as JSON and as Markdown."""
     table = {"triton": triton.__version__, "sources": sources(), "rows": [row._asdict() for row in rows]}
     lines = json.dumps(table, indent=None).replace('{"kernel"', '\n{"kernel"')
@@ -306,10 +306,10 @@ def write(rows: Sequence[Row], path: Path) -> None:
     path.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
 
 
-def recorded(path: Path = RESULTS / "aot") -> tuple[str, dict[str, str], list[Row]]:
+def recorded(path: Path = RESULTS / "aot") -> tuple[str, dict[str, str], list[Resources]]:
     """Load a table that was written: its version of Triton, its sources, and its results."""
     table = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    return table["triton"], table["sources"], [Row(**row) for row in table["rows"]]
+    return table["triton"], table["sources"], [Resources(**row) for row in table["rows"]]
 
 
 def key(task: Task) -> tuple[Any, ...]:
@@ -319,7 +319,7 @@ def key(task: Task) -> tuple[Any, ...]:
     return (case.kernel, task.arch, dtype, case.d, case.tangents, mask, config_words(task.config))
 
 
-def still_valid(path: Path) -> dict[tuple[Any, ...], Row]:
+def still_valid(path: Path) -> dict[tuple[Any, ...], Resources]:
     """Return the results of an earlier table that still hold, because Triton and the family's source are the same."""
     if not path.with_suffix(".json").exists():
         return {}

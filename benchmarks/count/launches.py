@@ -39,7 +39,7 @@ MATMULS = {"mm", "bmm", "addmm", "addmm_", "baddbmm"}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-class Case(NamedTuple):
+class ComparedOp(NamedTuple):
     """Describe an op as a function of tensors that all have tangents, in plain PyTorch and as ours, with their shapes.
 
     Args:
@@ -64,7 +64,7 @@ class Sizes(NamedTuple):
     heads: int = HEADS
 
 
-def cases(sizes: Sizes, dtype: torch.dtype, device: str) -> dict[str, Case]:
+def compared_ops(sizes: Sizes, dtype: torch.dtype, device: str) -> dict[str, ComparedOp]:
     """Return every op at the sizes of a DiT; parameters have no tangents."""
     batch, tokens, width, heads = sizes
     make = partial(torch.randn, dtype=dtype, device=device)
@@ -89,37 +89,37 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: str) -> dict[str, Case]:
     tanh: dict[str, Any] = {"approximate": "tanh"}
     heads_of = partial(fd.qk_norm_rope, cos=cos, sin=sin, q_weight=of_head, k_weight=of_head, interleaved=True)
     return {
-        "layer_norm": Case(
+        "layer_norm": ComparedOp(
             lambda x: F.layer_norm(x, last, w, b), lambda x: fd.layer_norm(x, last, w, b), (x,), 2 * w.nbytes
         ),
-        "rms_norm": Case(
+        "rms_norm": ComparedOp(
             lambda x: F.rms_norm(x, last, w, 1e-6), lambda x: fd.rms_norm(x, last, w, 1e-6), (x,), w.nbytes
         ),
-        "ada_layer_norm": Case(modulated, fd.ada_layer_norm, (x, one, one)),
-        "ada_rms_norm": Case(
+        "ada_layer_norm": ComparedOp(modulated, fd.ada_layer_norm, (x, one, one)),
+        "ada_rms_norm": ComparedOp(
             lambda x, scale, shift: F.rms_norm(x, last, eps=1e-6) * (1 + scale) + shift, fd.ada_rms_norm, (x, one, one)
         ),
-        "gated_residual_ada_norm": Case(plain_step, fd.gated_residual_ada_norm, (x, one, x, one, one)),
-        "qk_norm_rope": Case(plain_heads, heads_of, (head, head), 2 * cos.nbytes, streams=2),
-        "gelu": Case(F.gelu, fd.gelu, (hidden,)),
-        "gelu, tanh": Case(partial(F.gelu, **tanh), partial(fd.gelu, **tanh), (hidden,)),
-        "silu": Case(F.silu, fd.silu, (hidden,)),
-        "swiglu": Case(lambda gate, up: F.silu(gate) * up, fd.swiglu, (hidden, hidden)),
-        "geglu": Case(lambda gate, up: F.gelu(gate) * up, fd.geglu, (hidden, hidden)),
-        "linear, tokens": Case(
+        "gated_residual_ada_norm": ComparedOp(plain_step, fd.gated_residual_ada_norm, (x, one, x, one, one)),
+        "qk_norm_rope": ComparedOp(plain_heads, heads_of, (head, head), 2 * cos.nbytes, streams=2),
+        "gelu": ComparedOp(F.gelu, fd.gelu, (hidden,)),
+        "gelu, tanh": ComparedOp(partial(F.gelu, **tanh), partial(fd.gelu, **tanh), (hidden,)),
+        "silu": ComparedOp(F.silu, fd.silu, (hidden,)),
+        "swiglu": ComparedOp(lambda gate, up: F.silu(gate) * up, fd.swiglu, (hidden, hidden)),
+        "geglu": ComparedOp(lambda gate, up: F.gelu(gate) * up, fd.geglu, (hidden, hidden)),
+        "linear, tokens": ComparedOp(
             lambda x: F.linear(x, matrix), lambda x: fd.linear(x, matrix), (x,), matrix.nbytes, triton=False
         ),
-        "linear, modulation": Case(
+        "linear, modulation": ComparedOp(
             lambda x: F.linear(x, of_six), lambda x: fd.linear(x, of_six), (one,), of_six.nbytes, triton=False
         ),
-        "attention": Case(plain_attention, fd.scaled_dot_product_attention, (head,) * 3),
+        "attention": ComparedOp(plain_attention, fd.scaled_dot_product_attention, (head,) * 3),
     }
 
 
-def draw(case: Case, dtype: torch.dtype, device: str) -> tuple[Tensors, Tensors]:
+def draw(compared: ComparedOp, dtype: torch.dtype, device: str) -> tuple[Tensors, Tensors]:
     """Draw primals and tangents, each with memory of its own."""
     leaf = partial(torch.randn, dtype=dtype, device=device, requires_grad=True)
-    primals, tangents = (tuple(leaf(shape) for shape in case.shapes) for _ in range(2))
+    primals, tangents = (tuple(leaf(shape) for shape in compared.shapes) for _ in range(2))
     return primals, tangents
 
 
@@ -135,18 +135,19 @@ def pulled(results: Tensors, primals: Tensors, tangents: Tensors) -> Callable[[]
     return lambda: torch.autograd.grad(results, (*primals, *tangents), cotangents, retain_graph=True)
 
 
-def op_rows(dtype_name: str, device: str, sizes: Sizes, clock: Clock | None = None) -> list[dict[str, Any]]:
+def count_ops(dtype_name: str, device: str, sizes: Sizes, clock: Clock | None = None) -> list[dict[str, Any]]:
     """Return the counts of each op, way and direction; with a clock, ours is also timed."""
     dtype, rows = DTYPES[dtype_name], []
-    for name, case in cases(sizes, dtype, device).items():
-        primals, tangents = draw(case, dtype, device)
-        results = pushed(case.ours, primals, tangents)
+    for name, compared in compared_ops(sizes, dtype, device).items():
+        primals, tangents = draw(compared, dtype, device)
+        results = pushed(compared.ours, primals, tangents)
         inputs, written = (sum(map(size, each)) for each in ((*primals, *tangents), results))
-        least = {"forward": inputs + written + case.parameters, "backward": 2 * inputs + written + case.parameters}
-        per = results[0].numel() * case.streams
-        ways = {"torch.func.jvp": (case.plain, "torch"), "ours, torch": (case.ours, "torch")}
-        if case.triton:
-            ways["ours, Triton"] = (case.ours, "triton")
+        read_once = inputs + compared.parameters
+        least = {"forward": read_once + written, "backward": read_once + inputs + written}
+        per = results[0].numel() * compared.streams
+        ways = {"torch.func.jvp": (compared.plain, "torch"), "ours, torch": (compared.ours, "torch")}
+        if compared.triton:
+            ways["ours, Triton"] = (compared.ours, "triton")
         for way, (op, impl) in ways.items():
             forward = partial(pushed, op, primals, tangents)
             with counted(impl, device) as of_forward:
@@ -155,7 +156,7 @@ def op_rows(dtype_name: str, device: str, sizes: Sizes, clock: Clock | None = No
             with counted(impl, device) as of_backward:
                 backward()
             # On a GPU, only Triton's form of ours is timed.
-            timed = clock if way != WAYS[1] or not case.triton else None
+            timed = clock if way != WAYS[1] or not compared.triton else None
             for direction, run, found in (("forward", forward, of_forward), ("backward", backward, of_backward)):
                 row = {
                     "op": name,
@@ -215,7 +216,7 @@ def block_ways(rope: bool, sizes: Sizes, device: str) -> dict[str, tuple[Callabl
     }
 
 
-def block_rows(sizes: Sizes, device: str) -> list[dict[str, Any]]:
+def count_blocks(sizes: Sizes, device: str) -> list[dict[str, Any]]:
     """Return the kernels of a block by kind, under bfloat16 autocast with float32 parameters."""
     rows = []
     for rope in (False, True):
@@ -286,8 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sizes = Sizes(args.batch, args.tokens, args.width, HEADS)
     torch.manual_seed(0)
     clock = CudaClock() if device == "cuda" else None
-    rows = [row for dtype in DTYPES for row in op_rows(dtype, device, sizes, clock)]
-    blocks = block_rows(sizes._replace(batch=1), device)
+    rows = [row for dtype in DTYPES for row in count_ops(dtype, device, sizes, clock)]
+    blocks = count_blocks(sizes._replace(batch=1), device)
     copy = None if clock is None else ceilings(torch.device(device), clock)["copy_gbs"]
     results = {"environment": fingerprint(), "sizes": sizes._asdict(), "copy_gb_per_s": copy}
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -21,8 +21,8 @@ from fastdistill.models.dit import DiT
 from fastdistill.testing import make_packed, make_qkv
 
 MODES = ("forward", "forward + primal", "forward + mixed")
-ROWS, CHANNELS = (2, 128), 256
-Pair = Callable[..., tuple[Any, Any]]
+TOKENS, CHANNELS = (2, 128), 256
+PairFunction = Callable[..., tuple[Any, Any]]
 ops: Any = fd  # Arguments are spread from tuples, whose lengths a type checker can't count.
 
 
@@ -34,7 +34,7 @@ class Problem(NamedTuple):
         primals, tangents: float32 inputs, in the same order and of the same shapes.
     """
 
-    pair: Pair
+    pair: PairFunction
     primals: tuple[Tensor, ...]
     tangents: tuple[Tensor, ...]
 
@@ -100,7 +100,7 @@ def _varlen() -> Problem:
 
 def _norm(rms: bool) -> Problem:
     function = ops.rms_norm_jvp if rms else ops.layer_norm_jvp
-    primals, tangents = _normal((*ROWS, CHANNELS), *[(CHANNELS,)] * (1 if rms else 2))
+    primals, tangents = _normal((*TOKENS, CHANNELS), *[(CHANNELS,)] * (1 if rms else 2))
     names = ("weight", "bias")
 
     def pair(primals: Sequence[Tensor], tangents: Sequence[Tensor], tangent_grad: bool) -> tuple[Tensor, Tensor]:
@@ -113,7 +113,7 @@ def _norm(rms: bool) -> Problem:
 
 def _ada_norm(rms: bool) -> Problem:
     function = ops.ada_rms_norm_jvp if rms else ops.ada_layer_norm_jvp
-    primals, tangents = _normal((*ROWS, CHANNELS), *[(ROWS[0], 1, CHANNELS)] * 2)
+    primals, tangents = _normal((*TOKENS, CHANNELS), *[(TOKENS[0], 1, CHANNELS)] * 2)
 
     def pair(primals: Sequence[Tensor], tangents: Sequence[Tensor], tangent_grad: bool) -> tuple[Tensor, Tensor]:
         return function(*primals, *tangents, tangent_grad=tangent_grad, impl="torch")
@@ -122,7 +122,7 @@ def _ada_norm(rms: bool) -> Problem:
 
 
 def _gated_norm() -> Problem:
-    stream, sample = (*ROWS, CHANNELS), (ROWS[0], 1, CHANNELS)
+    stream, sample = (*TOKENS, CHANNELS), (TOKENS[0], 1, CHANNELS)
     primals, tangents = _normal(stream, sample, stream, sample, sample)
 
     def pair(primals: Sequence[Tensor], tangents: Sequence[Tensor], tangent_grad: bool) -> tuple[Any, Any]:
@@ -144,7 +144,7 @@ def _qk_norm_rope() -> Problem:
 
 
 def _activation(function: Any, inputs: int, *options: str) -> Problem:
-    primals, tangents = _normal(*[(*ROWS, CHANNELS)] * inputs)
+    primals, tangents = _normal(*[(*TOKENS, CHANNELS)] * inputs)
 
     def pair(primals: Sequence[Tensor], tangents: Sequence[Tensor], tangent_grad: bool) -> tuple[Tensor, Tensor]:
         return function(*primals, *tangents, *options, tangent_grad=tangent_grad, impl="torch")
@@ -162,7 +162,7 @@ def _linear(rows: int) -> Problem:
 
 
 def _timestep_embedding() -> Problem:
-    primals, tangents = _normal((ROWS[0],))
+    primals, tangents = _normal((TOKENS[0],))
 
     def pair(primals: Sequence[Tensor], tangents: Sequence[Tensor], tangent_grad: bool) -> tuple[Tensor, Tensor]:
         return ops.timestep_embedding_jvp(*primals, *tangents, CHANNELS)

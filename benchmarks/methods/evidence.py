@@ -157,7 +157,8 @@ def work(jobs: Sequence[Job], out: Path, seconds: float, overrides: Sequence[str
             tell(f"[{number}/{len(jobs)}] {job.data}, seed {job.seed}: {job.name}")
             run(job, config)
             if finished(config):
-                measure(config.out, (1,) if job.name in MUTANTS else compare.numbers_of(config), seed=config.seed)
+                steps = (1,) if job.name in MUTANTS else compare.numbers_of(config)
+                stored_or_evaluated(config.out, steps, seed=config.seed)
             tell(f"[{number}/{len(jobs)}] {job.name}: {time.monotonic() - begun:.0f} s, {spent / 60:.0f} min in all")
 
 
@@ -194,7 +195,7 @@ def finished(config: TrainConfig) -> bool:
     return (config.out / "export" / "ema.safetensors").is_file()
 
 
-def measure(
+def stored_or_evaluated(
     run: Path, steps: Sequence[int], *, n: int | None = None, judge: DigitJudge | None = None, seed: int = 0
 ) -> dict[str, Any]:
     """Return `evaluate`'s result for a finished run: the stored one if it still holds, otherwise a new one.
@@ -284,7 +285,7 @@ def collect(jobs: Sequence[Job], out: Path, overrides: Sequence[str] = ()) -> di
         if any(name not in failed for name in runs):
             judge = judge_in(out / data) if data == "digits" else None
             failed = {name: why for name, why in failed.items() if name in runs}
-            summary[data] = compare.summarise(runs, failed, judge, measure=measure) | {"mutants": mutants}
+            summary[data] = compare.summarise(runs, failed, judge, measure=stored_or_evaluated) | {"mutants": mutants}
             add_checks(summary[data], runs)
             if judge is not None:
                 add_references(summary[data]["references"], judge)
@@ -300,7 +301,7 @@ def measure_mutant(job: Job, config: TrainConfig) -> dict[str, float]:
         return {job.name: float("inf")}
     if not finished(config):
         return {}
-    return {job.name: measure(config.out, (1,), seed=config.seed)["steps"]["1"]["map_error"]}
+    return {job.name: stored_or_evaluated(config.out, (1,), seed=config.seed)["steps"]["1"]["map_error"]}
 
 
 def add_checks(result: dict[str, Any], runs: Mapping[str, Sequence[TrainConfig]]) -> None:

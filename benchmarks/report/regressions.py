@@ -80,7 +80,7 @@ def find_regressions(
         {record.key: record for record in each.records} for each in (old, new)
     )
     found = Comparison()
-    for key, before, after in _pairs(*records):
+    for key, before, after in _matched(*records):
         if before is None or after is None:
             record = before or after
             assert record is not None
@@ -93,7 +93,9 @@ def find_regressions(
     return found
 
 
-def _pairs(old: Mapping[Key, Record], new: Mapping[Key, Record]) -> Iterator[tuple[Key, Record | None, Record | None]]:
+def _matched(
+    old: Mapping[Key, Record], new: Mapping[Key, Record]
+) -> Iterator[tuple[Key, Record | None, Record | None]]:
     for key in {**old, **new}:
         yield key, old.get(key), new.get(key)
 
@@ -167,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         old, new = load(args.old), load(args.new)
         found = find_regressions(old, new, metric=args.metric, ratio=args.ratio, across_devices=args.across_devices)
     except BenchError as error:
-        print(f"compare: {error}", file=sys.stderr)
+        print(f"regressions: {error}", file=sys.stderr)
         return 2
     print(describe(found, args.ratio))
     return 1 if found.failures else 0

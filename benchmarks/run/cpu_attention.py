@@ -39,8 +39,8 @@ Run = Callable[[Tensors, Tensors], Tensors]
 
 
 @dataclass(frozen=True)
-class TimedCase:
-    """Describe the shape of a case; CASES names each by its length."""
+class AttentionShape:
+    """Describe the shape of a case; SHAPES names each by its length."""
 
     n: int
     batch: int
@@ -53,7 +53,7 @@ class TimedCase:
         return tuple(x[:, :heads] for x in primals), tuple(x[:, :heads] for x in tangents)
 
 
-CASES = {str(case.n): case for case in (TimedCase(256, 4, 12), TimedCase(1024, 1, 12), TimedCase(4096, 1, 4))}
+SHAPES = {str(n): AttentionShape(n, batch, heads) for n, batch, heads in ((256, 4, 12), (1024, 1, 12), (4096, 1, 4))}
 
 
 def torch_forward(primals: Tensors, tangents: Tensors) -> Tensors:
@@ -112,7 +112,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Run]] = {
 BASELINE = next(iter(IMPLEMENTATIONS))
 
 
-def check_parity(case: TimedCase) -> None:
+def check_parity(case: AttentionShape) -> None:
     """Check every implementation on one head of this case, by the project's tolerance rule."""
     primals, tangents = case.inputs(heads=1)
     exact = tuple(x.double().requires_grad_() for x in primals), tuple(x.double() for x in tangents)
@@ -126,7 +126,7 @@ def check_parity(case: TimedCase) -> None:
             assert_accurate(actual.detach(), truth.detach(), baseline.detach(), name=f"N={case.n} {label} of {name}")
 
 
-def time_case(case: TimedCase, mode: str, rounds: int) -> dict[str, dict[str, float]]:
+def time_case(case: AttentionShape, mode: str, rounds: int) -> dict[str, dict[str, float]]:
     """Return the times of each implementation in milliseconds; rounds are interleaved, and the first only warms up."""
     primals, tangents = case.inputs()
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in IMPLEMENTATIONS}
@@ -149,7 +149,7 @@ def summary(samples: list[tuple[float, float]]) -> dict[str, float]:
     }
 
 
-def peak_memory(name: str, case: TimedCase, mode: str) -> float:
+def peak_memory(name: str, case: AttentionShape, mode: str) -> float:
     """Return the MiB that a run adds to the peak resident set of a fresh process, not counting the inputs."""
     arguments = ["--memory-of", name, str(case.n), mode]
     command = [sys.executable, "-m", "fastdistill.benchmarks.run.cpu_attention", *arguments]
@@ -159,8 +159,8 @@ def peak_memory(name: str, case: TimedCase, mode: str) -> float:
 def print_memory(name: str, n: str, mode: str) -> None:
     """Print the memory of a run, in the fresh process; a tiny run first loads the libraries."""
     run = IMPLEMENTATIONS[name][mode]
-    run(*TimedCase(16, 1, 1).inputs())
-    primals, tangents = CASES[n].inputs()
+    run(*AttentionShape(16, 1, 1).inputs())
+    primals, tangents = SHAPES[n].inputs()
     before = resident("VmRSS")
     run(primals, tangents)
     print(resident("VmHWM") - before)
@@ -175,9 +175,9 @@ def resident(field: str) -> float:
 def time_in_turns(rounds: int) -> list[dict[str, Any]]:
     """Return a result for each case, mode and implementation."""
     rows = []
-    for case in CASES.values():
+    for case in SHAPES.values():
         check_parity(case)
-    for case in CASES.values():
+    for case in SHAPES.values():
         for mode in ("forward", "training"):
             timings = time_case(case, mode, rounds)
             for name, timing in timings.items():

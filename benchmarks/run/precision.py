@@ -25,7 +25,7 @@ from fastdistill.benchmarks.run.environment import RESULTS, fingerprint
 from fastdistill.models import DiT, create
 from fastdistill.testing import relative_error
 
-Pair = tuple[Tensor, Tensor]
+Pushforward = tuple[Tensor, Tensor]  # u and t_u
 NETWORKS: dict[str, dict[str, Any]] = {
     "sine-cosine positions": {"pos": "sincos", "qk_norm": False},
     "RoPE, QK-norm": {"pos": "rope", "qk_norm": True},
@@ -69,7 +69,7 @@ def network(config: dict[str, Any], seed: int) -> DiT:
     return awakened(net, STD)
 
 
-def evaluate(net: DiT, plain: bool, dtype: torch.dtype, size: int, seed: int) -> Pair:
+def evaluate(net: DiT, plain: bool, dtype: torch.dtype, size: int, seed: int) -> Pushforward:
     """Compute u and t_u, with x and v in the given dtype."""
     point, direction = setting(net, size, 1, seed)
     wide = torch.promote_types(dtype, torch.float32)  # bfloat16 could not tell the times apart.

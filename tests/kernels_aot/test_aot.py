@@ -14,7 +14,7 @@ import torch
 import triton
 
 from fastdistill.benchmarks.compile import aot_table
-from fastdistill.benchmarks.compile.aot_table import Row, Task
+from fastdistill.benchmarks.compile.aot_table import Resources, Task
 from fastdistill.kernels import configs
 from fastdistill.kernels.configs import Config
 from fastdistill.tune import Case
@@ -33,7 +33,7 @@ def shipped(kernel: str, arch: int, d: int, tangents: str, mask: str = "none", b
 
 
 @cache
-def recorded(task: Task) -> Row:
+def recorded(task: Task) -> Resources:
     """Return the table's entry for a task."""
     key = aot_table.key(task)
     rows = [row for row in RECORDED if row[: len(key)] == key]

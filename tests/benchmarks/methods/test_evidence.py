@@ -33,7 +33,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return config.out
 
     monkeypatch.setattr(evidence, "train", train)
-    monkeypatch.setattr(evidence, "measure", lambda *arguments, **keywords: {})
+    monkeypatch.setattr(evidence, "stored_or_evaluated", lambda *arguments, **keywords: {})
     return names
 
 
@@ -141,16 +141,16 @@ def test_a_measurement_is_kept_until_the_run_changes(tmp_path: Path, monkeypatch
     weights = run / "export" / "ema.safetensors"
     weights.touch()
     os.utime(weights, (1, 1))
-    assert evidence.measure(run, (1,)) == evidence.measure(run, (1,))
+    assert evidence.stored_or_evaluated(run, (1,)) == evidence.stored_or_evaluated(run, (1,))
     assert calls == [(1,)]
-    evidence.measure(run, (1, 2))
+    evidence.stored_or_evaluated(run, (1, 2))
     assert calls == [(1,), (1, 2)]
     for older in ({"measuring": evidence.MEASURING - 1}, {}):
         (run / "summary.json").write_text(json.dumps({"steps": {"1": {"map_error": 0.2}}} | older))
-        assert evidence.measure(run, (1,))["steps"]["1"]["map_error"] == 0.1
+        assert evidence.stored_or_evaluated(run, (1,))["steps"]["1"]["map_error"] == 0.1
     assert calls == [(1,), (1, 2), (1,), (1,)]
     os.utime(weights, (4e9, 4e9))
-    evidence.measure(run, (1,))
+    evidence.stored_or_evaluated(run, (1,))
     assert calls == [(1,), (1, 2), (1,), (1,), (1,)]
 
 

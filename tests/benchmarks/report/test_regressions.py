@@ -132,7 +132,7 @@ def test_from_nothing_to_something_is_worse(old: Path, capsys: pytest.CaptureFix
 def test_a_damaged_file_has_status_2(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Check that there is one message, without a traceback."""
     text = told(old, [], 2, capsys)
-    assert text.startswith("compare: ") and "new.json: expected an object" in text and text.count("\n") == 1
+    assert text.startswith("regressions: ") and "new.json: expected an object" in text and text.count("\n") == 1
 
 
 @pytest.mark.parametrize(("ratio", "metric"), [(0.9, "median"), (float("nan"), "median"), (1.1, "speed")])
