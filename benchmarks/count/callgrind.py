@@ -21,7 +21,7 @@ from typing import Any
 from torch.utils.benchmark import Timer
 
 from fastdistill.benchmarks.count import op_problems
-from fastdistill.benchmarks.count.op_counts import document, row_of, write
+from fastdistill.benchmarks.count.op_counts import document, entry_of, write
 from fastdistill.benchmarks.run.environment import processor
 
 CALLS = 3
@@ -54,12 +54,14 @@ def main(arguments: Sequence[str] | None = None, counter: Counter = instructions
     # PyTorch's timer calls the first `python` on the path. A fixed seed makes strings hash alike in all processes.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     os.environ |= {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
-    rows: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     for name in args.problems:
         for mode in args.modes:
-            rows.append(row_of("callgrind", name, mode, {"instructions": counter(name, mode)}))
-            print(f"{name:24} {mode:16} {rows[-1]['instructions']:>14,} instructions", flush=True)
-            write(args.out, document(rows, "python -m fastdistill.benchmarks.count.callgrind", processor=processor()))
+            entries.append(entry_of("callgrind", name, mode, {"instructions": counter(name, mode)}))
+            print(f"{name:24} {mode:16} {entries[-1]['instructions']:>14,} instructions", flush=True)
+            write(
+                args.out, document(entries, "python -m fastdistill.benchmarks.count.callgrind", processor=processor())
+            )
     return 0
 
 

@@ -137,7 +137,7 @@ def pulled(results: Tensors, primals: Tensors, tangents: Tensors) -> Callable[[]
 
 def count_ops(dtype_name: str, device: str, sizes: Sizes, clock: Clock | None = None) -> list[dict[str, Any]]:
     """Return the counts of each op, way and direction; with a clock, ours is also timed."""
-    dtype, rows = DTYPES[dtype_name], []
+    dtype, counts = DTYPES[dtype_name], []
     for name, compared in compared_ops(sizes, dtype, device).items():
         primals, tangents = draw(compared, dtype, device)
         results = pushed(compared.ours, primals, tangents)
@@ -158,7 +158,7 @@ def count_ops(dtype_name: str, device: str, sizes: Sizes, clock: Clock | None = 
             # On a GPU, only Triton's form of ours is timed.
             timed = clock if way != WAYS[1] or not compared.triton else None
             for direction, run, found in (("forward", forward, of_forward), ("backward", backward, of_backward)):
-                row = {
+                entry = {
                     "op": name,
                     "dtype": dtype_name,
                     "way": way,
@@ -168,8 +168,8 @@ def count_ops(dtype_name: str, device: str, sizes: Sizes, clock: Clock | None = 
                     "floor": least[direction] / per,
                     "names": [kernel.name for kernel in found],
                 }
-                rows.append(row | (speed(run, least[direction], timed) if timed else {}))
-    return rows
+                counts.append(entry | (speed(run, least[direction], timed) if timed else {}))
+    return counts
 
 
 def speed(run: Callable[[], Tensors], least: int, clock: Clock) -> dict[str, float]:
@@ -218,7 +218,7 @@ def block_ways(rope: bool, sizes: Sizes, device: str) -> dict[str, tuple[Callabl
 
 def count_blocks(sizes: Sizes, device: str) -> list[dict[str, Any]]:
     """Return the kernels of a block by kind, under bfloat16 autocast with float32 parameters."""
-    rows = []
+    counts = []
     for rope in (False, True):
         for way, (run, impl) in block_ways(rope, sizes, device).items():
             with torch.autocast(device, torch.bfloat16), counted(impl, device) as kernels:
@@ -229,13 +229,13 @@ def count_blocks(sizes: Sizes, device: str) -> list[dict[str, Any]]:
                 "ours": sum("." in name for name in names),
                 "casts": names.count("_to_copy"),
             }
-            row: dict[str, Any] = {"block": BLOCKS[rope], "way": way, "kernels": len(names), **kinds}
-            row |= {"others": len(names) - sum(kinds.values()), "mib": sum(k.bytes for k in kernels) / 2**20}
-            rows.append(row | {"names": names})
-    return rows
+            entry: dict[str, Any] = {"block": BLOCKS[rope], "way": way, "kernels": len(names), **kinds}
+            entry |= {"others": len(names) - sum(kinds.values()), "mib": sum(k.bytes for k in kernels) / 2**20}
+            counts.append(entry | {"names": names})
+    return counts
 
 
-def tables(rows: Sequence[dict[str, Any]], blocks: Sequence[dict[str, Any]], copy: float | None, sizes: Sizes) -> str:
+def tables(counts: Sequence[dict[str, Any]], blocks: Sequence[dict[str, Any]], copy: float | None, sizes: Sizes) -> str:
     """Return both tables, with a text that explains the numbers."""
     bandwidth = "GB/s: not yet measured." if copy is None else f"GB/s: of a copy, {copy:.0f}."
     size = f"{sizes.tokens} tokens of width {sizes.width}"
@@ -247,29 +247,33 @@ def tables(rows: Sequence[dict[str, Any]], blocks: Sequence[dict[str, Any]], cop
     text = [legend, ""]
     for direction, title in (("forward", "Output and tangent"), ("backward", "Gradients of both")):
         for dtype in DTYPES:
-            text += [f"{title}, {dtype}:", "", *_op_table(rows, direction, dtype), ""]
+            text += [f"{title}, {dtype}:", "", *_op_table(counts, direction, dtype), ""]
     text += [
         f"A DiT block with its tangent, bfloat16 autocast, float32 parameters, 1 x {size}:",
         "",
         "| block | | kernels | matmuls | Triton | casts | others | MiB moved |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in blocks:
-        cells = [row[name] for name in ("block", "way", "kernels", "matmuls", "ours", "casts", "others")]
-        text.append("| " + " | ".join(map(str, cells)) + f" | {row['mib']:.0f} |")
+    for entry in blocks:
+        cells = [entry[name] for name in ("block", "way", "kernels", "matmuls", "ours", "casts", "others")]
+        text.append("| " + " | ".join(map(str, cells)) + f" | {entry['mib']:.0f} |")
     return "\n".join(text) + "\n"
 
 
-def _op_table(rows: Sequence[dict[str, Any]], direction: str, dtype: str) -> list[str]:
-    found = {(r["op"], r["way"]): r for r in rows if (r["direction"], r["dtype"]) == (direction, dtype)}
-    timed = any("gb_per_s" in row for row in found.values())
+def _op_table(counts: Sequence[dict[str, Any]], direction: str, dtype: str) -> list[str]:
+    found = {
+        (entry["op"], entry["way"]): entry
+        for entry in counts
+        if (entry["direction"], entry["dtype"]) == (direction, dtype)
+    }
+    timed = any("gb_per_s" in entry for entry in found.values())
     heads = ["op", *WAYS, "floor", *(["GB/s", "of torch.func.jvp"] if timed else [])]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for op in dict.fromkeys(op for op, _ in found):
         of_op = [found.get((op, way)) for way in WAYS]
-        cells = [op, *("-" if row is None else f"{row['kernels']} · {row['bytes']:.1f}" for row in of_op)]
+        cells = [op, *("-" if entry is None else f"{entry['kernels']} · {entry['bytes']:.1f}" for entry in of_op)]
         fastest, plain = found.get((op, WAYS[2]), found[op, WAYS[1]]), found[op, WAYS[0]]
-        speeds = [f"{row['gb_per_s']:.0f}" for row in (fastest, plain)] if timed else []
+        speeds = [f"{entry['gb_per_s']:.0f}" for entry in (fastest, plain)] if timed else []
         lines.append("| " + " | ".join([*cells, f"1 · {fastest['floor']:.1f}", *speeds]) + " |")
     return lines
 
@@ -287,14 +291,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sizes = Sizes(args.batch, args.tokens, args.width, HEADS)
     torch.manual_seed(0)
     clock = CudaClock() if device == "cuda" else None
-    rows = [row for dtype in DTYPES for row in count_ops(dtype, device, sizes, clock)]
+    counts = [entry for dtype in DTYPES for entry in count_ops(dtype, device, sizes, clock)]
     blocks = count_blocks(sizes._replace(batch=1), device)
     copy = None if clock is None else ceilings(torch.device(device), clock)["copy_gbs"]
     results = {"environment": fingerprint(), "sizes": sizes._asdict(), "copy_gb_per_s": copy}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    lines = json.dumps(results | {"ops": rows, "blocks": blocks}).replace('{"op"', '\n{"op"')
+    lines = json.dumps(results | {"ops": counts, "blocks": blocks}).replace('{"op"', '\n{"op"')
     args.out.with_suffix(".json").write_text(lines.replace('{"block"', '\n{"block"') + "\n", encoding="utf-8")
-    text = tables(rows, blocks, copy, sizes)
+    text = tables(counts, blocks, copy, sizes)
     args.out.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
 

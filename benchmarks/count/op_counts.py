@@ -133,27 +133,27 @@ def count_all(names: Iterable[str] = op_problems.NAMES) -> Iterator[dict[str, An
         task = op_problems.problem(name)
         for mode in op_problems.MODES:
             counts = count(partial(op_problems.run_mode, task, mode))
-            yield row_of("op_counts", name, mode, counts)
+            yield entry_of("op_counts", name, mode, counts)
 
 
-def row_of(suite: str, name: str, mode: str, counts: Mapping[str, int]) -> dict[str, Any]:
+def entry_of(suite: str, name: str, mode: str, counts: Mapping[str, int]) -> dict[str, Any]:
     """Return the `extra_info` of a problem in a mode."""
     head = {"suite": suite, "op": name, "case": "small", "mode": mode, "provider": "fastdistill torch"}
     return {**head, "kind": "ours", "status": "ok", "dtype": "float32", "device": "cpu", **counts}
 
 
-def document(rows: Iterable[dict[str, Any]], generator: str, **machine: Any) -> dict[str, Any]:
+def document(entries: Iterable[dict[str, Any]], generator: str, **machine: Any) -> dict[str, Any]:
     """Return a benchmark file without times that `records.load` reads."""
     machine = {"device": "cpu", "torch": torch.__version__.partition("+")[0], "generator": generator, **machine}
-    return {"machine_info": machine, "benchmarks": [], "not_timed": list(rows)}
+    return {"machine_info": machine, "benchmarks": [], "not_timed": list(entries)}
 
 
 def write(path: Path, table: dict[str, Any]) -> None:
     """Write a benchmark file with a line for each result, so that a diff shows each change on its line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = ",\n".join(json.dumps(row) for row in table["not_timed"])
+    lines = ",\n".join(json.dumps(entry) for entry in table["not_timed"])
     head = json.dumps({key: value for key, value in table.items() if key != "not_timed"})
-    path.write_text(f'{head[:-1]}, "not_timed": [\n{rows}\n]}}\n', encoding="utf-8")
+    path.write_text(f'{head[:-1]}, "not_timed": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -162,11 +162,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--problems", nargs="+", choices=op_problems.NAMES, default=op_problems.NAMES, metavar="NAME")
     parser.add_argument("--out", type=Path, default=RECORDED, help="(default: benchmarks/results/op_counts.json)")
     args = parser.parse_args(arguments)
-    rows = []
-    for row in count_all(args.problems):
-        rows.append(row)
-        print(f"{row['op']:24} {row['mode']:16}", *(f"{name} {row[name]:>12,}" for name in COUNTS), flush=True)
-    write(args.out, document(rows, "python -m fastdistill.benchmarks.count.op_counts"))
+    entries = []
+    for entry in count_all(args.problems):
+        entries.append(entry)
+        print(f"{entry['op']:24} {entry['mode']:16}", *(f"{name} {entry[name]:>12,}" for name in COUNTS), flush=True)
+    write(args.out, document(entries, "python -m fastdistill.benchmarks.count.op_counts"))
 
 
 if __name__ == "__main__":

@@ -276,8 +276,8 @@ class DualOp:
         pairs = zip(self.primals, data.tangents, strict=True)
         tangents = tuple(x if x is None else self.last(name, x) for name, x in pairs)
         names = (*self.like, *self.like)[: len(results)]
-        rows = tuple(self.last(name, x) for name, x in zip(names, results, strict=True))
-        return Point(primals, tangents, (), (), data.constants), rows
+        cut = tuple(self.last(name, x) for name, x in zip(names, results, strict=True))
+        return Point(primals, tangents, (), (), data.constants), cut
 
     def providers(self, device: torch.device) -> list[Provider]:
         """Return our providers, the generic peers, and those that only this op has."""

@@ -74,32 +74,32 @@ def draw_series(series: Series, look: Mapping[str, Look]) -> str:
     figure = _figure(WIDTH * len(modes) + 0.75, sum(heights) + 0.25 * len(heights) + 0.75 + 0.2 * legend_rows)
     grid = figure.add_gridspec(len(heights), len(modes), height_ratios=heights)
     ticks = sorted({n for curves in series.panels.values() for curve in curves for n in curve.records})
-    rows: list[list[Axes]] = [[] for _ in heights]
+    panel_rows: list[list[Axes]] = [[] for _ in heights]
     for column, mode in enumerate(modes):
         top = None
         for i in range(len(heights)):
-            share = {"sharex": top, "sharey": rows[i][0] if rows[i] else None}
+            share = {"sharex": top, "sharey": panel_rows[i][0] if panel_rows[i] else None}
             axes = figure.add_subplot(grid[i, column], **share)
             top = top or axes
-            rows[i].append(axes)
+            panel_rows[i].append(axes)
             _tidy(axes)
             if column:
                 axes.tick_params(labelleft=False)
         curves = series.panels[mode]
-        rows[0][-1].set_title(MODE_NAMES.get(mode, mode), color=INK, fontsize=SIZE + 1, loc="left")
-        _plot(rows[0][-1], curves, look, series.throughput.of)
+        panel_rows[0][-1].set_title(MODE_NAMES.get(mode, mode), color=INK, fontsize=SIZE + 1, loc="left")
+        _plot(panel_rows[0][-1], curves, look, series.throughput.of)
         if memory:
-            _plot(rows[1][-1], curves, look, _memory)
+            _plot(panel_rows[1][-1], curves, look, _memory)
         if lost:
-            _mark(rows[-1][-1], curves, look, lost, named=column == 0)
-        _length_ticks(rows[0][-1], ticks)
-        for axes in (panels[-1] for panels in rows[:-1]):
+            _mark(panel_rows[-1][-1], curves, look, lost, named=column == 0)
+        _length_ticks(panel_rows[0][-1], ticks)
+        for axes in (panels[-1] for panels in panel_rows[:-1]):
             axes.tick_params(labelbottom=False)
-        rows[-1][-1].set_xlabel(LENGTHS[series.length], color=INK, fontsize=SIZE)
-    rows[0][0].set_ylabel(series.throughput.unit, color=INK, fontsize=SIZE)
+        panel_rows[-1][-1].set_xlabel(LENGTHS[series.length], color=INK, fontsize=SIZE)
+    panel_rows[0][0].set_ylabel(series.throughput.unit, color=INK, fontsize=SIZE)
     if memory:
-        rows[1][0].set_ylabel("peak memory, MiB", color=INK, fontsize=SIZE)
-    for panels in rows[: 1 + memory]:
+        panel_rows[1][0].set_ylabel("peak memory, MiB", color=INK, fontsize=SIZE)
+    for panels in panel_rows[: 1 + memory]:
         _value_ticks(panels)
     statuses = {record.status for _, record in _records(series)}
     _legend(figure, shown, look, len(modes), [mark for status, mark in MARKED.items() if status in statuses])

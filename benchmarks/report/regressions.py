@@ -89,7 +89,7 @@ def find_regressions(
             continue
         _judge(found, key, before, after, (read(before), read(after)), metric, ratio)
     if not found.compared:
-        raise Incomparable(f"no row of ours has a {metric} in both {old.path} and {new.path}: nothing was compared")
+        raise Incomparable(f"no record of ours has a {metric} in both {old.path} and {new.path}: nothing was compared")
     return found
 
 
@@ -153,7 +153,7 @@ def describe(found: Comparison, ratio: float) -> str:
         ("Only in NEW:", found.only_new),
     ]
     lines = [line for title, items in parts if items for line in (title, *(f"  {item}" for item in items))]
-    return "\n".join([*lines, f"{found.compared} rows of ours compared, {len(found.failures)} over {ratio:g}"])
+    return "\n".join([*lines, f"{found.compared} records of ours compared, {len(found.failures)} over {ratio:g}"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -174,7 +174,7 @@ def resident(field: str) -> float:
 
 def time_in_turns(rounds: int) -> list[dict[str, Any]]:
     """Return a result for each case, mode and implementation."""
-    rows = []
+    measured = []
     for case in SHAPES.values():
         check_parity(case)
     for case in SHAPES.values():
@@ -182,17 +182,19 @@ def time_in_turns(rounds: int) -> list[dict[str, Any]]:
             timings = time_case(case, mode, rounds)
             for name, timing in timings.items():
                 speedup = timings[BASELINE]["cpu_ms_min"] / timing["cpu_ms_min"]
-                row = {"case": asdict(case), "mode": mode, "implementation": name, **timing, "speedup": speedup}
-                rows.append(row | {"peak_mib": peak_memory(name, case, mode)})
-                print(line(rows[-1]), flush=True)
-    return rows
+                entry = {"case": asdict(case), "mode": mode, "implementation": name, **timing, "speedup": speedup}
+                measured.append(entry | {"peak_mib": peak_memory(name, case, mode)})
+                print(line(measured[-1]), flush=True)
+    return measured
 
 
-def line(row: dict[str, Any]) -> str:
+def line(entry: dict[str, Any]) -> str:
     """Return one line of the printed table."""
-    shape = "B{batch} H{heads} N{n} D{d}".format(**row["case"])
-    times = f"{row['cpu_ms_min']:9.1f} {row['cpu_ms_median']:9.1f} {row['speedup']:7.2f}x {row['peak_mib']:8.0f}"
-    return f"{shape:17} {row['mode']:9} {row['implementation']:42} {times}"
+    shape = "B{batch} H{heads} N{n} D{d}".format(**entry["case"])
+    times = (
+        f"{entry['cpu_ms_min']:9.1f} {entry['cpu_ms_median']:9.1f} {entry['speedup']:7.2f}x {entry['peak_mib']:8.0f}"
+    )
+    return f"{shape:17} {entry['mode']:9} {entry['implementation']:42} {times}"
 
 
 def main() -> None:
@@ -208,9 +210,9 @@ def main() -> None:
         print_memory(*arguments.memory_of)
         return
     print(f"{'shape':17} {'mode':9} {'implementation':42} {'ms (min)':>9} {'median':>9} {'':>8} {'peak MiB':>8}")
-    rows = time_in_turns(arguments.rounds)
+    measured = time_in_turns(arguments.rounds)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps({"environment": fingerprint(), "results": rows}, indent=2) + "\n")
+    arguments.output.write_text(json.dumps({"environment": fingerprint(), "results": measured}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -81,10 +81,10 @@ class Gate:
             return None
         found = op.part(data, forward())
         assert found is not None
-        part, rows = found
+        part, results = found
         plain = provider.plain or op.plain
         expected, baseline = (op.named(case, plain(case, x)()) for x in (op.exact(part), part))
-        verdict = _compared(provider, case, op.named(case, rows), expected, baseline)
+        verdict = _compared(provider, case, op.named(case, results), expected, baseline)
         if verdict.status != OK:
             verdict = replace(verdict, reason=f"at this size: {verdict.reason}")
             self._wrong_at_size[_key(op, case, provider)] = verdict

@@ -108,7 +108,7 @@ def errors(config: dict[str, Any], seed: int, size: int = SIZE) -> dict[str, tup
     return found
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(measured: Sequence[dict[str, Any]]) -> str:
     """Return the table: the largest error of all seeds, with a row for each way and two columns for each network."""
     legend = (
         f"Relative errors against float64 of the 12-block {PRESET} (N = 256), the largest of {len(SEEDS)} random "
@@ -125,18 +125,19 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for name, way in WAYS.items():
         cells = [way.words]
         for network_name in NETWORKS:
-            of_way = [row for row in rows if (row["way"], row["network"]) == (name, network_name)]
-            cells += [f"{max(row[part] for row in of_way):.1e}" for part in ("error_u", "error_t_u")]
+            of_way = [entry for entry in measured if (entry["way"], entry["network"]) == (name, network_name)]
+            cells += [f"{max(entry[part] for entry in of_way):.1e}" for part in ("error_u", "error_t_u")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def beyond_caps(rows: Sequence[dict[str, Any]]) -> list[str]:
+def beyond_caps(measured: Sequence[dict[str, Any]]) -> list[str]:
     """Return a line for each of our errors that the project does not allow."""
     return [
-        f"{row['way']}, {row['network']}, seed {row['seed']}: error of t_u {row['error_t_u']:.1e}, cap {CAPS[cap]:.1e}"
-        for row in rows
-        if (cap := WAYS[row["way"]].cap) is not None and not row["error_t_u"] < CAPS[cap]
+        f"{entry['way']}, {entry['network']}, seed {entry['seed']}: "
+        f"error of t_u {entry['error_t_u']:.1e}, cap {CAPS[cap]:.1e}"
+        for entry in measured
+        if (cap := WAYS[entry["way"]].cap) is not None and not entry["error_t_u"] < CAPS[cap]
     ]
 
 
@@ -146,18 +147,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=SIZE, help="of the latents")
     parser.add_argument("--out", type=Path, default=RESULTS / "precision", help="without its suffix")
     args = parser.parse_args(arguments)
-    rows = [
+    measured = [
         {"network": name, "seed": seed, "way": way, "error_u": u, "error_t_u": t_u}
         for name, config in NETWORKS.items()
         for seed in SEEDS
         for way, (u, t_u) in errors(config, seed, args.size).items()
     ]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    results = {"environment": fingerprint(), "preset": PRESET, "size": args.size, "std": STD, "results": rows}
+    results = {"environment": fingerprint(), "preset": PRESET, "size": args.size, "std": STD, "results": measured}
     args.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    args.out.with_suffix(".md").write_text(table(rows), encoding="utf-8")
-    print(table(rows))
-    if found := beyond_caps(rows):
+    args.out.with_suffix(".md").write_text(table(measured), encoding="utf-8")
+    print(table(measured))
+    if found := beyond_caps(measured):
         raise SystemExit("\n".join(found))
 
 

@@ -28,7 +28,7 @@ def test_counts_are_written_for_the_comparison(
     assert regressions.main([str(old), str(new), "--metric", "instructions", "--ratio", "1.02"]) == 1
     text = capsys.readouterr().out
     assert "rms_norm, small, float32, forward: fastdistill torch: instructions 1,008 -> 1,050" in text
-    assert "2 rows of ours compared, 1 over 1.02" in text
+    assert "2 records of ours compared, 1 over 1.02" in text
 
 
 def test_without_valgrind_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

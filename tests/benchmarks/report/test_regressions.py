@@ -34,7 +34,8 @@ def told(old: Path, table: Any, status: int, capsys: pytest.CaptureFixture[str],
 def test_the_same_passes(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Check every metric that is in the file."""
     for metric in ("median", "peak_memory"):
-        assert "15 rows of ours compared, 0 over 1.05" in told(old, made_up.document(), 0, capsys, "--metric", metric)
+        text = told(old, made_up.document(), 0, capsys, "--metric", metric)
+        assert "15 records of ours compared, 0 over 1.05" in text
 
 
 def test_a_slower_row_fails_by_name(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,7 +45,7 @@ def test_a_slower_row_fails_by_name(old: Path, capsys: pytest.CaptureFixture[str
     entry["stats"]["median"] *= 1.08
     text = told(old, table, 1, capsys)
     assert "scaling: attention, N256-D64, bfloat16, forward: ours triton: median 1.063 ms -> 1.148 ms, 1.080x" in text
-    assert "15 rows of ours compared, 1 over 1.05" in text
+    assert "15 records of ours compared, 1 over 1.05" in text
     assert "0 over 1.1" in told(old, table, 0, capsys, "--ratio", "1.1")
 
 
@@ -99,7 +100,7 @@ def test_other_devices_are_refused_unless_told(old: Path, capsys: pytest.Capture
     table = made_up.document(gpu="Other GPU")
     text = told(old, table, 2, capsys)
     assert f"on {made_up.GPU}" in text and "on Other GPU" in text and "--across-devices" in text
-    assert "15 rows of ours compared" in told(old, table, 0, capsys, "--across-devices")
+    assert "15 records of ours compared" in told(old, table, 0, capsys, "--across-devices")
 
 
 def test_counts_are_the_same_on_every_device(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
