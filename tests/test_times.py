@@ -315,7 +315,7 @@ def test_bad_settings_are_refused_by_name() -> None:
         (lambda: times.neighbour_times(8, 1), r"^points: expected at least 2, got 1"),
         (lambda: times.neighbour_times(8, 10, log_normal=(0.0, 0.0)), r"^std: "),
         (lambda: times.neighbour_times(8, 10, log_normal=(900.0, 0.1)), r"^log_normal: "),
-        (lambda: times.ct_points(9, 8), r"^step: expected in \[0, 8\], got 9"),
+        (lambda: times.ct_points(9, 8), r"^step: expected a number in \[0, 8\], got 9"),
         (lambda: times.ict_points(1, 8, start=5, end=4), r"^start, end: "),
         (lambda: times.ect_times(8, -1), r"^stage: "),
         (lambda: times.ect_times(8, 1, q=1.0), r"^q: "),

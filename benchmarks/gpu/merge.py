@@ -32,7 +32,9 @@ def merged(files: Mapping[Path, dict[str, Any]]) -> dict[str, Any]:
     (first, *others) = files.items()
     for path, content in others:
         if identity(content) != identity(first[1]):
-            raise BenchError(f"{path} is of {identity(content)}, {first[0]} of {identity(first[1])}: not the same")
+            raise BenchError(
+                f"{path}: expected the setting of {first[0]}, {identity(first[1])}, got {identity(content)}"
+            )
     entries: dict[str, tuple[str, Any]] = {}
     for content in contents:
         for name in ("benchmarks", "not_timed"):

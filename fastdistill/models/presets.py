@@ -60,7 +60,7 @@ def create(name: str, **overrides: Any) -> nn.Module:
     accepted = inspect.signature(preset.network).parameters
     unknown = sorted(set(overrides) - set(accepted))
     if unknown:
-        raise ValueError(f"overrides: {name!r} takes {', '.join(accepted)}, got {', '.join(unknown)}")
+        raise ValueError(f"overrides: expected arguments of {name!r} ({', '.join(accepted)}), got {', '.join(unknown)}")
     return preset.network(**preset.arguments | overrides)
 
 

@@ -90,7 +90,7 @@ def ect_times(
     Source: Geng et al. 2025 (ECT), arXiv:2406.14548, section 3.
     """
     if not 0 < low < 1:
-        raise ValueError(f"low: expected in (0, 1), got {low}")
+        raise ValueError(f"low: expected a time in (0, 1), got {low}")
     law = law or LogNormalLevel(EDM())
     t = law(batch, generator, device).clamp_min(low)
     r = time_of_level(law.path, ect_level(level_of_time(law.path, t), stage, q=q))
@@ -121,6 +121,6 @@ def ect_stage(step: int, total: int, stages: int = 8) -> int:
 
 def _check_progress(step: int, total: int, start: int, end: int) -> None:
     if total < 1 or not 0 <= step <= total:
-        raise ValueError(f"step: expected in [0, {total}], got {step}")
+        raise ValueError(f"step: expected a number in [0, {total}], got {step}")
     if not 1 <= start <= end:
         raise ValueError(f"start, end: expected 1 <= start <= end, got {start}, {end}")

@@ -167,7 +167,7 @@ def test_merging_what_does_not_belong_together(tmp_path: Path, capsys: pytest.Ca
     other = ResultFile(tmp_path / "b.json", MACHINE, {"id": "f" * 16})
     other.add(*measured(a=[1.0]))
     assert merge.main([str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--into", str(tmp_path / "results")]) == 2
-    assert "not the same" in capsys.readouterr().err
+    assert "expected the setting of" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
 
 
