@@ -255,7 +255,7 @@ def _backward_kernel(
         xh, t_xh, a, rstd = _normalised(IN, STATS, T, at, C, RMS, COLUMNS)
         row, of_w, of_b, of_s, of_m = _through_affine(CO, IN, xh, t_xh, at, C)
         dr, dt_r = None, None
-        if not COLUMNS:  # A launch with columns only receives the cotangents of r whole.
+        if not COLUMNS:  # A launch of columns has nothing but the cotangents of r here.
             dr, dt_r = _through_norm(row[0], row[1], xh, t_xh, a, rstd, C, RMS)
         dg, dt_g = _through_residual(CO, IN, OUT, dr, dt_r, b * T + offs_t, at, C)
         found = _in_order(

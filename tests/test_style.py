@@ -109,7 +109,7 @@ def undocumented(path: str, code: str) -> list[str]:
 
 
 def unclear(path: str, code: str, kernels_only: bool = False) -> list[str]:
-    """Return each docstring that doesn't begin with a capital and a verb, or whose summary isn't a sentence.
+    """Return each docstring that doesn't begin with a capital and a verb, or whose summary isn't a sentence on a line.
 
     A module or a class may begin with a noun instead. `kernels_only` looks at Triton's kernels alone.
     """
@@ -131,6 +131,8 @@ def unclear(path: str, code: str, kernels_only: bool = False) -> list[str]:
             found.append(f"{where} begins with {first!r}: say in a sentence what it does or is")
         if summary[-1] not in ".:":
             found.append(f"{where}: its first paragraph ends without a full stop or a colon")
+        if "\n" in summary:
+            found.append(f"{where}: its first paragraph takes more than a line")
     return found
 
 
@@ -194,6 +196,7 @@ def test_what_is_excused_needs_it(place: str) -> None:
         ('def f():\n    """Sums over tokens."""', 1),
         ('def f():\n    """(y, t_y) of x."""', 2),
         ('def f():\n    """Return the sum"""', 1),
+        ('def f():\n    """Return the sum\n    over tokens.\n    """', 1),
         ('class C:\n    """How it is done."""', 1),
         ('class C:\n    @property\n    def f(self):\n        """Name the colour."""', 0),
         ('class C:\n    @property\n    def f(self):\n        """By name."""', 1),
