@@ -332,10 +332,12 @@ def still_valid(path: Path) -> dict[tuple[Any, ...], Resources]:
 def main() -> None:
     """Compile, print the progress, write the table, and fail on any problem."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_MEMORY, help="only these, and write no table")
-    parser.add_argument("--all", action="store_true", help="also what is in the table and has not changed since")
-    parser.add_argument("--jobs", type=int, default=2, help="processes")
-    parser.add_argument("--out", type=Path, default=RESULTS / "aot", help="the table's name without its suffix")
+    parser.add_argument(
+        "--arch", type=int, nargs="+", choices=SHARED_MEMORY, help="compile only for these, and write no table"
+    )
+    parser.add_argument("--all", action="store_true", help="compile also what the table has and has not changed since")
+    parser.add_argument("--jobs", type=int, default=2, help="number of processes")
+    parser.add_argument("--out", type=Path, default=RESULTS / "aot", help="path of the table without the suffix")
     arguments = parser.parse_args()
     tasks = shipped(arguments.arch or configs.ARCHITECTURES)
     known = {} if arguments.all else still_valid(arguments.out)

@@ -281,11 +281,11 @@ def _op_table(counts: Sequence[dict[str, Any]], direction: str, dtype: str) -> l
 def main(arguments: Sequence[str] | None = None) -> None:
     """Count, measure where there is a GPU, print the tables, and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=Sizes().batch, help="samples, of the ops")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="in a sample")
-    parser.add_argument("--width", type=int, default=WIDTH, help="of a token")
+    parser.add_argument("--batch", type=int, default=Sizes().batch, help="number of samples for the ops")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="number of tokens in a sample")
+    parser.add_argument("--width", type=int, default=WIDTH, help="width of a token")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=RESULTS / "launches", help="without its suffix")
+    parser.add_argument("--out", type=Path, default=RESULTS / "launches", help="path of the results without the suffix")
     args = parser.parse_args(arguments)
     device = args.device
     sizes = Sizes(args.batch, args.tokens, args.width, HEADS)

@@ -206,12 +206,18 @@ def begun(path: Path) -> dict[str, Any]:
 def main(arguments: Iterable[str] | None = None) -> int:
     """Run the tests, print the failures and their number, and return 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="*", help="of tests (default: all that a GPU has to show)")
-    parser.add_argument("--core", action="store_true", help="only what benchmarks rest on")
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="results, old ones too")
-    parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="then all is stopped")
-    parser.add_argument("--jobs", type=int, default=max(1, min(14, (os.cpu_count() or 3) - 2)), help="processes")
-    parser.add_argument("--patience", type=float, default=PATIENCE, metavar="SECONDS", help="that a test may take")
+    parser.add_argument("paths", nargs="*", help="paths of tests (default: all that need a GPU)")
+    parser.add_argument("--core", action="store_true", help="run only the tests on which benchmarks rest")
+    parser.add_argument(
+        "--json", type=Path, required=True, metavar="FILE", help="file of the results, to which new ones are added"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), metavar="SECONDS", help="stop all tests after this time"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=max(1, min(14, (os.cpu_count() or 3) - 2)), help="number of processes"
+    )
+    parser.add_argument("--patience", type=float, default=PATIENCE, metavar="SECONDS", help="time that a test may take")
     args = parser.parse_args(None if arguments is None else list(arguments))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # This way the processes end, too.
     started = time.monotonic()

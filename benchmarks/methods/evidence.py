@@ -43,8 +43,7 @@ from fastdistill.train.methods import METHODS
 
 CONTROL = "flow_matching"  # Trained first: the others' teacher, and the control that must fail in one step.
 GATE, CONTROL_GATE = 0.45, 0.6  # Map error in one step: every method must be below, the control and every mutant above.
-# These methods compare laws, not points, and may pair noise and data otherwise than the flow does. So SW2 in one step
-# must stay below this gate; two real draws differ by .04, and flow matching's single step by more than 1.
+# These methods compare laws and may pair points anew, so SW2 is gated: two real draws differ by .04, one Euler step by 1.
 MATCH_LAWS, LAW_GATE = ("imm", "dmd"), 0.45
 
 
@@ -118,7 +117,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", choices=list(compare.STEPS), default=list(compare.STEPS))
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *MUTANTS], default=[*METHODS, *MUTANTS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--budget-minutes", type=float, default=float("inf"), help="start no run after so long")
+    parser.add_argument("--budget-minutes", type=float, default=float("inf"), help="start no run after this")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="the runs (default: %(default)s)")
     parser.add_argument("--evidence", type=Path, default=tables.EVIDENCE, help="results (default: %(default)s)")
     only = parser.add_mutually_exclusive_group()

@@ -161,9 +161,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", metavar="OLD", type=Path)
     parser.add_argument("new", metavar="NEW", type=Path)
-    parser.add_argument("--ratio", type=float, default=1.05, help="NEW / OLD that is still fine (default: %(default)s)")
+    parser.add_argument(
+        "--ratio", type=float, default=1.05, help="largest NEW / OLD that passes (default: %(default)s)"
+    )
     parser.add_argument("--metric", choices=METRICS, default="median", help="(default: %(default)s)")
-    parser.add_argument("--across-devices", action="store_true", help="compare files of different devices, too")
+    parser.add_argument("--across-devices", action="store_true", help="compare files of different devices too")
     args = parser.parse_args(arguments)
     try:
         old, new = load(args.old), load(args.new)

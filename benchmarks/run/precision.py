@@ -144,8 +144,10 @@ def beyond_caps(measured: Sequence[dict[str, Any]]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, write the JSON and the table, and fail if an error is beyond its cap."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=SIZE, help="of the latents")
-    parser.add_argument("--out", type=Path, default=RESULTS / "precision", help="without its suffix")
+    parser.add_argument("--size", type=int, default=SIZE, help="side of the latents")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / "precision", help="path of the results without the suffix"
+    )
     args = parser.parse_args(arguments)
     measured = [
         {"network": name, "seed": seed, "way": way, "error_u": u, "error_t_u": t_u}
