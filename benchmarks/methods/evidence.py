@@ -43,7 +43,7 @@ from fastdistill.train.methods import METHODS
 
 CONTROL = "flow_matching"  # Trained first: the others' teacher, and the control that must fail in one step.
 GATE, CONTROL_GATE = 0.45, 0.6  # Map error in one step: every method must be below, the control and every mutant above.
-# These methods compare laws and may pair points anew, so SW2 is gated: two real draws differ by .04, one Euler step by 1.
+# These methods compare laws and may pair points anew, so SW2 is gated; real draws differ by .04, one Euler step by 1.
 MATCH_LAWS, LAW_GATE = ("imm", "dmd"), 0.45
 
 
