@@ -37,7 +37,7 @@ bench: $(STAMP) ## Run every benchmark that needs no GPU: each checks its number
 aot: $(STAMP) ## Compile every kernel for GPUs that need not be there, about ten minutes: benchmarks/results/aot.md
 	$(ONE_THREAD) $(BIN)/python -m fastdistill.benchmarks.compile.aot_table --jobs $(WORKERS)
 
-evidence: $(STAMP) ## Every method on the ring and on digits, three seeds each, an hour and a half: docs/evidence, docs/methods.md
+evidence: $(STAMP) ## Train every method on the ring and on digits, three seeds, an hour and a half: docs/evidence, docs/methods.md
 	seq $(WORKERS) | $(ONE_THREAD) xargs -P $(WORKERS) -I % $(BIN)/python -m fastdistill.benchmarks.methods.evidence --train-only
 	$(ONE_THREAD) $(BIN)/python -m fastdistill.benchmarks.methods.evidence --collect
 	$(ONE_THREAD) $(BIN)/python -m fastdistill.benchmarks.methods.method_figures --runs runs/evidence

@@ -1,4 +1,4 @@
-"""Build steps that pyproject.toml can't say: refuse a source tree that lost its symlinks."""
+"""Run the build steps that pyproject.toml can't express: refuse a source tree that lost its symlinks."""
 
 from __future__ import annotations
 

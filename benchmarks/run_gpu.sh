@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in pieces of under ten minutes each, on a machine that may be offline:
+# Run what only a GPU can show, in pieces of under ten minutes each, on a machine that may be offline:
 #
 #   benchmarks/run_gpu.sh first      for a GPU lent for a quarter of an hour: nine minutes (BUDGET=540) of what matters
 #                                    most: the core of parity, configs of the headline shapes, `dit` of XL, B, launches
@@ -59,13 +59,13 @@ cache_path() { "$PYTHON" -c 'from fastdistill.kernels import configs; print(conf
 started=$SECONDS until=$BUDGET
 left() { local rest=$((until - SECONDS + started)); echo $((rest > 0 ? rest : 0)); }
 
-# The next step may take until so many hundredths of the budget have passed; what an earlier one left over is its, too.
+# The next step may run until this many hundredths of the budget have passed; time that earlier steps left is its own, too.
 share() {
     until=$((BUDGET * $1 / 100))
     echo "[$((SECONDS - started)) s] $2, until $until s" >>"$LOG"
 }
 
-# What one step finds wrong, or dies of, stops no other.
+# A step that fails, or dies, stops no other step.
 parity() {
     local tests=() status=0
     [ -z "${SMOKE:-}" ] || tests=(tests/kernels/test_tiles.py)
@@ -105,7 +105,7 @@ bench_once() {
         --budget "$(left)" "${device[@]}" ${COMMIT:+--commit "$COMMIT"} "$@" 2>&1 | tee -a "${LOG:-$OUT/$name.log}"
 }
 
-# Everybody but what takes half a minute to compile: that is a piece of its own.
+# These are all providers except the compiled ones: they take half a minute each, and have a piece of their own.
 suite() { bench "$@" --providers '^(?!.*compiled)'; }
 
 compiled() {
@@ -148,7 +148,7 @@ tune_headline() {
     cp "$table" "$OUT/tuned.json"
 }
 
-# Whether attention runs at all; if only without the copy engine, all that follows does without.
+# Check that attention runs at all. If it runs only without the copy engine, all that follows does without it.
 attend() {
     [ -z "${SMOKE:-}" ] || return 0
     timeout -k 5 60 "$PYTHON" - <<'END'

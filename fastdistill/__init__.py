@@ -1,4 +1,4 @@
-"""fastdistill: exact fused tangents for transformer flow maps, and a lean trainer that uses them."""
+"""Compute exact fused tangents for transformer flow maps, and train with them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""`fastdistill compare`: every method under one budget, and what each costs and gives.
+"""Compare methods under one budget, and report what each costs and gives: `fastdistill compare`.
 
-One network, one number of steps and one batch for all; each method with its own recipe (the section `methods` of the
+All have one network, one number of steps and one batch; each method has its own recipe (the section `methods` of the
 shipped configuration) and its own sampler. Teachers are trained once a seed and shared. Everything resumes: runs go on
-where they were, finished ones are only measured.
+where they were, and finished ones are only measured.
 """
 
 from __future__ import annotations
@@ -64,21 +64,23 @@ def compare(
     """Train and measure methods under one budget, and write report.html, summary.json and figures.
 
     Args:
-        methods: names; None: all that there are.
+        methods: names of the methods; None takes all.
         data: "ring" or "digits", or the YAML file of a configuration on another set that has a judge.
-        out: the folder; None: runs/compare-<data>.
-        steps: of training, for every method and for the teacher; None: as the set's judge says (3,000 for the ring,
-            4,000 for digits), else the configuration.
-        seeds: how many, 0, 1, ..., or which. Every table gives mean and standard deviation over them.
-        samples: for each measurement; None: as `evaluate` has it.
+        out: the folder; None takes runs/compare-<data>.
+        steps: training steps of every method and of the teacher; None takes those that the set's judge names (3,000 for
+            the ring, 4,000 for digits), or else the configuration's.
+        seeds: the number of seeds (0, 1, ...), or the seeds themselves. Tables give mean and standard deviation over
+            them.
+        samples: number of samples of each measurement; None takes the default of `evaluate`.
         overrides: more fields for every run, as on the command line: ["--model.width", "32"].
 
     Returns:
-        What summary.json holds: the budget, `methods` {name: {"quality": {steps: {metric: {"mean", "std", "values"}}},
+        The content of summary.json: the budget, `methods` {name: {"quality": {steps: {metric: {"mean", "std",
+            "values"}}},
         "cost", "settings", "failed"}}, `references`, `environment`.
 
     Raises:
-        ConfigError: an unknown name, a method that `overrides` don't suit, or a folder that holds a comparison of other
+        ConfigError: a name is unknown, `overrides` don't suit a method, or the folder holds a comparison of other
             settings.
     """
     if data not in comparable() and not Path(data).is_file():
@@ -152,10 +154,10 @@ def summarise(
     *,
     measure: Callable[..., dict[str, Any]] = evaluate,
 ) -> dict[str, Any]:
-    """Measure all runs: what summary.json holds.
+    """Measure all runs, and return the content of summary.json.
 
     Args:
-        measure: called as `evaluate`, whose results it returns, from a store if it likes.
+        measure: called like `evaluate`, and returns the same; it may read stored results.
     """
     measured = [configs[0] for name, configs in runs.items() if name not in failed]
     if not measured:
@@ -202,7 +204,7 @@ def summarise(
 
 
 def _measure_whole(config: TrainConfig, cost: Mapping[str, float]) -> Mapping[str, float]:
-    """A run's whole budget, with its teacher's, whose steps are measured as the run's own."""
+    """Measure a run's whole budget with that of its teacher, whose steps are measured like the run's own."""
     if config.teacher is None:
         return whole_budget(config, cost, None)
     net, teacher = load_run(config.teacher, device="cpu")
@@ -210,14 +212,18 @@ def _measure_whole(config: TrainConfig, cost: Mapping[str, float]) -> Mapping[st
 
 
 def measure_cost(config: TrainConfig) -> dict[str, float]:
-    """What a training step takes: seconds, network evaluations, and the most bytes of tensors alive in one.
+    """Measure the cost of a training step: seconds, network evaluations, and the most bytes of tensors alive in one.
 
-    The seconds are timed now, on the run's device and from fresh weights: the run's log would also tell what else the
-    machine did meanwhile. They are the mean, over `COST_POINTS` of the run, of the median of a few steps there, for a
-    curriculum may cost more late than early. Before each median one step isn't timed, nor is the run's first, where a
-    critic warms up. The bytes are the larger of those of the second step and of the last, for a curriculum may end with
-    a tangent, beside weights and optimiser: the same on every machine. Evaluations are rows through networks, see
-    `fastdistill.eval.budget`: the mean over `COST_POINTS` of those of the step that isn't timed.
+    The seconds are timed now, on the run's device and from fresh weights, because the run's log depends on what else
+    the machine did meanwhile. At each of `COST_POINTS` of the run, the median of a few steps is taken; the seconds are
+    the mean of these medians, because late steps of a curriculum may cost more. Before each median one step isn't
+    timed, nor is the run's first, where a critic warms up.
+
+    The bytes are the larger of those of the second step and of the last, because a curriculum may end with a tangent.
+    They come on top of weights and optimiser, and are the same on every machine.
+
+    The evaluations are rows through networks (see `fastdistill.eval.budget`), the mean over `COST_POINTS` of those of
+    the step that isn't timed.
     """
     device = pick_device(config)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -241,12 +247,12 @@ def measure_cost(config: TrainConfig) -> dict[str, float]:
 
 
 def _last_step(config: TrainConfig) -> int:
-    """The number of steps before a run's last one, and 1 at the least."""
+    """Return the number of steps before a run's last one, but at least 1."""
     return max(config.steps - 1, 1)
 
 
 def _time_steps(state: dict[str, Any], config: TrainConfig, dataset: Any, first: int) -> tuple[float, int]:
-    """The median time of `COST_STEPS` steps after the step `first`, or of the last ones; and that one's rows."""
+    """Return the median time of `COST_STEPS` steps after the step `first`, or of the last, and the rows of `first`."""
     last, seconds = _last_step(config), []
     first = max(min(first, last - COST_STEPS), 1)
     state["step"] = min(first, last)
@@ -270,12 +276,12 @@ def draw_grids(run: Path) -> dict[str, torch.Tensor]:
 
 
 def numbers_of(config: TrainConfig) -> list[int]:
-    """The numbers of steps in which a run is measured: those that it learnt."""
+    """Return the numbers of steps in which a run is measured: those that it learnt."""
     return OWN.resolve(config).measured_steps(config)
 
 
 def describe_method(config: TrainConfig) -> dict[str, Any]:
-    """What the table says of a method besides numbers."""
+    """Return what the table says of a method besides numbers."""
     objective = config.method.objective()
     return {
         "identity": objective.identity,
@@ -289,7 +295,7 @@ def describe_method(config: TrainConfig) -> dict[str, Any]:
 
 
 def _train(config: TrainConfig) -> str | None:
-    """Train a run to its end; why it failed, or None."""
+    """Train a run to its end; return why it failed, or None."""
     started = time.perf_counter()
     try:
         train(config)
@@ -300,7 +306,7 @@ def _train(config: TrainConfig) -> str | None:
 
 
 def spread(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Mean, standard deviation and values over the seeds, of each metric."""
+    """Return mean, standard deviation and values of each metric over the seeds."""
     return {
         metric: {
             "mean": statistics.fmean(row[metric] for row in rows),

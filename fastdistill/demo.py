@@ -1,6 +1,6 @@
-"""`make demo`: train a teacher on digits, distil it to one step, measure both, and write a report.
+"""Train a teacher on digits, distil it to one step, measure both, and write a report: `make demo`.
 
-Every stage resumes: interrupted, the demo goes on where it was; finished, it measures and reports again without
+Every stage resumes. An interrupted demo goes on where it was, and a finished one measures and reports again without
 training.
 """
 
@@ -31,10 +31,10 @@ GRID_ROWS = 8
 
 
 def main(out: str | Path = "runs/demo") -> Path:
-    """Run the demo in the folder `out` and print where the report is, and its table.
+    """Run the demo in the folder `out`, print its table and where the report is, and return the report's path.
 
-    Writes `teacher/` and `meanflow/` (run folders), `summary.json`, `report.html`, `grid.png` and the classifier that
-    measures. Returns the report's path.
+    It writes `teacher/` and `meanflow/` (run folders), `summary.json`, `report.html`, `grid.png` and the classifier
+    that measures.
 
     Raises:
         ConfigError: `out` holds a demo with other settings.
@@ -61,7 +61,7 @@ def main(out: str | Path = "runs/demo") -> Path:
 
 
 def summarise(configs: Mapping[str, TrainConfig]) -> dict[str, Any]:
-    """Measure both runs: what summary.json holds."""
+    """Measure both runs, and return the content of summary.json."""
     started = time.perf_counter()
     judge = DigitJudge(configs["teacher"].out.parent)
     teacher = evaluate(configs["teacher"].out, TEACHER_STEPS, judge=judge)
@@ -82,7 +82,7 @@ def summarise(configs: Mapping[str, TrainConfig]) -> dict[str, Any]:
 
 
 def judge_goals(teacher: Mapping[str, Row], student: Mapping[str, Row]) -> list[dict[str, Any]]:
-    """What the demo is to show, each with whether the numbers reach it."""
+    """Return what the demo should show, and for each goal whether the numbers reach it."""
 
     def beats(steps: str, teacher_steps: str, words: str) -> dict[str, Any]:
         ours, theirs = student[steps]["frechet"], teacher[teacher_steps]["frechet"]
@@ -101,7 +101,7 @@ def judge_goals(teacher: Mapping[str, Row], student: Mapping[str, Row]) -> list[
 
 
 def draw_samples(configs: Mapping[str, TrainConfig]) -> dict[str, dict[str, Tensor]]:
-    """Images for the grids: every class in turn, from the same noise for each network and number of steps."""
+    """Draw images for the grids: every class in turn, from the same noise for each network and number of steps."""
     digits = Digits()
     count = digits.num_classes * GRID_ROWS
     samples: dict[str, dict[str, Tensor]] = {}
@@ -113,8 +113,8 @@ def draw_samples(configs: Mapping[str, TrainConfig]) -> dict[str, dict[str, Tens
 
 
 def describe_run(config: TrainConfig) -> str:
-    """A run's settings in a line."""
-    net, _ = load_run(config.out, device="cpu")  # frozen, so nothing of it counts as trainable
+    """Return a run's settings in a line."""
+    net, _ = load_run(config.out, device="cpu")  # The network is frozen, so none of its parameters counts as trainable.
     parameters = sum(parameter.numel() for parameter in net.parameters())
     optim = config.optim
     method = config.method

@@ -1,4 +1,4 @@
-"""The driver: a network's output and its directional derivative in one pass, at the memory of a plain forward."""
+"""Compute a network's output and its directional derivative in one pass, at the memory of a plain forward."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def jvp(
             with torch.no_grad(), torch.random.fork_rng(devices):
                 _, t_out = _pushforward(restricted, point, direction)
             return fn(*primals), t_out
-        if torch.compiler.is_compiling():  # the compiler drops the unused graph of the tangent by itself
+        if torch.compiler.is_compiling():  # The compiler drops the unused graph of the tangent by itself.
             out, t_out = _pushforward(restricted, point, direction)
         else:
             with CutTangentGraph(level):
@@ -94,13 +94,13 @@ def jvp(
     return out, tree_map(torch.detach, t_out)
 
 
-# Their tangents are views of tangents that were cut before. To cut again would be right too, only slower.
+# Their tangents are views of tangents that were cut before. Cutting again would be right too, only slower.
 _RESHAPE = {"expand", "flatten", "permute", "reshape", "squeeze", "transpose", "unflatten", "unsqueeze", "view"}
 VIEWS = frozenset(_RESHAPE | {"__getitem__", "chunk", "split", "unbind"})
 
 
 class CutTangentGraph(TorchFunctionMode):
-    """After every operation, detach the tangents of its results.
+    """Detach the tangents of the results of every operation.
 
     The tangent of `F.linear(x, W)` is `F.linear(t_x, W)`, which would save t_x and W for a gradient that nobody asks
     for. Cut at once, what it saved is freed at once. (Under `forward_ad.dual_level` that would not help: there every
@@ -123,7 +123,7 @@ class CutTangentGraph(TorchFunctionMode):
             return result
         if (compat.maybe_current_level() or 0) != self.level:
             return result
-        if isinstance(result, Tensor):  # an in-place operation must return the very tensor it was given
+        if isinstance(result, Tensor):  # An in-place operation must return the very tensor that it was given.
             return result if args and result is args[0] else _cut(result)
         return tuple(map(_cut, result)) if type(result) is tuple else result
 
@@ -141,7 +141,7 @@ def _pushforward(fn: Callable[..., Any], point: tuple[Any, ...], direction: tupl
 
 
 def _tangent(index: int, primal: Any, tangent: Any, tangent_grad: bool) -> Tensor | None:
-    """The checked tangent of one primal; None for a structural zero."""
+    """Return the checked tangent of one primal, or None for a structural zero."""
     name = f"tangents[{index}]"
     if tangent is None or (isinstance(tangent, numbers.Real) and tangent == 0):
         return None

@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: input makers, float64 truths by autodiff, and the one tolerance rule."""
+"""Share what tests and benchmarks need: input makers, float64 truths by autodiff, and the one tolerance rule."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# What accuracy is tested on: every machine's CPU, and its GPU where it has one.
+# Accuracy is tested on every machine's CPU, and on its GPU where it has one.
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-FLOAT64_SLACK = 1e-12  # the truth itself is rounded in float64, so there the rule has no room of its own
+FLOAT64_SLACK = 1e-12  # The truth itself is rounded in float64, so there the rule has no room of its own.
 
 
 def assert_accurate(actual: Tensor, truth: Tensor, baseline: Tensor, *, name: str, order: int = 1) -> None:
-    """Assert err(actual) <= factor * err(baseline) + 2 * eps * max|truth|, err being the largest absolute error.
+    """Assert err(actual) <= factor * err(baseline) + 2 * eps * max|truth|, where err is the largest absolute error.
 
-    truth is float64; baseline is plain PyTorch in the tested dtype, whose eps counts. factor is 2, and 3 for second
-    order (`order=2`: gradients of tangents), where a baseline sums fewer roundings than a fused formula. Where the
-    baseline is float64 too, 1e-12 takes the place of 2 * eps. Anything non-finite fails.
+    truth is float64; baseline is plain PyTorch in the tested dtype, whose eps counts. factor is 2. It is 3 for second
+    order (`order=2`: gradients of tangents), where a baseline sums fewer roundings than a fused formula. If the
+    baseline is float64 too, 1e-12 takes the place of 2 * eps. Any value that isn't finite fails.
     """
     if truth.dtype != torch.float64:
         raise TypeError(f"truth of {name}: expected float64, got {truth.dtype}")
@@ -42,9 +42,9 @@ def assert_accurate(actual: Tensor, truth: Tensor, baseline: Tensor, *, name: st
 
 
 def errors_against(actual: Tensor, truth: Tensor, baseline: Tensor, order: int = 1) -> tuple[float, float]:
-    """The largest error of `actual` and the one that `assert_accurate` allows it, both as shares of max|truth|.
+    """Return the largest error of `actual`, and the error that `assert_accurate` allows it, as shares of max|truth|.
 
-    Where the truth is all zeros both are absolute. Of a different shape or non-finite: the error is infinite.
+    If the truth is all zeros, both are absolute. The error is infinite if `actual` has another shape or isn't finite.
     """
     factor, slack, largest = _rule(truth, baseline, order)
     size = largest if largest > 0 else 1.0
@@ -55,14 +55,14 @@ def errors_against(actual: Tensor, truth: Tensor, baseline: Tensor, order: int =
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:
-    """||actual - truth|| / ||truth|| (Frobenius, in float64); the absolute error where the truth is all zeros."""
+    """Return ||actual - truth|| / ||truth|| (Frobenius, in float64), or the absolute error if the truth is zero."""
     truth = truth.double()
     size = float(truth.norm())
     return float((actual.double() - truth).norm()) / (size if size > 0 else 1.0)
 
 
 def _rule(truth: Tensor, baseline: Tensor, order: int) -> tuple[int, float, float]:
-    """The factor of the baseline's error, the slack, and the largest |truth| that the slack multiplies."""
+    """Return the factor of the baseline's error, the slack, and the largest |truth|, which the slack multiplies."""
     slack = FLOAT64_SLACK if baseline.dtype == torch.float64 else 2 * torch.finfo(baseline.dtype).eps
     return 2 if order == 1 else 3, slack, float(truth.abs().max()) if truth.numel() else 0.0
 
@@ -85,10 +85,10 @@ def make_qkv(
     layout: str = "bhnd",
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Standard normal q (B, H, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv), drawn in float64 and rounded to `dtype`.
+    """Draw standard normal q (B, H, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv) in float64, and round them to `dtype`.
 
-    layout: "bhnd" is contiguous, "bnhd" is a transposed view of (B, N, H, D), "packed" are views of one
-    (B, N, 3, H, D) tensor, as a fused projection leaves them. Another seed gives matching tangents.
+    The layout "bhnd" is contiguous. "bnhd" is a transposed view of (B, N, H, D). "packed" gives views of one (B, N, 3,
+    H, D) tensor, as a fused projection leaves them. Another seed gives matching tangents.
     """
     kv_heads, m, dv = kv_heads or heads, m or n, dv or d
     generator = torch.Generator(device="cpu").manual_seed(seed)
@@ -114,9 +114,10 @@ def make_qkv(
 def make_packed(
     queries: Sequence[int], keys: Sequence[int], heads: int = 4, d: int = 64, *, spare: int = 0, **sizes: Any
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, int, int]]:
-    """(q, k, v) of packed sequences with so many queries and keys each, and (cu_n, cu_m, max_n, max_m).
+    """Draw (q, k, v) of packed sequences with these numbers of queries and keys, and (cu_n, cu_m, max_n, max_m).
 
-    q (1, H, T, D) as `make_qkv` draws it. `spare` tokens lie before the first sequence, and as many after the last.
+    q is (1, H, T, D), drawn like that of `make_qkv`. `spare` tokens lie before the first sequence, and as many after
+    the last.
     """
     bounds = [torch.tensor([spare, *lengths]).cumsum(0, dtype=torch.int32) for lengths in (queries, keys)]
     cu_n, cu_m = (x.to(sizes.get("device", "cpu")) for x in bounds)
@@ -127,7 +128,7 @@ def make_packed(
 def reference_jvp(
     fn: Callable[..., Tensor], primals: Mapping[str, Tensor | None], tangents: Mapping[str, Tensor | None]
 ) -> tuple[Tensor, Tensor]:
-    """(out, t_out) of `fn(**primals)` by `torch.func.jvp`; an absent or None tangent is zero."""
+    """Return (out, t_out) of `fn(**primals)` by `torch.func.jvp`; an absent or None tangent is zero."""
     names, values, directions = _moving(primals, tangents)
     if not names:
         out = fn(**primals)
@@ -147,9 +148,9 @@ def reference_vjp(
     d_out: Tensor,
     dt_out: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Gradients of <d_out, out> + <dt_out, t_out> by reverse over forward mode, from decomposed formulas.
+    """Return gradients of <d_out, out> + <dt_out, t_out> by reverse over forward mode, from decomposed formulas.
 
-    Keys are the names of the floating-point primals, and `t_` + name for every tangent there is.
+    The keys are the names of the floating-point primals, and `t_` + name for every tangent.
     """
     leaves = {name: x for name, x in primals.items() if x is not None and x.is_floating_point()}
     leaves |= {f"t_{name}": x for name, x in tangents.items() if x is not None and dt_out is not None}
@@ -178,16 +179,15 @@ def _moving(
 
 
 def cast(tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> dict[str, Tensor | None]:
-    """The floating-point entries in another dtype; masks and absent entries as they are."""
+    """Cast the floating-point entries to another dtype; masks and absent entries stay as they are."""
     return {name: x.to(dtype) if x is not None and x.is_floating_point() else x for name, x in tensors.items()}
 
 
 class MemoryRecorder(TorchDispatchMode):
-    """Records what is allocated inside it: `largest` is the largest tensor in elements,
-    `alive` the bytes alive now, `peak` the most there were.
+    """Record what is allocated inside: `alive` bytes now, `peak` bytes, and the `largest` tensor in elements.
 
-    Only new storages count: views, in-place results and `out=` buffers don't. What a kernel allocates inside itself is
-    not seen.
+    Only new storages count: views, in-place results and `out=` buffers don't. Memory that a kernel allocates inside
+    itself is not seen.
     """
 
     def __init__(self) -> None:

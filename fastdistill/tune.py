@@ -35,17 +35,17 @@ from fastdistill.ops.attention import eager
 from fastdistill.ops.protocol.pair import Pair, Pairs, flat, paired, without_tangents
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-LARGEST_ERROR = {16: 2e-2, 32: 1e-4}  # relative, by bits: ten times what the kernels do, far below what a fault does
-TOKENS = 32768  # in a timed batch
+LARGEST_ERROR = {16: 2e-2, 32: 1e-4}  # Relative, by bits: ten times the kernels' own, far below that of a fault.
+TOKENS = 32768  # The number of tokens in a timed batch.
 HEADS = 16
-REGISTERS = 224  # of 255, for tiles alone
+REGISTERS = 224  # The registers for tiles alone, of 255.
 MOST_CANDIDATES = 24
 Tensors = Sequence[Tensor | None]
 Results = tuple[Pairs, Sequence[Tensor | None]]  # outputs and residuals
 
 
 class Case(NamedTuple):
-    """A kind of call that gets a config of its own; the fields are those of `kernels.configs.Entry`."""
+    """Describe a kind of call that gets a config of its own; the fields are those of `kernels.configs.Entry`."""
 
     kernel: str
     dtype: torch.dtype
@@ -59,7 +59,7 @@ class Case(NamedTuple):
         return f"{self.kernel} {dtype} D={self.d} tangents {tangents} mask {self.mask} N={self.length}"
 
     def entry(self, arch: int, config: Config, measured: str | None = None) -> Entry:
-        """The line of the table, where a launch reads it: among those of sm_80 if it goes by pointers."""
+        """Return the line of the table that a launch reads; a launch by pointers reads those of sm_80."""
         if not use_descriptors(arch, torch.empty(1, 1, 16, self.d, dtype=self.dtype)):
             arch = min(arch, 80)
         bits = self.dtype.itemsize * 8
@@ -75,23 +75,23 @@ class Call(NamedTuple):
 
 
 class Runner(Protocol):
-    """What tuning needs of a GPU."""
+    """Describe the interface of what tuning needs of a GPU."""
 
     arch: int
     where: str
 
     def fitting(self, case: Case, candidates: Sequence[Config]) -> list[Config]:
-        """Those that compile, within the GPU's memories and without spills."""
+        """Return the candidates that compile, fit the GPU's memories, and don't spill."""
 
     def milliseconds(self, case: Case, config: Config) -> float:
-        """The time that a call takes."""
+        """Return the time of a call."""
 
     def fault(self, case: Case, config: Config) -> str | None:
-        """What is wrong with the results, or None."""
+        """Describe what is wrong with the results, or return None."""
 
 
 def call_of(case: Case, device: str, batch: int, heads: int = HEADS, seed: int = 0) -> Call:
-    """Random arguments: causal under a band; under a mask, a float one with a tangent if the mask has one."""
+    """Draw random arguments: causal for a band; a float mask for a mask, with a tangent if the case has one."""
     generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -127,12 +127,12 @@ def gradients_of(case: Case, call: Call, results: Results, implementation: Any, 
 
 
 def candidates(case: Case, shared_kib: int = 227) -> list[Config]:
-    """Configs whose tiles can be expected to fit registers and shared memory, the largest tiles first."""
-    narrow = case.dtype == torch.float32 or case.d > 128  # for these, tiles of 64 rows are large
+    """Return the configs whose tiles should fit registers and shared memory, the largest tiles first."""
+    narrow = case.dtype == torch.float32 or case.d > 128  # For these, tiles of 64 rows are large.
     kept, streamed = ((16, 32, 64), (16, 32, 64)) if narrow else ((64, 128), (32, 64, 128))
     stages = (2, 3, 4) if case.kernel == "forward" and not narrow else (1, 2, 3)
-    least = 32 if narrow else 128  # elements of a tile, a warp
-    pipelines = [(depth, 0) for depth in stages] + [(2, 128 // case.dtype.itemsize)] * narrow  # the last one streams
+    least = 32 if narrow else 128  # The least number of a tile's elements for each warp.
+    pipelines = [(depth, 0) for depth in stages] + [(2, 128 // case.dtype.itemsize)] * narrow  # The last one streams.
     found = []
     for rows, columns, warps, (depth, width) in itertools.product(kept, streamed, (4, 8), pipelines):
         shape = (columns, rows) if case.kernel == "backward_kv" else (rows, columns)
@@ -142,7 +142,7 @@ def candidates(case: Case, shared_kib: int = 227) -> list[Config]:
 
 
 def _plausible(case: Case, rows: int, columns: int, warps: int, stages: int, stream: int, shared_kib: int) -> bool:
-    """Whether the tiles fit: `rows` accumulate and `columns` pass by in `stages`; both do where `stream` is not 0."""
+    """Return whether the tiles fit: `rows` accumulate while `columns` pass in `stages`, or both pass with `stream`."""
     mixed, width = bool(case.tangents), -(-case.d // 16) * 16
     accumulators = (2 if case.kernel == "backward_kv" else 1) * (1 + mixed)
     registers = rows * (accumulators * width + (3 - (case.kernel == "forward") + mixed) * columns) / (32 * warps)
@@ -155,7 +155,7 @@ def tune(
     cases: Sequence[Case], runner: Runner, path: Path, *, again: bool = False, budget: float = float("inf"),
     report: Callable[[str], None] = print,
 ) -> list[Entry]:  # fmt: skip
-    """Add the fastest config of each case to the file, one by one; cases that it has are left out unless `again`."""
+    """Add the fastest config of each case to the file, one by one; known cases are left out unless `again`."""
     known = {entry[:7]: entry for entry in (configs.read(path) if path.exists() else ())}
     started = time.monotonic()
     for number, case in enumerate(cases, start=1):
@@ -177,11 +177,11 @@ def tune(
 
 
 def _fastest(case: Case, runner: Runner) -> tuple[Entry | None, str]:
-    """The entry of the fastest config whose results are right, and what there is to say of it."""
+    """Return the entry of the fastest config whose results are right, and a line about it."""
     started = time.monotonic()
     place = case.entry(runner.arch, configs.INTERPRETED)
     shipped = configs.nearest(place, configs.shipped())
-    shared_kib = 99 if place.arch == 80 else 227  # what all GPUs have that read those rows
+    shared_kib = 99 if place.arch == 80 else 227  # All GPUs that read those entries have this much.
     tried = list(dict.fromkeys([*([shipped.config] if shipped else []), *candidates(case, shared_kib)]))
     fitting = runner.fitting(case, tried)
     times = {config: runner.milliseconds(case, config) for config in fitting}
@@ -199,14 +199,14 @@ def _fastest(case: Case, runner: Runner) -> tuple[Entry | None, str]:
 
 
 def words(config: Config) -> str:
-    """A config as one says it."""
+    """Return a config in words."""
     streams = f", by {config.stream} columns" if config.stream else ""
     return f"{config.block_n}x{config.block_m}, {config.num_warps} warps, {config.num_stages} stages{streams}"
 
 
 @contextmanager
 def compiling() -> Iterator[list[Any]]:
-    """Inside, a launch only compiles its kernel and adds it to the list; arguments may be meta tensors."""
+    """Make launches only compile their kernels and add them to the list; arguments may be meta tensors."""
     jit = triton.runtime.jit.JITFunction
     run, kernels = jit.run, []
 
@@ -222,9 +222,9 @@ def compiling() -> Iterator[list[Any]]:
 
 
 def compiled(case: Case, arch: int, config: Config, *, costliest: bool = False, packed: bool = False) -> list[Any]:
-    """What is launched with a case's config, for whatever GPU Triton compiles for.
+    """Compile what a case launches, for the GPU for which Triton compiles; `packed` takes packed sequences.
 
-    costliest: with everything that a call with these tangents and this mask may have besides. packed: sequences.
+    `costliest` adds all that a call with these tangents and this mask may have.
     """
     batch = 1 if packed else 2
     call, shape = call_of(case, "meta", batch), (batch, HEADS, case.length, case.d)
@@ -240,11 +240,11 @@ def compiled(case: Case, arch: int, config: Config, *, costliest: bool = False, 
             o, lse = torch.empty(shape, device="meta"), torch.empty(shape[:3], device="meta")
             saved = ([Pair(o, o), Pair(lse, lse)], (None, None))
             gradients_of(case, call, saved, attention, of_mask=costliest and case.mask == "mask")
-    return kernels if case.kernel == "forward" else kernels[1:]  # without the pre-pass over rows
+    return kernels if case.kernel == "forward" else kernels[1:]  # The first kernel is the pre-pass over rows.
 
 
 def _problem(case: Case, arch: int, config: Config) -> str | None:
-    """Why a config can't be used on this GPU; run in a process of its own, so its kernels end in Triton's cache."""
+    """Return why a config can't be used on this GPU, or None; a process of its own fills Triton's cache."""
     try:
         for kernel in compiled(case, arch, config):
             kernel._init_handles()
@@ -256,9 +256,9 @@ def _problem(case: Case, arch: int, config: Config) -> str | None:
 
 
 def cuda_times(run: Callable[[], object], milliseconds: float = 300, least: int = 10, most: int = 200) -> list[float]:
-    """Times of single calls by CUDA events, in ms, after warming up and each with a cold L2 cache.
+    """Return times of single calls by CUDA events, in ms, after warming up and each with a cold L2 cache.
 
-    The cache is overwritten for as long as the host takes to launch the call, so that its own time doesn't count.
+    The cache is overwritten for as long as the host takes to launch the call, so that the launch itself doesn't count.
     """
     cache = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
     for _ in range(3):
@@ -294,7 +294,7 @@ def _problem_alone(case: Case, arch: int, config: Config) -> str | None:
 
 
 class GPU:
-    """The current CUDA device."""
+    """Measure on the current CUDA device."""
 
     def __init__(self, jobs: int) -> None:
         self.arch = configs.arch_of(torch.device("cuda", torch.cuda.current_device()))
@@ -304,17 +304,17 @@ class GPU:
         self._ready: tuple[Case | None, Any] = (None, None)
 
     def fitting(self, case: Case, candidates: Sequence[Config]) -> list[Config]:
-        """Those that compile, within the GPU's memories and without spills."""
+        """Return the candidates that compile, fit the GPU's memories, and don't spill."""
         tasks = [(case, self.arch, config) for config in candidates]
         try:
             problems = list(self._pool.map(_problem, *zip(*tasks)))
-        except BrokenProcessPool:  # a config crashed the compiler: each in a process of its own tells which
+        except BrokenProcessPool:  # A config crashed the compiler; a process for each tells which.
             self._pool = _pool(self._jobs)
             problems = [_problem_alone(*task) for task in tasks]
         return [config for config, problem in zip(candidates, problems) if problem is None]
 
     def milliseconds(self, case: Case, config: Config) -> float:
-        """The median time of a call."""
+        """Return the median time of a call."""
         if self._ready[0] != case:
             call = call_of(case, "cuda", batch=max(1, TOKENS // case.length))
             self._ready = (case, (call, None if case.kernel == "forward" else results_of(call, attention)))
@@ -325,8 +325,8 @@ class GPU:
             return statistics.median(cuda_times(lambda: gradients_of(case, call, results, attention)))
 
     def fault(self, case: Case, config: Config) -> str | None:
-        """What is wrong with the results, or None: against the torch implementation, with tiles that are not full."""
-        case = case._replace(length=min(case.length, 336))  # 16 divides it, so Triton compiles nothing anew
+        """Describe where the results differ from the torch implementation, on partial tiles; or return None."""
+        case = case._replace(length=min(case.length, 336))  # 16 divides this length, so Triton compiles nothing anew.
         call = call_of(case, "cuda", batch=2, seed=1)
         results = results_of(call, eager)
         with configs.forced(self.arch, {case.kernel: config}):
@@ -338,7 +338,7 @@ class GPU:
 
 
 def difference(actual: Tensors, expected: Tensors, largest: float) -> str | None:
-    """The first pair that differs by more than that, as a relative error, or None."""
+    """Describe the first pair whose relative error is larger than `largest`, or return None."""
     for index, (x, y) in enumerate(zip(actual, expected)):
         if x is None or y is None:
             continue
@@ -349,7 +349,7 @@ def difference(actual: Tensors, expected: Tensors, largest: float) -> str | None
 
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
-    """What the command line asks for: with and without tangents, a forward and both halves of the backward."""
+    """Return the cases of the command line: with and without tangents, the forward and both halves of the backward."""
     return [
         Case(kernel, DTYPES[dtype], d, tangents, mask, length)
         for dtype, d, length, mask, kernel in itertools.product(
@@ -361,7 +361,7 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m fastdistill.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -371,10 +371,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--head-dims", nargs="+", type=int, default=[64, 72, 128], metavar="D")
     add("--lengths", nargs="+", type=int, default=[256, 1024, 8192], metavar="N")
     add("--masks", nargs="+", choices=configs.MASKS, default=["none"])
-    add("--tangents", nargs="+", default=["qkv", ""], help="letters; '' is none, and the backward without theirs")
-    add("--jobs", type=int, default=max(1, min(16, (os.cpu_count() or 3) - 2)), help="processes that compile")
-    add("--budget", type=float, default=float("inf"), metavar="SECONDS", help="start no case after so many")
-    add("--again", action="store_true", help="measure what is known, too")
+    add("--tangents", nargs="+", default=["qkv", ""], help="letters; '' is a backward without tangents")
+    add("--jobs", type=int, default=max(1, min(16, (os.cpu_count() or 3) - 2)), help="number of processes that compile")
+    add("--budget", type=float, default=float("inf"), metavar="SECONDS", help="start no case after this time")
+    add("--again", action="store_true", help="measure known cases again")
     add("--export", type=Path, metavar="FILE", help="write all that is known of this GPU into a table, and stop")
     args = parser.parse_args(arguments)
     path = configs.cache_path()

@@ -21,7 +21,7 @@ from .launch import FUSION, Launch, Pairs, check_dtype
 KINDS = ("silu", "gelu", "gelu_tanh")
 BLOCK, WARPS = 1024, 4  # elements and warps of a program: eight elements a thread, 16 bytes of bfloat16
 
-FAR = tl.constexpr(20.0)  # beyond it phi is the identity or zero in float32, and a polynomial of x only overflows
+FAR = tl.constexpr(20.0)  # Beyond it phi is the identity or zero in float32, and a polynomial of x can only overflow.
 SPREAD = tl.constexpr(2 * math.sqrt(2 / math.pi))
 CUBIC = tl.constexpr(0.044715)
 SQRT_HALF = tl.constexpr(math.sqrt(0.5))
@@ -261,7 +261,8 @@ def _derivatives(x, KIND: tl.constexpr):
         small = decay * large
         p, q = tl.where(v < 0, small, large), tl.where(v < 0, large, small)  # logistic(v), logistic(-v)
         if KIND == "silu":
-            # An x beyond FAR would lose its small phi' to the clamp, and needs none: nothing overflows.
+            # An x beyond FAR would lose its small phi' to the clamp, and doesn't need it, because nothing overflows
+            # here.
             return x * p, p + x * p * q, p * q * (2 + x * (q - p))
         return x * p, p + near * p * q * v1, p * q * (2 * v1 + near * (v2 + (q - p) * v1 * v1))
 

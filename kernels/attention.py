@@ -240,7 +240,7 @@ def _attention_kernel(
     inverse = 1 / at_least(e_dot, LIVE)
     lse = (m + tl.log2(at_least(e_sum, LIVE))) * LN_2
     if IN.mask is not None:
-        lse = tl.where(lse < LOWEST / 2.1, lowest_float(IN.mask.ptr.dtype.element_ty), lse)  # see `_add_mask`
+        lse = tl.where(lse < LOWEST / 2.1, lowest_float(IN.mask.ptr.dtype.element_ty), lse)  # See `_add_mask`.
     lse = tl.where(e_sum < LIVE, float("-inf"), lse)
     first = first_row(P, b, h, first_n + start_n)
     rows, live_n = first + tl.arange(0, BLOCK_N), start_n + tl.arange(0, BLOCK_N) < N
@@ -357,8 +357,8 @@ def _add_mask(s, MASK, b, h, offs_n, live_n, offs_m, live_m):
     if MASK.ptr.dtype.element_ty == tl.int1:
         return tl.where(mask, s, float("-inf"))
     else:
-        # A row of finfo.min is not dead, all its keys weigh the same: the change of units must not make it -inf. What
-        # is as low as that counts as LOWEST / 2, until the kernel has an lse, which is finfo.min.
+        # A row of finfo.min is not dead: all its keys weigh the same, and the change of units must not make it -inf. So
+        # such a low value counts as LOWEST / 2, until the kernel has an lse, which is finfo.min.
         bias = at_least(mask.to(tl.float32), LOWEST / 2) * LOG2_E
         return s + tl.where(mask == float("-inf"), float("-inf"), bias)
 

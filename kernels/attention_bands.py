@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-UNLIMITED = tl.constexpr(1 << 30)  # longer than any sequence, and twice it still fits 32 bits
+UNLIMITED = tl.constexpr(1 << 30)  # It is longer than any sequence, and twice it still fits 32 bits.
 
 
 class Problem(NamedTuple):

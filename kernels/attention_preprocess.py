@@ -14,7 +14,7 @@ from .attention_bands import band, first_row, locate, visible
 from .attention_tile import LOG2_E, LOWEST, indices, logits, seen
 from .tiles import Strided, add_cross, at_least, load_tile, with_rests
 
-FAR = tl.constexpr(1024.0)  # an |lse| beyond which float32 holds too few digits of it
+FAR = tl.constexpr(1024.0)  # Beyond this |lse|, float32 holds too few of its digits.
 
 
 class Saved(NamedTuple):
@@ -119,4 +119,4 @@ def _split_lse(
         top_new = tl.maximum(top, tl.max(s, 1))
         total = total * tl.exp2(top - top_new) + tl.sum(tl.exp2(s - top_new[:, None]), 1)
         top = top_new
-    return top, tl.log2(at_least(total, 0.5))  # 1 or more, but in dead rows
+    return top, tl.log2(at_least(total, 0.5))  # The total is 1 or more, except in dead rows.

@@ -18,7 +18,7 @@ from .attention_bands import first_row
 from .tiles import Described, Strided, add_cross, add_crosses, add_pair, as_operand, at_least, load_tile, store_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.0e38)  # below every logit but -inf
+LOWEST = tl.constexpr(-3.0e38)  # It lies below every logit but -inf.
 
 
 class Cotangents(NamedTuple):
@@ -127,10 +127,11 @@ def add_tile(
     acc, query, key, statistics, IN, OUT, P, first_n, at, limits, scale,
     BY_KEYS: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile's share to (dk, dt_k, dv, dt_v) BY_KEYS, else to (dq, dt_q, (), ()); () is a gradient nobody needs.
+    """Add a tile's share to (dk, dt_k, dv, dt_v) if BY_KEYS, otherwise to (dq, dt_q, (), ()).
 
-    limits is None for a tile that is seen whole, or (low, high, cut): only where `cut` are they looked at. The order of
-    the matmuls keeps the fewest registers alive: at most P and two more tiles.
+    () is a gradient that nobody needs. limits is None for a tile that is seen whole, or (low, high, cut), of which low
+    and high are used only if `cut`. The order of the matmuls keeps the fewest registers alive: at most P and two more
+    tiles.
     """
     q, t_q, do, dt_o = query
     k, t_k, v, t_v = key
@@ -143,8 +144,9 @@ def add_tile(
     USES_S: tl.constexpr = (len(acc[0]) > 0) or (d_mask is not None)
     USES_T: tl.constexpr = USES_S or (len(acc[1]) > 0) or (dt_mask is not None)
     MOVES_V: tl.constexpr = (len(acc[2]) > 0) and (dt_o is not None)
-    # What is held is used as soon as possible, to free registers. What is streamed is loaded once for two products,
-    # and the sums over tiles come last: before a loop over columns, the compiler would put off all but their loads.
+    # A held operand is used as soon as possible, to free registers. A streamed one is loaded once for two products, and
+    # the sums over tiles come last: otherwise the compiler would put off all but their loads before a loop over
+    # columns.
     HELD: tl.constexpr = STREAM == 0
     MOVES: tl.constexpr = (delta_t is not None) and (USES_S or MOVES_V)
     JOINT: tl.constexpr = (delta_t is not None) and (dt_o is not None) and USES_S and not HELD

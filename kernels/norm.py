@@ -110,7 +110,7 @@ def plan(inputs: Inputs, outputs: Outputs, eps: float, rms: bool) -> Launch:
 def _norm_kernel(
     IN, OUT, T, eps, C: tl.constexpr, RMS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """One program: ROWS rows of one sample."""
+    """Normalise ROWS rows of one sample; this is one program."""
     tiles_t = tl.cdiv(T, ROWS)
     pid = tl.program_id(0)
     b = (pid // tiles_t).to(tl.int64)

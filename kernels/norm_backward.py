@@ -256,7 +256,7 @@ def _backward_kernel(
     CO, IN, STATS, OUT, PARTIAL, WHOLE, T, steps,
     C: tl.constexpr, RMS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS rows of one sample at a time, `steps` times, and what they add to the sums over rows."""
+    """Take ROWS rows of one sample at a time, `steps` times, and add their share to the sums over rows."""
     chunks = tl.cdiv(T, ROWS * steps)
     pid = tl.program_id(0)
     b = (pid // chunks).to(tl.int64)
@@ -270,7 +270,7 @@ def _backward_kernel(
         xh, t_xh, a, rstd = _normalised(IN, STATS, T, at, C, RMS, COLUMNS)
         row, of_w, of_b, of_s, of_m = _through_affine(CO, IN, xh, t_xh, at, C)
         dr, dt_r = None, None
-        if not COLUMNS:  # with columns only, the cotangents of r are all that flows into it
+        if not COLUMNS:  # A launch of columns has nothing but the cotangents of r here.
             dr, dt_r = _through_norm(row[0], row[1], xh, t_xh, a, rstd, C, RMS)
         dg, dt_g = _through_residual(CO, IN, OUT, dr, dt_r, b * T + offs_t, at, C)
         found = in_order(
@@ -287,7 +287,7 @@ def _backward_kernel(
 
 @triton.jit
 def _normalised(IN, STATS, T, at, C: tl.constexpr, RMS: tl.constexpr, COLUMNS: tl.constexpr):
-    """xh, t_xh, a = mean(xh∘t_x), rstd, where a launch without whole rows reads means that one with them wrote."""
+    """Return xh, t_xh, a = mean(xh∘t_x) and rstd; COLUMNS reads the means that a launch with whole rows wrote."""
     b, offs_t, offs_c, live = at
     rows, exists = b * T + offs_t, offs_t < T
     x, t_x = load_rows(IN, b, offs_t, offs_c, live, C)  # (ROWS, BLOCK_C)
@@ -324,7 +324,7 @@ def _normalised(IN, STATS, T, at, C: tl.constexpr, RMS: tl.constexpr, COLUMNS: t
 
 @triton.jit
 def _through_affine(CO, IN, xh, t_xh, at, C: tl.constexpr):
-    """Cotangents of xh and its tangent; gradients, before any sum, of weight, bias, scale, shift and their tangents."""
+    """Return the cotangents of xh and t_xh, and gradients of weight, bias, scale, shift and tangents before any sum."""
     b, offs_t, offs_c, live = at
     dy = load_or_none(CO.dy, b, offs_t, offs_c, live, C)  # (ROWS, BLOCK_C)
     dt_y = load_or_none(CO.dt_y, b, offs_t, offs_c, live, C)  # (ROWS, BLOCK_C)
@@ -339,7 +339,7 @@ def _through_affine(CO, IN, xh, t_xh, at, C: tl.constexpr):
 
 @triton.jit
 def _through_norm(dxh, dt_xh, xh, t_xh, a, rstd, C: tl.constexpr, RMS: tl.constexpr):
-    """Cotangents of the rows and of their tangents."""
+    """Return the cotangents of the rows and of their tangents."""
     dx, dt_x = None, None
     if dt_xh is not None:
         dt_x, along = _project(dt_xh, xh, C, RMS)
@@ -357,7 +357,7 @@ def _through_norm(dxh, dt_xh, xh, t_xh, a, rstd, C: tl.constexpr, RMS: tl.conste
 
 @triton.jit
 def _through_residual(CO, IN, OUT, dr, dt_r, rows, at, C: tl.constexpr):
-    """Write the gradients of x and h and of their tangents; those of the gate and its tangent, before any sum."""
+    """Write the gradients of x, h and their tangents; return those of the gate and its tangent before any sum."""
     b, offs_t, offs_c, live = at
     dr = add(dr, load_or_none(CO.dr, b, offs_t, offs_c, live, C))  # (ROWS, BLOCK_C)
     dt_r = add(dt_r, load_or_none(CO.dt_r, b, offs_t, offs_c, live, C))  # (ROWS, BLOCK_C)
@@ -376,7 +376,7 @@ def _through_residual(CO, IN, OUT, dr, dt_r, rows, at, C: tl.constexpr):
 
 @triton.jit
 def _project(u, xh, C: tl.constexpr, RMS: tl.constexpr):
-    """Pi(u), and mean(xh∘u)."""
+    """Return Pi(u), and mean(xh∘u)."""
     along = tl.sum(xh * u, 1) / C
     if not RMS:
         u = u - (tl.sum(u, 1) / C)[:, None]

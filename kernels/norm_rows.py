@@ -90,7 +90,7 @@ def strided(x: Tensor | None) -> Source | None:
 
 @triton.jit
 def load(x, b, offs_t, offs_c, live, C: tl.constexpr):
-    """(ROWS, BLOCK_C), or (1, BLOCK_C) where all rows are the same, in float32 and zero beyond the edges."""
+    """Load (ROWS, BLOCK_C), or (1, BLOCK_C) if all rows are the same, in float32 and zero beyond the edges."""
     ptrs = x.ptr + b * x.stride_b + offs_c[None, :] * x.stride_c
     if len(x) == 3:
         tile = tl.load(ptrs, mask=(offs_c < C)[None, :], other=0.0)
@@ -101,7 +101,7 @@ def load(x, b, offs_t, offs_c, live, C: tl.constexpr):
 
 @triton.jit
 def load_or_none(x, b, offs_t, offs_c, live, C: tl.constexpr):
-    """`load`, or None of None."""
+    """Load like `load`; None gives None."""
     if x is None:
         return None
     else:
@@ -110,7 +110,7 @@ def load_or_none(x, b, offs_t, offs_c, live, C: tl.constexpr):
 
 @triton.jit
 def load_rows(IN, b, offs_t, offs_c, live, C: tl.constexpr):
-    """The pair to normalise: x, or x + gate∘h."""
+    """Load the pair to normalise: x, or x + gate∘h."""
     x = load(IN.x, b, offs_t, offs_c, live, C)  # (ROWS, BLOCK_C)
     t_x = load_or_none(IN.t_x, b, offs_t, offs_c, live, C)  # (ROWS, BLOCK_C)
     if IN.h is not None:
@@ -124,7 +124,7 @@ def load_rows(IN, b, offs_t, offs_c, live, C: tl.constexpr):
 
 @triton.jit
 def times(y, t_y, FACTOR, T_FACTOR, PLUS: tl.constexpr, b, offs_t, offs_c, live, C: tl.constexpr):
-    """Product rule with factor + PLUS."""
+    """Multiply a pair by factor + PLUS, by the product rule."""
     if FACTOR is not None:
         factor = load(FACTOR, b, offs_t, offs_c, live, C) + PLUS
         if t_y is not None:
@@ -137,7 +137,7 @@ def times(y, t_y, FACTOR, T_FACTOR, PLUS: tl.constexpr, b, offs_t, offs_c, live,
 
 @triton.jit
 def plus(y, t_y, ADDEND, T_ADDEND, b, offs_t, offs_c, live, C: tl.constexpr):
-    """Sum rule."""
+    """Add an addend to a pair, by the sum rule."""
     if ADDEND is not None:
         y = y + load(ADDEND, b, offs_t, offs_c, live, C)
         if T_ADDEND is not None:
@@ -147,7 +147,7 @@ def plus(y, t_y, ADDEND, T_ADDEND, b, offs_t, offs_c, live, C: tl.constexpr):
 
 @triton.jit
 def times_backward(dy, dt_y, FACTOR, T_FACTOR, PLUS: tl.constexpr, at, C: tl.constexpr):
-    """Cotangents of x and t_x where y = x (factor + PLUS)."""
+    """Return the cotangents of x and t_x where y = x (factor + PLUS)."""
     b, offs_t, offs_c, live = at
     if FACTOR is not None:
         factor = load(FACTOR, b, offs_t, offs_c, live, C) + PLUS
@@ -160,19 +160,22 @@ def times_backward(dy, dt_y, FACTOR, T_FACTOR, PLUS: tl.constexpr, at, C: tl.con
 
 @triton.jit
 def factor_gradient(dy, dt_y, x, t_x):
-    """Gradients of a factor of x and of its tangent, before any sum: dy∘x + dt_y∘t_x, and dt_y∘x."""
+    """Return the gradients of a factor of x and of its tangent, before any sum: dy∘x + dt_y∘t_x, and dt_y∘x."""
     return pair(add(multiply(dy, x), multiply(dt_y, t_x)), multiply(dt_y, x))
 
 
 @triton.jit
 def pair(x, y):
-    """(x, y). Triton takes the None that a function returned for an argument, but not for an element of a tuple."""
+    """Return (x, y).
+
+    Triton accepts a None that a function returned as an argument, but not as an element of a tuple.
+    """
     return x, y
 
 
 @triton.jit
 def add(x, y):
-    """x + y, where None is zero."""
+    """Return x + y, where None is zero."""
     if x is None:
         return y
     elif y is None:
@@ -183,7 +186,7 @@ def add(x, y):
 
 @triton.jit
 def multiply(x, y):
-    """x * y, where None is zero."""
+    """Return x * y, where None is zero."""
     if (x is None) or (y is None):
         return None
     else:
@@ -192,7 +195,7 @@ def multiply(x, y):
 
 @triton.jit
 def store_rows(ptr, rows, offs_c, live, x, C: tl.constexpr):
-    """Write a tile, None being zeros, to rows of a contiguous (..., C) tensor, or to nowhere."""
+    """Write a tile to rows of a contiguous (..., C) tensor; a tile of None is zeros, and no tensor takes nothing."""
     if ptr is not None:
         ptrs = ptr + rows.to(tl.int64)[:, None] * C + offs_c[None, :]
         if x is None:

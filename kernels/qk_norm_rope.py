@@ -199,7 +199,7 @@ def _forward_kernel(
     Q, K, ANGLES, OUT_Q, OUT_K, eps, D: tl.constexpr, NORM: tl.constexpr,
     UNIT: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS rows of queries, or of keys."""
+    """Process ROWS rows of queries, or of keys; this is one program."""
     pid = tl.program_id(0)
     tiles_q = tl.cdiv(Q.rows, ROWS)
     if pid < tiles_q:
@@ -235,7 +235,7 @@ def _backward_kernel(
     Q, K, ANGLES, OUT_Q, OUT_K, eps, steps, D: tl.constexpr, NORM: tl.constexpr,
     UNIT: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS rows at a time of queries, or of keys, `steps` times, and what they add to sums over rows."""
+    """Take ROWS rows of queries, or of keys, at a time, `steps` times, and add their share to the sums over rows."""
     pid = tl.program_id(0)
     programs_q = tl.cdiv(Q.rows, ROWS * steps)
     if pid < programs_q:
@@ -276,7 +276,7 @@ def _backward_tiles(
 
 @triton.jit
 def _zeros(OUT, ROWS: tl.constexpr, HALF: tl.constexpr):
-    """A running sum for each gradient of a weight or a bias that is wanted."""
+    """Return a running sum of zero for each gradient of a weight or a bias that is wanted."""
     sums = ()
     for i in tl.static_range(4):
         if OUT[2 + i] is None:
@@ -288,7 +288,7 @@ def _zeros(OUT, ROWS: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def _summed_up(sums, OUT, found):
-    """The running sums with what was found."""
+    """Add what was found to the running sums."""
     new = ()
     for i in tl.static_range(4):
         if OUT[2 + i] is None:

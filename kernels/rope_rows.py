@@ -93,7 +93,7 @@ def empty(x: Tensor) -> Tensor:
 
 @triton.jit
 def rows_of(X, rows):
-    """Sample, head and token of rows, their number in a contiguous (B, H, N, D) tensor, and whether they exist."""
+    """Return sample, head and token of rows, their number in a contiguous (B, H, N, D) tensor, and which exist."""
     exists = rows < X.rows
     token = rows // X.heads
     h = (rows % X.heads).to(tl.int64)
@@ -106,7 +106,7 @@ def rows_of(X, rows):
 def load_halves(
     X, at, D: tl.constexpr, UNIT: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr
 ):
-    """A pair in float32, zero beyond the edges; None of None."""
+    """Load a pair in float32, zero beyond the edges; None gives None."""
     if X is None:
         return None
     else:
@@ -126,7 +126,7 @@ def load_halves(
 
 @triton.jit
 def store_halves(ptr, x, at, D: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr):
-    """Write a pair, None being zeros, to rows of a contiguous tensor, or to nowhere."""
+    """Write a pair to rows of a contiguous tensor; a pair of None is zeros, and no tensor takes nothing."""
     if ptr is not None:
         _, _, _, rows, exists = at
         ptrs = ptr + (rows * D)[:, None]
@@ -148,7 +148,7 @@ def store_halves(ptr, x, at, D: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: t
 
 @triton.jit
 def channels_of(D: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.constexpr):
-    """Channels of u and of v."""
+    """Return the channels of u and of v."""
     offs = tl.arange(0, HALF)
     if INTERLEAVED:
         return 2 * offs, 2 * offs + 1
@@ -158,7 +158,7 @@ def channels_of(D: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def load_channels(W, D: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.constexpr):
-    """A pair (1, HALF) of a weight or a bias in float32; None of None."""
+    """Load a pair (1, HALF) of a weight or a bias in float32; None gives None."""
     if W is None:
         return None
     else:
@@ -175,7 +175,7 @@ def load_channels(W, D: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.conste
 
 @triton.jit
 def load_angles(ANGLES, at, D: tl.constexpr, HALF: tl.constexpr):
-    """(cos, sin), (ROWS, HALF) each, or None."""
+    """Load (cos, sin), each (ROWS, HALF); no angles give None."""
     if ANGLES.cos is None:
         return None
     else:
@@ -190,7 +190,7 @@ def load_angles(ANGLES, at, D: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def turned(x, angles, BACK: tl.constexpr):
-    """R x, or its transpose, which is its inverse."""
+    """Return R x or, if BACK, its transpose applied to x, which is the inverse."""
     if x is None:
         return None
     elif angles is None:
@@ -206,7 +206,7 @@ def turned(x, angles, BACK: tl.constexpr):
 
 @triton.jit
 def times(x, y):
-    """x∘y, where None is zero."""
+    """Return x∘y, where None is zero."""
     if (x is None) or (y is None):
         return None
     else:
@@ -215,7 +215,7 @@ def times(x, y):
 
 @triton.jit
 def scaled(x, factor):
-    """x∘factor, where a factor of None is one."""
+    """Return x∘factor, where a factor of None is one."""
     if factor is None:
         return x
     else:
@@ -224,7 +224,7 @@ def scaled(x, factor):
 
 @triton.jit
 def plus(x, y):
-    """x + y, where None is zero."""
+    """Return x + y, where None is zero."""
     if x is None:
         return y
     elif y is None:
@@ -235,20 +235,20 @@ def plus(x, y):
 
 @triton.jit
 def mean_of(x, y, D: tl.constexpr):
-    """mean(x∘y) over the channels, (ROWS, 1)."""
+    """Return mean(x∘y) over the channels, (ROWS, 1)."""
     return ((tl.sum(x[0] * y[0], 1) + tl.sum(x[1] * y[1], 1)) / D)[:, None]
 
 
 @triton.jit
 def centred(x, live, D: tl.constexpr):
-    """x - mean x, and zero still beyond the edges."""
+    """Return x - mean x, still zero beyond the edges."""
     mean = ((tl.sum(x[0], 1) + tl.sum(x[1], 1)) / D)[:, None]
     return tl.where(live, x[0] - mean, 0.0), tl.where(live, x[1] - mean, 0.0)
 
 
 @triton.jit
 def normalised(x, t_x, exists, eps, D: tl.constexpr, NORM: tl.constexpr, HALF: tl.constexpr):
-    """xh, t_xh, a = mean(xh∘t_x), rstd; for NORM "none" x and t_x themselves."""
+    """Return xh, t_xh, a = mean(xh∘t_x) and rstd; for NORM "none", return x and t_x themselves."""
     if NORM == "none":
         return x, t_x, None, None
     else:
@@ -267,7 +267,7 @@ def normalised(x, t_x, exists, eps, D: tl.constexpr, NORM: tl.constexpr, HALF: t
 
 @triton.jit
 def project(x, xh, live, D: tl.constexpr, NORM: tl.constexpr):
-    """Pi(x), and mean(xh∘x)."""
+    """Return Pi(x), and mean(xh∘x)."""
     along = mean_of(xh, x, D)
     if NORM == "layer":
         x = centred(x, live, D)
@@ -278,7 +278,7 @@ def project(x, xh, live, D: tl.constexpr, NORM: tl.constexpr):
 def back_through_norm(
     dxh, dt_xh, xh, t_xh, a, rstd, exists, D: tl.constexpr, NORM: tl.constexpr, HALF: tl.constexpr
 ):  # fmt: skip
-    """Cotangents of x and of t_x."""
+    """Return the cotangents of x and of t_x."""
     if NORM == "none":
         return dxh, dt_xh
     else:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-REST = tl.constexpr(256.0)  # keeps what rounding took from a small float16 clear of the subnormal numbers
+REST = tl.constexpr(256.0)  # This factor keeps what rounding took from a small float16 clear of the subnormal numbers.
 
 
 class Strided(NamedTuple):
@@ -44,7 +44,7 @@ def column_parts(width: int, stream: int = 0) -> tuple[tuple[int, int], ...]:
     """
     if stream:
         return tuple((first, stream) for first in range(0, width, stream))
-    narrowest = 16  # the least summed dimension of a tensor-core matmul
+    narrowest = 16  # A tensor-core matmul sums over at least this many.
     while True:
         parts: list[tuple[int, int]] = []
         first, rest = 0, -(-width // narrowest) * narrowest
@@ -99,7 +99,7 @@ def load_tile(
 ):  # fmt: skip
     """Load rows start ... start + ROWS - 1 of a sequence of n, whose row 0 is row `first` of head h of sample b.
 
-    Rows from n on and columns from D on are zero. With STREAM nothing is loaded yet: what comes back says from where
+    Rows from n on and columns from D on are zero. With STREAM nothing is loaded yet. The result then says from where
     the products below load STREAM columns at a time, each time anew.
     """
     PARTS: tl.constexpr = column_parts(D)

@@ -1,4 +1,4 @@
-"""What every test runs under: one thread, one seed, repeatable algorithms, and no window for a plot to open."""
+"""Give every test one thread, one seed, repeatable algorithms, and no window in which a plot could open."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def repeatable() -> Iterator[None]:
-    """The same random numbers for each test, whichever ran before it, and settings restored after it.
+    """Seed each test anew, whichever ran before it, and restore the settings after it.
 
-    Deterministic mode has a second use: it fills `torch.empty` with NaN, so an element nobody wrote can't go unseen.
+    Deterministic mode has a second use: it fills `torch.empty` with NaN, so that an element that nobody wrote is
+    noticed.
     """
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)

@@ -1,7 +1,7 @@
-"""Attention's plain gradients in 16 bits, with large logits: the inputs and the check, whichever implementation runs.
+"""Check attention's plain gradients in 16 bits, with large logits, for whichever implementation runs.
 
-rowsum(dP∘P) = rowsum(do∘o) is subtracted from dP, and where logits are large or values have a mean, what is left is
-small against both. From a rounded o, which is what PyTorch's own kernels take, dq and dk are wrong by some percent.
+rowsum(dP∘P) = rowsum(do∘o) is subtracted from dP. Where logits are large or values have a mean, the difference is small
+against both. With a rounded o, which PyTorch's own kernels take, dq and dk are wrong by some percent.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastdistill import reference
 from fastdistill.testing import assert_accurate, make_qkv, relative_error
 
-CAPS = {torch.bfloat16: 3.6e-3, torch.float16: 5e-4}  # rounding P and dS; from a rounded o it is ten times as much
+# These come from rounding P and dS; a rounded o would give ten times as much.
+CAPS = {torch.bfloat16: 3.6e-3, torch.float16: 5e-4}
 
 
 class Case(NamedTuple):
-    """std: of the logits. common: the mean of v. mask: None, "causal", "bool" or "float"."""
+    """Describe logits of deviation `std`, the mean `common` of v, and a mask: None, "causal", "bool" or "float"."""
 
     d: int
     std: float
@@ -30,7 +31,8 @@ class Case(NamedTuple):
     kv_heads: int = 2
 
 
-# Head dims of one and of two parts, logits that are ordinary, large and nearly one-hot, each mask, grouped queries.
+# The cases have head dims of one and of two parts, logits that are ordinary, large and nearly one-hot, each mask, and
+# grouped queries.
 CASES = [
     Case(64, 1.0),
     Case(64, 16.0),

@@ -1,4 +1,4 @@
-"""The command line: help, errors in one message, and the whole way from a configuration to samples."""
+"""Test the command line: help, errors in one message, and the whole way from a configuration to samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TINY = ["--steps", "2", "--data.batch", "8", "--model.width", "8", "--device", "
 
 
 def told(arguments: list[str], status: int, capsys: pytest.CaptureFixture[str]) -> str:
-    """What a command prints, once its exit status is as expected."""
+    """Return what a command prints, after checking its exit status."""
     try:
         actual: object = main(arguments)
     except SystemExit as stop:
@@ -31,12 +31,12 @@ def told(arguments: list[str], status: int, capsys: pytest.CaptureFixture[str]) 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished tiny run."""
+    """Return a finished tiny run."""
     return train(load_config("ring", ["--out", str(tmp_path_factory.mktemp("cli") / "ring"), *TINY]))
 
 
 def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
-    """Commands and examples, in `python -m` fashion too."""
+    """Check commands and examples, also by `python -m`."""
     text = told(["--help"], 0, capsys)
     for command in ("train", "sample", "eval", "explain", "compare", "demo", "bench", "report", "doctor"):
         assert f"\n    {command} " in text
@@ -45,19 +45,19 @@ def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_for_a_configuration_lists_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
-    """With their defaults from the file."""
+    """Check that fields have their defaults from the file."""
     text = told(["train", "ring", "--help"], 0, capsys)
     for field in ("--optim.lr FLOAT", "--method.distinct FLOAT", "--log.checkpoint-every INT", "--resume-from"):
         assert field in text
 
 
 def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
-    """As `fastdistill --version`."""
+    """Check `fastdistill --version`."""
     assert told(["--version"], 0, capsys) == f"fastdistill {fastdistill.__version__}\n"
 
 
 def test_help_loads_nothing_heavy() -> None:
-    """A fresh Python shows help without what only training needs."""
+    """Check that a fresh Python shows help without loading what only training needs."""
     code = """
 import sys
 from fastdistill.cli import main
@@ -105,7 +105,7 @@ print(*(name for name in ("pydantic", "tyro", "sklearn", "matplotlib", "tensorbo
 def test_a_mistake_ends_in_one_message_and_status_2(
     arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It names what was wrong; no traceback."""
+    """Check that the message names what was wrong, without a traceback."""
     text = told(arguments, 2, capsys)
     for word in words:
         assert word in text
@@ -113,7 +113,7 @@ def test_a_mistake_ends_in_one_message_and_status_2(
 
 
 def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error that no message explains is not swallowed."""
+    """Check that an error that no message explains is not swallowed."""
 
     def broken(*_: object) -> None:
         raise ValueError("a bug")
@@ -126,7 +126,7 @@ def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_package_is_named_with_its_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As on a plain install without the extra."""
+    """Check the message of a plain install without the extra."""
 
     def missing(*_: object) -> None:
         raise ModuleNotFoundError("No module named 'tyro'", name="tyro")
@@ -138,7 +138,7 @@ def test_a_missing_package_is_named_with_its_remedy(
 def test_a_run_that_diverges_ends_in_one_message_and_status_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not a mistake in the input, so not status 2."""
+    """Check that it isn't status 2, because the input is no mistake."""
     batch = Ring.batch
     monkeypatch.setattr(Ring, "batch", lambda *args: (batch(*args)[0] / 0, None))
     text = told(["train", "ring", "--out", str(tmp_path / "run"), *TINY], 1, capsys)
@@ -149,7 +149,7 @@ def test_a_run_that_diverges_ends_in_one_message_and_status_1(
 def test_training_on_the_ring_ends_with_the_distance_to_the_exact_map(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At 1, 2, 4 and 8 steps; and once more by `eval`, at the steps asked for."""
+    """Check the distances at 1, 2, 4 and 8 steps, and by `eval` at the requested steps."""
     assert main(["train", "ring", "--out", str(run), *TINY]) == 0
     text = capsys.readouterr().out
     assert "map error" in text
@@ -164,7 +164,7 @@ def test_training_on_the_ring_ends_with_the_distance_to_the_exact_map(
 def test_samples_are_written_as_a_picture_or_an_array(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where asked, or in the run folder; the path is printed."""
+    """Check that they are written to the given path, or to the run folder, and that the path is printed."""
     array, picture = tmp_path / "points.npy", run / "samples" / "sample.png"
     assert told(["sample", str(run), "--n", "7", "--steps", "2", "--out", str(array)], 0, capsys) == f"{array}\n"
     assert np.load(array).shape == (7, 2)
@@ -174,7 +174,7 @@ def test_samples_are_written_as_a_picture_or_an_array(
 
 
 def test_samples_and_measures_by_another_sampler(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By name, or by gamma; one that the network wasn't trained for is refused."""
+    """Check samplers by name, or by gamma; a sampler for which the network wasn't trained is refused."""
     arrays = []
     for name, how in (("a", []), ("b", ["--sampler", "consistency"]), ("c", ["--gamma", "0.5"])):
         out = tmp_path / f"{name}.npy"
@@ -190,7 +190,7 @@ def test_samples_and_measures_by_another_sampler(run: Path, tmp_path: Path, caps
 
 
 def test_methods_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    """One in full, or all in a table."""
+    """Check one in full, and all in a table."""
     assert "arXiv:2505.13447" in told(["explain", "meanflow"], 0, capsys)
     table = told(["explain"], 0, capsys)
     assert all(f"\n{name} " in table for name in ("meanflow", "facm", "dmd", "reflow"))
@@ -199,7 +199,7 @@ def test_methods_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
 def test_methods_are_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The command passes its options on, and prints the table and where the report is."""
+    """Check that the command passes its options on, and prints the table and where the report is."""
     import fastdistill.compare as module
 
     small = ["--model.width", "8", "--data.batch", "16", "--device", "cpu"]
@@ -214,14 +214,14 @@ def test_methods_are_compared(
 def test_samples_that_a_run_cannot_give_are_refused(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Labels of data without labels, guidance of MeanFlow, a folder that isn't there."""
+    """Check labels of data without labels, guidance of MeanFlow, and a folder that doesn't exist."""
     assert "ring has no labels" in told(["sample", str(run), "--label", "3"], 2, capsys)
     assert "guidance built in" in told(["sample", str(run), "--guidance", "2"], 2, capsys)
     assert "is no folder" in told(["sample", str(run), "--out", str(tmp_path / "no" / "a.png")], 2, capsys)
 
 
 def test_the_doctor_tries_each_implementation(capsys: pytest.CaptureFixture[str]) -> None:
-    """It says what runs, and why something doesn't."""
+    """Check that it reports what runs, and why something doesn't."""
     text = told(["doctor"], 0, capsys)
     lines = dict(line.split(maxsplit=1) for line in text.splitlines())
     assert lines["fastdistill"].startswith(fastdistill.__version__)

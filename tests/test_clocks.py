@@ -1,4 +1,4 @@
-"""No test depends on how fast a machine is: none waits for so many seconds, and none compares times on the wall."""
+"""Check that no test depends on a machine's speed: none waits for some seconds, and none compares wall times."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEAST = 600  # seconds: a shorter limit fails on a busy machine
+LEAST = 600  # In seconds; a shorter limit fails on a busy machine.
 CLOCKS = {"time.time", "time.monotonic", "time.perf_counter", "time.process_time"}
 
 
@@ -35,7 +35,7 @@ def _is_short(limit: ast.expr) -> bool:
 
 
 def test_no_test_reads_a_clock_or_gives_up() -> None:
-    """Where time matters it is handed in, and stands still until the test moves it."""
+    """Check that tests receive time as an argument, and move it themselves."""
     paths = [path for path in sorted((ROOT / "tests").rglob("*.py")) if path != Path(__file__)]
     found = [f"{path.relative_to(ROOT)}:{line}" for path in paths for line in clocks(path.read_text(encoding="utf-8"))]
     assert not found, "\n".join(found)
@@ -56,7 +56,7 @@ def test_a_planted_clock_is_found(line: str) -> None:
 
 
 def test_waiting_for_an_event_is_no_clock() -> None:
-    """Nor are pauses between two looks, or a clock that stands in for the real one."""
+    """Check that pauses between two looks, and a stand-in for the real clock, are allowed too."""
     assert (
         clocks(
             "run(command, timeout=600); event.wait(); thread.join(); time.sleep(0.05); ', '.join(names); time = Time()"

@@ -1,4 +1,4 @@
-"""`compare`: two methods and a shared teacher, a few steps each."""
+"""Test `compare` on two methods and a shared teacher, a few steps each."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ TINY = ["--model.width", "8", "--data.batch", "16", "--device", "cpu"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished comparison on the ring: one method from data, one that needs the teacher, two seeds."""
+    """Return a finished comparison on the ring: one method from data, one that needs the teacher, two seeds."""
     out = tmp_path_factory.mktemp("compare")
     compare(["esd", "facm"], "ring", out, steps=3, seeds=2, samples=64, overrides=TINY)
     return out
 
 
 def test_the_folder_holds_report_summary_and_figures(folder: Path) -> None:
-    """And a run for each method and seed, and for the teacher that they share."""
+    """Check that each method and seed has a run, and so has the teacher that they share."""
     for name in ("report.html", "summary.json", "quality.png", "cost.png", "samples.png", "curves.png"):
         assert (folder / name).stat().st_size > 1000
     runs = {str(path.parent.relative_to(folder)) for path in folder.rglob("config.yaml")}
@@ -34,7 +34,7 @@ def test_the_folder_holds_report_summary_and_figures(folder: Path) -> None:
 
 
 def test_the_summary_has_quality_and_cost_over_the_seeds(folder: Path) -> None:
-    """Mean, deviation and values of every metric at 1, 2, 4 and 8 steps."""
+    """Check mean, deviation and values of every metric at 1, 2, 4 and 8 steps."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     assert list(summary["methods"]) == ["esd", "facm"]
     assert summary["budget"]["seeds"] == [0, 1]
@@ -51,7 +51,7 @@ def test_the_summary_has_quality_and_cost_over_the_seeds(folder: Path) -> None:
 
 
 def test_a_method_is_measured_in_the_steps_that_it_learnt(tmp_path: Path) -> None:
-    """DMD with one time in one step alone: a dash in the tables, no verdict on the others, and figures all the same."""
+    """Check DMD with one time, in one step alone: dashes in the tables, no verdict on other steps, and figures."""
     folder = tmp_path / "dmd"
     summary = compare(["dmd", "imm"], "ring", folder, steps=2, samples=64, overrides=TINY)
     assert list(summary["methods"]["dmd"]["quality"]) == ["1"]
@@ -66,14 +66,14 @@ def test_a_method_is_measured_in_the_steps_that_it_learnt(tmp_path: Path) -> Non
 
 
 def test_a_method_that_the_overrides_do_not_suit_is_refused_before_any_trains(tmp_path: Path) -> None:
-    """Although it comes last."""
+    """Check that it is refused although it comes last."""
     with pytest.raises(ConfigError, match=r"path\.name: scm fits the paths"):
         compare(["meanflow", "scm"], "ring", tmp_path / "none", steps=2, overrides=[*TINY, "--path.name", "ve"])
     assert not (tmp_path / "none").exists()
 
 
 def test_a_finished_comparison_trains_nothing_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And finds the same numbers, but for what a clock says; a name or a seed given twice counts once."""
+    """Check that the numbers are the same, except times; a name or a seed given twice counts once."""
     before = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     exports = {path: path.stat().st_mtime_ns for path in folder.rglob("ema.safetensors")}
     summary = compare(["esd", "facm", "esd"], "ring", folder, steps=3, seeds=[0, 1, 0], samples=64, overrides=TINY)
@@ -87,7 +87,7 @@ def test_a_finished_comparison_trains_nothing_again(folder: Path, monkeypatch: p
 
 
 def test_a_step_costs_the_mean_of_the_medians_over_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock of our own: dear first steps and one interruption don't count, a dear end of a curriculum does."""
+    """Check by a clock of our own that costly first steps and one interruption don't count, and a costly end does."""
     import fastdistill.compare as module
 
     now, steps = [0.0], []
@@ -106,7 +106,7 @@ def test_a_step_costs_the_mean_of_the_medians_over_the_run(tmp_path: Path, monke
 
 
 def test_memory_is_that_of_the_dearest_part_of_a_curriculum(tmp_path: Path) -> None:
-    """alpha-Flow starts without a tangent and ends as MeanFlow: the step at its end is the one that counts."""
+    """Check alpha-Flow, which starts without a tangent and ends as MeanFlow: the step at its end counts."""
     same = ["--method.distinct", "0.75"]
     peaks = {
         name: measure_cost(configure(name, "ring", tmp_path, ["--steps", "100", *TINY, *share]))["peak_bytes"]
@@ -118,13 +118,13 @@ def test_memory_is_that_of_the_dearest_part_of_a_curriculum(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["alpha_flow", "consistency", "ect"])
 def test_the_shortest_run_has_a_cost(name: str, tmp_path: Path) -> None:
-    """Whose points fall together; a curriculum still finds its place."""
+    """Check a run whose points fall together; a curriculum still finds its place."""
     cost = measure_cost(configure(name, "ring", tmp_path, ["--steps", "1", *TINY, "--teacher", "None"]))
     assert cost["seconds_per_step"] > 0 and cost["peak_bytes"] > 0
 
 
 def test_verdicts_follow_from_the_numbers(folder: Path) -> None:
-    """Best where best, a teacher as a price, and a table as text."""
+    """Check the best method, a teacher as a price, and the table as text."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     found = verdicts(summary)
     rows = summary["methods"]
@@ -136,7 +136,7 @@ def test_verdicts_follow_from_the_numbers(folder: Path) -> None:
 
 
 def test_a_recipe_is_what_differs_from_the_defaults(folder: Path, tmp_path: Path) -> None:
-    """As short pairs of name and value, which the report has; the learning rate and the path always."""
+    """Check that the report has short pairs of name and value, always with the learning rate and the path."""
     options = ["--method.guidance.interval", "0", "0.5", "--method.sample-steps", "2", "--method.target-ema", "0.9"]
     config = configure("psd", "ring", tmp_path, [*TINY, "--optim.lr", "3e-4", *options])
     settings = describe_method(config)
@@ -152,7 +152,7 @@ def test_a_recipe_is_what_differs_from_the_defaults(folder: Path, tmp_path: Path
 def test_a_method_that_diverges_is_reported_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its reason stands in the summary, the table and the report."""
+    """Check that its reason stands in the summary, the table and the report."""
     import fastdistill.compare as module
 
     original = module.train
@@ -170,7 +170,7 @@ def test_a_method_that_diverges_is_reported_and_the_others_go_on(
 
 
 def test_unknown_names_are_refused_before_anything_is_made(tmp_path: Path) -> None:
-    """Methods, data, seeds."""
+    """Check methods, data and seeds."""
     with pytest.raises(ConfigError, match=r"methods: .*'meanflo', did you mean 'meanflow'"):
         compare(["meanflo"], "ring", tmp_path)
     with pytest.raises(ConfigError, match="data: expected one of ring, digits, got 'cifar'"):

@@ -1,4 +1,4 @@
-"""Couplings: the least cost, whichever library finds it, and rows of data that stay where they were."""
+"""Test couplings: the least cost, whichever library finds it, and rows of data that stay where they were."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def cost(x0: Tensor, x1: Tensor) -> float:
 
 @SOLVERS
 def test_no_other_pairing_costs_less(solver: str | None) -> None:
-    """Against all 720 orders of six rows."""
+    """Compare with all 720 orders of six rows."""
     x0, x1 = torch.randn(2, 6, 3)
     same, coupled = optimal_transport(x0, x1, solver)
     assert same is x0
@@ -33,7 +33,7 @@ def test_no_other_pairing_costs_less(solver: str | None) -> None:
 @SOLVERS
 @pytest.mark.parametrize("shape", [(1, 2), (64, 2), (40, 1, 8, 8)])
 def test_noise_is_reordered_and_nothing_else(solver: str | None, shape: tuple[int, ...]) -> None:
-    """Every noise row is used once, bit for bit, and x0 is the caller's own: labels can't lose their data."""
+    """Check that every noise row is used once, bit for bit, and that x0 is the caller's own, to which labels belong."""
     x0, x1 = torch.randn(shape) + 1, torch.randn(shape)
     before = x0.clone()
     same, coupled = optimal_transport(x0, x1, solver)

@@ -1,4 +1,4 @@
-"""The driver `fastdistill.jvp`: values, gradients, memory, and what it refuses."""
+"""Test the driver `fastdistill.jvp`: values, gradients, memory, and what it refuses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastdistill.testing import MemoryRecorder
 
 
 class Block(nn.Module):
-    """A transformer block over our ops, in float64, with a time that modulates it."""
+    """Define a transformer block over our ops, in float64, with a time that modulates it."""
 
     def __init__(self, width: int = 8, heads: int = 2) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def test_gradient_through_the_tangent_equals_functorch(net: Block, batch: tuple[
 
 
 def held_after(forward: Callable[[], object]) -> int:
-    """Bytes that the result of `forward` keeps alive."""
+    """Return the bytes that the result of `forward` keeps alive."""
     with MemoryRecorder() as recorder:
         result = forward()
     held = recorder.alive
@@ -98,7 +98,7 @@ def test_memory_held_is_that_of_a_plain_forward() -> None:
     ours = held_after(lambda: fd.jvp(run, (x, t, s), (v, 1.0, None)))
     mixed = held_after(lambda: fd.jvp(run, (x, t, s), (v, 1.0, None), tangent_grad=True))
     assert ours <= 1.1 * plain
-    assert mixed > 1.5 * plain  # so the measurement can tell
+    assert mixed > 1.5 * plain  # This shows that the measurement sees a difference.
 
 
 def test_pytree_results_and_constants_pass_through() -> None:
@@ -214,7 +214,7 @@ def test_inference_mode_is_refused_rather_than_silently_zero() -> None:
 
 
 def test_drivers_on_two_threads_leave_nothing_behind() -> None:
-    """Entered and left in turns, as two threads may: afterwards tangents are differentiable again."""
+    """Check threads that enter and leave in turns: afterwards tangents are differentiable again."""
     started, entered = threading.Event(), threading.Event()
 
     def other() -> None:

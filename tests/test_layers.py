@@ -1,4 +1,4 @@
-"""The architecture as a test: who imports whom, and what `import fastdistill` needs and costs."""
+"""Test the architecture: who imports whom, and what `import fastdistill` needs and costs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# What `fastdistill bench` and `fastdistill report --bench` need.
+# `fastdistill bench` and `fastdistill report --bench` need these.
 ROOMS = ("benchmarks.ops", "benchmarks.run", "benchmarks.report")
 
-# Layer -> the layers that it may import besides itself. "api" is `import fastdistill` and the names it offers.
+# Maps a layer to the layers that it may import besides itself. "api" is `import fastdistill` and the names it offers.
 MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
     "ops.protocol.compat": set(),
@@ -84,13 +84,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "benchmarks.gpu": {"benchmarks.ops", "benchmarks.run"},
     "cli": {"api", "models", "samplers", "data", "train", "eval", "demo", "method_notes", "compare", *ROOMS},
 }
-# These are about the kernels themselves and need Triton from the start.
+# These tests are about the kernels themselves and need Triton from the start.
 NEED_TRITON = {"kernels", "tune", "benchmarks.compile", "benchmarks.count.counting"}
 # These may use the packages of an extra; all others use torch, the kernels Triton too, and nothing else.
 APPLICATIONS = {"train", "eval", "demo", "cli", "method_notes", "compare"}
 APPLICATIONS |= {layer for layer in MAY_IMPORT if layer.startswith("benchmarks.")} - NEED_TRITON
 
-# Op -> the ops whose formulas its own contains. Besides, an op's room imports `ops.protocol` alone.
+# Maps an op to the ops whose formulas its own contains. Besides these, an op's room imports `ops.protocol` alone.
 CONTAINS: dict[str, set[str]] = {"gated_norm": {"norm"}, "qk_norm_rope": {"norm"}}
 
 # What a layer may import besides, inside the function that needs it: optional packages, which have an extra.
@@ -100,12 +100,12 @@ LAZY: dict[str, set[str]] = {
     "data": {"PIL", "matplotlib", "numpy", "sklearn"},
 }
 
-# What a fresh `import fastdistill` must not load: none of it is needed before somebody asks for it.
+# A fresh `import fastdistill` must not load these: none is needed before somebody asks for it.
 HEAVY = ["triton", "matplotlib", "pydantic", "scipy", "sklearn", "tensorboard", "torch._inductor", "tyro"]
 
 
 def modules() -> dict[str, Path]:
-    """Module name -> file, for all of fastdistill and, through the symlink, the kernels."""
+    """Return module name -> file, for all of fastdistill and, through the symlink, the kernels."""
     found = {}
     for folder, _, files in os.walk(ROOT / "fastdistill", followlinks=True):
         for path in (Path(folder, file) for file in files if file.endswith(".py")):
@@ -125,7 +125,7 @@ def layer_of(module: str) -> str:
 
 
 def imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[ast.stmt | ast.expr, str]]:
-    """Each import of a module, wherever it stands, with the full name of what it imports."""
+    """Yield each import of a module, wherever it stands, with the full name of what it imports."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             yield from ((node, str(arg.value)) for arg in node.args if isinstance(arg, ast.Constant))
@@ -141,7 +141,7 @@ def imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[a
 
 
 def violations(module: str, code: str, is_package: bool = False) -> list[str]:
-    """What a module imports against the rules, a line each."""
+    """Return what a module imports against the rules, a line each."""
     tree, layer, found = ast.parse(code), layer_of(module), []
     if layer not in MAY_IMPORT:
         return [f"{module}: {layer!r} is a new layer; say in MAY_IMPORT what it may import"]
@@ -188,7 +188,7 @@ def neighbours(module: str, code: str) -> list[str]:
 
 
 def fresh_python(code: str) -> str:
-    """What a new Python prints that sees this checkout."""
+    """Return what a new Python prints that sees this checkout."""
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -196,7 +196,7 @@ def fresh_python(code: str) -> str:
 
 
 def test_every_module_imports_only_what_its_layer_may() -> None:
-    """The diagram in CONTRIBUTING.md holds for every import statement, lazy ones included."""
+    """Check the diagram in CONTRIBUTING.md for every import statement, lazy ones included."""
     found = [
         line
         for module, path in MODULES.items()
@@ -206,7 +206,7 @@ def test_every_module_imports_only_what_its_layer_may() -> None:
 
 
 def test_the_room_of_an_op_imports_no_other_room() -> None:
-    """But the protocol, and the ops that its formula contains; a specification imports no protocol either."""
+    """Check that it imports only the protocol and the ops that its formula contains, a specification torch alone."""
     rooms = {module: path for module, path in MODULES.items() if module.startswith("fastdistill.ops.")}
     found = [line for module, path in rooms.items() for line in strangers(module, path.read_text(encoding="utf-8"))]
     assert not found, "\n".join(found)
@@ -276,14 +276,14 @@ def test_rooms_have_the_same_files(room: str) -> None:
     ],
 )
 def test_a_planted_import_is_found(module: str, code: str, complaint: str) -> None:
-    """Each kind of forbidden import is reported, in each way of writing it."""
+    """Check that each kind of forbidden import is reported, in each way of writing it."""
     found = violations(module, code)
     assert len(found) == 1
     assert complaint in found[0]
 
 
 def test_what_the_layers_allow_is_not_reported() -> None:
-    """Siblings, lower layers, torch, the standard library, and kernels imported where they are needed."""
+    """Check siblings, lower layers, torch, the standard library, and kernels imported where they are needed."""
     assert not violations("fastdistill.kernels.norm", "import math, torch, triton\nfrom . import attention")
     assert not violations("fastdistill.samplers.adaptive", "def f():\n    from scipy.integrate import solve_ivp")
     assert not violations("fastdistill.data.digits", "def f():\n    from sklearn.datasets import load_digits")
@@ -292,7 +292,7 @@ def test_what_the_layers_allow_is_not_reported() -> None:
 
 
 def test_import_works_without_triton() -> None:
-    """A Python in which Triton can't be imported imports every module but the kernels and runs an op."""
+    """Check that a Python that can't import Triton imports every module but the kernels, and runs an op."""
     core = [module for module in MODULES if layer_of(module) not in APPLICATIONS | NEED_TRITON]
     code = f"""
 import importlib, sys
@@ -307,13 +307,13 @@ print(torch.func.jvp(lambda q: fd.scaled_dot_product_attention(q, q, q), (q,), (
 
 
 def test_import_loads_nothing_heavy() -> None:
-    """`import fastdistill` costs little more than `import torch`."""
+    """Check that `import fastdistill` costs little more than `import torch`."""
     loaded = fresh_python(f"import sys, fastdistill; print(*(name for name in {HEAVY} if name in sys.modules))")
     assert loaded == ""
 
 
 @pytest.mark.parametrize("name", ["kernels", "benchmarks"])
 def test_the_link_leads_to_a_folder_without_init(name: str) -> None:
-    """As a namespace package, it never shadows another package of that name."""
+    """Check that it is a namespace package, which never shadows another package of that name."""
     assert os.readlink(ROOT / "fastdistill" / name) == f"../{name}"
     assert not (ROOT / name / "__init__.py").exists()

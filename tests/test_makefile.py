@@ -1,4 +1,4 @@
-"""`make` as the first command: what it does on a bare machine, and what it says where it can't do it."""
+"""Test `make` as the first command: what it does on a bare machine, and its messages where it can't."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A folder with the files that set-up reads, and no .venv."""
+    """Return a folder with the files that set-up reads, and no .venv."""
     for name in ("Makefile", "pyproject.toml", "setup.py"):
         shutil.copy2(ROOT / name, tmp_path)
     return tmp_path
 
 
 def make(clone: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The finished `make`, run outside of this test run's own make and environment."""
+    """Run `make` outside of this test run's own make and environment."""
     kept = {name: value for name, value in os.environ.items() if name in {"PATH", "HOME", "LANG"}}
     return subprocess.run(["make", *arguments], cwd=clone, env=kept, capture_output=True, text=True)
 
 
 def python_that(clone: Path, name: str, script: str) -> str:
-    """The path of a stand-in for an interpreter."""
+    """Return the path of a stand-in for an interpreter."""
     path = clone / name
     path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
     path.chmod(0o755)
@@ -36,7 +36,7 @@ def python_that(clone: Path, name: str, script: str) -> str:
 
 
 def test_help_lists_every_target_a_person_calls(clone: Path) -> None:
-    """`make` alone prints what there is."""
+    """Check that `make` alone prints the targets."""
     done = make(clone)
     assert done.returncode == 0
     targets = ("setup", "demo", "test", "bench", "aot", "evidence", "lint", "clean")
@@ -44,7 +44,7 @@ def test_help_lists_every_target_a_person_calls(clone: Path) -> None:
 
 
 def test_the_first_command_sets_up_and_then_tests(clone: Path) -> None:
-    """In this order: .venv, torch alone so that its build is the one asked for, the project, then the tests."""
+    """Check the order: .venv, torch alone so that its build is the requested one, the project, then the tests."""
     plan = make(clone, "--dry-run", "test", "TORCH=torch==2.12.0").stdout
     steps = [
         "-m venv .venv",
@@ -58,7 +58,7 @@ def test_the_first_command_sets_up_and_then_tests(clone: Path) -> None:
 
 
 def test_set_up_is_done_once(clone: Path) -> None:
-    """With a finished .venv nothing is installed again, until pyproject.toml changes."""
+    """Check that a finished .venv installs nothing again, until pyproject.toml changes."""
     (clone / ".venv").mkdir()
     (clone / ".venv" / ".installed").touch()
     assert "pip install" not in make(clone, "--dry-run", "demo").stdout
@@ -67,7 +67,7 @@ def test_set_up_is_done_once(clone: Path) -> None:
 
 
 def test_an_old_python_is_named(clone: Path) -> None:
-    """With no interpreter that is new enough, `make` says which it tried and what it needs."""
+    """Check that `make` without a new enough interpreter says which it tried and what it needs."""
     old = python_that(clone, "python3.9", "exit 1")
     done = make(clone, "setup", f"PYTHON={old}")
     assert done.returncode != 0
@@ -76,7 +76,7 @@ def test_an_old_python_is_named(clone: Path) -> None:
 
 
 def test_a_missing_venv_module_is_explained(clone: Path) -> None:
-    """Debian's Python without python3-venv: the message has the package to install, and no .venv is left behind."""
+    """Check Debian's Python without python3-venv: the message names the package, and no .venv is left behind."""
     (clone / "stripped").mkdir()
     (clone / "stripped" / "ensurepip.py").write_text("raise ImportError", encoding="utf-8")
     bare = python_that(clone, "python3", f'PYTHONPATH={clone}/stripped exec {sys.executable} "$@"')

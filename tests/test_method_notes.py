@@ -1,4 +1,4 @@
-"""`explain` for every method."""
+"""Test `explain` for every method."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastdistill.train.methods import METHODS
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_explained_in_full(name: str) -> None:
-    """What the registry holds and what the trainer adds, each under its heading."""
+    """Check what the registry holds and what the trainer adds, each under its heading."""
     text = explain(name)
     words = " ".join(text.split())
     objective = METHODS[name].objective()
@@ -31,14 +31,14 @@ def test_every_method_is_explained_in_full(name: str) -> None:
 
 
 def test_every_objective_has_a_method_and_the_table_has_a_line_for_each() -> None:
-    """The registry and the trainer know the same names; reflow is flow matching on other data."""
+    """Check that the registry and the trainer know the same names; reflow is flow matching on other data."""
     assert set(METHODS) == {*OBJECTIVES, "reflow"}
     lines = explain().splitlines()
     assert [line.split()[0] for line in lines[1 : 1 + len(METHODS)]] == list(METHODS)
 
 
 def test_recipes_are_said_by_name_where_a_method_has_them() -> None:
-    """The two that the article says MeanFlow has."""
+    """Check the two that the article gives for MeanFlow."""
     said = " ".join(explain("meanflow").split())
     assert "recipes by method.recipe: cifar10_paper: times.law=logit_normal, times.mean=-2.0, times.std=2.0, " in said
     assert "; cifar10_code: times.law=logit_normal, times.mean=-0.6" in said and "end_times.mean=-4.0" in said
@@ -46,7 +46,7 @@ def test_recipes_are_said_by_name_where_a_method_has_them() -> None:
 
 
 def test_needs_are_said() -> None:
-    """A teacher, pairs, a second network."""
+    """Check a teacher, pairs, and a second network."""
     assert "a teacher: a finished run" in " ".join(explain("dmd").split())
     assert "a second network" in explain("dmd")
     assert "whose flow makes the pairs" in " ".join(explain("reflow").split())
@@ -55,7 +55,7 @@ def test_needs_are_said() -> None:
 
 
 def test_guidance_is_said() -> None:
-    """In the target, of samples, or nowhere."""
+    """Check guidance in the target, of samples, and nowhere."""
     said = {name: " ".join(explain(name).split()) for name in ("imm", "flow_matching", "meanflow", "ect")}
     assert "guidance of samples, by two evaluations of the jumps, u_null + scale (u_y - u_null)" in said["imm"]
     assert "guidance of samples, by two evaluations of the velocity" in said["flow_matching"]
@@ -64,14 +64,14 @@ def test_guidance_is_said() -> None:
 
 
 def test_weights_of_the_times_are_said_where_they_can_be_chosen() -> None:
-    """Each by its name."""
+    """Check that each is named."""
     said = " ".join(explain("flow_matching").split())
     assert all(f"{name} = {meaning}" in said for name, meaning in WEIGHTS.items())
     assert "\nweight " in explain("reflow") and "\nweight " not in explain("meanflow")
 
 
 def test_paths_are_said() -> None:
-    """Any, some, or some and with an option any."""
+    """Check any path, some paths, and some paths that an option widens to any."""
     assert "path        any" in explain("meanflow")
     assert "vp_si; any with parameterization=average" in " ".join(explain("scm").split())
     assert "any with" not in explain("dmd")
@@ -79,7 +79,7 @@ def test_paths_are_said() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_command_to_try_is_a_valid_one(name: str) -> None:
-    """As printed, it makes a configuration, and it names the teacher that the ring's recipe follows."""
+    """Check that it makes a configuration as printed, and that it names the teacher that the ring's recipe follows."""
     words = explain(name).split("\ntry ")[1].split()
     assert words[:2] == ["fastdistill", "train"]
     config = load_config(words[2], words[3:])
@@ -93,7 +93,7 @@ def test_an_unknown_method_meets_the_nearest_name() -> None:
 
 
 def test_no_module_hides_a_public_name() -> None:
-    """Importing a submodule sets it on the package: one called as a public function would take its place."""
+    """Check that no imported submodule takes the place of a public function of its name."""
     folder = Path(fastdistill.__file__).parent
     modules = {path.stem for path in folder.iterdir() if path.suffix == ".py" or path.is_dir()}
     functions = {name for name in fastdistill.__all__ if not isinstance(getattr(fastdistill, name), ModuleType)}

@@ -1,4 +1,4 @@
-"""However fastdistill arrives (wheel, editable install, plain checkout), what its symlinks lead to can be imported."""
+"""Check that what the symlinks reach can be imported from a wheel, an editable install, and a plain checkout."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SITE_PACKAGES = sysconfig.get_path("purelib")
 
 
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The finished process, with its output as text."""
+    """Run a command, and return the finished process with its output as text."""
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
 def imported_from(folder: Path, cwd: Path) -> str:
-    """Where a Python finds the kernels, and benchmarks, that sees only its library, `folder`, then torch and Triton.
+    """Return where a Python finds the kernels and benchmarks that sees only its library, `folder`, torch and Triton.
 
     `-S` leaves out this environment's .pth files, through which an editable install of fastdistill would answer.
     """
@@ -46,14 +46,14 @@ print(attention.__file__)
 
 
 def installed_here() -> list[str]:
-    """What this environment has of fastdistill: metadata and its command."""
+    """Return what this environment has of fastdistill: metadata and its command."""
     folders = (Path(SITE_PACKAGES), Path(sysconfig.get_path("scripts")))
     return sorted(path.name for folder in folders for path in folder.glob("*fastdistill*"))
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a build needs, so that builds leave nothing in the checkout, and find nothing stale."""
+    """Copy what a build needs, so that builds leave nothing in the checkout, and find nothing stale."""
     copy = tmp_path_factory.mktemp("checkout")
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, copy)
@@ -64,7 +64,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(tree: Path) -> Path:
-    """The wheel, built as a release is: a source archive first, then the wheel from that."""
+    """Build the wheel as a release is built: a source archive first, then the wheel from that."""
     done = run(sys.executable, "-m", "build", "--no-isolation", cwd=tree)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = (tree / "dist").glob("*.whl")
@@ -72,7 +72,7 @@ def wheel(tree: Path) -> Path:
 
 
 def test_wheel_imports_the_kernels(wheel: Path, tmp_path: Path) -> None:
-    """Unpacked elsewhere, with no checkout near."""
+    """Check a wheel that is unpacked elsewhere, with no checkout near."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     found = imported_from(tmp_path / "site", cwd=tmp_path)
@@ -80,7 +80,7 @@ def test_wheel_imports_the_kernels(wheel: Path, tmp_path: Path) -> None:
 
 
 def test_wheel_holds_the_package_with_its_data_and_nothing_else(wheel: Path) -> None:
-    """Every file of fastdistill and what it links to is there once, under fastdistill/; no tests, caches, results."""
+    """Check that every file of fastdistill and its links is there once, without tests, caches and results."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
     expected = {
@@ -93,7 +93,7 @@ def test_wheel_holds_the_package_with_its_data_and_nothing_else(wheel: Path) -> 
 
 
 def test_editable_install_imports_the_kernels(tree: Path, tmp_path: Path) -> None:
-    """From the checkout itself, through the link; and what this environment has installed stays."""
+    """Check the checkout itself, through the link; what this environment has installed stays."""
     before = installed_here()
     # Without --ignore-installed pip would uninstall the fastdistill of this environment first, prefix or not.
     options = ("--no-deps", "--no-build-isolation", "--ignore-installed", "--prefix", tmp_path, "--editable", ".")
@@ -105,12 +105,12 @@ def test_editable_install_imports_the_kernels(tree: Path, tmp_path: Path) -> Non
 
 
 def test_plain_checkout_imports_the_kernels(tmp_path: Path) -> None:
-    """With nothing installed, from the folder alone."""
+    """Check it with nothing installed, from the folder alone."""
     assert imported_from(ROOT, cwd=tmp_path) == str(ROOT / "fastdistill" / "kernels" / "attention.py")
 
 
 def test_a_tree_whose_link_was_lost_is_refused(tree: Path, tmp_path: Path) -> None:
-    """A checkout without symlinks leaves a small text file there: the build stops and says what to do."""
+    """Check a checkout without symlinks, which has a small text file there: the build stops and says what to do."""
     broken = tmp_path / "broken"
     shutil.copytree(tree, broken, symlinks=True, ignore=shutil.ignore_patterns("dist", "*.egg-info"))
     (broken / "fastdistill" / "kernels").unlink()
@@ -121,32 +121,32 @@ def test_a_tree_whose_link_was_lost_is_refused(tree: Path, tmp_path: Path) -> No
 
 
 def project() -> dict[str, Any]:
-    """The [project] table of pyproject.toml."""
+    """Return the [project] table of pyproject.toml."""
     table: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return table
 
 
 def test_the_version_is_the_same_everywhere() -> None:
-    """pyproject.toml, the module and the changelog agree."""
+    """Check that pyproject.toml, the module and the changelog agree."""
     assert fastdistill.__version__ == project()["version"]
     assert project()["version"] in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_the_core_depends_on_torch_and_triton_alone() -> None:
-    """Whatever else is needed is in an extra."""
+    """Check that all other packages are in an extra."""
     assert project()["dependencies"] == ["torch>=2.11", 'triton>=3.6; platform_system == "Linux"']
 
 
 @pytest.fixture(scope="module")
 def declared() -> set[str]:
-    """The import names of the packages that `dependencies` and the extra `train` list."""
+    """Return the import names of the packages that `dependencies` and the extra `train` list."""
     required = project()["dependencies"] + project()["optional-dependencies"]["train"]
     names = {line.split(";")[0].split(">")[0].strip().lower() for line in required}
     return {name for name, found in packages_distributions().items() if names & {each.lower() for each in found}}
 
 
 def undeclared(code: str, declared: set[str]) -> set[str]:
-    """The packages that a file imports and that are neither declared, nor Python's, nor ours."""
+    """Return the packages that a file imports and that are neither declared, nor Python's, nor ours."""
     names = set()
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
@@ -157,7 +157,7 @@ def undeclared(code: str, declared: set[str]) -> set[str]:
 
 
 def test_every_import_is_a_declared_dependency(declared: set[str]) -> None:
-    """So the demo runs where `fastdistill[train]` is installed and nothing else."""
+    """Check that the demo runs where only `fastdistill[train]` is installed."""
     missing = {
         path.relative_to(ROOT).as_posix(): names
         for path in (ROOT / "fastdistill").rglob("*.py")

@@ -1,4 +1,4 @@
-"""Paths: their ends, their derivatives, the velocity that follows, and conversions, all against autograd in float64."""
+"""Test paths against autograd in float64: their ends, derivatives, velocity, and conversions."""
 
 from __future__ import annotations
 
@@ -81,14 +81,14 @@ def test_ends_of_the_paths_that_have_others(path: Path, start: tuple[float, floa
 
 
 def derivative_error(path: Path) -> float:
-    """How far d_alpha and d_beta are from autograd's derivatives."""
+    """Return how far d_alpha and d_beta are from autograd's derivatives."""
     one = torch.ones_like(TIMES)
     pairs = ((path.alpha, path.d_alpha), (path.beta, path.d_beta))
     return max(relative(rate(TIMES), jvp(value, (TIMES,), (one,))[1]) for value, rate in pairs)
 
 
 def velocity_error(path: Path, ends: tuple[Tensor, Tensor]) -> float:
-    """How far the velocity is from the time derivative of the state, at fixed noise where the path adds some."""
+    """Return how far the velocity is from the state's time derivative, at fixed noise where the path adds some."""
     x0, x1 = ends
     fixed = {"noise": torch.randn_like(x0)} if path.stochastic else {}
     dx_dt = jvp(lambda t: path.interpolate(x0, x1, t, **fixed), (TIMES,), (torch.ones_like(TIMES),))[1]
@@ -108,14 +108,14 @@ def test_velocity_is_the_time_derivative_of_the_state(path: Path, ends: tuple[Te
 @NAMES
 @pytest.mark.parametrize("rate", ["d_alpha", "d_beta"])
 def test_a_wrong_derivative_is_seen(path: Path, rate: str, ends: tuple[Tensor, Tensor]) -> None:
-    """Off by a percent or two of the path's scale, in either schedule, on every path: the gates above can fail."""
+    """Check that the tests above can fail: each schedule is off by a percent or two of the path's scale."""
     right = getattr(type(path), rate)
     wrong = {rate: lambda self, t: 1.02 * right(self, t) + 0.01}
     mutant = type("Mutant", (type(path),), wrong)
     planted = object.__new__(mutant)
     planted.__dict__.update(path.__dict__)
     assert derivative_error(planted) > 1e-4
-    if not hasattr(path, "pair"):  # a noised path takes its velocity from its pair
+    if not hasattr(path, "pair"):  # A noised path takes its velocity from its pair.
         assert velocity_error(planted, ends) > 1e-5
 
 
@@ -123,7 +123,7 @@ def test_a_wrong_derivative_is_seen(path: Path, rate: str, ends: tuple[Tensor, T
 def test_velocity_from_data_and_state_agrees_and_the_form_with_noise_for_state_does_not(
     path: Path, ends: tuple[Tensor, Tensor]
 ) -> None:
-    """v = (d_alpha - d_beta alpha / beta) x0 + (d_beta / beta) x_t; a common misprint has x1 for x_t."""
+    """Check v = (d_alpha - d_beta alpha / beta) x0 + (d_beta / beta) x_t; a common misprint has x1 for x_t."""
     x0, x1 = ends
     t = TIMES[:, None, None]
     x, v = path.alpha(t) * x0 + path.beta(t) * x1, path.d_alpha(t) * x0 + path.d_beta(t) * x1
@@ -134,7 +134,7 @@ def test_velocity_from_data_and_state_agrees_and_the_form_with_noise_for_state_d
 
 
 def test_rows_of_the_table() -> None:
-    """Flow matching's row by the state and by the noise, and the moments of the rows with noise on top."""
+    """Check flow matching's row by the state and by the noise, and the moments of the rows with noise on top."""
     x0, x1 = torch.randn(2, 7, 3, dtype=torch.float64)
     path, t = FM(0.1), TIMES[:, None]
     x = path.interpolate(x0, x1, TIMES)
@@ -168,7 +168,7 @@ def test_noise_on_top_is_the_callers_or_the_global_generators() -> None:
 
 
 def test_marginal_velocity_of_a_noised_pair_is_that_of_its_schedule() -> None:
-    """Regress x1 - x0 on x_t for Gaussian data: the slope and intercept are the exact velocity's."""
+    """Regress x1 - x0 on x_t for Gaussian data: slope and intercept are those of the exact velocity."""
     path, count = ICFM(0.4), 400_000
     data = GaussianData(torch.tensor([0.5]).double(), torch.tensor([[0.3]]).double(), path)
     x0, x1 = data.sample(count), torch.randn(count, 1, dtype=torch.float64)
@@ -182,7 +182,7 @@ def test_marginal_velocity_of_a_noised_pair_is_that_of_its_schedule() -> None:
 
 @NAMES
 def test_slopes_are_accurate_at_every_distance(path: Path) -> None:
-    """Against the mean of the derivative by a fine rule; at 1e-9 a difference would have lost eight digits."""
+    """Compare with the derivative's mean by a fine rule; at 1e-9 a difference would have lost eight digits."""
     t = TIMES
     nodes = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
     for gap in (0.0, 1e-9, 1e-3, 0.04):
@@ -197,7 +197,7 @@ def test_slopes_are_accurate_at_every_distance(path: Path) -> None:
 
 @PAIRS
 def test_slopes_have_the_derivatives_of_the_quotient(path: Path) -> None:
-    """Forward mode through slopes, near and far, as an objective's tangent sees it."""
+    """Check forward mode through slopes, near and far, as an objective's tangent uses it."""
     t = TIMES[2:]
     one = torch.ones_like(t)
     for gap in (0.02, 0.04, 0.15):
@@ -212,7 +212,7 @@ def test_slopes_have_the_derivatives_of_the_quotient(path: Path) -> None:
 @pytest.mark.parametrize("source", paths.PREDICTIONS)
 @pytest.mark.parametrize("target", paths.PREDICTIONS)
 def test_predictions_convert_into_each_other(path: Path, source: str, target: str, ends: tuple[Tensor, Tensor]) -> None:
-    """For one pair each prediction is known, the score being that of N(alpha x0, beta^2 I) by autograd."""
+    """Check all predictions of one pair; the score is that of N(alpha x0, beta^2 I) by autograd."""
     x0, x1 = ends
     t = TIMES[:, None, None]
     x = path.alpha(t) * x0 + path.beta(t) * x1
@@ -244,7 +244,7 @@ def test_conversions_hold_for_a_mixture_whose_score_is_autograds(path: Path) -> 
 
 @NAMES
 def test_time_is_the_inverse_of_the_noise_level(path: Path) -> None:
-    """And so is its derivative, which adapters differentiate through."""
+    """Check its derivative too, through which adapters differentiate."""
     one = torch.ones_like(TIMES)
     t, rate = jvp(lambda t: path.time_at(path.angle(t)), (TIMES,), (one,))
     assert (t - TIMES).abs().max() < 1e-12
@@ -268,7 +268,7 @@ def test_noise_levels_beyond_a_path_give_its_nearer_end() -> None:
     "source", [Linear(), TrigFlow(0.5), EDM(0.002, 200.0), USER, ICFM(0.01)], ids=lambda path: type(path).__name__
 )
 def test_a_flow_carried_to_another_path_is_the_flow_of_the_same_data_there(source: Path, target: Path) -> None:
-    """Velocity and average velocity against the closed forms on the target's own path, far, near and at s = t."""
+    """Compare velocity and average velocity with the closed forms on the target's path, far, near and at s = t."""
     mean, covariance = torch.tensor([0.4, -1.0]).double(), torch.tensor([[0.5, 0.2], [0.2, 0.3]]).double()
     on_source, on_target = (GaussianData(mean, covariance, path) for path in (source, target))
     t = torch.tensor([0.3, 0.5, 0.7, 0.7], dtype=torch.float64)
@@ -281,7 +281,7 @@ def test_a_flow_carried_to_another_path_is_the_flow_of_the_same_data_there(sourc
 
 
 def test_a_carried_flow_without_its_change_of_time_or_scale_is_another() -> None:
-    """The gate above can fail: leave out the rate of time, or the derivative of the factor."""
+    """Check that the test above can fail: leave out the rate of time, or the derivative of the factor."""
     data = GaussianData(torch.tensor([0.4]).double(), torch.tensor([[0.5]]).double())
     target = GaussianData(data.mean, torch.tensor([[0.5]]).double(), Cosine())
     t, x = torch.tensor([0.3], dtype=torch.float64), torch.tensor([[0.8]], dtype=torch.float64)
@@ -294,7 +294,7 @@ def test_a_carried_flow_without_its_change_of_time_or_scale_is_another() -> None
 
 @pytest.mark.parametrize("driver", [jvp, fused_jvp], ids=["torch", "fused"])
 def test_paths_differentiate_inside_a_driver_of_forward_mode(driver: Callable[..., tuple[Tensor, Tensor]]) -> None:
-    """An adapter reads rates of a user's schedule, and converts times by bisection, within the function it wraps."""
+    """Check that an adapter may read rates of a user's schedule, and bisect times, in the function that it wraps."""
     x, one = torch.randn(7, 2, dtype=torch.float64), torch.ones_like(TIMES)
 
     def adapter(t: Tensor) -> Tensor:
@@ -320,7 +320,7 @@ def test_one_time_a_row_broadcasts_over_any_trailing_shape(shape: tuple[int, ...
 
 
 def test_edm_levels_are_the_papers() -> None:
-    """Table 1: sigma_i = (80^(1/7) + i/(N-1) (0.002^(1/7) - 80^(1/7)))^7, and their inverse."""
+    """Check table 1: sigma_i = (80^(1/7) + i/(N-1) (0.002^(1/7) - 80^(1/7)))^7, and the inverse."""
     i = torch.arange(18, dtype=torch.float64)
     sigma = (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
     assert relative(EDM().beta(1 - i / 17), sigma) < 1e-13

@@ -1,4 +1,4 @@
-"""The specification against PyTorch's own ops, and against finite differences of itself."""
+"""Compare the specification with PyTorch's own ops, and with finite differences of itself."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_attention_and_its_tangent_equal_math_sdpa(mask: str, scale: float | None, kv_heads: int) -> None:
-    """Where PyTorch has a forward mode: its math implementation, in float64."""
+    """Check the math implementation, which has a forward mode, in float64."""
     sizes = {"heads": 4, "n": 9, "m": 13, "d": 8, "dv": 5, "kv_heads": kv_heads, "dtype": torch.float64}
     primals, tangents = make_qkv(2, **sizes), make_qkv(2, seed=1, **sizes)  # type: ignore[arg-type]
     masks = {"none": None, "bool": torch.rand(9, 13) < 0.6, "float": torch.randn(4, 9, 13, dtype=torch.float64)}
@@ -44,13 +44,13 @@ def test_attention_and_its_tangent_equal_math_sdpa(mask: str, scale: float | Non
 
 @pytest.mark.parametrize(("n", "m"), [(7, 7), (9, 5), (5, 9)])
 def test_causal_attention_equals_sdpas(n: int, m: int) -> None:
-    """Aligned to the top left where N != M."""
+    """Check that it is aligned to the top left where N != M."""
     q, k, v = make_qkv(2, 2, n, 8, m=m, dtype=torch.float64)
     close(reference.attention(q, k, v, is_causal=True), F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
 
 def test_causal_combines_with_a_mask() -> None:
-    """SDPA refuses both; together they are the mask of both."""
+    """Check that together they act as the mask of both, which SDPA refuses."""
     q, k, v = make_qkv(2, 2, 7, 8, dtype=torch.float64)
     mask = torch.rand(7, 7) < 0.7
     close(reference.attention(q, k, v, mask, is_causal=True), reference.attention(q, k, v, mask.tril()))
@@ -58,7 +58,7 @@ def test_causal_combines_with_a_mask() -> None:
 
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_a_row_that_sees_no_key_gives_zeros_with_finite_derivatives(kind: str) -> None:
-    """In value, tangent, and gradients of both."""
+    """Check value, tangent, and gradients of both."""
     q, k, v = (x.requires_grad_() for x in make_qkv(1, 2, 6, 4, dtype=torch.float64))
     visible = torch.ones(6, 6, dtype=torch.bool)
     visible[2] = False
@@ -78,7 +78,7 @@ WINDOWS = [((-1, 0), False), ((2, 1), False), ((2, 1), True), ((0, -1), True), (
 @pytest.mark.parametrize(("window", "lower_right"), WINDOWS)
 @pytest.mark.parametrize(("n", "m"), [(7, 7), (9, 5), (5, 9)])
 def test_a_window_is_the_mask_that_it_says(window: tuple[int, int], lower_right: bool, n: int, m: int) -> None:
-    """Query i sees key j from i + shift - left to i + shift + right; it combines with a mask and with is_causal."""
+    """Check that query i sees j from i + shift - left to i + shift + right, also beside a mask and is_causal."""
     q, k, v = make_qkv(2, 2, n, 8, m=m, dtype=torch.float64)
     (left, right), shift = window, m - n if lower_right else 0
     i, j, mask = torch.arange(n)[:, None] + shift, torch.arange(m), torch.rand(n, m) < 0.7
@@ -90,7 +90,7 @@ def test_a_window_is_the_mask_that_it_says(window: tuple[int, int], lower_right:
 
 
 def test_a_lower_right_causal_mask_equals_pytorchs() -> None:
-    """Of `torch.nn.attention.bias`."""
+    """Compare with the mask of `torch.nn.attention.bias`."""
     q, k, v = make_qkv(2, 2, 5, 8, m=9, dtype=torch.float64)
     expected = F.scaled_dot_product_attention(q, k, v, causal_lower_right(5, 9))
     close(reference.attention(q, k, v, is_causal=True, lower_right=True), expected)
@@ -98,7 +98,7 @@ def test_a_lower_right_causal_mask_equals_pytorchs() -> None:
 
 @pytest.mark.parametrize("mask", ["none", "bool", "float"])
 def test_the_log_sum_exp_equals_pytorchs_and_its_tangent_is_the_mean_of_the_logits_tangent(mask: str) -> None:
-    """mu = rowsum(P∘T), under grouped queries and a window."""
+    """Check mu = rowsum(P∘T), under grouped queries and a window."""
     primals, tangents = (make_qkv(2, 4, 6, 8, kv_heads=2, m=5, dtype=torch.float64, seed=seed)[:2] for seed in (0, 1))
     masks = {"none": None, "bool": torch.rand(6, 5) < 0.8, "float": torch.randn(4, 6, 5, dtype=torch.float64)}
 
@@ -117,7 +117,7 @@ def test_the_log_sum_exp_equals_pytorchs_and_its_tangent_is_the_mean_of_the_logi
 
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_the_log_sum_exp_of_no_key_is_minus_infinity_without_derivatives(kind: str) -> None:
-    """Zeros in tangent and gradients, and in the gradients of the tangent."""
+    """Check for zeros in tangent and gradients, and in the gradients of the tangent."""
     visible = torch.ones(6, 6, dtype=torch.bool)
     visible[2] = False
     mask = visible if kind == "bool" else torch.zeros(6, 6, dtype=torch.float64).masked_fill(~visible, -math.inf)
@@ -133,7 +133,7 @@ def test_the_log_sum_exp_of_no_key_is_minus_infinity_without_derivatives(kind: s
 
 
 def test_no_keys_at_all_is_a_row_that_sees_no_key() -> None:
-    """Zeros and -inf; what flows back is zeros."""
+    """Check for zeros and -inf, and that the gradients are zeros."""
     q, k, v = (x.requires_grad_() for x in make_qkv(1, 2, 3, 4, dtype=torch.float64))
     o, lse = reference.attention(q, k[:, :, :0], v[:, :, :0]), reference.attention_lse(q, k[:, :, :0])
     assert (o == 0).all()
@@ -143,7 +143,7 @@ def test_no_keys_at_all_is_a_row_that_sees_no_key() -> None:
 
 @pytest.mark.parametrize(("window", "lower_right"), [((-1, -1), False), *WINDOWS])
 def test_packed_sequences_equal_sdpa_of_each(window: tuple[int, int], lower_right: bool) -> None:
-    """Some of them without queries, some without keys; tokens outside give zeros and get no gradients."""
+    """Check sequences without queries and without keys; tokens outside give zeros and get no gradients."""
     queries, keys = (3, 0, 5, 2), (4, 2, 5, 0)
     (q, k, v), (cu_q, cu_k, *_) = make_packed(queries, keys, 4, 8, kv_heads=2, spare=1, dtype=torch.float64)
     q, k, v = (x[0].transpose(0, 1).contiguous().requires_grad_() for x in (q, k, v))
@@ -161,14 +161,14 @@ def test_packed_sequences_equal_sdpa_of_each(window: tuple[int, int], lower_righ
 
 
 def test_large_logits_do_not_overflow() -> None:
-    """Also where a whole row is far below zero."""
+    """Check it also where a whole row is far below zero."""
     q, k, v = make_qkv(1, 1, 4, 4, dtype=torch.float64)
     close(reference.attention(1e3 * q, k, v), F.scaled_dot_product_attention(1e3 * q, k, v))
     close(reference.attention(q, k, v, torch.full((4, 4), -1e4)), reference.attention(q, k, v))
 
 
 def test_attention_is_twice_differentiable_in_both_modes() -> None:
-    """Gradients and tangents of the gradients, against finite differences."""
+    """Compare gradients and tangents of the gradients with finite differences."""
     q, k, v = (x.requires_grad_() for x in make_qkv(1, 2, 4, 3, kv_heads=1, m=5, dtype=torch.float64))
     mask = torch.rand(4, 5) < 0.8
 
@@ -185,7 +185,7 @@ def test_attention_is_twice_differentiable_in_both_modes() -> None:
 
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 def test_a_modulated_norm_is_twice_differentiable_in_both_modes(rms: bool) -> None:
-    """All five arguments at once."""
+    """Check all five arguments at once."""
     shapes = ((2, 3, 5), (5,), (5,), (2, 1, 5), (2, 1, 5))
     arguments = tuple(torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
 
@@ -198,7 +198,7 @@ def test_a_modulated_norm_is_twice_differentiable_in_both_modes(rms: bool) -> No
 
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 def test_reverse_over_forward_equals_forward_over_reverse(rms: bool) -> None:
-    """The check that torch 2.13's own layer_norm fails: d<w, jvp>/dx two ways."""
+    """Compute d<w, jvp>/dx in two ways; torch 2.13's own layer_norm fails this check."""
     x, t_x, w = (torch.randn(4, 6, dtype=torch.float64) for _ in range(3))
 
     def norm(x: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def test_reverse_over_forward_equals_forward_over_reverse(rms: bool) -> None:
 
 @pytest.mark.parametrize("shape", [(8,), (3, 8)])
 def test_norms_equal_pytorchs(shape: tuple[int, ...]) -> None:
-    """Over one or two trailing dimensions, with and without their parameters."""
+    """Check one or two trailing dimensions, with and without parameters."""
     x, weight, bias = torch.randn(2, 3, 8).double() * 3 + 1, torch.randn(shape).double(), torch.randn(shape).double()
     for w, b in ((None, None), (weight, None), (weight, bias)):
         close(reference.layer_norm(x, shape, w, b, 1e-3), F.layer_norm(x, shape, w, b, 1e-3))
@@ -224,7 +224,7 @@ def test_norms_equal_pytorchs(shape: tuple[int, ...]) -> None:
 
 
 def test_ada_layer_norm_is_layer_norm_modulated() -> None:
-    """norm(x) * (1 + scale) + shift, with the tangents of all three."""
+    """Check norm(x) * (1 + scale) + shift, with the tangents of all three."""
     primals = (torch.randn(2, 3, 8).double(), torch.randn(2, 1, 8).double(), torch.randn(2, 1, 8).double())
     tangents = tuple(torch.randn_like(x) for x in primals)
     weight, bias = torch.randn(2, 8, dtype=torch.float64)
@@ -241,7 +241,7 @@ def test_ada_layer_norm_is_layer_norm_modulated() -> None:
 
 
 def test_ada_rms_norm_is_rms_norm_modulated() -> None:
-    """With a shift and without."""
+    """Check it with a shift and without."""
     x, scale, shift = torch.randn(3, 2, 3, 8, dtype=torch.float64).unbind(0)
     weight = torch.randn(8, dtype=torch.float64)
     expected = F.rms_norm(x, (8,), weight, 1e-6) * (1 + scale)
@@ -251,7 +251,7 @@ def test_ada_rms_norm_is_rms_norm_modulated() -> None:
 
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 def test_the_gated_residual_is_two_lines(rms: bool) -> None:
-    """A residual and its norm; without a gate it is one; each result has the dtype of its own input."""
+    """Check a residual and its norm, also without a gate; each result has the dtype of its own input."""
     x, h, gate, scale, shift = torch.randn(5, 2, 3, 8, dtype=torch.float64).unbind(0)
     r, y = reference.gated_residual_ada_norm(x, gate, h, scale, shift, rms=rms)
     close(r, x + gate * h)
@@ -263,7 +263,7 @@ def test_the_gated_residual_is_two_lines(rms: bool) -> None:
 
 
 def test_attention_works_under_a_dual_level() -> None:
-    """The other entrance to forward mode gives the same tangent."""
+    """Check that the other entrance to forward mode gives the same tangent."""
     primals, tangents = (make_qkv(1, 2, 5, 4, dtype=torch.float64, seed=seed) for seed in (0, 1))
     with forward_ad.dual_level():
         duals = [forward_ad.make_dual(x, t) for x, t in zip(primals, tangents, strict=True)]
@@ -272,7 +272,7 @@ def test_attention_works_under_a_dual_level() -> None:
 
 
 def test_activations_and_linear_layers_equal_pytorchs() -> None:
-    """Over both tails, and gated."""
+    """Check both tails, and gated forms."""
     x, up = torch.linspace(-9, 9, 101, dtype=torch.float64), torch.randn(101, dtype=torch.float64)
     close(reference.silu(x), F.silu(x))
     close(reference.swiglu(x, up), F.silu(x) * up)

@@ -1,4 +1,4 @@
-"""Laws of times: reproducible, ordered, and with the share of distinct rows that was asked for."""
+"""Test laws of times: they are reproducible, ordered, and have the requested share of distinct rows."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_exactly_the_asked_share_of_rows_is_distinct_and_comes_first(distinct: f
 
 
 def test_the_share_of_distinct_rows_leaves_t_as_it_was() -> None:
-    """So the law of t is the larger of two draws in every row, with s = t or not."""
+    """Check that t is the larger of two draws in every row, with s = t or not."""
     draws = [pair_times(64, LogitNormal(), share, generator=seeded(1))[0] for share in (0.0, 0.5, 1.0)]
     assert torch.equal(draws[0], draws[1])
     assert torch.equal(draws[0], draws[2])
@@ -97,7 +97,7 @@ def test_a_second_law_moves_the_ends_towards_the_data() -> None:
 
 
 def near(draws: Tensor, mean: float, std: float) -> bool:
-    """Whether draws have a normal law's moments, to five of their own deviations."""
+    """Return whether draws have a normal law's moments, to five of their own deviations."""
     off = 5 * std / math.sqrt(len(draws))
     return abs(draws.mean().item() - mean) < off and abs(draws.std().item() - std) < off
 
@@ -110,7 +110,7 @@ def test_arctan_log_normal_has_its_law_before_the_arctan() -> None:
 
 
 def test_arctan_log_normal_is_the_level_law_of_trigflow() -> None:
-    """sCM's angle: sigma = sigma_data tan(a) is the noise level of its path."""
+    """Check sCM's angle: sigma = sigma_data tan(a) is the noise level of its path."""
     by_angle = ArctanLogNormal(-1.0, 1.4, 0.5)(1000, seeded(2))
     by_level = LogNormalLevel(TrigFlow(0.5), -1.0, 1.4)(1000, seeded(2))
     torch.testing.assert_close(by_angle, by_level)
@@ -128,7 +128,7 @@ def test_level_law_is_log_normal_in_the_noise_level_of_any_path(path: Path) -> N
 
 
 def test_karras_levels_are_edms_times_and_the_same_levels_on_every_path() -> None:
-    """Shares of its grid; a path that ends at less noise, or starts at more, has a grid between its own ends."""
+    """Check shares of its grid; a path that ends at less noise, or starts at more, has a grid between its own ends."""
     share = Uniform(0.02, 0.98)(COUNT, seeded())
     torch.testing.assert_close(KarrasLevel(EDM())(COUNT, seeded()), share, rtol=0, atol=1e-5)
     level = EDM().beta(share.double())
@@ -140,7 +140,7 @@ def test_karras_levels_are_edms_times_and_the_same_levels_on_every_path() -> Non
 
 
 def test_shifted_levels_are_a_uniform_time_pushed_towards_the_noise() -> None:
-    """On the linear path itself 5 q / (1 + 4 q), and as much noise on any other."""
+    """Check 5 q / (1 + 4 q) on the linear path, and the same noise on any other."""
     q = Uniform()(COUNT, seeded())
     t = ShiftedLevel(LINEAR, 5.0)(COUNT, seeded())
     torch.testing.assert_close(t, 5 * q / (1 + 4 * q), rtol=1e-5, atol=1e-6)
@@ -150,7 +150,7 @@ def test_shifted_levels_are_a_uniform_time_pushed_towards_the_noise() -> None:
 
 
 def test_triangle_is_uniform_and_so_is_its_diagonal() -> None:
-    """Moments of the uniform law on a triangle: E t = 2/3, E s = 1/3, E ts = 1/4; the diagonal's E t = 1/2."""
+    """Check the moments on a triangle, E t = 2/3, E s = 1/3, E ts = 1/4, and on the diagonal, E t = 1/2."""
     t, s = times.triangle_times(COUNT, 0.5, generator=seeded())
     off = 5 / math.sqrt(COUNT // 2)
     assert (s[: COUNT // 2] < t[: COUNT // 2]).all()
@@ -315,7 +315,7 @@ def test_bad_settings_are_refused_by_name() -> None:
         (lambda: times.neighbour_times(8, 1), r"^points: expected at least 2, got 1"),
         (lambda: times.neighbour_times(8, 10, log_normal=(0.0, 0.0)), r"^std: "),
         (lambda: times.neighbour_times(8, 10, log_normal=(900.0, 0.1)), r"^log_normal: "),
-        (lambda: times.ct_points(9, 8), r"^step: expected in \[0, 8\], got 9"),
+        (lambda: times.ct_points(9, 8), r"^step: expected a number in \[0, 8\], got 9"),
         (lambda: times.ict_points(1, 8, start=5, end=4), r"^start, end: "),
         (lambda: times.ect_times(8, -1), r"^stage: "),
         (lambda: times.ect_times(8, 1, q=1.0), r"^q: "),

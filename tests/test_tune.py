@@ -1,4 +1,4 @@
-"""Tuning without a GPU: a made-up one that answers at once, and the file of a user's that it writes."""
+"""Test tuning without a GPU: a made-up GPU answers at once, and the user's file is written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FASTEST = Config(64, 64, 4, 3)
 
 
 class MadeUpGPU:
-    """Fits everything but 128 rows; `FASTEST` is the fastest, and `wrong` configs give wrong results."""
+    """Fit everything but 128 rows; `FASTEST` is the fastest, and `wrong` configs give wrong results."""
 
     arch = 90
     where = "a made-up GPU"
@@ -45,7 +45,7 @@ class MadeUpGPU:
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's file, in an empty folder, where lookups find it."""
+    """Return the user's file, in an empty folder, where lookups find it."""
     path = tmp_path / "fastdistill" / "gpu.json"
     monkeypatch.setattr(configs, "cache_path", lambda: path)
     configs.reload()
@@ -54,12 +54,12 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def look_up(length: int) -> Config:
-    """What a call of that length is launched with."""
+    """Return the config with which a call of that length is launched."""
     return configs.attention_config("forward", 90, torch.bfloat16, 72, "qkv", "none", length)
 
 
 def test_the_fastest_config_is_kept_and_used(path: Path) -> None:
-    """Lookups took the shipped table before, and take what was measured after, for other lengths as well."""
+    """Check that lookups took the shipped table before, and take what was measured after, for other lengths as well."""
     assert look_up(1024) != FASTEST
     (entry,) = tune.tune([CASE], MadeUpGPU(), path, report=lambda line: None)
     assert entry.config == FASTEST
@@ -69,7 +69,7 @@ def test_the_fastest_config_is_kept_and_used(path: Path) -> None:
 
 
 def test_what_is_found_stands_where_a_launch_looks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU with descriptors, too, a launch by pointers reads the rows of sm_80: exact float32, or by wish."""
+    """Check that a launch by pointers (exact float32, or by wish) reads sm_80's entries on newer GPUs too."""
     exact = CASE._replace(dtype=torch.float32)
     (entry,) = tune.tune([exact], MadeUpGPU(), path, report=lambda line: None)
     assert entry.arch == 80
@@ -81,7 +81,7 @@ def test_what_is_found_stands_where_a_launch_looks(path: Path, monkeypatch: pyte
 
 
 def test_a_wrong_result_is_never_kept(path: Path) -> None:
-    """However fast: the next fastest wins, and the report says what was left out."""
+    """Check that the next fastest wins, and that the report says what was left out."""
     report: list[str] = []
     (entry,) = tune.tune([CASE], MadeUpGPU(wrong=[FASTEST]), path, report=report.append)
     assert entry.config != FASTEST
@@ -89,7 +89,7 @@ def test_a_wrong_result_is_never_kept(path: Path) -> None:
 
 
 def test_where_nothing_fits_nothing_is_kept(path: Path) -> None:
-    """And the shipped config stays."""
+    """Check that the shipped config stays."""
     gpu = MadeUpGPU()
     gpu.fitting = lambda case, candidates: []  # type: ignore[method-assign]
     before, report = look_up(1024), []
@@ -99,7 +99,7 @@ def test_where_nothing_fits_nothing_is_kept(path: Path) -> None:
 
 
 def test_a_killed_run_goes_on_where_it_was(path: Path) -> None:
-    """What was measured before is in the file, and is not measured again."""
+    """Check that what was measured before is in the file, and is not measured again."""
     with pytest.raises(KeyboardInterrupt):
         tune.tune(CASES, MadeUpGPU(killed_at=3), path, report=lambda line: None)
     assert len(configs.read(path)) == 2
@@ -112,14 +112,14 @@ def test_a_killed_run_goes_on_where_it_was(path: Path) -> None:
 
 
 def test_a_budget_ends_it_between_cases(path: Path) -> None:
-    """With no time at all, nothing is started."""
+    """Check that nothing is started with no time at all."""
     report: list[str] = []
     assert tune.tune(CASES, MadeUpGPU(), path, budget=-1, report=report.append) == []
     assert len(report) == 1 and "out of time" in report[0]
 
 
 def test_a_damaged_file_is_named_with_its_remedy(path: Path) -> None:
-    """In a lookup as in tuning."""
+    """Check it in a lookup and in tuning."""
     path.parent.mkdir()
     path.write_text('[{"kernel": "forward"')
     for use in (lambda: look_up(1024), lambda: tune.tune([CASE], MadeUpGPU(), path)):
@@ -129,7 +129,7 @@ def test_a_damaged_file_is_named_with_its_remedy(path: Path) -> None:
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One message, status 2."""
+    """Check for one message and status 2."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as caught:
         tune.main([])
@@ -138,7 +138,7 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatc
 
 
 def test_what_is_known_can_be_added_to_a_table(path: Path, tmp_path: Path) -> None:
-    """--export: the table's own entries stay, but for those that were measured here."""
+    """Check --export: the table's own entries stay, except those that were measured here."""
     table = tmp_path / "configs.json"
     configs.write(table, configs.shipped())
     (entry,) = tune.tune([CASE], MadeUpGPU(), path, report=lambda line: None)
@@ -149,7 +149,7 @@ def test_what_is_known_can_be_added_to_a_table(path: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("kernel", configs.KERNELS)
 @pytest.mark.parametrize("mask", configs.MASKS)
 def test_the_calls_that_it_times_are_calls(kernel: str, mask: str) -> None:
-    """Their arguments are those of an implementation, and each kernel's gradients are asked for alone."""
+    """Check that their arguments are an implementation's, and that each kernel's gradients are asked for alone."""
     case = Case(kernel, torch.float32, 8, "qkm" if mask == "mask" else "qk", mask, 24)
     call = tune.call_of(case, "cpu", batch=2, heads=2)
     results = tune.results_of(call, eager)
@@ -162,7 +162,7 @@ def test_the_calls_that_it_times_are_calls(kernel: str, mask: str) -> None:
 
 
 def test_a_difference_is_found() -> None:
-    """Beyond the bound, and where there is no number; an absent result has nothing to differ in."""
+    """Check errors beyond the bound, and NaN; an absent result has nothing in which to differ."""
     x = torch.ones(3)
     assert tune.difference((x, None), (x + 1e-3, None), 1e-2) is None
     assert "result 1" in str(tune.difference((x, x), (x, x + 0.1), 1e-2))
@@ -170,7 +170,7 @@ def test_a_difference_is_found() -> None:
 
 
 def test_candidates_are_few_and_fit() -> None:
-    """At most two dozen for any kernel, and some for each."""
+    """Check that any kernel has at most two dozen, and at least one."""
     for kernel in configs.KERNELS:
         for d in (8, 64, 72, 128, 256):
             for dtype in (torch.bfloat16, torch.float32):

@@ -1,10 +1,11 @@
-"""What the kernels take on GPUs that need not be there: registers, spills, shared memory, tensor-core instructions.
+"""Compile the kernels for GPUs that need not be there, and table their registers, spills, memory and instructions.
 
     python -m fastdistill.benchmarks.compile.aot_table            # every shipped config, ten minutes or less
     python -m fastdistill.benchmarks.compile.aot_table --arch 90  # only these architectures, only on the screen
 
 Triton compiles for any architecture; only running needs the GPU. Each attention config is compiled for the costliest
-call that it serves. The program fails if one spills, wants more memory than there is, or leaves the tensor cores idle.
+call that it serves. The program fails if a kernel spills, wants more memory than there is, or leaves the tensor cores
+idle.
 """
 
 from __future__ import annotations
@@ -37,18 +38,22 @@ from fastdistill.kernels.configs import Config
 from fastdistill.tune import Case
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SHARED_MEMORY = {80: 99, 90: 227, 100: 227}  # KiB a program may have; sm_80's row serves 8.6, 8.9 and 12.x, too
-TENSOR_MEMORY = 512  # columns, sm_100; a kernel that wants more compiles to a stub without any error
-SMALLEST_KERNEL = 300  # instructions
+# KiB that a program may have; sm_80's results also serve 8.6, 8.9 and 12.x.
+SHARED_MEMORY = {80: 99, 90: 227, 100: 227}
+TENSOR_MEMORY = 512  # Columns on sm_100; a kernel that wants more compiles to a stub without any error.
+SMALLEST_KERNEL = 300  # Number of instructions.
 WGMMA_ROWS = 64
 ALSO = (72, 80, 112)  # head dims of several parts: 64 + 16 with a tail, 64 + 16, 64 + 32 + 16
 PACKED = (64, 128)
-KEY = 7  # fields of a row that say what was compiled
+KEY = 7  # The number of leading fields of a result that say what was compiled.
 
 
-class Row(NamedTuple):
-    """What a compiled kernel takes. spills: local-memory loads and stores; mma, wgmma: tensor-core instructions, and
-    those among them that only Hopper has.
+class Resources(NamedTuple):
+    """Hold the resources of a compiled kernel.
+
+    Args:
+        spills: number of local-memory loads and stores.
+        mma, wgmma: number of tensor-core instructions, and of those among them that only Hopper has.
     """
 
     kernel: str
@@ -68,9 +73,10 @@ class Row(NamedTuple):
 
 
 class Task(NamedTuple):
-    """A case, an architecture and a config: one kernel to compile. A norm's config is of its own kind.
+    """Describe one kernel to compile: a case, an architecture and a config; a norm's config has a class of its own.
 
-    packed: for packed sequences, which the kernels load by pointers, with sm_80's configs on every GPU.
+    Args:
+        packed: takes packed sequences, which the kernels load by pointers, with sm_80's configs on every GPU.
     """
 
     case: Case
@@ -80,7 +86,7 @@ class Task(NamedTuple):
 
 
 class _NoGPU:
-    """As much of Triton's driver as it takes to compile for an architecture."""
+    """Imitate as much of Triton's driver as compiling for an architecture needs."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -105,7 +111,7 @@ class _NoGPU:
 def compiling_for(arch: int) -> Iterator[None]:
     """Let Triton compile for this architecture, whatever the machine has."""
     driver = triton.runtime.driver
-    previous = driver._active  # None so far, on a machine without a GPU; the public property would raise there
+    previous = driver._active  # It is None on a machine without a GPU, where the public property would raise.
     driver.set_active(_NoGPU(arch))
     for module in (activation, attention, attention_backward, norm, norm_backward, qk_norm_rope):
         for kernel in vars(module).values():
@@ -118,7 +124,7 @@ def compiling_for(arch: int) -> Iterator[None]:
 
 
 def compile_task(task: Task) -> list[Any]:
-    """The compiled kernels, without a GPU and without any data: one, or two where a kernel is launched twice."""
+    """Compile without a GPU and without data; return the kernels: one, or two where a call launches two."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set, so nothing can be compiled: unset it")
     with compiling_for(task.arch), _precision(task):
@@ -129,7 +135,7 @@ def compile_task(task: Task) -> list[Any]:
 
 @contextmanager
 def _precision(task: Task) -> Iterator[None]:
-    """sm_80's float32 configs serve exact products on every GPU, those of the others TF32."""
+    """Set the float32 precision that the configs serve: sm_80's serve exact products on every GPU, the others TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest" if task.arch == 80 else "high")
     try:
@@ -139,18 +145,18 @@ def _precision(task: Task) -> Iterator[None]:
 
 
 def config_words(config: Any) -> str:
-    """A config as the table shows it."""
+    """Return a config in the words of the table."""
     if isinstance(config, Config):
         return tune.words(config)
     return f"{config.rows}x{config.block_c}, {config.num_warps} warps"
 
 
-def resources_of(task: Task) -> Row:
-    """Compile, and read the resources off the machine code: of two kernels, those of the costlier one."""
-    return max((_row(task, kernel) for kernel in compile_task(task)), key=lambda row: (row.spills, row.registers))
+def resources_of(task: Task) -> Resources:
+    """Compile, and read the resources off the machine code; of two kernels, return those of the costlier one."""
+    return max((_resources(task, kernel) for kernel in compile_task(task)), key=lambda row: (row.spills, row.registers))
 
 
-def _row(task: Task, kernel: Any) -> Row:
+def _resources(task: Task, kernel: Any) -> Resources:
     case = task.case
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -159,7 +165,7 @@ def _row(task: Task, kernel: Any) -> Row:
         code = _tool("nvdisasm", "-c", file.name)
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None, usage
-    return Row(
+    return Resources(
         kernel=case.kernel,
         arch=task.arch,
         dtype=str(case.dtype).removeprefix("torch."),
@@ -181,8 +187,8 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def problems(row: Row) -> list[str]:
-    """What is wrong with a compiled kernel, a line each."""
+def problems(row: Resources) -> list[str]:
+    """Return what is wrong with a compiled kernel, a line each."""
     attends = family(row.kernel) == "attention"
     low = attends and (row.dtype, row.arch) != ("float32", 80)
     checks = {
@@ -196,14 +202,14 @@ def problems(row: Row) -> list[str]:
     return [f"{' '.join(map(str, row[:6]))} ({row.config}): {text}" for text, bad in checks.items() if bad]
 
 
-def rows_of_matmuls(row: Row) -> int:
-    """The rows of the tile that stays with a program: below 64 of them, Hopper's own matmul is out of reach."""
+def rows_of_matmuls(row: Resources) -> int:
+    """Return the rows of the tile that stays with a program; below 64 of them, Hopper's wgmma is out of reach."""
     block_n, block_m = (int(size) for size in row.config.split(",")[0].split("x"))
     return block_m if row.kernel == "backward_kv" else block_n
 
 
 def shipped(archs: Sequence[int] = configs.ARCHITECTURES) -> list[Task]:
-    """Each config of the table, once for each head dim that is costly in its own way, and norms of each size."""
+    """Return a task for each config and each head dim that is costly in its own way, and for norms of each size."""
     tasks: dict[Task, None] = {}
     for entry in configs.shipped():
         also = [d for d in ALSO if configs.nearest(entry._replace(d=d), configs.shipped()) == entry]
@@ -239,9 +245,9 @@ def sources() -> dict[str, str]:
     return hashes
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The rows as a table with a paragraph above."""
-    heads = [*Row._fields[:6], "config", "registers", "spills", "shared", "TMEM", "instructions", "MMA", "wgmma"]
+def markdown(rows: Sequence[Resources]) -> str:
+    """Return the results as a table with a paragraph above."""
+    heads = [*Resources._fields[:6], "config", "registers", "spills", "shared", "TMEM", "instructions", "MMA", "wgmma"]
     legend = (
         f"Compiled ahead of time with Triton {triton.__version__}, never run. Each config under the costliest call "
         "that it serves: with these tangents (m: the mask's), a band beside a mask, and the mask's gradients. d is the "
@@ -257,8 +263,8 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def resources_of_all(tasks: Sequence[Task], jobs: int) -> list[Row]:
-    """A row each, in order, compiled side by side, with a line of progress each."""
+def resources_of_all(tasks: Sequence[Task], jobs: int) -> list[Resources]:
+    """Compile the tasks side by side; return their resources in order, and print the progress."""
     started, rows = time.monotonic(), []
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         for row in pool.map(resources_of, tasks):
@@ -268,8 +274,8 @@ def resources_of_all(tasks: Sequence[Task], jobs: int) -> list[Row]:
     return rows
 
 
-def write(rows: Sequence[Row], path: Path) -> None:
-    """The table as JSON and as Markdown."""
+def write(rows: Sequence[Resources], path: Path) -> None:
+    """Write the table as JSON and as Markdown."""
     table = {"triton": triton.__version__, "sources": sources(), "rows": [row._asdict() for row in rows]}
     lines = json.dumps(table, indent=None).replace('{"kernel"', '\n{"kernel"')
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -277,21 +283,21 @@ def write(rows: Sequence[Row], path: Path) -> None:
     path.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
 
 
-def recorded(path: Path = RESULTS / "aot") -> tuple[str, dict[str, str], list[Row]]:
-    """The Triton, the sources and the rows of a table that was written."""
+def recorded(path: Path = RESULTS / "aot") -> tuple[str, dict[str, str], list[Resources]]:
+    """Load a table that was written: its version of Triton, its sources, and its results."""
     table = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    return table["triton"], table["sources"], [Row(**row) for row in table["rows"]]
+    return table["triton"], table["sources"], [Resources(**row) for row in table["rows"]]
 
 
 def key(task: Task) -> tuple[Any, ...]:
-    """What a task's row starts with."""
+    """Return the fields with which a task's result starts."""
     case, dtype = task.case, str(task.case.dtype).removeprefix("torch.")
     mask = "packed" if task.packed else case.mask
     return (case.kernel, task.arch, dtype, case.d, case.tangents, mask, config_words(task.config))
 
 
-def still_valid(path: Path) -> dict[tuple[Any, ...], Row]:
-    """The rows of a table there that this Triton would measure again: of families whose source is the same."""
+def still_valid(path: Path) -> dict[tuple[Any, ...], Resources]:
+    """Return the results of an earlier table that still hold, because Triton and the family's source are the same."""
     if not path.with_suffix(".json").exists():
         return {}
     with_triton, of_sources, rows = recorded(path)
@@ -302,12 +308,14 @@ def still_valid(path: Path) -> dict[tuple[Any, ...], Row]:
 
 
 def main() -> None:
-    """Compile, print as it goes, write the table, fail on any problem."""
+    """Compile, print the progress, write the table, and fail on any problem."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_MEMORY, help="only these, and write no table")
-    parser.add_argument("--all", action="store_true", help="also what is in the table and has not changed since")
-    parser.add_argument("--jobs", type=int, default=2, help="processes")
-    parser.add_argument("--out", type=Path, default=RESULTS / "aot", help="the table's name without its suffix")
+    parser.add_argument(
+        "--arch", type=int, nargs="+", choices=SHARED_MEMORY, help="compile only for these, and write no table"
+    )
+    parser.add_argument("--all", action="store_true", help="compile also what the table has and has not changed since")
+    parser.add_argument("--jobs", type=int, default=2, help="number of processes")
+    parser.add_argument("--out", type=Path, default=RESULTS / "aot", help="path of the table without the suffix")
     arguments = parser.parse_args()
     tasks = shipped(arguments.arch or configs.ARCHITECTURES)
     known = {} if arguments.all else still_valid(arguments.out)

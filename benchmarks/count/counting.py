@@ -1,11 +1,11 @@
-"""Kernels launched and bytes moved, counted: of PyTorch's own ops by a dispatch mode, of Triton's at their launch.
+"""Count launched kernels and moved bytes: of PyTorch's ops by a dispatch mode, of Triton's kernels at their launch.
 
-A PyTorch op is one kernel unless it is a view or an allocation. What it reads and writes is each tensor once; of a
-broadcast one, the elements that there are. A Triton launch moves each tensor among its arguments once: less is not
-possible, and a kernel that reads a tile again finds it in a cache, if all goes well. So bytes are those of a machine
-without any reuse between kernels and with perfect reuse inside each.
+A PyTorch op is one kernel unless it is a view or an allocation. It reads or writes each tensor once; of a broadcast
+tensor, only the stored elements count. A Triton launch moves each tensor among its arguments once. Less is not
+possible, and a kernel that reads a tile again finds it in a cache, if all goes well. So the bytes are those of a
+machine without reuse between kernels, and with perfect reuse inside each.
 
-On CPU tensors Triton's kernels are not run: results are garbage then, and the counts are the same.
+On CPU tensors Triton's kernels are not run: the results are garbage then, and the counts are the same.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from triton.runtime.jit import JITFunction
 from fastdistill.kernels import configs
 from fastdistill.ops.protocol.dual_op import DualOp
 
-TORCH_ONLY = ("linear",)  # there is no kernel of ours, and impl="triton" is refused
+TORCH_ONLY = ("linear",)  # The op has no kernel of ours, and refuses impl="triton".
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_efficientzerotensor"}
-OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_"}  # in place, but what was there is not read
+OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_"}  # These work in place without reading the old values.
 
 
 class Kernel(NamedTuple):
-    """One launch: an op's name, or a Triton kernel's as module.name, and the bytes that it reads and writes."""
+    """Describe one launch: the name of an op, or of a Triton kernel as module.name, and the bytes that it moves."""
 
     name: str
     bytes: int
 
 
 class Counter(TorchDispatchMode):
-    """Collects the `kernels` that run inside it; ops of ours are opened, and run as `impl`, "torch" or "triton".
+    """Collect the `kernels` that run inside; our ops are opened, and run as `impl`, "torch" or "triton".
 
-    Kernels of Triton are counted beside it, by `counted`.
+    Triton's kernels are added by `counted`.
     """
 
     def __init__(self, impl: str) -> None:
@@ -53,7 +53,7 @@ class Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "fastdistill":
             return self._opened(func, args)
-        with self:  # linear, matmul and their like come whole where autograd is below them
+        with self:  # Where autograd is below them, linear, matmul and their like come undecomposed.
             parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
             return parts
@@ -64,7 +64,7 @@ class Counter(TorchDispatchMode):
         return result
 
     def _opened(self, func: Any, args: Sequence[Any]) -> Any:
-        """A mode is off while it handles an op, so what that op calls would not be seen."""
+        """Run an op of ours inside the mode, which is off while it handles an op, and would miss its calls."""
         name = func.overloadpacket.__name__
         family = max((n for n in dual_ops() if name == n or name.startswith(f"{n}_")), key=len)
         op, part = dual_ops()[family], name.removeprefix(family)
@@ -78,31 +78,32 @@ class Counter(TorchDispatchMode):
 
 
 def dual_ops() -> dict[str, DualOp]:
-    """Every op under the dual protocol, by name."""
+    """Return every op under the dual protocol, by name."""
     modules = [module for name, module in sys.modules.items() if name.startswith("fastdistill.ops.")]
     return {x.name: x for module in modules for x in vars(module).values() if isinstance(x, DualOp)}
 
 
 def launches(func: Any, inputs: Any, result: Any) -> bool:
-    """Whether an op that ran is a kernel: not an allocation, nor a view, nor arithmetic with structural zeros."""
+    """Return whether an op was a kernel, and not an allocation, a view, or arithmetic with structural zeros."""
     if func.overloadpacket.__name__ in ALLOCATIONS:
         return False
     if func._schema.is_mutable:
         return True
-    real = [x for x in _tensors(result) if not x._is_zerotensor() and not x.is_meta]  # shapes are found out on meta
+    # Meta tensors only find out shapes.
+    real = [x for x in _tensors(result) if not x._is_zerotensor() and not x.is_meta]
     known = {x.untyped_storage()._cdata for x in _tensors(inputs) if not x._is_zerotensor()}
     return any(x.untyped_storage()._cdata not in known for x in real)
 
 
 def moved(name: str, mutable: bool, inputs: Any, result: Any) -> int:
-    """Bytes read and written by an op."""
+    """Return the bytes that an op reads and writes."""
     read = sum(size(x) for x in _tensors(inputs))
     written = sum(size(x) for x in _tensors(result))
     return read if mutable and name in OVERWRITES else read + written
 
 
 def size(x: Tensor) -> int:
-    """Bytes of the elements that there are: of a broadcast dimension one, of a structural zero none."""
+    """Return the bytes of the stored elements: a broadcast dimension has one, a structural zero none."""
     if x._is_zerotensor():
         return 0
     elements = 1
@@ -113,7 +114,7 @@ def size(x: Tensor) -> int:
 
 @contextmanager
 def counted(impl: str, device: str = "cpu") -> Iterator[list[Kernel]]:
-    """The kernels that run inside on tensors of that device, with our ops as `impl`."""
+    """Collect the kernels that run inside on tensors of this device, with our ops as `impl`."""
     counter = Counter(impl)
     with ExitStack() as stack:
         if impl == "triton":
@@ -124,12 +125,13 @@ def counted(impl: str, device: str = "cpu") -> Iterator[list[Kernel]]:
 
 @contextmanager
 def _launches_noted(kernels: list[Kernel], device: str) -> Iterator[None]:
-    """Triton's launches are noted. On a GPU they also happen; on the CPU it is as if there were a Hopper."""
+    """Record Triton's launches. On a GPU they also happen; on a CPU the configs are those of a Hopper GPU."""
     launch = JITFunction.run
 
     def note(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         tensors = _tensors(args)
-        different = {(x.data_ptr(), x.shape, x.stride()): x for x in tensors}  # descriptors are parts of one tensor
+        # Several descriptors may be parts of one tensor.
+        different = {(x.data_ptr(), x.shape, x.stride()): x for x in tensors}
         name = f"{self.fn.__module__.rpartition('.')[2]}.{self.__name__.strip('_').removesuffix('_kernel')}"
         kernels.append(Kernel(name, sum(map(size, different.values()))))
         if device != "cpu":
@@ -143,6 +145,6 @@ def _launches_noted(kernels: list[Kernel], device: str) -> Iterator[None]:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    """With those that tensor descriptors point to."""
+    """Return the tensors of a tree, including those to which tensor descriptors point."""
     leaves = [getattr(x, "base", x) if type(x).__name__ == "TensorDescriptor" else x for x in tree_leaves(tree)]
     return [x for x in leaves if isinstance(x, Tensor)]

@@ -1,10 +1,11 @@
-"""Memory held after the forward, and its peak, of a 6-block transformer: plain, torch.func.jvp, and fastdistill.jvp.
+"""Measure the memory of a 6-block transformer by plain PyTorch, torch.func.jvp, and fastdistill.jvp.
 
     python -m fastdistill.benchmarks.count.driver_memory                 # N = 256 and 1024, table and JSON
     python -m fastdistill.benchmarks.count.driver_memory --lengths 256
 
-Every way is checked against `torch.func.jvp` in float64 first: nothing is measured on red. Bytes are those of tensor
-storages alive (`fastdistill.testing.MemoryRecorder`), so that the numbers are exact and the same on every machine.
+It is the memory held after the forward, and its peak. Every way is first checked against `torch.func.jvp` in float64,
+and nothing is measured that fails. Bytes are those of tensor storages alive (`fastdistill.testing.MemoryRecorder`), so
+the numbers are exact, and the same on every machine.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def plain_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """A DiT block whose attention and norm are given, so that each way of differentiating it uses its own."""
+    """Run a DiT block on the attention and norm that it is given, so that each way of differentiating uses its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ Result = tuple[Tensor, Tensor | None]
 
 
 def ways(net: Network, x: Tensor, t: Tensor, v: Tensor) -> dict[str, Callable[[], Result]]:
-    """Each way to get (u, du/dt); `plain` is the forward alone."""
+    """Return each way to compute (u, du/dt); `plain` is the forward alone."""
 
     def math_jvp() -> tuple[Tensor, Tensor]:
         with sdpa_kernel(SDPBackend.MATH):
@@ -87,9 +88,9 @@ def ways(net: Network, x: Tensor, t: Tensor, v: Tensor) -> dict[str, Callable[[]
 def held_and_peak(run: Callable[[], Result]) -> dict[str, float]:
     with MemoryRecorder() as recorder:
         result = run()
-    row = {"held_mib": recorder.alive / 2**20, "peak_mib": recorder.peak / 2**20}
+    entry = {"held_mib": recorder.alive / 2**20, "peak_mib": recorder.peak / 2**20}
     del result
-    return row
+    return entry
 
 
 def main() -> None:
@@ -100,7 +101,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     net = Network()
-    rows = []
+    measured = []
     for length in arguments.lengths:
         batch = 2 if length <= 256 else 1
         x, v, t = torch.randn(batch, length, WIDTH), torch.randn(batch, length, WIDTH), torch.rand(batch)
@@ -115,18 +116,18 @@ def main() -> None:
             error = None if tangent is None else relative_error(tangent.detach(), truth)
             if error is not None and not error < 1e-5:
                 raise SystemExit(f"parity failed: {name}, N={length}: relative error of the tangent {error:.1e}")
-            row = {"tokens": length, "batch": batch, "way": name, "tangent_error": error, **held_and_peak(run)}
-            plain = plain or row["held_mib"]
-            row["held_over_plain"] = row["held_mib"] / plain
-            rows.append(row)
+            entry = {"tokens": length, "batch": batch, "way": name, "tangent_error": error, **held_and_peak(run)}
+            plain = plain or entry["held_mib"]
+            entry["held_over_plain"] = entry["held_mib"] / plain
+            measured.append(entry)
             text = "       -" if error is None else f"{error:8.1e}"
             print(
-                f"N={length:5d} B={batch}  {name:32s} held {row['held_mib']:7.1f} MiB ({row['held_over_plain']:.2f}x)"
-                f"  peak {row['peak_mib']:7.1f} MiB  error {text}"
+                f"N={length:5d} B={batch}  {name:32s} held {entry['held_mib']:7.1f} MiB"
+                f" ({entry['held_over_plain']:.2f}x)  peak {entry['peak_mib']:7.1f} MiB  error {text}"
             )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     setting = {"width": WIDTH, "heads": HEADS, "depth": DEPTH, "dtype": "float32", "torch": torch.__version__}
-    arguments.out.write_text(json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n")
+    arguments.out.write_text(json.dumps({"setting": setting, "rows": measured}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ MATMULS = {"mm", "bmm", "addmm", "addmm_", "baddbmm"}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-class Case(NamedTuple):
+class ComparedOp(NamedTuple):
     """An op as a function of the tensors that have tangents in a network, in plain PyTorch and as ours.
 
     shapes: of these tensors. parameters: bytes of the tensors without a tangent, which are read as well.
@@ -61,16 +61,16 @@ class Sizes(NamedTuple):
     heads: int = HEADS
 
 
-def cases(sizes: Sizes, dtype: torch.dtype, device: str) -> dict[str, Case]:
+def compared_ops(sizes: Sizes, dtype: torch.dtype, device: str) -> dict[str, ComparedOp]:
     """Return every op of the rooms' `cases.py` at the sizes of a DiT. Parameters have no tangents."""
     return {
-        f"{row.name}, {variant}".removesuffix(", "): _case(row, variant, sizes, dtype, device)
+        f"{row.name}, {variant}".removesuffix(", "): _compared(row, variant, sizes, dtype, device)
         for row in every_case()
         for variant in row.launched
     }
 
 
-def _case(row: PublicOp, variant: str, of_dit: Sizes, dtype: torch.dtype, device: str) -> Case:
+def _compared(row: PublicOp, variant: str, of_dit: Sizes, dtype: torch.dtype, device: str) -> ComparedOp:
     sizes, given = row.variant(variant, dit(*of_dit))
     options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}
     shapes = row.shapes(sizes)
@@ -86,10 +86,10 @@ def _case(row: PublicOp, variant: str, of_dit: Sizes, dtype: torch.dtype, device
 
     tensors = [*still.values(), *(x for x in options.values() if isinstance(x, Tensor))]
     read = sum(x.nbytes for x in tensors)
-    return Case(bound(row.of_native), bound(row.of_op), tuple(shapes[name] for name in moving), read, row.triton)
+    return ComparedOp(bound(row.of_native), bound(row.of_op), tuple(shapes[name] for name in moving), read, row.triton)
 
 
-def draw(case: Case, dtype: torch.dtype, device: str) -> tuple[Tensors, Tensors]:
+def draw(case: ComparedOp, dtype: torch.dtype, device: str) -> tuple[Tensors, Tensors]:
     """Return primals and tangents, each with a memory of its own."""
     leaf = partial(torch.randn, dtype=dtype, device=device, requires_grad=True)
     primals, tangents = (tuple(leaf(shape) for shape in case.shapes) for _ in range(2))
@@ -108,10 +108,10 @@ def pulled(results: Tensors, primals: Tensors, tangents: Tensors) -> Callable[[]
     return lambda: torch.autograd.grad(results, (*primals, *tangents), cotangents, retain_graph=True)
 
 
-def op_rows(dtype_name: str, device: str, sizes: Sizes, clock: Clock | None = None) -> list[dict[str, Any]]:
+def count_ops(dtype_name: str, device: str, sizes: Sizes, clock: Clock | None = None) -> list[dict[str, Any]]:
     """A row for each op, way and direction, timed if there is a clock."""
     dtype, rows = DTYPES[dtype_name], []
-    for name, case in cases(sizes, dtype, device).items():
+    for name, case in compared_ops(sizes, dtype, device).items():
         primals, tangents = draw(case, dtype, device)
         results = pushed(case.ours, primals, tangents)
         inputs, written = (sum(map(size, each)) for each in ((*primals, *tangents), results))
@@ -186,7 +186,7 @@ def block_ways(rope: bool, sizes: Sizes, device: str) -> dict[str, tuple[Callabl
     }
 
 
-def block_rows(sizes: Sizes, device: str) -> list[dict[str, Any]]:
+def count_blocks(sizes: Sizes, device: str) -> list[dict[str, Any]]:
     """Kernels of a block under bfloat16 autocast, with float32 parameters, by kind."""
     rows = []
     for rope in (False, True):
@@ -258,8 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sizes = Sizes(args.batch, args.tokens, args.width, HEADS)
     torch.manual_seed(0)
     clock = CudaClock() if device == "cuda" else None
-    rows = [row for dtype in DTYPES for row in op_rows(dtype, device, sizes, clock)]
-    blocks = block_rows(sizes._replace(batch=1), device)
+    rows = [row for dtype in DTYPES for row in count_ops(dtype, device, sizes, clock)]
+    blocks = count_blocks(sizes._replace(batch=1), device)
     copy = None if clock is None else ceilings(torch.device(device), clock)["copy_gbs"]
     results = {"environment": fingerprint(), "sizes": sizes._asdict(), "copy_gb_per_s": copy}
     args.out.parent.mkdir(parents=True, exist_ok=True)

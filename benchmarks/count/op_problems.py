@@ -21,7 +21,7 @@ from fastdistill.models.dit import DiT
 from fastdistill.ops.protocol.cases import PublicOp, as_tuple, every_case
 
 MODES = ("forward", "forward + primal", "forward + mixed")
-Pair = Callable[..., tuple[Any, Any]]
+PairFunction = Callable[..., tuple[Any, Any]]
 
 
 class Problem(NamedTuple):
@@ -31,7 +31,7 @@ class Problem(NamedTuple):
     primals, tangents: float32, in the same order and of the same shapes; a parameter has the tangent None.
     """
 
-    pair: Pair
+    pair: PairFunction
     primals: tuple[Tensor, ...]
     tangents: tuple[Tensor | None, ...]
 

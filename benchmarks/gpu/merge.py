@@ -1,4 +1,4 @@
-"""Result files of one machine and commit as one, named after them, ready to be committed.
+"""Merge result files of one machine and commit into one, named after both, ready to be committed.
 
     python -m fastdistill.benchmarks.gpu.merge runs/gpu/*.json                # into benchmarks/results/
     python -m fastdistill.benchmarks.gpu.merge a.json b.json --into elsewhere
@@ -21,10 +21,10 @@ from fastdistill.benchmarks.run.result_file import identity, load, save
 
 
 def merged(files: Mapping[Path, dict[str, Any]]) -> dict[str, Any]:
-    """One file's content from several files'.
+    """Merge the contents of several files into one.
 
     Raises:
-        BenchError: they are not of the same machine, torch and commit, or there are none.
+        BenchError: there are no files, or they differ in machine, torch or commit.
     """
     if not files:
         raise BenchError("expected result files, got none")
@@ -32,7 +32,9 @@ def merged(files: Mapping[Path, dict[str, Any]]) -> dict[str, Any]:
     (first, *others) = files.items()
     for path, content in others:
         if identity(content) != identity(first[1]):
-            raise BenchError(f"{path} is of {identity(content)}, {first[0]} of {identity(first[1])}: not the same")
+            raise BenchError(
+                f"{path}: expected the setting of {first[0]}, {identity(first[1])}, got {identity(content)}"
+            )
     entries: dict[str, tuple[str, Any]] = {}
     for content in contents:
         for name in ("benchmarks", "not_timed"):
@@ -46,7 +48,7 @@ def merged(files: Mapping[Path, dict[str, Any]]) -> dict[str, Any]:
 
 
 def file_name(content: Mapping[str, Any]) -> str:
-    """What a result file is called: <gpu>_<date>_<commit>.json."""
+    """Return a result file's name, <gpu>_<date>_<commit>.json."""
     machine, commit = content["machine_info"], content["commit_info"]
     device = (machine.get("gpu") or {}).get("name") or machine.get("processor") or machine.get("device") or "unknown"
     slug = re.sub(r"[^a-z0-9]+", "-", str(device).lower()).strip("-")

@@ -1,13 +1,13 @@
-"""Tests in many processes side by side, whose crashes cost the others nothing: for a GPU that is lent by the minute.
+"""Run tests in many processes side by side, on a GPU that is lent by the minute; a crash costs the others nothing.
 
     python -m fastdistill.benchmarks.gpu.parity --json parity.json --budget 120 --jobs 12 --core
     python -m fastdistill.benchmarks.gpu.parity --json parity.json --budget 400            # goes on with all the others
 
-Each process runs a few tests and says what came of each. One that crashes, hangs, or leaves the GPU unusable (after an
-illegal access nothing runs any more in that process) ends with the test that did it; the tests it had not yet run go to
-another one. A test hangs if it takes more than `--patience` seconds, not counting those in which its process waits for
-a busy processor. The file is whole at every moment, holds each traceback, and a run goes on where the file ends. It is
-of a commit: COMMIT, or the repository's.
+Each process runs a few tests and reports each result. A process that crashes, hangs, or leaves the GPU unusable (after
+an illegal access nothing runs any more in that process) ends with the test that did it; another process runs the tests
+that are left. A test hangs if it takes more than `--patience` seconds, without those in which its process waits for a
+busy processor. The file is whole at every moment and holds each traceback, and a run goes on where the file ends. The
+file belongs to a commit: COMMIT, or the repository's.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from fastdistill.benchmarks.gpu.patience import OwnTime
 from fastdistill.benchmarks.ops import packages
 from fastdistill.benchmarks.run import environment, result_file
 
-PASSED, CRASHED, HUNG = "passed", "crashed", "hung"  # or "failed", as pytest says
-# What the numbers of a benchmark rest on, the most important first; the rest of tests/kernels can wait.
+PASSED, CRASHED, HUNG = "passed", "crashed", "hung"  # "failed", in pytest's own word, is the fourth outcome.
+# The numbers of a benchmark rest on these, the most important first; the rest of tests/kernels can wait.
 CORE = (
     "tests/gpu/test_core.py",
     "tests/gpu/test_attention.py",
@@ -49,19 +49,20 @@ CORE = (
 )
 ALL = ("tests/gpu", "tests/kernels")
 PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-W", "default", "-m", "not slow")
-CHUNK = 6  # tests a process: more would wait behind one that compiles for long; tests/gpu compiles most, so one each
-PATIENCE = 100.0  # seconds that one test may take, by `OwnTime`
-Watch = Callable[[int], Callable[[], float]]  # from a process's id to what says how many seconds it had
+# Tests a process: more would wait behind one that compiles for long. tests/gpu compiles most, so it gets one each.
+CHUNK = 6
+PATIENCE = 100.0  # The seconds that one test may take, by `OwnTime`.
+Watch = Callable[[int], Callable[[], float]]  # Maps a process's id to a function that returns its own seconds.
 
 
 class Worker:
-    """A process with some tests.
+    """Run some tests in a process of their own.
 
     Args:
-        tests: their ids, in order.
-        folder: for what it says.
-        number: of the worker.
-        watch: what says how many seconds a process had.
+        tests: ids of the tests, in order.
+        folder: folder of the files in which the process reports.
+        number: number of the worker, which names these files.
+        watch: returns for a process's id a function that returns the process's own seconds.
     """
 
     def __init__(self, tests: Sequence[str], folder: Path, number: int, watch: Watch = OwnTime) -> None:
@@ -81,13 +82,13 @@ class Worker:
         self._seen, self._since = -1, 0.0
 
     def kill(self) -> None:
-        """It and what it started."""
+        """Kill the process and those that it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def found(self, patience: float) -> tuple[dict[str, dict[str, Any]], list[str] | None]:
-        """What came of its tests so far, and, once it has ended, those that another has to run."""
+        """Return the results so far and, once the process has ended, the tests that another process has to run."""
         ended = self.process.poll()
         found, running = read(self.said)
         if ended is None:
@@ -99,9 +100,11 @@ class Worker:
             self.kill()
             found, running = read(self.said)
         left = [test for test in self.tests if test not in found]
-        if ended == LOST or not left or (ended is None and len(found) != self._seen):  # the last: it ended just then
+        # In the last case the process ended a moment ago.
+        if ended == LOST or not left or (ended is None and len(found) != self._seen):
             return found, left
-        # It died in the test that ran then; where it never began one, or said nothing of them, none would do better.
+        # The process died in the test that ran then. If it began no test, or reported none, another process would fare
+        # no better.
         lost = [running] if running is not None else left
         how = (
             "no end after so many seconds" if ended is None else f"signal {-ended}" if ended < 0 else f"status {ended}"
@@ -113,19 +116,19 @@ class Worker:
 
 
 def collected(paths: Sequence[str]) -> list[str]:
-    """The ids of the tests there, in the order of the paths.
+    """Return the ids of the tests in these paths, in order.
 
     Raises:
-        SystemExit: pytest can't collect them; its own words.
+        SystemExit: pytest can't collect them; the message is pytest's.
     """
     done = subprocess.run([*PYTEST, "--collect-only", "--no-header", *paths], capture_output=True, text=True)
-    if done.returncode not in (0, 5):  # 5: there are none
+    if done.returncode not in (0, 5):  # Status 5 means that there are no tests.
         raise SystemExit(f"parity: pytest can't collect {', '.join(paths)}:\n{done.stdout}{done.stderr}")
     return [line for line in done.stdout.splitlines() if "::" in line and not line.startswith(" ")]
 
 
 def chunks(tests: Sequence[str], size: int = CHUNK) -> list[list[str]]:
-    """So many at a time, in order, those of one file together; each of tests/gpu alone."""
+    """Split the tests into chunks of one file each, in order, of at most `size` tests; tests/gpu gets one each."""
     found: list[list[str]] = []
     for test in tests:
         file = test.partition("::")[0]
@@ -146,7 +149,7 @@ def run(
     patience: float = PATIENCE,
     watch: Watch = OwnTime,
 ) -> None:
-    """Run them until the budget ends, and write the file whenever something is known."""
+    """Run the tests until the budget ends, and write the file whenever something is known."""
     waiting, working, number = chunks(tests), list[Worker](), 0
     stop_at, saved_at = time.monotonic() + budget, 0.0
     with tempfile.TemporaryDirectory() as folder:
@@ -178,7 +181,7 @@ def _note(content: dict[str, Any], found: dict[str, dict[str, Any]]) -> None:
         if content["tests"].get(test) != result and result["outcome"] != PASSED:
             last = (result["traceback"] or "").strip().splitlines()[-1:]
             print(f"{result['outcome']}: {test}: {' '.join(last)[:200]}", flush=True)
-        content["tests"][test] = result  # one that passed may still fail in its teardown
+        content["tests"][test] = result  # A test that passed may still fail in its teardown.
 
 
 def _save(content: dict[str, Any], path: Path) -> None:
@@ -187,7 +190,7 @@ def _save(content: dict[str, Any], path: Path) -> None:
 
 
 def begun(path: Path) -> dict[str, Any]:
-    """The file's content, if it is of this commit and these versions; else of a new one."""
+    """Return the file's content if it has the same commit and versions, otherwise new content."""
     head = os.environ.get("COMMIT") or environment.commit()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     about = {"device": device, "torch": torch.__version__, "triton": packages.versions().get("triton"), "commit": head}
@@ -201,16 +204,22 @@ def begun(path: Path) -> dict[str, Any]:
 
 
 def main(arguments: Iterable[str] | None = None) -> int:
-    """Run, print what failed and how many did, and return 1 if any did."""
+    """Run the tests, print the failures and their number, and return 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="*", help="of tests (default: all that a GPU has to show)")
-    parser.add_argument("--core", action="store_true", help="only what benchmarks rest on")
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="results, old ones too")
-    parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="then all is stopped")
-    parser.add_argument("--jobs", type=int, default=max(1, min(14, (os.cpu_count() or 3) - 2)), help="processes")
-    parser.add_argument("--patience", type=float, default=PATIENCE, metavar="SECONDS", help="that a test may take")
+    parser.add_argument("paths", nargs="*", help="paths of tests (default: all that need a GPU)")
+    parser.add_argument("--core", action="store_true", help="run only the tests on which benchmarks rest")
+    parser.add_argument(
+        "--json", type=Path, required=True, metavar="FILE", help="file of the results, to which new ones are added"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), metavar="SECONDS", help="stop all tests after this time"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=max(1, min(14, (os.cpu_count() or 3) - 2)), help="number of processes"
+    )
+    parser.add_argument("--patience", type=float, default=PATIENCE, metavar="SECONDS", help="time that a test may take")
     args = parser.parse_args(None if arguments is None else list(arguments))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes end, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # This way the processes end, too.
     started = time.monotonic()
     content = begun(args.json)
     every = collected(args.paths or (CORE if args.core else ALL))

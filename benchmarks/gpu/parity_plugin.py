@@ -1,4 +1,4 @@
-"""What the tests of a process of `fastdistill.benchmarks.gpu.parity` do to be heard: a plugin of pytest's."""
+"""Report the tests of a process of `fastdistill.benchmarks.gpu.parity`, as a plugin of pytest."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 
 from fastdistill.benchmarks.run.clock import still_works
 
-LOST = 70  # the status of a process whose GPU does nothing any more
-LONGEST = 12000  # characters of a traceback
+LOST = 70  # The exit status of a process whose GPU does nothing any more.
+LONGEST = 12000  # The number of characters of a traceback that are kept.
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
-    """A test begins."""
+    """Report that a test begins."""
     _say({"test": nodeid})
 
 
 def pytest_runtest_logreport(report: Any) -> None:
-    """A test has ended, or failed before or after its body."""
+    """Report that a test has ended, or failed before or after its body."""
     if report.when != "call" and report.passed:
         return
     outcome = "failed" if report.failed else "skipped" if report.skipped else "passed"
@@ -37,10 +37,11 @@ def _say(line: dict[str, Any]) -> None:
 
 
 def read(said: Path) -> tuple[dict[str, dict[str, Any]], str | None]:
-    """What came of the tests of a process, by id, and the one that runs now; of two outcomes a failure counts."""
+    """Return the results of a process's tests by id, and the test that runs now; of two results a failure counts."""
     found: dict[str, dict[str, Any]] = {}
     running = None
-    lines = said.read_text(encoding="utf-8").split("\n")[:-1] if said.exists() else []  # the last may be half written
+    # The last line may be half written.
+    lines = said.read_text(encoding="utf-8").split("\n")[:-1] if said.exists() else []
     for line in map(json.loads, lines):
         test = line.pop("test")
         if not line:

@@ -1,4 +1,4 @@
-"""The measure of patience: how long processes slept or ran, whatever else keeps the machine busy.
+"""Measure patience: how long processes slept or ran, whatever else keeps the machine busy.
 
 A clock on the wall can't tell a hung test from one that waits for a processor: where four other programs run, importing
 torch may take a minute. Here waiting for a processor, or for a disk, counts nothing.
@@ -12,27 +12,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-EVERY = 1.0  # seconds between two looks, each of which reads a file for every process of the machine
-LONGEST = 2.0  # seconds that one interval may count: beyond it, whoever looks was kept waiting, too
+EVERY = 1.0  # Seconds between two looks; each look reads a file for every process of the machine.
+LONGEST = 2.0  # The most seconds that one interval may count; beyond it, this process was kept waiting too.
 
 
 class Look(NamedTuple):
-    """A session at one moment. asleep: no thread wants a processor; cpu: CPU seconds so far, by process."""
+    """Hold a session's state: `asleep` says that no thread wants a processor, `cpu` has CPU seconds by process."""
 
     asleep: bool
     cpu: dict[int, float]
 
 
 class OwnTime:
-    """Count the seconds that a session of processes has had to itself; calling it returns how many so far.
+    """Count the seconds that a session of processes has had to itself; a call returns the count so far.
 
     While all its threads sleep, as in a deadlock, time on the wall counts. While one of them runs or wants to, the CPU
-    time that they took counts, and never more than has passed.
+    time that they took counts, but never more than has passed.
 
     Args:
         session: the process id of the session's first process.
-        timer: seconds on the wall.
-        look: reads the state of a session; None where the system has no /proc, and then time on the wall counts.
+        timer: returns seconds on the wall.
+        look: returns the state of a session; None where the system has no /proc, and then time on the wall counts.
     """
 
     def __init__(
@@ -79,4 +79,4 @@ def _stat(folder: Path) -> Iterator[list[str]]:
         text = (folder / "stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return
-    yield text.rpartition(")")[2].split()  # the name before it, in parentheses, may hold anything
+    yield text.rpartition(")")[2].split()  # The name before it, in parentheses, may hold anything.

@@ -1,12 +1,12 @@
-"""`make evidence`: every method on the ring and on digits, three seeds each, against what is known exactly.
+"""Train every method on the ring and on digits, three seeds each, and judge it against exact solutions.
 
     python -m fastdistill.benchmarks.methods.evidence                             # train what is missing, and write
     python -m fastdistill.benchmarks.methods.evidence --data ring --seeds 0 --budget-minutes 20 --train-only
     python -m fastdistill.benchmarks.methods.evidence --collect                   # measure and write what there is
 
-Runs are claimed one by one, so that several processes with the same folder share the work: start one a core, with
-OMP_NUM_THREADS=1. A run that was stopped goes on where it was, a finished one is never trained again. What comes out is
-docs/evidence (summary.json, evidence.md, plots) and the marked blocks of docs/methods.md.
+This is `make evidence`. Runs are claimed one by one, so that several processes with the same folder share the work:
+start one a core, with OMP_NUM_THREADS=1. A stopped run goes on where it was, and a finished one is never trained again.
+It writes docs/evidence (summary.json, evidence.md, plots) and the marked blocks of docs/methods.md.
 """
 
 from __future__ import annotations
@@ -42,26 +42,25 @@ from fastdistill.train import NonFiniteError, TrainConfig, train
 from fastdistill.train.files import write_text
 from fastdistill.train.methods import METHODS
 
-CONTROL = "flow_matching"  # first of all: the others' teacher, and the control that one step must not satisfy
-GATE, CONTROL_GATE = 0.45, 0.6  # map error in one step: a method below, the control and every mutant above
-# These compare laws, not points, and may pair noise and data otherwise than the flow does: SW2 in one step below this,
-# where real draws differ by .04 and flow matching's single step by more than 1.
+CONTROL = "flow_matching"  # Trained first: the others' teacher, and the control that must fail in one step.
+GATE, CONTROL_GATE = 0.45, 0.6  # Map error in one step: every method must be below, the control and every mutant above.
+# These methods compare laws and may pair points anew, so SW2 is gated; real draws differ by .04, one Euler step by 1.
 MATCH_LAWS, LAW_GATE = ("imm", "dmd"), 0.45
 
 
 def wrong_sign(fn: Any, primals: Any, tangents: Any, **options: Any) -> Any:
-    """A mutant's driver: the derivative along the flow with its sign turned."""
+    """Turn the sign of the derivative along the flow; this is the driver of a mutant."""
     u, du_dt = jvp(fn, primals, tangents, **options)
     return u, -du_dt
 
 
 def no_time_tangent(fn: Any, primals: Any, tangents: Any, **options: Any) -> Any:
-    """A mutant's driver: time stands still while x moves."""
+    """Keep time still while x moves; this is the driver of a mutant."""
     return jvp(fn, primals, (tangents[0], None, None), **options)
 
 
 def swapped_times(fn: Any, primals: Any, tangents: Any, **options: Any) -> Any:
-    """A mutant's driver: the end moves instead of the start."""
+    """Move the end instead of the start; this is the driver of a mutant."""
     x, t, s = primals
     return fn(x, t, s), jvp(fn, primals, (tangents[0], None, tangents[1]), **options)[1]
 
@@ -77,7 +76,7 @@ MUTANTS = {
 
 @dataclass(frozen=True)
 class Job:
-    """One run: a method, or a mutant of one, on one data set from one seed."""
+    """Describe one run: a method, or a mutant of one, on one data set from one seed."""
 
     data: str
     seed: int
@@ -85,11 +84,11 @@ class Job:
 
     @property
     def method(self) -> str:
-        """The method that is trained."""
+        """Return the name of the method that is trained."""
         return MUTANTS[self.name][0] if self.name in MUTANTS else self.name
 
     def configure(self, out: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-        """Its settings: those of `fastdistill compare`; a mutant's run has a folder of its own beside the others."""
+        """Return the run's settings, those of `fastdistill compare`; a mutant gets a folder of its own."""
         folder = out / self.data / f"seed{self.seed}"
         budget = [*compare.budget_of(self.data), "--seed", str(self.seed), *overrides]
         config = compare.configure(self.method, self.data, folder, budget)
@@ -110,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m fastdistill.benchmarks.methods.evidence",
         description=__doc__,
@@ -119,7 +118,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", choices=tables.DATA, default=tables.DATA)
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *MUTANTS], default=[*METHODS, *MUTANTS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--budget-minutes", type=float, default=float("inf"), help="start no run after so long")
+    parser.add_argument("--budget-minutes", type=float, default=float("inf"), help="start no run after this")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="the runs (default: %(default)s)")
     parser.add_argument("--evidence", type=Path, default=tables.EVIDENCE, help="results (default: %(default)s)")
     only = parser.add_mutually_exclusive_group()
@@ -130,7 +129,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def list_jobs(data: Sequence[str], seeds: Sequence[int], names: Sequence[str]) -> list[Job]:
-    """All runs in the order of work: controls first, then seed by seed; mutants on the first seed of the ring."""
+    """List all runs in the order of work: controls first, then seed by seed; mutants take the ring's first seed."""
     ordered = [name for name in (CONTROL, *names) if name == CONTROL or name not in MUTANTS]
     ordered = list(dict.fromkeys(ordered))
     jobs = [Job(kind, seed, CONTROL) for kind in data for seed in seeds]
@@ -158,12 +157,13 @@ def work(jobs: Sequence[Job], out: Path, seconds: float, overrides: Sequence[str
             tell(f"[{number}/{len(jobs)}] {job.data}, seed {job.seed}: {job.name}")
             run(job, config)
             if finished(config):
-                measure(config.out, (1,) if job.name in MUTANTS else compare.numbers_of(config), seed=config.seed)
+                steps = (1,) if job.name in MUTANTS else compare.numbers_of(config)
+                stored_or_evaluated(config.out, steps, seed=config.seed)
             tell(f"[{number}/{len(jobs)}] {job.name}: {time.monotonic() - begun:.0f} s, {spent / 60:.0f} min in all")
 
 
 def run(job: Job, config: TrainConfig) -> None:
-    """Train one run; one that diverges leaves a note of why."""
+    """Train one run; if it diverges, write a note that says why."""
     with mutated(job):
         try:
             train(config)
@@ -173,13 +173,13 @@ def run(job: Job, config: TrainConfig) -> None:
 
 @contextlib.contextmanager
 def mutated(job: Job) -> Iterator[None]:
-    """The registry with the mutant's driver in place of the method's own, for the time of a run."""
+    """Put the mutant's driver in the registry in place of the method's own, for the time of a run."""
     if job.name not in MUTANTS:
         yield
         return
     right = objectives.OBJECTIVES[job.method]
 
-    @functools.wraps(right.function)  # with its signature, from which the trainer reads what it takes
+    @functools.wraps(right.function)  # The trainer reads from the signature which arguments the function takes.
     def function(*arguments: Any, **keywords: Any) -> Any:
         return right.function(*arguments, **keywords | {"jvp": MUTANTS[job.name][1]})
 
@@ -191,16 +191,16 @@ def mutated(job: Job) -> Iterator[None]:
 
 
 def finished(config: TrainConfig) -> bool:
-    """Whether a run has its result."""
+    """Return whether a run has its result."""
     return (config.out / "export" / "ema.safetensors").is_file()
 
 
-def measure(
+def stored_or_evaluated(
     run: Path, steps: Sequence[int], *, n: int | None = None, judge: Judge | None = None, seed: int = 0
 ) -> dict[str, Any]:
-    """What `evaluate` says of a finished run: read from what it wrote last, or measured now.
+    """Return `evaluate`'s result for a finished run: the stored one if it still holds, otherwise a new one.
 
-    It is measured anew where the network is newer, other steps are asked for, or the way of measuring has changed.
+    A run is measured anew if the network is newer, other steps are asked for, or the way of measuring has changed.
     """
     stored = run / "summary.json"
     if stored.is_file() and stored.stat().st_mtime > (run / "export" / "ema.safetensors").stat().st_mtime:
@@ -217,13 +217,13 @@ def judge_in(folder: Path, data: str) -> Judge:
 
 
 def failure(config: TrainConfig) -> str | None:
-    """Why a run diverged, or None."""
+    """Return why a run diverged, or None."""
     path = config.out / "failed.txt"
     return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
 def wait_for(teacher: TrainConfig) -> None:
-    """Wait until another process has trained the teacher; one that nobody trains is an error."""
+    """Wait until another process has trained the teacher; raise RuntimeError if nobody trains it."""
     while not finished(teacher):
         if not is_claimed(lock_of(teacher.out)):
             raise RuntimeError(f"{teacher.out}: the teacher isn't trained, and nobody is training it")
@@ -232,7 +232,7 @@ def wait_for(teacher: TrainConfig) -> None:
 
 @contextlib.contextmanager
 def claim(run: Path) -> Iterator[bool]:
-    """Whether a run is ours to train; a claim whose process is gone counts for nothing."""
+    """Claim a run, and say whether it is ours to train; a claim whose process is gone counts for nothing."""
     lock = lock_of(run)
     lock.parent.mkdir(parents=True, exist_ok=True)
     if lock.exists() and not is_claimed(lock):
@@ -250,12 +250,12 @@ def claim(run: Path) -> Iterator[bool]:
 
 
 def lock_of(run: Path) -> Path:
-    """The file that claims a run."""
+    """Return the path of the file that claims a run."""
     return run.with_name(f"{run.name}.lock")
 
 
 def is_claimed(lock: Path) -> bool:
-    """Whether a living process holds the claim."""
+    """Return whether a living process holds the claim."""
     try:
         owner = lock.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -264,7 +264,7 @@ def is_claimed(lock: Path) -> bool:
 
 
 def collect(jobs: Sequence[Job], out: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Measure all finished runs: what summary.json holds."""
+    """Measure all finished runs; return the content of summary.json."""
     summary: dict[str, Any] = {}
     for data in dict.fromkeys(job.data for job in jobs):
         runs: dict[str, list[TrainConfig]] = {}
@@ -283,7 +283,7 @@ def collect(jobs: Sequence[Job], out: Path, overrides: Sequence[str] = ()) -> di
         if any(name not in failed for name in runs):
             judge = judge_in(out / data, data)
             failed = {name: why for name, why in failed.items() if name in runs}
-            summary[data] = compare.summarise(runs, failed, judge, measure=measure) | {"mutants": mutants}
+            summary[data] = compare.summarise(runs, failed, judge, measure=stored_or_evaluated) | {"mutants": mutants}
             add_checks(summary[data], runs)
             if isinstance(judge, DigitJudge):
                 add_references(summary[data]["references"], judge)
@@ -294,16 +294,16 @@ def collect(jobs: Sequence[Job], out: Path, overrides: Sequence[str] = ()) -> di
 
 
 def measure_mutant(job: Job, config: TrainConfig) -> dict[str, float]:
-    """The map error of a mutant in one step, by its name; infinite where it diverged, nothing where it didn't run."""
+    """Return a mutant's map error in one step, by its name: infinite if it diverged, nothing if it didn't run."""
     if failure(config):
         return {job.name: float("inf")}
     if not finished(config):
         return {}
-    return {job.name: measure(config.out, (1,), seed=config.seed)["steps"]["1"]["map_error"]}
+    return {job.name: stored_or_evaluated(config.out, (1,), seed=config.seed)["steps"]["1"]["map_error"]}
 
 
 def add_checks(result: dict[str, Any], runs: Mapping[str, Sequence[TrainConfig]]) -> None:
-    """Put what `evaluate` found beside distances (C2ST, precision, recall, neighbours) among the qualities."""
+    """Add the checks of `evaluate` (C2ST, precision, recall, neighbours) to the qualities of each method."""
     for name, configs in runs.items():
         stored = [json.loads((config.out / "summary.json").read_text(encoding="utf-8")) for config in configs]
         if not all("checks" in each for each in stored):
@@ -313,10 +313,10 @@ def add_checks(result: dict[str, Any], runs: Mapping[str, Sequence[TrainConfig]]
 
 
 def add_references(references: dict[str, dict[str, float]], judge: DigitJudge) -> None:
-    """More of what gives a number its meaning: the training digits themselves, each class's mean, unseen digits.
+    """Add references that give the numbers their meaning: the training digits, each class's mean, and unseen digits.
 
-    Copies of the training set have the best Fréchet distance there is: their C2ST and neighbour ratio tell them. All
-    are as many images as every other row.
+    Copies of the training set have the best possible Fréchet distance; their C2ST and neighbour ratio give them away.
+    Each reference has as many images as every method.
     """
     digits = judge.digits
     means = torch.stack([digits.x[digits.y == label].mean(0) for label in range(digits.num_classes)])
@@ -327,7 +327,7 @@ def add_references(references: dict[str, dict[str, float]], judge: DigitJudge) -
 
 
 def distances_between_laws(count: int = 4096) -> dict[str, dict[str, float]]:
-    """The floors of SW2 on the ring: two draws of the data, and the exact map of noise against a draw of the data."""
+    """Return the floors of SW2 on the ring: two draws of the data, and the exact map of noise against the data."""
     ring = Ring()
     (first, _), (second, _) = (ring.sample(count, generator_at(0, name)) for name in ("real", "real again"))
     mapped = exact_flow(torch.randn(count, 2, generator=generator_at(0, "evaluate")))
@@ -338,7 +338,7 @@ def distances_between_laws(count: int = 4096) -> dict[str, dict[str, float]]:
 
 
 def judge_gates(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Each gate, whether it is passed, and the number."""
+    """Return each gate with its number, and whether it is passed."""
 
     def gate(words: str, value: float, passed: bool, metric: str = "map error") -> dict[str, Any]:
         return {"gate": words, "passed": passed, "found": f"{metric} {value:.3f}"}
@@ -358,7 +358,7 @@ def judge_gates(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def write(summary: dict[str, Any], folder: Path, out: Path) -> None:
-    """summary.json, evidence.md, plots and, where the folder is the repository's own, the article's blocks."""
+    """Write summary.json, evidence.md and plots; in the repository's own folder, write the article's blocks too."""
     folder.mkdir(parents=True, exist_ok=True)
     for data, result in summary.items():
         metric, words, _ = tables.HEADLINE[data]
@@ -381,7 +381,7 @@ def write(summary: dict[str, Any], folder: Path, out: Path) -> None:
 
 
 def grids(names: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Tensor]]:
-    """Samples of the first finished seed of each method, by number of steps."""
+    """Return samples of the first finished seed of each method, by number of steps."""
     found = {}
     for name in names:
         seeds = sorted(path.parents[1] for path in folder.glob(f"seed*/{name}/export/ema.safetensors"))
@@ -390,7 +390,7 @@ def grids(names: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Tensor]
 
 
 def tell(message: str) -> None:
-    """Progress goes to stderr."""
+    """Print progress to stderr."""
     print(message, file=sys.stderr, flush=True)
 
 

@@ -1,9 +1,9 @@
-"""What `make evidence` measured, in words and tables: docs/evidence/evidence.md, and the marked blocks of methods.md.
+"""Write what `make evidence` measured, in words and tables: evidence.md, and the marked blocks of methods.md.
 
     python -m fastdistill.benchmarks.methods.evidence_tables        # write both again from docs/evidence/summary.json
 
 A summary is {"ring": COMPARISON, "digits": COMPARISON}, each as `fastdistill.compare` returns it, with `gates`,
-`mutants` and `plots` beside what that holds. A data set that was not measured is absent.
+`mutants` and `plots` added. A data set that was not measured is absent.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NOT_DRAWN = "*Not yet drawn: `make evidence` does.*"
 NOT_YET = "**Measured.** Not yet measured."
 NO_TABLE = "Not yet measured: `make evidence` fills this block."
 DATA = ("ring", "digits")
-# How recipes were found, which a table of results must say.
+# A table of results must say how its recipes were found.
 PROTOCOL = {
     "ring": "Tuning: the recipes of MeanFlow and improved MeanFlow (p and the share of s != t) on seeds 7 and 8, which "
     "aren't reported; the others on seed 0, which is. Steps, batch, network, optimiser and rate are the same for all "
@@ -41,9 +41,10 @@ PROTOCOL = {
     "network, optimiser and rate are the same for all but where a recipe names its own. All rows, references too, are "
     "compared with the 1,501 training digits; where more samples were drawn, it is the mean over such sets.",
 }
-# By data set: the metric that ranks methods, and what a table shows at every number of steps and at one step.
-Column = tuple[str, str, int]  # the metric, its name, digits after the point
-# (Map errors are shown of one step only, to keep the table narrow: summary.json has those of all.)
+# For each data set: the metric that ranks methods, and the metrics that a table shows at every number of steps and at
+# one step.
+Column = tuple[str, str, int]  # The metric, its name, and the digits after the point.
+# Map errors are shown for one step only, to keep the table narrow; summary.json has those of all.
 HEADLINE: dict[str, Column] = {"ring": ("sliced_wasserstein", "SW2", 3), "digits": ("frechet", "Fréchet distance", 1)}
 EVERY: dict[str, list[Column]] = {
     "ring": [("sliced_wasserstein", "SW2", 3)],
@@ -69,16 +70,16 @@ def main() -> None:
 
 
 def read_summary(folder: Path = EVIDENCE) -> dict[str, Any]:
-    """The stored summary; empty where nothing was measured yet."""
+    """Load the stored summary; it is empty where nothing was measured yet."""
     path = folder / "summary.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def fill_article(text: str, summary: Summary, figures: Path = ARTICLE.parent / "figures") -> str:
-    """The article with every marked block written anew; everything else stays as it is.
+    """Write every marked block of the article anew, and leave everything else as it is.
 
-    A block names the methods that it is about, or `table` for the closing table; or a figure, which is shown once it is
-    drawn.
+    A block names the methods that it is about, or `table` for the closing table. It may also name a figure, which is
+    shown once it is drawn.
     """
 
     def block(match: re.Match[str]) -> str:
@@ -96,7 +97,7 @@ def fill_article(text: str, summary: Summary, figures: Path = ARTICLE.parent / "
 
 
 def measured(names: Sequence[str], summary: Summary) -> str:
-    """What was measured of some methods: numbers, and the pros and cons that follow from them by rule."""
+    """Return what was measured of some methods: numbers, and the pros and cons that follow from them by rule."""
     lines = [
         measured_line(name, data, summary[data])
         for data in DATA
@@ -107,33 +108,34 @@ def measured(names: Sequence[str], summary: Summary) -> str:
 
 
 def measured_line(name: str, data: str, result: Mapping[str, Any]) -> str:
-    """One method on one data set, in a few sentences."""
+    """Describe one method on one data set, in a few sentences."""
     metric, words, digits = HEADLINE[data]
     values = " / ".join(cell(result["methods"][name], steps, metric, digits) for steps in STEPS)
     said = comparison.verdicts(result)[name]
     found = [f"{title}: {', '.join(said[key])}." for title, key in (("For", "pros"), ("Against", "cons")) if said[key]]
     row = result["methods"][name]
-    if row["settings"]["identity"] == "fm" and "straightness" in row:  # of the flow that it samples by
+    # It is the straightness of the flow by which the method samples.
+    if row["settings"]["identity"] == "fm" and "straightness" in row:
         found.insert(0, f"Straightness, averaged over elements: {row['straightness']['mean']:.4f}.")
     return " ".join([f"`{name}`, {data}: {words} {values} at {' / '.join(STEPS)} steps.", *found])
 
 
 def closing_tables(summary: Summary) -> str:
-    """A table for each measured data set, best method first."""
+    """Return the tables of each measured data set, best method first."""
     parts = [part for data in DATA if data in summary for part in tables_of(data, summary[data])]
     return "\n\n".join(parts) if parts else NO_TABLE
 
 
 def tables_of(data: str, result: Mapping[str, Any]) -> list[str]:
-    """What the numbers of a data set are, how they were tuned, and both its tables."""
-    if "samples" not in result["budget"]:  # a summary of before the whole budget was measured
+    """Return the paragraph that explains the numbers of a data set and their tuning, then its two tables."""
+    if "samples" not in result["budget"]:  # The summary was made before the whole budget was measured.
         return [results_table(data, result)]
     words = f"{PROTOCOL[data]} Every number is one of {result['budget']['samples']:,} samples, references' too."
     return [words, results_table(data, result), budget_table(data, result)]
 
 
 def results_table(data: str, result: Mapping[str, Any]) -> str:
-    """Methods by their one-step error, then the references, as a GitHub table."""
+    """Return a GitHub table of the methods by their one-step error, then of the references."""
     every = EVERY[data]
     columns = [(metric, f"{words}, {steps}", digits, steps) for metric, words, digits in every for steps in STEPS]
     columns += [(metric, f"{words}, 1", digits, "1") for metric, words, digits in ONE_STEP[data]]
@@ -152,7 +154,7 @@ def results_table(data: str, result: Mapping[str, Any]) -> str:
 
 
 def by_steps(references: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """References by name and number of steps: `euler 4` is Euler's in four; one without a number stands at one."""
+    """Group the references by name and number of steps; `euler 4` has four steps, and a name without a number one."""
     found: dict[str, dict[str, Any]] = {}
     for name, row in references.items():
         match = re.fullmatch(r"(.+) (\d+)", name)
@@ -161,7 +163,7 @@ def by_steps(references: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def budget_table(data: str, result: Mapping[str, Any]) -> str:
-    """What each method's result cost as a whole, with its share of s != t and its exponent, in the same order."""
+    """Return a table of each method's whole cost, with its share of s != t and its exponent, in the same order."""
     lines = [[f"{data}: the whole budget", "learns from", "steps", *comparison.BUDGET]]
     lines.append(["---", "---", *["--:"] * (len(lines[0]) - 2)])
     for name, row in comparison.ranked(result).items():
@@ -172,7 +174,7 @@ def budget_table(data: str, result: Mapping[str, Any]) -> str:
 
 
 def evidence_page(summary: Summary) -> str:
-    """docs/evidence/evidence.md: budget, gates, tables, plots, and what they were measured on."""
+    """Return docs/evidence/evidence.md: budget, gates, tables, plots, and the machine they were measured on."""
     parts = ["# Evidence", "Written by `make evidence`; do not edit. Mean over the seeds ± their standard deviation."]
     if not summary:
         parts.append("Not yet measured.")
@@ -189,17 +191,17 @@ def evidence_page(summary: Summary) -> str:
 
 
 def describe(settings: Mapping[str, Any]) -> str:
-    """Names and values in a line."""
+    """Return names and values in a line."""
     return "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
 
 
 def gate_line(gate: Mapping[str, Any]) -> str:
-    """A gate's verdict, as an item of a list."""
+    """Return a gate's verdict, as an item of a list."""
     return f"- **{'pass' if gate['passed'] else 'FAIL'}**: {gate['gate']} ({gate['found']})"
 
 
 def cell(row: Mapping[str, Any], steps: str, metric: str, digits: int) -> str:
-    """Mean ± standard deviation of a metric, or a dash where it was not measured."""
+    """Return mean ± standard deviation of a metric, or a dash where it was not measured."""
     spread = row["quality"].get(steps, {}).get(metric)
     if spread is None:
         return "-"

@@ -1,4 +1,4 @@
-"""The figures of docs/methods.md: the exact flow of the ring, and the networks that `make evidence` trained.
+"""Draw the figures of docs/methods.md: the exact flow of the ring, and the networks that `make evidence` trained.
 
     python -m fastdistill.benchmarks.methods.method_figures                          # the figures that need no training
     python -m fastdistill.benchmarks.methods.method_figures --runs runs/evidence     # all of them, from finished runs
@@ -39,13 +39,13 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help="finished runs, as `make evidence` leaves them in runs/evidence")
     args = parser.parse_args()
     draw_all(args.out, args.runs)
-    if args.out == FOLDER:  # the article shows what is there
+    if args.out == FOLDER:  # The article shows the figures that exist.
         text = tables.ARTICLE.read_text(encoding="utf-8")
         tables.ARTICLE.write_text(tables.fill_article(text, tables.read_summary()), encoding="utf-8")
 
 
 def draw_all(out: Path, runs: Path | None = None) -> None:
-    """Write into `out` the figures of exact flows and, of the runs that are finished, those of networks."""
+    """Write into `out` the figures of exact flows and, for finished runs, those of networks."""
     out.mkdir(parents=True, exist_ok=True)
     save(draw_paths(), out / "paths.png")
     save(draw_jumps(), out / "jumps.png")
@@ -61,12 +61,12 @@ def draw_all(out: Path, runs: Path | None = None) -> None:
 
 
 def find_runs(folder: Path) -> dict[str, Path]:
-    """The finished runs of a folder by method, in the order of the registry."""
+    """Return the finished runs of a folder by method, in the order of the registry."""
     return {name: folder / name for name in METHODS if (folder / name / "export" / "ema.safetensors").is_file()}
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG, and say its size."""
+    """Write a figure as a PNG, and print its size."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     save_png(buffer.getvalue(), path)
@@ -80,12 +80,12 @@ def save_png(png: bytes, path: Path) -> None:
 
 
 def noise(count: int, seed: int = 0) -> Tensor:
-    """Standard normal points (count, 2) in float64."""
+    """Draw standard normal points (count, 2) in float64."""
     return torch.randn(count, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def draw_paths(count: int = 1600) -> Figure:
-    """From noise to data along the exact flow: five moments, each point coloured by the mode in which it ends."""
+    """Draw the exact flow from noise to data at five moments; each point has the colour of its final mode."""
     ring, x1 = Ring(), noise(count)
     path = follow(ring.velocity, x1, 200)
     colors = modes_of(path[-1])
@@ -102,12 +102,12 @@ def draw_paths(count: int = 1600) -> Figure:
 
 
 def tails(path: Tensor, colors: list[str]) -> LineCollection:
-    """The last stretch of trajectories (T, N, 2), faint."""
+    """Return the last stretch of trajectories (T, N, 2), faint."""
     return LineCollection(list(path.transpose(0, 1).numpy()), colors=colors, linewidths=0.6, alpha=0.35)
 
 
 def draw_jumps(steps: tuple[int, ...] = (1, 2, 4)) -> Figure:
-    """The exact flow map against Euler's method along the exact velocity, from the same noise, in few steps."""
+    """Draw the exact flow map and Euler's method along the exact velocity, from the same noise, in few steps."""
     ring = Ring()
     angles = torch.arange(10, dtype=torch.float64) * (2 * torch.pi / 10) + 0.35
     x1 = 1.15 * torch.stack((angles.cos(), angles.sin()), 1)
@@ -135,7 +135,7 @@ def draw_jumps(steps: tuple[int, ...] = (1, 2, 4)) -> Figure:
 
 
 def euler_stops(ring: Ring, x1: Tensor, number: int) -> Tensor:
-    """The points (number + 1, N, 2) at which Euler's method stops on its way from t = 1 to 0."""
+    """Return the points (number + 1, N, 2) at which Euler's method stops on its way from t = 1 to 0."""
     stops = [x1]
 
     def recording(x: Tensor, t: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pictures of trained networks for docs/methods.md: the ring by each method, ReFlow's straightening, digits."""
+"""Draw pictures of trained networks for docs/methods.md: the ring by each method, ReFlow's straightening, digits."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from fastdistill.eval.ring import compare, exact_flow
 from fastdistill.train import load_run
 from fastdistill.train.sampling import NUMBERS, OWN, draw, generate
 
-# One hue a mode, going around as the ring does; the first and the fifth are the student's and the teacher's.
+# Each mode has a hue, which goes around as the ring does; the first and the fifth are the student's and the teacher's.
 MODES = ("#2c6e8f", "#4f9a94", "#8aae6a", "#c9a94a", "#b07d4f", "#a9502f", "#8a5a83", "#5a6aa0")
 LIMIT = 3.2
 
 
 def modes_of(x: Tensor) -> list[str]:
-    """The colour of the nearest mode of each point (N, 2)."""
+    """Return for each point (N, 2) the colour of its nearest mode."""
     return [MODES[i] for i in torch.cdist(x, Ring().means.to(x)).argmin(1).tolist()]
 
 
 def plane(figure: Figure, place: tuple[float, float, float, float], limit: float = LIMIT) -> Axes:
-    """Square axes of the plane without frame or ticks."""
+    """Return square axes of the plane without frame or ticks."""
     axes = figure.add_axes(place)
     axes.set_xlim(-limit, limit)
     axes.set_ylim(-limit, limit)
@@ -41,16 +41,17 @@ def plane(figure: Figure, place: tuple[float, float, float, float], limit: float
 
 
 def dots(axes: Axes, x: Tensor, **style: Any) -> None:
-    """Points (N, 2), with the keywords of `Axes.scatter`."""
+    """Draw points (N, 2), with the keywords of `Axes.scatter`."""
     axes.scatter(x[:, 0].numpy(), x[:, 1].numpy(), **style)
 
 
 @torch.no_grad()
 def draw_ring_methods(runs: Mapping[str, Path], count: int = 700) -> Figure:
-    """Every method at each number of steps from the same noise, each point in the colour of where the exact flow ends.
+    """Draw every method at each number of steps, from the same noise, in the colours of where the exact flow ends.
 
-    So a point of the wrong colour went to another mode, and a method that draws modes together shows it; a sampler that
-    renoises mixes colours on purpose. The number in a panel is SW2, the distance of the laws. Blank: not learnt.
+    A point of the wrong colour went to another mode. So the picture shows a method that draws modes together; a sampler
+    that renoises mixes colours on purpose. The number in a panel is SW2, the distance of the laws. A blank panel was
+    not learnt.
     """
     columns, size, label = 2, 0.92, 1.35
     lines = -(-len(runs) // columns)
@@ -82,7 +83,7 @@ def draw_ring_methods(runs: Mapping[str, Path], count: int = 700) -> Figure:
 
 @torch.no_grad()
 def draw_reflow(before: Path, after: Path, count: int = 60, parts: int = 64) -> Figure:
-    """Trajectories of the velocity before and after ReFlow, from the same noise, with where one Euler step ends."""
+    """Draw trajectories of the velocity before and after ReFlow, from the same noise, and where one Euler step ends."""
     figure = Figure(figsize=(7.0, 3.3), dpi=120, facecolor="white")
     x1 = torch.randn(count, 2, generator=generator_at(0, "picture"))
     for place, (run, name) in enumerate(((before, "flow matching"), (after, "ReFlow"))):
@@ -102,7 +103,7 @@ def draw_reflow(before: Path, after: Path, count: int = 60, parts: int = 64) -> 
 
 
 def follow(velocity: samplers.Velocity, x1: Tensor, parts: int) -> Tensor:
-    """The points (parts + 1, N, 2) of the Heun solution from t = 1 to 0 at equal times."""
+    """Return the points (parts + 1, N, 2) of the Heun solution from t = 1 to 0 at equal times."""
     points, width = [x1], 1 / parts
     for i in range(parts):
         t, s = (x1.new_full((len(x1),), 1 - (i + k) * width) for k in (0, 1))
@@ -112,7 +113,7 @@ def follow(velocity: samplers.Velocity, x1: Tensor, parts: int) -> Tensor:
 
 
 def straightness(stops: Tensor) -> float:
-    """S along trajectories (T + 1, N, D) at equal times: the mean square of chord minus velocity."""
+    """Return S along trajectories (T + 1, N, D) at equal times: the mean square of chord minus velocity."""
     velocities = (stops[:-1] - stops[1:]) * (len(stops) - 1)
     chord = stops[0] - stops[-1]
     return float((velocities - chord).square().sum(-1).mean())
@@ -120,7 +121,10 @@ def straightness(stops: Tensor) -> float:
 
 @torch.no_grad()
 def draw_digit_methods(runs: Mapping[str, Path]) -> Figure:
-    """Ten digits of every method at each number of steps, from the same noise, real ones below; blank: not learnt."""
+    """Draw ten digits of every method at each number of steps, from the same noise, with real digits below.
+
+    A blank panel was not learnt.
+    """
     digits, label, size, gap = Digits(), 1.45, 2.1, 0.12
     width, height = label + (size + gap) * len(NUMBERS), 0.235 * (len(runs) + 1) + 0.4
     figure = Figure(figsize=(width, height), dpi=110, facecolor="white")

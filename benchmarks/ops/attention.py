@@ -1,4 +1,4 @@
-"""Attention: its inputs, its costs, and everybody who computes it, with a tangent or without."""
+"""Define the benchmark of attention: its inputs, its costs, and every provider, with a tangent or without."""
 
 from __future__ import annotations
 
@@ -103,7 +103,11 @@ def _common(op: DualOp, device: torch.device) -> list[Provider]:
 
 
 def matrices_too_large(case: TimedCase, device: torch.device) -> str | None:
-    """On a CPU, where running out of memory stops the machine: whether (N, M) matrices would; a GPU just tries."""
+    """Return why a CPU can't hold the (N, M) matrices of a case, or None if it can.
+
+    On a CPU the question must be asked, because running out of memory stops the machine. A GPU simply tries, so None is
+    returned.
+    """
     if device.type == "cuda":
         return None
     b, h, n, m = (case.size(name) for name in ("batch", "heads", "n", "m"))
@@ -146,7 +150,7 @@ def _more(device: torch.device) -> list[Provider]:
 
 
 def _tokens_first(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An attention of (B, N, H, D) as one of (B, H, N, D), by views alone."""
+    """Return an attention over (B, H, N, D), made by views alone of one over (B, N, H, D)."""
     return lambda q, k, v: attend(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
@@ -155,7 +159,7 @@ def _sixteen_bits(case: TimedCase) -> str | None:
 
 
 def limit_of_jvp_flash_attention(case: TimedCase) -> str | None:
-    """What version 0.14 asserts, and what its backward leaves out."""
+    """Return why version 0.14 can't run a case: what it asserts, and what its backward leaves out."""
     n, m, d = (case.size(name) for name in ("n", "m", "d"))
     if d not in (16, 32, 64, 128, 256):
         return "head dims 16, 32, 64, 128 and 256 only"
@@ -165,7 +169,7 @@ def limit_of_jvp_flash_attention(case: TimedCase) -> str | None:
 
 
 def _last(name: str, x: Tensor) -> Tensor:
-    """The last queries of the last head need all of its keys."""
+    """Return the part that the last queries of the last head depend on; they need all keys of that head."""
     return last_tokens(name, x) if name == "q" else x[-1:, -1:]
 
 

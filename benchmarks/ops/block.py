@@ -1,4 +1,4 @@
-"""A whole DiT block: modulation, attention and mlp with their norms, in one function of its input and parameters."""
+"""Define the benchmark of a DiT block: modulation, attention and mlp with their norms, in one function."""
 
 from __future__ import annotations
 
@@ -35,13 +35,14 @@ from fastdistill.benchmarks.ops.timed_op import (
 )
 
 PARAMETERS = ("w_mod", "b_mod", "w_qkv", "b_qkv", "w_proj", "b_proj", "w_fc1", "b_fc1", "w_fc2", "b_fc2")
-SMALL = 128  # tokens at the parity gate; the width stays
-# Of 24 C² N operations of linear layers and 4 C N² of attention: primal, with tangent, primal backward, mixed backward.
+SMALL = 128  # Number of tokens at the parity gate; the width stays.
+# A block has 24 C² N operations of linear layers and 4 C N² of attention. These factors are for the primal, the primal
+# with its tangent, the primal backward, and the mixed backward.
 LINEARS, ATTENTIONS = (1, 2, 2, 4), (1, 3, 2.5, 7.5)
 
 
 def block(o: Any, heads: int, x: Tensor, c: Tensor, *parameters: Tensor) -> Tensor:
-    """DiT's block (arXiv:2212.09748) with the ops of the namespace o; x (B, N, C), c (B, C)."""
+    """Compute DiT's block (arXiv:2212.09748) with the ops of the namespace o; x is (B, N, C), c is (B, C)."""
     w_mod, b_mod, w_qkv, b_qkv, w_proj, b_proj, w_fc1, b_fc1, w_fc2, b_fc2 = parameters
     modulation = o.linear(o.silu(c), w_mod, b_mod)[:, None].chunk(6, dim=-1)
     shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation

@@ -1,4 +1,4 @@
-"""The providers that every op has: ours by each implementation, and what plain PyTorch makes of its formula."""
+"""Build the providers that every op has: our implementations, and what plain PyTorch makes of the formula."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from fastdistill.benchmarks.ops.timed_op import (
 )
 
 IMPLEMENTATIONS = ("torch", "triton", "cuda")
-# F.layer_norm's forward mode has a wrong reverse mode in torch 2.13, which the gate shows: hence its formula, too.
+# In torch 2.13 the forward mode of F.layer_norm has a wrong reverse mode, as the gate shows. So its formula is timed
+# too.
 WRITTEN_OUT = "torch.func.jvp, written out"
 JVP, COMPILED, DIFFERENCES = "torch.func.jvp", "torch.func.jvp, compiled", "finite differences"
 Context = Callable[[], AbstractContextManager[Any]]
@@ -36,7 +37,7 @@ Refusal = Callable[[TimedCase], str | None]
 
 
 def common_providers(op: DualOp, device: torch.device) -> list[Provider]:
-    """Ours, forward mode of PyTorch's own ops, the same compiled, finite differences, and no tangent at all."""
+    """Return our implementations, PyTorch's forward mode, the same compiled, finite differences, and the floor."""
     return [
         *ours(op, device),
         dual_provider(JVP, PEER, lambda case: by_jvp(op.own(case))),
@@ -48,7 +49,7 @@ def common_providers(op: DualOp, device: torch.device) -> list[Provider]:
 
 
 def ours(op: DualOp, device: torch.device) -> list[Provider]:
-    """The explicit pair, by each implementation."""
+    """Return a provider of the explicit pair for each implementation."""
     return [
         dual_provider(
             f"fastdistill {impl}",
@@ -69,7 +70,7 @@ def dual_provider(
     refuses: Refusal = lambda case: None,
     context: Context = nullcontext,
 ) -> Provider:
-    """A provider that runs a dual function, made for each case, inside a context."""
+    """Return a provider that runs a dual function, made anew for each case, inside a context."""
 
     def prepare(case: TimedCase, data: Point) -> Run:
         with context():
@@ -80,7 +81,7 @@ def dual_provider(
 
 
 def inside(context: Context, run: Run) -> Run:
-    """A run within a context; the run itself where there is none."""
+    """Return a run that enters the context first; without a context, return the run itself."""
     if context is nullcontext:
         return run
 
@@ -92,7 +93,7 @@ def inside(context: Context, run: Run) -> Run:
 
 
 def compiled(formula: Callable[[TimedCase], Callable[..., Any]], refuses: Refusal = lambda case: None) -> Provider:
-    """`torch.func.jvp` of a decomposed formula under `torch.compile`, which must enclose it."""
+    """Return the provider that compiles `torch.func.jvp` of a decomposed formula as a whole."""
 
     def refused(case: TimedCase) -> str | None:
         return "left out by --quick: Inductor takes half a minute a shape" if case.quick else refuses(case)
@@ -107,7 +108,7 @@ def compiled(formula: Callable[[TimedCase], Callable[..., Any]], refuses: Refusa
         return made[key]
 
     def fresh(case: TimedCase) -> Dual:
-        torch.compiler.reset()  # each case is another shape of the same code, and dynamo gives up after a few
+        torch.compiler.reset()  # Each case is another shape of the same code, and dynamo gives up after a few.
         compiled_dual: Dual = torch.compile(by_jvp(formula(case)), dynamic=False)
         return compiled_dual
 
@@ -122,7 +123,7 @@ def plain_floor(
     refuses: Refusal = lambda case: None,
     context: Context = nullcontext,
 ) -> Provider:
-    """A function that computes no tangents, forward and primal backward: the time to compare with."""
+    """Return a provider that computes no tangents, forward and primal backward; its time is the floor of the others."""
 
     def refused(case: TimedCase) -> str | None:
         return "no tangents" if case.mode == "mixed" else refuses(case)

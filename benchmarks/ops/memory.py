@@ -1,4 +1,4 @@
-"""What a device has left for a run."""
+"""Measure the memory that a device has left for a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What a run may take now: of the GPU, or of this machine's memory where the system says so."""
+    """Return the free memory of the GPU, or of this machine; None where the system doesn't say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info()[0]
     try:

@@ -1,4 +1,4 @@
-"""Other people's implementations, each optional: found when a benchmark runs, or the reason why not."""
+"""Find other people's implementations when a benchmark runs; all are optional, and each absence has its reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from fastdistill import ops
 
-# Import name -> distribution. All of them need a GPU, and some take seconds to be imported without one.
+# Maps an import's name to its distribution. All of them need a GPU, and some take seconds to import without one.
 DISTRIBUTIONS = {
     "apex": "apex",
     "flash_attn": "flash-attn",
@@ -27,14 +27,14 @@ APEX_IMPOSTOR = (
 
 
 class Found(NamedTuple):
-    """A module, or why there is none."""
+    """Hold a module, or the reason why there is none."""
 
     module: Any
     absent: str | None
 
 
 def find(name: str, device: torch.device) -> Found:
-    """The module `name` of a package in `DISTRIBUTIONS`, imported, if it is there and can run on this device."""
+    """Import the module `name` of a package in `DISTRIBUTIONS`, if it is installed and can run on this device."""
     package = name.partition(".")[0]
     if importlib.util.find_spec(package) is None:
         return Found(None, f"not installed: {DISTRIBUTIONS[package]}")
@@ -46,10 +46,10 @@ def find(name: str, device: torch.device) -> Found:
 
 
 def is_nvidia_apex() -> bool:
-    """Whether `apex` is NVIDIA's, with its fused norms: told by what only it has, without importing its CUDA part."""
+    """Return whether `apex` is NVIDIA's, by modules that only NVIDIA's has, without importing its CUDA part."""
     try:
         has_norms = importlib.util.find_spec("apex.normalization") is not None
-    except Exception:  # importing the parent is part of looking, and an old package may fail in any way
+    except Exception:  # Looking for a submodule imports its parent, and an old package may fail in any way.
         return False
     return has_norms and importlib.util.find_spec("fused_layer_norm_cuda") is not None
 
@@ -58,12 +58,12 @@ def is_nvidia_apex() -> bool:
 def _imported(name: str) -> Found:
     try:
         return Found(importlib.import_module(name), None)
-    except Exception as error:  # a broken extension raises whatever it likes, and is absent all the same
+    except Exception as error:  # A broken extension may raise anything, and counts as absent.
         return Found(None, f"{name} can't be imported: {_first_line(error)}")
 
 
 def impl_problem(impl: str, device: torch.device) -> str | None:
-    """Why our ops can't run by `impl` on this device, in their own words, or None."""
+    """Return why our ops can't run by `impl` on this device, in the words of their error, or None if they can."""
     try:
         ops.layer_norm(torch.ones(1, 1, 16, device=device), (16,), impl=impl)
     except ValueError as error:
@@ -72,7 +72,7 @@ def impl_problem(impl: str, device: torch.device) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that are installed, whether they can run or not."""
+    """Return the versions of the optional packages that are installed, even of those that can't run here."""
     found = {}
     for name in ("triton", "pytest-benchmark", "nvidia-ml-py", *DISTRIBUTIONS.values()):
         try:

@@ -1,6 +1,6 @@
-"""The DiT as one would write it with torch.nn.functional: what ours is measured against, with the same weights.
+"""Define DiT in plain torch.nn.functional, on the same weights; ours is measured against it.
 
-Attention is PyTorch's math, the only one that has a tangent. Under autocast everything follows PyTorch's own rules.
+Attention is PyTorch's math backend, the only one that has a tangent. Under autocast everything follows PyTorch's rules.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Angles = tuple[Tensor, Tensor]
 
 
 class PlainDiT:
-    """u(x, t, s) of a DiT with its weights, without a label."""
+    """Compute u(x, t, s) of a DiT with its weights, without a label."""
 
     def __init__(self, net: DiT) -> None:
         self.config = net.config
@@ -53,7 +53,7 @@ class PlainDiT:
 def plain_block(
     state: State, prefix: str, heads: int, x: Tensor, condition: Tensor, angles: Angles | None = None
 ) -> Tensor:
-    """A DiT block (B, N, C) -> (B, N, C); `prefix` is what its parameters' names in `state` start with."""
+    """Compute a DiT block (B, N, C) -> (B, N, C); the names of its parameters in `state` start with `prefix`."""
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation(state, prefix, condition, 6)
     qkv = linear(state, f"{prefix}attn.qkv", modulated(x, scale, shift))
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
@@ -72,22 +72,22 @@ def plain_block(
 
 
 def modulation(state: State, prefix: str, condition: Tensor, count: int) -> tuple[Tensor, ...]:
-    """`count` vectors (B, 1, C)."""
+    """Return `count` vectors of modulation, each (B, 1, C)."""
     return linear(state, f"{prefix}modulation.linear", F.silu(condition))[:, None].chunk(count, dim=-1)
 
 
 def linear(state: State, name: str, x: Tensor) -> Tensor:
-    """A linear layer with the parameters of that name."""
+    """Apply the linear layer whose parameters have this name."""
     return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
 
 
 def modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """A layer norm, scaled and shifted."""
+    """Apply a layer norm, then scale and shift the result."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of neighbouring channels."""
+    """Rotate neighbouring channels by the rotary angles."""
     u, v = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([u * cos - v * sin, u * sin + v * cos], dim=-1).flatten(-2)
 
@@ -110,9 +110,9 @@ def _grid(rows: int, columns: int, count: int) -> tuple[Tensor, Tensor]:
 
 
 def awakened(net: DiT, std: float = 0.02) -> DiT:
-    """The network with no weight left at zero, as after some training: adaLN and the output drawn anew, in place.
+    """Draw the weights of adaLN and of the output anew, in place, so that none is zero, as after some training.
 
-    All weights are rounded to bfloat16, so that no way of computing is charged for a rounding that another is spared.
+    All weights are rounded to bfloat16, so that every way of computing sees the same weights exactly.
     """
     with torch.no_grad():
         for name, parameter in net.named_parameters():
@@ -123,7 +123,7 @@ def awakened(net: DiT, std: float = 0.02) -> DiT:
 
 
 def setting(net: DiT, size: int, batch: int, seed: int) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """A point (x, t, s) and a velocity, in float32."""
+    """Return a point (x, t, s) and a velocity, in float32."""
     generator = torch.Generator().manual_seed(seed)
     x, v = torch.randn(2, batch, net.channels, size, size, generator=generator).unbind(0)
     t, of_t = torch.rand(2, batch, generator=generator).unbind(0)

@@ -103,7 +103,7 @@ def _norm_floors(rms: bool) -> Callable[[torch.device], list[Provider]]:
             return lambda x, weight, bias: apex.module.fused_layer_norm_affine(x, weight, bias, (x.shape[-1],), EPS)
 
         def by_liger(case: TimedCase) -> Callable[..., Tensor]:
-            if rms:  # in place it would overwrite the cotangent, which a repeated backward needs again
+            if rms:  # In place, Liger would overwrite the cotangent, which a repeated backward needs again.
                 return lambda x, weight: liger.module.liger_rms_norm(x, weight, EPS, in_place=False)
             return lambda x, weight, bias: liger.module.liger_layer_norm(x, weight, bias, EPS)
 

@@ -1,4 +1,4 @@
-"""A training step of each objective but for its optimiser: the loss, and its gradient in all parameters."""
+"""Define the benchmark of a training step of each objective: the loss and its gradient, without the optimiser."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from fastdistill.benchmarks.ops.block import ATTENTIONS, LINEARS
 from fastdistill.benchmarks.ops.common_providers import DIFFERENCES, JVP, WRITTEN_OUT
 from fastdistill.benchmarks.ops.timed_op import FLOOR, OURS, PEER, Cost, Provider, Run, Tensors, TimedCase
 
-DISTINCT_SHARE = 0.25  # of rows with s != t, where an objective lets rows be split: MeanFlow's choice on ImageNet
-OPTIONS = {"alpha_flow": {"alpha": 0.0}}  # where it takes a tangent
-SMALL_DEPTH, SMALL_BATCH = 2, 4  # at the parity gate; the width stays
+# The share of samples with s != t, where an objective allows a split; MeanFlow takes this share on ImageNet.
+DISTINCT_SHARE = 0.25
+OPTIONS = {"alpha_flow": {"alpha": 0.0}}  # At this value the objective takes a tangent.
+SMALL_DEPTH, SMALL_BATCH = 2, 4  # These are for the parity gate; the width stays.
 Jvp = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A network, a frozen one to learn from, and what a step sees.
+    """Hold a network, a frozen network to learn from, and the data of a step.
 
-    s: the first `distinct` rows have s < t, the others s = t, for objectives that split rows; s_far < t in all rows.
+    For objectives that split the batch, the first `distinct` samples have s < t and the others s = t. In s_far all
+    samples have s_far < t.
     """
 
     net: nn.Module
@@ -42,14 +44,14 @@ class Batch:
     distinct: int
 
     def double(self) -> Batch:
-        """In float64."""
+        """Return the batch in float64."""
         net, teacher = (copy.deepcopy(net).double() for net in (self.net, self.teacher))
         x0, x1, t, s, s_far = (x.double() for x in (self.x0, self.x1, self.t, self.s, self.s_far))
         return Batch(net, teacher, x0, x1, t, s, s_far, self.y, self.distinct)
 
 
 def loss_of(name: str, batch: Batch, jvp: Jvp | None) -> Tensor:
-    """The loss of an objective by its name, with all that it needs; x0 stands for a score's direction."""
+    """Compute the loss of an objective by its name, with all its arguments; x0 stands in for a score's direction."""
     objective = objectives.get(name)
     splits = "distinct_rows" in objective.takes
     times = {"t": batch.t, "s": batch.s if splits else batch.s_far}
@@ -63,17 +65,17 @@ def loss_of(name: str, batch: Batch, jvp: Jvp | None) -> Tensor:
 
 
 def takes_jvp(name: str) -> bool:
-    """Whether an objective differentiates the network in forward mode."""
+    """Return whether an objective differentiates the network in forward mode."""
     return "jvp" in objectives.get(name).takes
 
 
 def measured_objectives() -> list[str]:
-    """Those with a tangent, and flow matching; a step of the others is so many plain passes."""
+    """Return the objectives with a tangent, and flow matching; a step of the others is only some plain passes."""
     return [name for name in objectives.OBJECTIVES if takes_jvp(name) or name == "flow_matching"]
 
 
 def step(case: TimedCase, batch: Batch, jvp: Jvp | None, functions: Any = None, *, context: Any = nullcontext) -> Run:
-    """One step, on our ops or on these functions instead, under autocast in 16 bits."""
+    """Return a run of one step, on our ops or on the given functions, under autocast if the case has 16 bits."""
     parameters = tuple(batch.net.parameters())
     name = str(case.shape["objective"])
     autocast = case.torch_dtype.itemsize == 2 and batch.x0.dtype == torch.float32
@@ -103,12 +105,12 @@ def _math() -> Any:
 
 
 class StepOp:
-    """See `Op`: a preset network, with a batch of images, at the objective that the case names."""
+    """Implement `Op` for a preset network, a batch of images, and the objective that the case names."""
 
     name = "step"
 
     def data(self, case: TimedCase, device: torch.device) -> Batch:
-        """All parameters move away from the zeros of adaLN-Zero, at which every tangent would be trivial."""
+        """Draw a network and a batch; parameters leave the zeros of adaLN-Zero, where every tangent is trivial."""
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
             torch.manual_seed(0)
             overrides = {key: case.size(key) for key in ("depth", "width", "heads") if key in case.shape}
@@ -127,27 +129,30 @@ class StepOp:
         return Batch(net, copy.deepcopy(net).requires_grad_(False), x0, x1, t, s, s_far, y, distinct)
 
     def exact(self, data: Batch) -> Batch:
-        """In float64."""
+        """Return the batch in float64."""
         return data.double()
 
     def plain(self, case: TimedCase, data: Batch) -> Run:
-        """On decomposed ops, by `torch.func.jvp`."""
+        """Return a run of the step on decomposed ops, by `torch.func.jvp`."""
         return step(case, data, torch_functions.jvp, torch_functions.DECOMPOSED)
 
     def named(self, case: TimedCase, results: Tensors) -> dict[str, Tensor]:
-        """All parameters together: in some of them alone, rounding is as large as the gradient."""
+        """Return the loss and one gradient of all parameters together.
+
+        In some parameters alone, rounding is as large as the gradient.
+        """
         return {"loss": results[0], "dtheta": torch.cat([x.flatten() for x in results[1:]])}
 
     def part(self, data: Batch, results: Tensors) -> None:
-        """A gradient depends on everything."""
+        """Return None, because a gradient depends on every sample."""
 
     def small(self, case: TimedCase) -> TimedCase:
-        """Two blocks, a quarter of the image's side, and few images."""
+        """Shrink the case to two blocks, a smaller image, and few images."""
         side = case.size("px") if case.quick else min(16, case.size("px"))
         return case.resized(batch=min(SMALL_BATCH, case.size("batch")), depth=SMALL_DEPTH, px=side)
 
     def cost(self, case: TimedCase, data: Batch, kind: str) -> Cost:
-        """Of the blocks, where the objective's passes are known: flow matching's and MeanFlow's."""
+        """Return the cost of the blocks where the objective's passes are known: for flow matching and MeanFlow."""
         config: Any = data.net.config
         b, n = len(data.t), (case.size("px") // config["patch_size"]) ** 2
         linears, attentions = 24.0 * config["width"] ** 2 * n, 4.0 * config["width"] * n**2
@@ -164,7 +169,7 @@ class StepOp:
         return Cost(None, None)
 
     def providers(self, device: torch.device) -> list[Provider]:
-        """Ours as it is shipped, the same network on PyTorch's own ops, and its plain flow-matching step as a floor."""
+        """Return ours, the same network on PyTorch's ops, and a plain flow-matching step as the floor."""
 
         def none_taken(case: TimedCase) -> str | None:
             takes = takes_jvp(str(case.shape["objective"]))

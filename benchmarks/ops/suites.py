@@ -1,4 +1,4 @@
-"""The suites: which shapes of which models are measured, and why these."""
+"""Define the suites: which shapes of which models are measured, and why."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from fastdistill.benchmarks.ops.timed_op import Op, TimedCase
 
 OPS: dict[str, Op] = {"attention": ATTENTION, "block": BLOCK, "step": STEP, **POINTWISE}
 BACKWARDS = ("forward", "primal", "mixed")
-TOKENS = 32768  # in a batch of images, so that every length gives a GPU the same work
-QUICK = 48  # tokens
+# The number of tokens in a batch of images; it is fixed, so that every length gives a GPU the same work.
+TOKENS = 32768
+QUICK = 48  # Number of tokens with --quick.
 
 
-Lengths = tuple[int, int, int, int, int]  # B, H, N, M, D
+Lengths = tuple[int, int, int, int, int]  # The order is B, H, N, M, D.
 
 
 class Model(NamedTuple):
-    """The attention of a model: a name, heads, and a head dim."""
+    """Describe the attention of a model: its name, heads, and head dim."""
 
     name: str
     heads: int
@@ -30,11 +31,12 @@ class Model(NamedTuple):
 
 
 DITS = (Model("DiT-S/2", 6, 64), Model("DiT-B/2", 12, 64), Model("DiT-L/2", 16, 64), Model("DiT-XL/2", 16, 72))
-PIXELS = {256: 256, 512: 1024, 1024: 4096}  # of an image, with 8 x 8 latents and patches of 2: tokens
+# Maps an image's side in pixels to its tokens, with 8 x 8 latents and patches of 2.
+PIXELS = {256: 256, 512: 1024, 1024: 4096}
 WANS = (Model("Wan2.1-1.3B", 12, 128), Model("Wan2.1-14B", 40, 128))
-FRAMES = {"480p-17f": 7800, "480p-81f": 32760, "720p-81f": 75600}  # of a video: tokens
+FRAMES = {"480p-17f": 7800, "480p-81f": 32760, "720p-81f": 75600}  # Maps a video's format to its tokens.
 WAN_TEXT = 512
-# Image tokens of 512 and 1024 px, and the text tokens that join them.
+# Each model has its text tokens, which join the image tokens of 512 and 1024 px.
 MMDITS = (
     (Model("SD3-M", 24, 64), 333),
     (Model("SD3.5-L", 38, 64), 333),
@@ -47,7 +49,7 @@ LARGE_STEPS = (
     "scm",
     "ayf_emd",
     "tvm",
-)  # one of each kind: of the largest network, and with --quick
+)  # One of each kind, for the largest network and for --quick.
 SCALING_LENGTHS = tuple(2**i for i in range(8, 18))
 SCALING_DIMS = (32, 40, 64, 72, 80, 96, 112, 128, 256)
 SCALING_TOKENS = 4096
@@ -120,7 +122,7 @@ def _step_case(preset: str, objective: str, batch: int, pixels: int, dtype: str)
 
 
 def _scaling(dtype: str) -> Iterator[TimedCase]:
-    """Far enough that what stores (N, M) matrices runs out of memory, which is caught and recorded."""
+    """Return lengths up to where (N, M) matrices run out of memory, which is caught and recorded, and head dims."""
     for d in (64, 128):
         for n in SCALING_LENGTHS:
             yield from _attention("scaling", "lengths", (1, 16, n, n, d), dtype, ("forward", "mixed"))
@@ -149,10 +151,10 @@ WHAT = {
 
 
 def cases(suite: str, dtype: str, quick: bool = False) -> list[TimedCase]:
-    """The cases of a suite; with `quick`, of each op one at a size for a CPU, in every mode.
+    """Return the cases of a suite; with `quick`, one of each op in every mode, at a size for a CPU.
 
     Raises:
-        ValueError: an unknown suite.
+        ValueError: the suite is unknown.
     """
     if suite not in SUITES:
         raise ValueError(f"suite: expected one of {', '.join(SUITES)}, got {suite!r}")

@@ -1,10 +1,10 @@
-"""What a benchmark is made of: cases, ops that make their inputs and their truth, and providers that compute them.
+"""Define the parts of a benchmark: cases, ops that make inputs and truth, and providers that compute them.
 
 A mode says what is timed:
   forward   the outputs and their tangents
   primal    the gradients of the outputs, after a forward with tangents that is not timed
-  mixed     the gradients of outputs and tangents, with respect to primals and tangents, likewise
-  step      a whole training step but for the optimiser: the loss and the gradients of all parameters
+  mixed     the gradients of outputs and tangents in primals and tangents, after a forward that is not timed
+  step      a whole training step without the optimiser: the loss and the gradients of all parameters
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 MODES = ("forward", "primal", "mixed", "step")
-COMPARED_TOKENS = 256  # that are compared at the size that is timed
+COMPARED_TOKENS = 256  # This many tokens are compared at the size that is timed.
 OURS, PEER, FLOOR = "ours", "peer", "floor"
 
 Tensors = tuple[Tensor, ...]
@@ -26,20 +26,20 @@ Shape = Mapping[str, int | str]
 
 
 class BenchError(ValueError):
-    """A request that can't be met; the message says what was expected."""
+    """Report a request that can't be met; the message says what was expected."""
 
 
 @dataclass(frozen=True)
 class TimedCase:
-    """A row of a suite: one op, at one shape, in one mode.
+    """Describe one case of a suite: an op at one shape, in one mode.
 
     Args:
-        suite, op: their names.
-        name: of the shape, such as "DiT-XL/2-256px-B8-H16-N256-D72".
+        suite, op: names of the suite and of the op.
+        name: name of the shape, such as "DiT-XL/2-256px-B8-H16-N256-D72".
         mode: one of `MODES`.
-        shape: what the op needs to know, by name; numbers as far as they are sizes.
-        dtype: "float32", "bfloat16", ...; ops that run under autocast keep float32 parameters beside it.
-        quick: from `--quick`, where nothing that takes long to prepare is run.
+        shape: what the op needs to know, by name; sizes are numbers.
+        dtype: "float32", "bfloat16", ...; ops that run under autocast keep float32 parameters.
+        quick: marks a case of `--quick`, which runs nothing that takes long to prepare.
     """
 
     suite: str
@@ -52,29 +52,29 @@ class TimedCase:
 
     @property
     def group(self) -> str:
-        """What all providers of this case share in a result file."""
+        """Return the name that all providers of this case share in a result file."""
         return f"{self.suite}/{self.name}-{self.dtype}/{self.mode}"
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype itself."""
+        """Return the torch.dtype that `dtype` names."""
         dtype = getattr(torch, self.dtype)
         assert isinstance(dtype, torch.dtype)
         return dtype
 
     def resized(self, **sizes: int | str) -> TimedCase:
-        """The same case at another shape."""
+        """Return the same case at another shape."""
         return replace(self, shape={**self.shape, **sizes})
 
     def size(self, name: str) -> int:
-        """A size of the shape."""
+        """Return a size of the shape."""
         value = self.shape[name]
         assert isinstance(value, int)
         return value
 
 
 class Cost(NamedTuple):
-    """What a run takes at least: floating-point operations, and bytes read and written once."""
+    """Hold the least cost of a run: floating-point operations, and bytes when each tensor is read or written once."""
 
     flops: float | None
     bytes: float | None
@@ -82,15 +82,15 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Provider:
-    """An implementation.
+    """Describe an implementation.
 
     Args:
-        name: as results show it.
-        kind: `OURS`, `PEER`, or `FLOOR`: one that computes no tangents, the time that can hardly be beaten.
-        prepare: (case, data) -> what is timed. Whatever comes before, such as the forward of a backward, happens here.
-        absent: why it is not on this machine, or None.
-        refuses: why it can't do a case, or None.
-        plain: its own formula for the truth and for the baseline, where that isn't the op's.
+        name: name that results show.
+        kind: `OURS`, `PEER`, or `FLOOR`. A floor computes no tangents, and its time can hardly be beaten.
+        prepare: (case, data) -> the run that is timed. Earlier work, such as the forward of a backward, happens here.
+        absent: the reason why this machine lacks it, or None.
+        refuses: returns the reason why it can't run a case, or None.
+        plain: a formula of its own for truth and baseline, where the op's formula doesn't apply.
     """
 
     name: str
@@ -102,43 +102,44 @@ class Provider:
 
 
 class Op(Protocol):
-    """An op that can be benchmarked."""
+    """Describe the interface of an op that can be benchmarked."""
 
     @property
     def name(self) -> str:
-        """Of the op."""
+        """Return the op's name."""
 
     def data(self, case: TimedCase, device: torch.device) -> Any:
-        """Inputs, the same on every call."""
+        """Return the inputs, the same on every call."""
 
     def exact(self, data: Any) -> Any:
-        """These inputs in float64."""
+        """Return the inputs in float64."""
 
     def plain(self, case: TimedCase, data: Any) -> Run:
-        """The specification in plain PyTorch: of `exact` inputs the truth, of the inputs themselves the baseline."""
+        """Return a run of the specification in plain PyTorch; `exact` inputs give the truth, others the baseline."""
 
     def named(self, case: TimedCase, results: Tensors) -> dict[str, Tensor]:
-        """What a run returned, by the names under which the gate compares it; a floor returns fewer."""
+        """Return the results of a run by the names under which the gate compares them; a floor returns fewer."""
 
     def part(self, data: Any, results: Tensors) -> tuple[Any, Tensors] | None:
-        """The last rows of a forward's results, and the inputs that give these alone; None where rows depend on all."""
+        """Return the last part of a forward's results, and the inputs that it needs; None if it needs all inputs."""
 
     def small(self, case: TimedCase) -> TimedCase:
-        """The same case at a size at which float64 and (N, M) matrices are cheap, for the parity gate."""
+        """Return the case at a size for the parity gate, at which float64 and (N, M) matrices are cheap."""
 
     def cost(self, case: TimedCase, data: Any, kind: str) -> Cost:
-        """What a provider of this kind is credited with, whatever it does."""
+        """Return the cost that a provider of this kind is credited with, whatever it does."""
 
     def providers(self, device: torch.device) -> list[Provider]:
-        """All there are, those that are absent too."""
+        """Return all providers, including those that are absent."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """Inputs of an op.
+    """Hold the inputs of an op.
 
     Args:
-        primals: in the op's order; tangents: one beside each, or None.
+        primals: inputs in the op's order.
+        tangents: a tangent beside each primal, or None.
         d_outs, dt_outs: cotangents of the outputs and of their tangents.
         constants: indices of the primals that have no gradient, such as the angles of a rotation.
     """
@@ -150,18 +151,19 @@ class Point:
     constants: tuple[int, ...] = ()
 
     def double(self) -> Point:
-        """In float64."""
+        """Return the point in float64."""
         primals, d_outs, dt_outs = (tuple(x.double() for x in xs) for xs in (self.primals, self.d_outs, self.dt_outs))
         tangents = tuple(x if x is None else x.double() for x in self.tangents)
         return Point(primals, tangents, d_outs, dt_outs, self.constants)
 
 
-# (primals, tangents, mixed) -> (outputs, their tangents), differentiable; mixed: the tangents are differentiable too.
+# (primals, tangents, mixed) -> (outputs, their tangents), differentiable; if mixed, the tangents are differentiable
+# too.
 Dual = Callable[[Tensors, Sequence[Tensor | None], bool], tuple[Tensors, Tensors]]
 
 
 def workload(dual: Dual, mode: str, point: Point) -> Run:
-    """What is timed of a dual function: the forward, or, after a forward right here, the backward."""
+    """Return the run that is timed: the forward of a dual function, or its backward after a forward right here."""
     if mode == "forward":
 
         def forward() -> Tensors:
@@ -188,21 +190,24 @@ def workload(dual: Dual, mode: str, point: Point) -> Run:
 
 @dataclass(frozen=True)
 class DualOp:
-    """An op with one function of its primals, in the forms that the generic providers need.
+    """Describe an op with one function of its primals, in the forms that the generic providers need.
 
     Args:
-        name: of the op.
-        primals: their names, in order; `moving` are those with tangents, `results` the outputs.
-        constants: the primals that have no gradient.
-        last: of a primal by its name, what the last rows of the outputs depend on; None where that is everything.
+        name: name of the op.
+        primals: names of the primals, in order.
+        moving: names of the primals with tangents.
+        results: names of the outputs.
         like: for each output, the primal whose shape it has.
-        make: (case, draw) -> primals, given draw(*shape), which draws standard normal tensors.
+        make: (case, draw) -> primals; draw(*shape) draws standard normal tensors.
         reference: case -> the specification, a function of the primals.
-        own: case -> the same by PyTorch's own ops, with a forward mode: what one writes without us.
+        own: case -> the same by PyTorch's own ops, with a forward mode, as one writes it without this library.
         pair: (case, impl) -> our explicit pair, as a dual function.
-        flops: (case, floor) -> floating-point operations, of a provider without tangents if floor.
+        flops: (case, floor) -> floating-point operations; a floor computes no tangents.
         small: see `Op`.
+        common: (op, device) -> the providers that all ops have.
         more: device -> the providers that only this op has.
+        constants: names of the primals that have no gradient.
+        last: (name, primal) -> the part of the primal on which the last outputs depend; None where that is everything.
     """
 
     name: str
@@ -222,7 +227,7 @@ class DualOp:
     last: Callable[[str, Tensor], Tensor] | None = None
 
     def data(self, case: TimedCase, device: torch.device) -> Point:
-        """Primals, tangents and cotangents in the dtype of the case, drawn from one seed."""
+        """Return primals, tangents and cotangents in the dtype of the case, drawn from one seed."""
         generator = torch.Generator(device).manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
@@ -236,15 +241,15 @@ class DualOp:
         return Point(primals, tangents, d_outs, dt_outs, constants)
 
     def exact(self, data: Point) -> Point:
-        """In float64."""
+        """Return the point in float64."""
         return data.double()
 
     def plain(self, case: TimedCase, data: Point) -> Run:
-        """The reference under `torch.func.jvp`."""
+        """Return a run of the reference under `torch.func.jvp`."""
         return workload(by_jvp(self.reference(case)), case.mode, data)
 
     def named(self, case: TimedCase, results: Tensors) -> dict[str, Tensor]:
-        """By the vocabulary of this project."""
+        """Name the results: outputs y and t_y after a forward; gradients dq, dt_q, ... after a backward."""
         leaves = (name for name in self.primals if name not in self.constants)
         names = (*(f"d{name}" for name in leaves), *(f"dt_{name}" for name in self.moving))
         if case.mode == "forward":
@@ -252,7 +257,7 @@ class DualOp:
         return dict(zip(names, results, strict=False))
 
     def cost(self, case: TimedCase, data: Point, kind: str) -> Cost:
-        """The flops of the formula; every tensor that comes in or goes out once."""
+        """Return the flops of the formula, and the bytes of every tensor that comes in or goes out once."""
         floor = kind == FLOOR
         primals, d_outs = (sum(x.nbytes for x in some) for some in (data.primals, data.d_outs))
         tangents = sum(x.nbytes for x in data.tangents if x is not None)
@@ -264,28 +269,28 @@ class DualOp:
         return Cost(self.flops(case, floor), float(moved[case.mode]))
 
     def part(self, data: Point, results: Tensors) -> tuple[Point, Tensors] | None:
-        """By `last`, of the outputs as of the primals that they are like."""
+        """Cut the results and the inputs by `last`; an output is cut like the primal whose shape it has."""
         if self.last is None:
             return None
         primals = tuple(self.last(name, x) for name, x in zip(self.primals, data.primals, strict=True))
         pairs = zip(self.primals, data.tangents, strict=True)
         tangents = tuple(x if x is None else self.last(name, x) for name, x in pairs)
         names = (*self.like, *self.like)[: len(results)]
-        rows = tuple(self.last(name, x) for name, x in zip(names, results, strict=True))
-        return Point(primals, tangents, (), (), data.constants), rows
+        cut = tuple(self.last(name, x) for name, x in zip(names, results, strict=True))
+        return Point(primals, tangents, (), (), data.constants), cut
 
     def providers(self, device: torch.device) -> list[Provider]:
-        """Ours, the generic peers, and what only this op has."""
+        """Return our providers, the generic peers, and those that only this op has."""
         return [*self.common(self, device), *self.more(device)]
 
 
 def as_tuple(outs: Any) -> Tensors:
-    """One output or several, as several."""
+    """Return the outputs as a tuple, also if there is only one."""
     return (outs,) if isinstance(outs, Tensor) else tuple(outs)
 
 
 def along(fn: Callable[..., Any], primals: Tensors, tangents: Sequence[Tensor | None]) -> tuple[Any, Tensors, Tensors]:
-    """fn as a function of the primals that have tangents, these primals, and their tangents."""
+    """Return fn as a function of the primals that have tangents, then these primals, then their tangents."""
     moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
 
     def moved(*values: Tensor) -> Tensors:
@@ -298,7 +303,7 @@ def along(fn: Callable[..., Any], primals: Tensors, tangents: Sequence[Tensor | 
 
 
 def by_jvp(fn: Callable[..., Any]) -> Dual:
-    """A function's pair by `torch.func.jvp`."""
+    """Return the pair of a function by `torch.func.jvp`."""
 
     def dual(primals: Tensors, tangents: Sequence[Tensor | None], mixed: bool) -> tuple[Tensors, Tensors]:
         moved, point, direction = along(fn, primals, tangents)
@@ -309,7 +314,7 @@ def by_jvp(fn: Callable[..., Any]) -> Dual:
 
 
 def by_differences(fn: Callable[..., Any]) -> Dual:
-    """A function and the central difference of two more evaluations, with the step that suits the dtype."""
+    """Return the pair of a function by central differences, with the step that suits the dtype."""
 
     def dual(primals: Tensors, tangents: Sequence[Tensor | None], mixed: bool) -> tuple[Tensors, Tensors]:
         moved, point, direction = along(fn, primals, tangents)
@@ -323,7 +328,7 @@ def by_differences(fn: Callable[..., Any]) -> Dual:
 
 
 def without_tangents(fn: Callable[..., Any]) -> Dual:
-    """A function that computes none: a floor."""
+    """Return a dual function without tangents; it serves as a floor."""
 
     def dual(primals: Tensors, tangents: Sequence[Tensor | None], mixed: bool) -> tuple[Tensors, Tensors]:
         return as_tuple(fn(*primals)), ()
@@ -332,7 +337,7 @@ def without_tangents(fn: Callable[..., Any]) -> Dual:
 
 
 def last_tokens(name: str, x: Tensor) -> Tensor:
-    """The last tokens of the last sample, and of its last head: where the indices of a kernel are largest."""
+    """Return the last tokens of the last sample and its last head, where the indices of a kernel are largest."""
     if x.dim() == 4:
         return x[-1:, -1:, -COMPARED_TOKENS:]
     if x.dim() == 3:
@@ -341,5 +346,5 @@ def last_tokens(name: str, x: Tensor) -> Tensor:
 
 
 def few(n: int, most: int) -> int:
-    """n, or a shorter length that 32 divides only if it divides n: awkward lengths stay awkward."""
+    """Return n, or a shorter length that 32 divides only if it divides n, so that awkward lengths stay awkward."""
     return n if n <= most else most - (32 - n % 32 if n % 32 else 0)

@@ -1,4 +1,4 @@
-"""PyTorch's own functions under the names of `fastdistill.ops`: what the same network is without us."""
+"""Give PyTorch's own functions the names of `fastdistill.ops`, so that the same network runs without our ops."""
 
 from __future__ import annotations
 
@@ -22,17 +22,20 @@ OWN: dict[str, Callable[..., Any]] = {row.op.__name__: row.native for row in _RO
 DECOMPOSED: dict[str, Callable[..., Any]] = {row.op.__name__: row.reference for row in _ROWS}
 # PyTorch's own but for the norms, whose forward mode has a wrong reverse mode in torch 2.13.
 WRITTEN_OUT = {**OWN, **{name: op for name, op in DECOMPOSED.items() if name.endswith("norm")}}
-# What has no derivative of its own to lose, and stays ours.
+# These have no derivatives, so a peer may use ours.
 SAME = ("explain", "rope_angles")
 
 
 def namespace(functions: dict[str, Callable[..., Any]]) -> Any:
-    """Functions as attributes, as `fastdistill.ops` has them."""
+    """Return an object with the functions as attributes, like `fastdistill.ops`."""
     return SimpleNamespace(**functions)
 
 
 def ours_by(impl: str) -> Any:
-    """The ops of `OWN`, ours, by one implementation where they have the choice (a linear layer is PyTorch's matmul)."""
+    """Return our ops that `OWN` names, each bound to one implementation.
+
+    A linear layer has no choice of implementation: it is PyTorch's matmul.
+    """
 
     def bound(name: str) -> Callable[..., Any]:
         op = getattr(ops, name)
@@ -44,9 +47,9 @@ def ours_by(impl: str) -> Any:
 
 @contextmanager
 def instead_of_ours(functions: dict[str, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, networks of `fastdistill.nn` and `fastdistill.models` call these functions and none of our ops.
+    """Make networks of `fastdistill.nn` and `fastdistill.models` call these functions instead of our ops.
 
-    An op without a twin among them raises RuntimeError: a peer must not run on our code unnoticed.
+    An op without a twin among the functions raises RuntimeError, because a peer must not run on our code unnoticed.
     """
 
     def without_twin(name: str) -> Callable[..., Any]:
@@ -63,7 +66,7 @@ def instead_of_ours(functions: dict[str, Callable[..., Any]]) -> Iterator[None]:
 
 
 def jvp(fn: Callable[..., Tensor], primals: Any, tangents: Any, *, tangent_grad: bool = False) -> tuple[Tensor, Tensor]:
-    """`torch.func.jvp` with the arguments of `fastdistill.jvp`: numbers are broadcast, None is a zero."""
+    """Call `torch.func.jvp` with the arguments of `fastdistill.jvp`: numbers are broadcast, and None is a zero."""
     (out,), (t_out,) = torch.func.jvp(*along(fn, tuple(primals), _filled(primals, tangents)))[:2]
     return out, t_out if tangent_grad else t_out.detach()
 
@@ -71,7 +74,7 @@ def jvp(fn: Callable[..., Tensor], primals: Any, tangents: Any, *, tangent_grad:
 def difference(
     fn: Callable[..., Tensor], primals: Any, tangents: Any, *, tangent_grad: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The same by a central difference, with the step that suits the dtype."""
+    """Compute the pair by a central difference with the arguments of `fastdistill.jvp`; the step suits the dtype."""
     moved, point, direction = along(fn, tuple(primals), _filled(primals, tangents))
     autocast = torch.is_autocast_enabled(point[0].device.type)
     step = torch.finfo(torch.bfloat16 if autocast else point[0].dtype).eps ** (1 / 3)

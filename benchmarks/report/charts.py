@@ -1,7 +1,8 @@
-"""The pictures of a benchmark report, as SVG that reads well on a light and on a dark page, in a README too.
+"""Draw the pictures of a benchmark report, as SVG that reads well on a light and on a dark page, also in a README.
 
-Text stays text, in the reader's own font; it is laid out with DejaVu Sans, which is wider than most. Ink, grid and
-paper change with the reader's color scheme by a style sheet inside the file; the colors of the curves suit both.
+Text stays text, in the reader's own font. It is laid out with DejaVu Sans, which is wider than most fonts. Ink, grid
+and paper change with the reader's color scheme by a style sheet inside the file; the colors of the curves suit both
+schemes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fastdistill.benchmarks.report.series import LENGTHS, MODE_NAMES, Curve, Ser
 
 INK, FAINT, GRID, PAPER = "#2a2a27", "#6f6f69", "#dddcd6", "#ffffff"
 DARK = {INK: "#eceae4", FAINT: "#a3a29b", GRID: "#3a3a37", PAPER: "#1b1b19"}
-# At least 3:1 against both papers.
+# Each has a contrast of at least 3:1 with both papers.
 COLORS = {
     OURS: ("#2e86c1", "#1a9a82", "#6f78d6"),
     PEER: ("#c4762b", "#c2566a", "#8f8a1f", "#9a6bc4", "#a5704f", "#5f9140"),
@@ -33,11 +34,11 @@ COLORS = {
 MARKERS = {OURS: "oDs", PEER: "^vPX<>", FLOOR: ".+|_"}
 MARKED = {"oom": ("x", "out of memory"), "failed parity": ("d", "failed parity"), "error": ("1", "error")}
 SIZE = 9
-WIDTH = 3.1  # inches of a panel
+WIDTH = 3.1  # The width of a panel in inches.
 
 
 class Look(NamedTuple):
-    """How a provider is drawn, the same in all pictures."""
+    """Describe how a provider is drawn, the same in all pictures."""
 
     color: str
     marker: str
@@ -46,7 +47,7 @@ class Look(NamedTuple):
 
 
 def looks(records: Iterable[Record]) -> dict[str, Look]:
-    """A look for each provider; those of a kind take colors in the order in which they come."""
+    """Return a look for each provider; the providers of a kind take its colors in the order in which they come."""
     found: dict[str, Look] = {}
     count = dict.fromkeys(COLORS, 0)
     for record in records:
@@ -59,10 +60,10 @@ def looks(records: Iterable[Record]) -> dict[str, Look]:
 
 
 def draw_series(series: Series, look: Mapping[str, Look]) -> str:
-    """Throughput above and memory below, against the length, both logarithmic; a column for each mode.
+    """Draw throughput above and memory below, against the length, both logarithmic, with a column for each mode.
 
-    What ran out of memory, failed parity or ended in an error is marked under the length at which it did, a line for
-    each provider, so that a curve that ends says why.
+    If a provider ran out of memory, failed parity or ended in an error, a mark under that length says so, on a line of
+    its own for each provider. So a curve that ends says why.
     """
     modes = list(series.panels)
     lost = _lost(series)
@@ -73,32 +74,32 @@ def draw_series(series: Series, look: Mapping[str, Look]) -> str:
     figure = _figure(WIDTH * len(modes) + 0.75, sum(heights) + 0.25 * len(heights) + 0.75 + 0.2 * legend_rows)
     grid = figure.add_gridspec(len(heights), len(modes), height_ratios=heights)
     ticks = sorted({n for curves in series.panels.values() for curve in curves for n in curve.records})
-    rows: list[list[Axes]] = [[] for _ in heights]
+    panel_rows: list[list[Axes]] = [[] for _ in heights]
     for column, mode in enumerate(modes):
         top = None
         for i in range(len(heights)):
-            share = {"sharex": top, "sharey": rows[i][0] if rows[i] else None}
+            share = {"sharex": top, "sharey": panel_rows[i][0] if panel_rows[i] else None}
             axes = figure.add_subplot(grid[i, column], **share)
             top = top or axes
-            rows[i].append(axes)
+            panel_rows[i].append(axes)
             _tidy(axes)
             if column:
                 axes.tick_params(labelleft=False)
         curves = series.panels[mode]
-        rows[0][-1].set_title(MODE_NAMES.get(mode, mode), color=INK, fontsize=SIZE + 1, loc="left")
-        _plot(rows[0][-1], curves, look, series.throughput.of)
+        panel_rows[0][-1].set_title(MODE_NAMES.get(mode, mode), color=INK, fontsize=SIZE + 1, loc="left")
+        _plot(panel_rows[0][-1], curves, look, series.throughput.of)
         if memory:
-            _plot(rows[1][-1], curves, look, _memory)
+            _plot(panel_rows[1][-1], curves, look, _memory)
         if lost:
-            _mark(rows[-1][-1], curves, look, lost, named=column == 0)
-        _length_ticks(rows[0][-1], ticks)
-        for axes in (panels[-1] for panels in rows[:-1]):
+            _mark(panel_rows[-1][-1], curves, look, lost, named=column == 0)
+        _length_ticks(panel_rows[0][-1], ticks)
+        for axes in (panels[-1] for panels in panel_rows[:-1]):
             axes.tick_params(labelbottom=False)
-        rows[-1][-1].set_xlabel(LENGTHS[series.length], color=INK, fontsize=SIZE)
-    rows[0][0].set_ylabel(series.throughput.unit, color=INK, fontsize=SIZE)
+        panel_rows[-1][-1].set_xlabel(LENGTHS[series.length], color=INK, fontsize=SIZE)
+    panel_rows[0][0].set_ylabel(series.throughput.unit, color=INK, fontsize=SIZE)
     if memory:
-        rows[1][0].set_ylabel("peak memory, MiB", color=INK, fontsize=SIZE)
-    for panels in rows[: 1 + memory]:
+        panel_rows[1][0].set_ylabel("peak memory, MiB", color=INK, fontsize=SIZE)
+    for panels in panel_rows[: 1 + memory]:
         _value_ticks(panels)
     statuses = {record.status for _, record in _records(series)}
     _legend(figure, shown, look, len(modes), [mark for status, mark in MARKED.items() if status in statuses])
@@ -106,10 +107,10 @@ def draw_series(series: Series, look: Mapping[str, Look]) -> str:
 
 
 def draw_roofline(records: Sequence[Record], ceilings: Mapping[str, float], look: Mapping[str, Look]) -> str | None:
-    """Attained operations a second against those a byte, under the device's own; None without any record.
+    """Draw the attained operations a second against operations a byte, under the ceilings; None without records.
 
     Args:
-        ceilings: "tflops" of a large matmul, "gbs" of a copy; what is absent is not drawn, and the picture says so.
+        ceilings: "tflops" of a large matmul, "gbs" of a copy. An absent one is not drawn, and the picture says so.
     """
     points: dict[str, list[tuple[float, float]]] = {}
     throughput = arithmetic(records)
@@ -145,7 +146,8 @@ def draw_roofline(records: Sequence[Record], ceilings: Mapping[str, float], look
 def _roof(axes: Axes, ceilings: Mapping[str, float], throughput: Throughput, low: float, high: float) -> list[float]:
     """Draw the ceilings that were measured, name those that were not, and return their heights."""
     flat, gbs = ceilings.get("tflops"), ceilings.get("gbs")
-    slope = None if gbs is None else gbs * 1e-3 * throughput.factor  # of the line that the copy bandwidth allows
+    # The slope of the line that the copy bandwidth allows.
+    slope = None if gbs is None else gbs * 1e-3 * throughput.factor
     flat = None if flat is None else flat * throughput.factor
     ridge = high if flat is None or slope is None else min(max(flat / slope, low), high)
     style: dict[str, Any] = {"color": FAINT, "linewidth": 1.2, "linestyle": (0, (5, 3)), "zorder": 0}
@@ -165,19 +167,19 @@ def _roof(axes: Axes, ceilings: Mapping[str, float], throughput: Throughput, low
 
 
 def _records(series: Series) -> Iterator[tuple[str, Record]]:
-    """Every record of a series, with its provider."""
+    """Yield every record of a series, with its provider."""
     for curves in series.panels.values():
         for curve in curves:
             yield from ((curve.provider, record) for record in curve.records.values())
 
 
 def _lost(series: Series) -> list[str]:
-    """The providers that have something to mark."""
+    """Return the providers that have a failure to mark."""
     return list(dict.fromkeys(provider for provider, record in _records(series) if record.status in MARKED))
 
 
 def _drawn(series: Series) -> set[str]:
-    """The providers of which there is anything to see."""
+    """Return the providers that have a time or a failure to show."""
     return {provider for provider, record in _records(series) if record.median is not None or record.status in MARKED}
 
 
@@ -189,7 +191,7 @@ def _memory(record: Record) -> float | None:
 def _plot(axes: Axes, curves: Sequence[Curve], look: Mapping[str, Look], value: Any) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    for curve in reversed(curves):  # ours on top
+    for curve in reversed(curves):  # Reversed, so that ours is drawn on top.
         points = [(n, y) for n, record in curve.records.items() if (y := value(record))]
         if points:
             style = look[curve.provider]
@@ -218,7 +220,7 @@ def _mark(axes: Axes, curves: Sequence[Curve], look: Mapping[str, Look], lost: S
 
 
 def _length_ticks(axes: Axes, lengths: Sequence[int]) -> None:
-    """At most six of the lengths, spread evenly over the logarithmic axis."""
+    """Choose at most six of the lengths, spread evenly over the logarithmic axis."""
     low, high = math.log2(lengths[0]), math.log2(lengths[-1])
     chosen: list[int] = []
     for n in lengths:
@@ -231,7 +233,7 @@ def _length_ticks(axes: Axes, lengths: Sequence[int]) -> None:
 
 
 def _value_ticks(panels: Sequence[Axes]) -> None:
-    """Few ticks, but two at least, on the shared logarithmic axis of a line of panels."""
+    """Choose few ticks, but at least two, for the logarithmic axis that a line of panels shares."""
     axes = panels[0]
     low, high = axes.get_ylim()
     decades = math.log10(high / low)
@@ -256,7 +258,7 @@ def _tidy(axes: Axes) -> None:
 
 
 def _legend_columns(names: Sequence[str], panels: int) -> int:
-    """As many as fit beside each other, by the longest name."""
+    """Return how many names fit beside each other, by the longest name."""
     return max(1, int(WIDTH * panels / (0.55 + 0.075 * max(map(len, names)))))
 
 
@@ -279,7 +281,7 @@ def _legend(
 
 
 def _svg(figure: Figure, title: str) -> str:
-    """The same bytes for the same picture: no date, no random names."""
+    """Write the figure as SVG; the same picture gives the same bytes, because dates and random names are left out."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastdistill"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Title": title})
@@ -287,7 +289,7 @@ def _svg(figure: Figure, title: str) -> str:
 
 
 def _two_schemes(svg: str) -> str:
-    """Teach a picture drawn for light paper to turn dark with its reader."""
+    """Add a style sheet to a picture drawn for light paper, so that it turns dark with its reader."""
     rules = "".join(
         f'[style*="{name}: {light}"] {{ {name}: {dark} !important; }}\n'
         for light, dark in DARK.items()

@@ -1,7 +1,7 @@
-"""`fastdistill report --bench FILE ...`: benchmark files as one page that needs nothing beside it, and as pictures.
+"""Write `fastdistill report --bench FILE ...`: benchmark files as one self-contained page, and as pictures.
 
-Everything in the files is on the page: what was timed, with its error beside its time, and what was not, with the
-reason. The pictures are written beside the page too, for a README.
+Everything in the files is on the page: each time with its error beside it, and the reason of each that was not timed.
+The pictures are also written beside the page, for a README.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_report(files: Sequence[Path], out: Path) -> list[Path]:
-    """Write the page and its pictures; returns what was written, the page first.
+    """Write the page and its pictures; return the paths that were written, the page first.
 
     Args:
-        files: benchmark files, of one device or of several, which are kept apart.
-        out: of the page; pictures go beside it, as <its stem>-<what they show>.svg.
+        files: benchmark files of one device or of several; devices are kept apart.
+        out: path of the page; pictures go beside it, as <stem of the page>-<title of the picture>.svg.
 
     Raises:
         DamagedResults: a file can't be read.
-        BenchError: no files, or a name that doesn't end in .html.
+        BenchError: there are no files, or the name doesn't end in .html.
     """
     if not files:
         raise BenchError("--bench: expected one file or more, got none")
@@ -57,14 +57,14 @@ def write_report(files: Sequence[Path], out: Path) -> list[Path]:
 
 
 def main(files: Sequence[Path], out: Path) -> int:
-    """The command: write, and say what was written."""
+    """Write the report and print the paths that were written."""
     for path in write_report(files, out):
         print(path)
     return 0
 
 
 def draw(machine: Machine) -> dict[str, str]:
-    """Title -> SVG of every picture there is to draw of a device."""
+    """Return every picture of a device: title -> SVG."""
     records = list(machine.records.values())
     look = looks(records)
     drawn = {f"{series.suite}: {series.title}": draw_series(series, look) for series in gather(records)}
@@ -73,7 +73,7 @@ def draw(machine: Machine) -> dict[str, str]:
 
 
 def read_records(records: Iterable[Record]) -> list[str]:
-    """What to read in the numbers, in sentences that follow from them, whichever way they came out."""
+    """Summarise the numbers in sentences that follow from them, whichever way they came out."""
     records = list(records)
     if any(record.info.get("quick") for record in records):
         return ["These are tiny shapes (--quick): they show that everything runs, and say nothing about speed."]
@@ -106,7 +106,7 @@ def read_records(records: Iterable[Record]) -> list[str]:
 
 
 def _contests(records: Iterable[Record]) -> list[tuple[float, float]]:
-    """The best time of ours and of the peers, wherever both were timed."""
+    """Return the best time of ours and of the peers, for each case in which both were timed."""
     best: dict[tuple[str, ...], dict[str, float]] = {}
     for record in records:
         if record.median is not None and record.status == "ok":
@@ -120,7 +120,7 @@ def _count(records: Iterable[Record], status: str) -> int:
 
 
 def _section(machine: Machine, drawn: Mapping[str, str]) -> dict[str, Any]:
-    """What the template says of one device."""
+    """Return the data of one device for the template."""
     records = in_order(machine.records.values())
     newest = machine.files[-1]
     return {
@@ -138,7 +138,7 @@ def _section(machine: Machine, drawn: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _tables(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """For each suite its columns, but for empty ones, and a block of lines for each case: all that could be timed."""
+    """Return for each suite its filled columns, and a block of lines for each case that could be timed."""
     suites: dict[str, dict[str, list[Record]]] = {}
     for record in records:
         key = record.key
@@ -155,7 +155,7 @@ def _tables(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def _lines(records: Sequence[Record], throughput: Throughput) -> list[dict[str, Any]]:
-    """What is not on this machine is left to the list of what was not timed."""
+    """Return the lines of a case; providers that this machine lacks are left to the list of those not timed."""
     ours = min((record.median for record in records if record.kind == OURS and record.median is not None), default=None)
     return [
         {
@@ -172,7 +172,7 @@ def _lines(records: Sequence[Record], throughput: Throughput) -> list[dict[str, 
 
 
 def _cells(record: Record, time: float, ours: float | None, throughput: Throughput) -> dict[str, str]:
-    """Column -> text."""
+    """Return the cells of a line: column -> text."""
     low, high, peak = (record.number(name) for name in ("p20_s", "p80_s", "peak_memory_bytes"))
     clock, energy = record.number("sm_clock_mhz"), record.number("energy_j")
     return {
@@ -191,7 +191,7 @@ def _cells(record: Record, time: float, ours: float | None, throughput: Throughp
 
 
 def _throttle(record: Record) -> str:
-    """Why the clocks were held down, in words; empty if they weren't, or if nobody knows."""
+    """Return in words why the clocks were held down; empty if they weren't, or if it is unknown."""
     reasons = record.info.get("throttle")
     if isinstance(reasons, str):
         return reasons
@@ -199,7 +199,7 @@ def _throttle(record: Record) -> str:
 
 
 def _not_timed(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """Provider, status and reason of all rows without a time, those of ours first; with the cases that they concern."""
+    """Return provider, status, reason and cases of all records without a time, those of ours first."""
     groups: dict[tuple[str, str, str, str], list[str]] = {}
     for record in records:
         if record.median is None:
@@ -215,7 +215,7 @@ def _not_timed(records: Iterable[Record]) -> list[dict[str, Any]]:
 
 
 def _clocks(records: Iterable[Record]) -> str:
-    """The clocks under load and the throttling, in a sentence."""
+    """Say in a sentence how the clocks ran under load, and where they were throttled."""
     records = [record for record in records if record.median is not None]
     clocks = [clock for record in records if (clock := record.number("sm_clock_mhz")) is not None]
     if not clocks:
@@ -239,7 +239,7 @@ def _ceilings(machine: Machine) -> str:
 
 
 def _environment(results: Results) -> list[tuple[str, str]]:
-    """machine_info and what else describes a file, flat."""
+    """Return machine_info and the rest of a file's description as a flat list."""
     flat = {"measured": results.date or "undated", "commit": results.commit or "unknown"}
     for name, value in results.machine.items():
         if isinstance(value, Mapping):

@@ -1,10 +1,11 @@
-"""The README's tables, made from the files in benchmarks/results/ and never by hand.
+"""Write the README's tables from the files in benchmarks/results/, so that none is made by hand.
 
     python -m fastdistill.benchmarks.report.readme_table            # rewrite the block in README.md
     python -m fastdistill.benchmarks.report.readme_table --check    # status 1 if it differs from what would be written
 
-The block lies between two comments, <!-- benchmarks:begin --> and <!-- benchmarks:end -->. What has no file there says
-that it is not yet measured. Files of `fastdistill bench` count if they are of a GPU; of what several have, the newest.
+The block lies between two comments, <!-- benchmarks:begin --> and <!-- benchmarks:end -->. A table whose file is
+missing says that it is not yet measured. Files of `fastdistill bench` count if they come from a GPU; where several have
+the same entry, the newest counts.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ COMMAND = "python -m fastdistill.benchmarks.report.readme_table"
 MADE = f"<!-- Made by `{COMMAND}` from benchmarks/results/: change nothing here. -->"
 NOT_MEASURED = "not yet measured"
 
-# What driver_memory.json and cpu_attention.json call an implementation, and what the README does; the others are left
-# out there.
+# Maps an implementation's name in driver_memory.json and cpu_attention.json to its name in the README, which leaves out
+# the other implementations.
 DRIVERS = {
     "plain": "plain forward, no tangent",
     "torch.func.jvp, math SDPA": "`torch.func.jvp`, math attention",
@@ -40,18 +41,18 @@ ATTENTIONS = {
     "fd.jvp of fd.scaled_dot_product_attention": "`fd.jvp`",
 }
 BASELINE, FD = ATTENTIONS
-# Of the GPU's suites, those models that the README shows; the report has all of them.
+# Names the models of the GPU suites that the README shows; the report shows all.
 SHOWN = {"dit": "DiT-XL", "video": "Wan", "mmdit": "FLUX.1", "block": "DiT-XL", "step": "xl"}
 MODES = {"forward": "forward with tangent", "primal": "backward", "mixed": "backward of both", "step": "step"}
 LOST_PEERS = {"oom": "peers out of memory", "failed parity": "peers failed parity", "error": "peers failed"}
 
 
 class ReadmeError(BenchError):
-    """A README without the block, or a result file that can't be read. The message says which."""
+    """Report a README without the block, or a result file that can't be read; the message says which."""
 
 
 def block(results: Path = RESULTS) -> str:
-    """Everything between the two comments, from the files of a folder.
+    """Return the text between the two comments, from the files of a folder.
 
     Raises:
         BenchError: a file there can't be read.
@@ -61,10 +62,10 @@ def block(results: Path = RESULTS) -> str:
 
 
 def replaced(readme: str, text: str) -> str:
-    """A README whose block is this text.
+    """Return a README whose block is replaced by this text.
 
     Raises:
-        ReadmeError: it doesn't have each comment once, in order.
+        ReadmeError: the README doesn't have each comment once, in order.
     """
     if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
         raise ReadmeError(f"README: expected {BEGIN} and then {END}, once each")
@@ -157,7 +158,7 @@ def _mib(row: Mapping[str, Any]) -> str:
 
 
 def _gpus(results: Path) -> str:
-    """A table for each GPU."""
+    """Return a table for each GPU."""
     files = []
     for path in sorted(results.glob("*.json")):
         content = _read(path)
@@ -168,7 +169,7 @@ def _gpus(results: Path) -> str:
 
 
 def _gpu(machine: Machine) -> str:
-    """Ours in each mode, against the fastest peer that computes the same, and against the floor; empty without rows."""
+    """Return the table of one GPU: ours in each mode, against the fastest peer and the floor; empty without records."""
     cases: dict[tuple[str, str, str], dict[str, list[Record]]] = {}
     for record in machine.records.values():
         if _is_shown(record):
@@ -209,13 +210,13 @@ def _is_shown(record: Record) -> bool:
 
 
 def _best(records: Iterable[Record], kind: str) -> Record | None:
-    """The fastest of a kind that was timed."""
+    """Return the fastest timed record of a kind."""
     timed = [record for record in records if record.kind == kind and record.median is not None]
     return min(timed, key=lambda record: record.median or 0, default=None)
 
 
 def _against(records: Sequence[Record]) -> str:
-    """Ours against the fastest peer, or why there is no time of ours."""
+    """Compare ours with the fastest peer in words, or say why ours has no time."""
     ours, peer = _best(records, OURS), _best(records, PEER)
     if ours is None or ours.median is None:
         return next(
@@ -229,7 +230,7 @@ def _against(records: Sequence[Record]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrite or check, and return the exit status."""
+    """Rewrite or check the README, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 if something would change")
     parser.add_argument("--readme", type=Path, default=README, help="(default: the checkout's)")

@@ -1,7 +1,7 @@
-"""Benchmark files as records: what the report, the comparison and the README's tables read.
+"""Load benchmark files as records, for the report, the comparison and the README's tables.
 
-A file is pytest-benchmark's JSON, with what it doesn't know in each benchmark's `extra_info`, and the records that were
-not timed in a list of their own:
+A file is pytest-benchmark's JSON. `extra_info` of each benchmark has what that format lacks, and the records that were
+not timed have a list of their own:
 
     machine_info, commit_info, datetime, version
     benchmarks    [{name, fullname, group, params, stats {min, max, mean, stddev, median, rounds, ...}, extra_info}]
@@ -11,7 +11,7 @@ not timed in a list of their own:
                   gbs, p20_s, p80_s, peak_memory_bytes, error, allowed_error, floor_provider, ratio_to_floor,
                   sm_clock_mhz, throttle, power_w, energy_j, ...
 
-Whatever is damaged raises `DamagedResults`, which names the file and the place.
+A damaged file raises `DamagedResults`, which names the file and the place.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from fastdistill.benchmarks.run.gate import ERROR, FAILED, OK, OOM, UNAVAILABLE,
 from fastdistill.benchmarks.run.result_file import DamagedResults, read
 
 KINDS = (OURS, PEER, FLOOR)
-LOST = (FAILED, OOM, ERROR)  # what could have been timed, had it been right
+LOST = (FAILED, OOM, ERROR)  # These failed although they could have been timed.
 STATUSES = (OK, UNAVAILABLE, UNSUPPORTED, *LOST)
 
 
 class Key(NamedTuple):
-    """What makes a record the same in two files."""
+    """Identify a record: records with equal keys in two files are compared."""
 
     suite: str
     op: str
@@ -47,9 +47,11 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """One provider on one case.
+    """Hold the result of one provider on one case.
 
-    info: its `extra_info`, whole. median: seconds, None where it was not timed.
+    Args:
+        info: the whole `extra_info`.
+        median: seconds; None if it was not timed.
     """
 
     key: Key
@@ -61,29 +63,29 @@ class Record:
 
     @property
     def reason(self) -> str:
-        """Why it was not timed, or an empty string."""
+        """Return why it was not timed, or an empty string."""
         return str(self.info.get("reason") or "")
 
     def number(self, name: str) -> float | None:
-        """A number of `extra_info`, where there is one."""
+        """Return a number of `extra_info`, or None if it has none."""
         value = self.info.get(name)
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
     @property
     def shape(self) -> dict[str, int | str]:
-        """The sizes and names that describe the case, by their names."""
+        """Return the sizes and names that describe the case."""
         shape = self.info.get("shape")
         items = shape.items() if isinstance(shape, Mapping) else ()
         return {str(name): value if type(value) is int else str(value) for name, value in items}
 
     def sizes(self) -> dict[str, int]:
-        """The sizes alone."""
+        """Return the sizes of the shape alone."""
         return {name: value for name, value in self.shape.items() if isinstance(value, int)}
 
 
 @dataclass(frozen=True)
 class Results:
-    """A file. device: what it was measured on, such as "NVIDIA H100 80GB HBM3"."""
+    """Hold the content of a file; `device` names where it was measured, such as "NVIDIA H100 80GB HBM3"."""
 
     path: Path
     machine: Mapping[str, Any]
@@ -93,7 +95,7 @@ class Results:
 
     @property
     def device(self) -> str:
-        """The GPU's name, or the processor's, with its number of threads."""
+        """Return the GPU's name, or the processor's name with its number of threads."""
         gpu = _first(self.machine, "gpu", "gpu_name")
         if isinstance(gpu, Mapping):
             gpu = gpu.get("name")
@@ -107,7 +109,7 @@ class Results:
 
     @property
     def ceilings(self) -> dict[str, float]:
-        """What was measured of the device at its best: "tflops" of a large matmul, "gbs" of a copy; or less."""
+        """Return the measured ceilings of the device, if any: "tflops" of a large matmul, "gbs" of a copy."""
         found = self.machine.get("ceilings")
         found = found if isinstance(found, Mapping) else {}
         tflops, gbs = found.get("matmul_tflops"), found.get("copy_gbs")
@@ -116,9 +118,10 @@ class Results:
 
 @dataclass
 class Machine:
-    """All that was measured on one device.
+    """Hold all that was measured on one device.
 
-    records: by key; of what several files have, the newest.
+    Args:
+        records: records by key; where several files have the same key, the newest.
     """
 
     device: str
@@ -128,15 +131,15 @@ class Machine:
 
     @property
     def ceilings(self) -> dict[str, float]:
-        """Of the newest file that has any."""
+        """Return the ceilings of the newest file that has any."""
         return next((results.ceilings for results in reversed(self.files) if results.ceilings), {})
 
 
 def load(path: Path) -> Results:
-    """Read a file.
+    """Load a file.
 
     Raises:
-        DamagedResults: it is missing, is not JSON, or is not what a benchmark writes.
+        DamagedResults: the file is missing, is not JSON, or is not what a benchmark writes.
     """
     table = read(path)
     records = [_timed(path, f"benchmarks[{i}]", x) for i, x in enumerate(table["benchmarks"])]
@@ -152,7 +155,7 @@ def load(path: Path) -> Results:
 
 
 def by_device(files: Iterable[Results]) -> list[Machine]:
-    """The files of each device, from old to new, and their records."""
+    """Group the files by device, from old to new, with their records."""
     machines: dict[str, Machine] = {}
     for results in sorted(files, key=lambda results: results.date):
         machine = machines.setdefault(results.device, Machine(results.device, []))

@@ -1,13 +1,14 @@
-"""Two benchmark files against each other: the gate against regressions.
+"""Compare two benchmark files: the gate against regressions.
 
     python -m fastdistill.benchmarks.report.regressions OLD NEW                       # medians; fails over 1.05
     python -m fastdistill.benchmarks.report.regressions OLD NEW --metric peak_memory --ratio 1.01
     python -m fastdistill.benchmarks.report.regressions OLD NEW --metric bytes_moved  # of op_counts.json
 
-A record of ours fails where NEW / OLD is over the ratio, or where OLD has a number and in NEW it failed parity, ran out
-of memory or ended in an error. Peers and floors are printed where they moved as much, since they tell whether the
-machine did, and fail nothing. What is in one file only is listed. Status 0: nothing over the ratio; 1: something, by
-name; 2: the files can't be compared (damaged, of different devices, or with no record of ours in common).
+A record of ours fails if NEW / OLD is over the ratio. It also fails if OLD has a number, and in NEW it failed parity,
+ran out of memory or ended in an error. Peers and floors that moved as much are printed, because they show whether the
+machine changed; they fail nothing. Records of only one file are listed. Status 0 means that nothing is over the ratio,
+1 that something is, by name, and 2 that the files can't be compared (damaged, of different devices, or with no record
+of ours in common).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from fastdistill.benchmarks.ops.timed_op import OURS, BenchError
 from fastdistill.benchmarks.report.records import LOST, Key, Record, Results, load
 from fastdistill.benchmarks.run.numbers import seconds
 
-# What --metric may be: how it is read from a record, and whether it depends on the machine.
+# Maps each value of --metric to how it is read from a record, and to whether it depends on the machine.
 METRICS: dict[str, tuple[Callable[[Record], float | None], bool]] = {
     "median": (lambda record: record.median, True),
     "peak_memory": (lambda record: record.number("peak_memory_bytes"), True),
@@ -36,12 +37,12 @@ METRICS: dict[str, tuple[Callable[[Record], float | None], bool]] = {
 
 
 class Incomparable(BenchError):
-    """Two files that say nothing about each other. The message says why."""
+    """Report two files that can't be compared; the message says why."""
 
 
 @dataclass
 class Comparison:
-    """What there is to say, a line each; `failures` decide."""
+    """Collect the findings of a comparison, a line each; `failures` decide its outcome."""
 
     compared: int = 0
     failures: list[str] = field(default_factory=list)
@@ -58,12 +59,12 @@ def find_regressions(
 
     Args:
         metric: one of `METRICS`.
-        ratio: NEW / OLD that is still fine, 1 or more.
-        across_devices: compare what was measured on different devices.
+        ratio: largest NEW / OLD that passes, 1 or more.
+        across_devices: compares files of different devices too.
 
     Raises:
         Incomparable: the devices differ, or no record of ours has the metric in both files.
-        BenchError: a metric or a ratio that there isn't.
+        BenchError: the metric is unknown, or the ratio is below 1.
     """
     if metric not in METRICS:
         raise BenchError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
@@ -79,7 +80,7 @@ def find_regressions(
         {record.key: record for record in each.records} for each in (old, new)
     )
     found = Comparison()
-    for key, before, after in _pairs(*records):
+    for key, before, after in _matched(*records):
         if before is None or after is None:
             record = before or after
             assert record is not None
@@ -88,11 +89,13 @@ def find_regressions(
             continue
         _judge(found, key, before, after, (read(before), read(after)), metric, ratio)
     if not found.compared:
-        raise Incomparable(f"no row of ours has a {metric} in both {old.path} and {new.path}: nothing was compared")
+        raise Incomparable(f"no record of ours has a {metric} in both {old.path} and {new.path}: nothing was compared")
     return found
 
 
-def _pairs(old: Mapping[Key, Record], new: Mapping[Key, Record]) -> Iterator[tuple[Key, Record | None, Record | None]]:
+def _matched(
+    old: Mapping[Key, Record], new: Mapping[Key, Record]
+) -> Iterator[tuple[Key, Record | None, Record | None]]:
     for key in {**old, **new}:
         yield key, old.get(key), new.get(key)
 
@@ -106,7 +109,7 @@ def _judge(
     metric: str,
     ratio: float,
 ) -> None:
-    """File one record that both files have."""
+    """Sort a record that both files have into the comparison."""
     old, new = values
     ours = after.kind == OURS
     worse = found.failures if ours else found.moved
@@ -141,7 +144,7 @@ def _value(metric: str, value: float | None) -> str:
 
 
 def describe(found: Comparison, ratio: float) -> str:
-    """All of a comparison as text."""
+    """Return a whole comparison as text."""
     parts = [
         (f"Over {ratio:g}:", found.failures),
         ("Peers and floors that moved as much; they say that the machine did, or they:", found.moved),
@@ -150,7 +153,7 @@ def describe(found: Comparison, ratio: float) -> str:
         ("Only in NEW:", found.only_new),
     ]
     lines = [line for title, items in parts if items for line in (title, *(f"  {item}" for item in items))]
-    return "\n".join([*lines, f"{found.compared} rows of ours compared, {len(found.failures)} over {ratio:g}"])
+    return "\n".join([*lines, f"{found.compared} records of ours compared, {len(found.failures)} over {ratio:g}"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -158,15 +161,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", metavar="OLD", type=Path)
     parser.add_argument("new", metavar="NEW", type=Path)
-    parser.add_argument("--ratio", type=float, default=1.05, help="NEW / OLD that is still fine (default: %(default)s)")
+    parser.add_argument(
+        "--ratio", type=float, default=1.05, help="largest NEW / OLD that passes (default: %(default)s)"
+    )
     parser.add_argument("--metric", choices=METRICS, default="median", help="(default: %(default)s)")
-    parser.add_argument("--across-devices", action="store_true", help="compare files of different devices, too")
+    parser.add_argument("--across-devices", action="store_true", help="compare files of different devices too")
     args = parser.parse_args(arguments)
     try:
         old, new = load(args.old), load(args.new)
         found = find_regressions(old, new, metric=args.metric, ratio=args.ratio, across_devices=args.across_devices)
     except BenchError as error:
-        print(f"compare: {error}", file=sys.stderr)
+        print(f"regressions: {error}", file=sys.stderr)
         return 2
     print(describe(found, args.ratio))
     return 1 if found.failures else 0

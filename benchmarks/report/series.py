@@ -1,4 +1,4 @@
-"""Records as curves: what of a benchmark file belongs into one picture, and in which order."""
+"""Group the records of benchmark files into curves: which belong into one picture, and in which order."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import NamedTuple
 
 from fastdistill.benchmarks.report.records import KINDS, Record
 
-# What a curve may run along, in order of preference.
+# A curve runs along one of these, in order of preference.
 LENGTHS = {"n": "tokens N", "px": "side of the image, pixels", "d": "head dim D", "width": "channels C"}
-BATCH = "batch"  # may change along a curve: it fills the device
-LABEL = "model"  # names the size, too ("DiT-XL/2-256px"), so it says nothing about what belongs together
+BATCH = "batch"  # The batch may change along a curve, because it fills the device.
+LABEL = "model"  # The label names the size too ("DiT-XL/2-256px"), so it doesn't tell which records belong together.
 MODE_NAMES = {
     "forward": "forward with tangent",
     "primal": "backward of the primal",
     "mixed": "backward of primal and tangent",
     "step": "training step",
 }
-COMPUTE_BOUND = 5.0  # flops a byte, above which a throughput is said in TFLOP/s, below in GB/s
+COMPUTE_BOUND = 5.0  # Above this many flops a byte a throughput is given in TFLOP/s, below it in GB/s.
 
 
 class Throughput(NamedTuple):
-    """How a throughput is said: the unit, the field of `extra_info` that has it (None: calls a second), a factor."""
+    """Describe a throughput: its unit, its field in `extra_info` (None means calls a second), and a factor."""
 
     unit: str
     field: str | None
@@ -39,7 +39,7 @@ class Throughput(NamedTuple):
 
 @dataclass(frozen=True)
 class Curve:
-    """One provider in one mode. records: by the length that they have, those that were not timed, too."""
+    """Hold one provider in one mode; `records` are by length, and include those that were not timed."""
 
     provider: str
     kind: str
@@ -48,10 +48,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Series:
-    """Everything that differs in nothing but length, mode and provider: a picture.
+    """Hold one picture: all records that differ only in length, mode and provider.
 
-    length: the key of `LENGTHS` that the curves run along.
-    panels: mode -> curves, ours first and floors last.
+    Args:
+        length: the key of `LENGTHS` along which the curves run.
+        panels: mode -> curves, ours first and floors last.
     """
 
     suite: str
@@ -64,12 +65,12 @@ class Series:
 
     @property
     def title(self) -> str:
-        """What the picture shows."""
+        """Return the title of the picture."""
         return ", ".join(filter(None, [self.op, self.shape, self.dtype]))
 
 
 def gather(records: Iterable[Record]) -> list[Series]:
-    """The series of these records, in their order; those with nothing to run along make no picture."""
+    """Return the series of these records, in their order; records without a length to run along make no picture."""
     left, found = list(records), []
     for length in LENGTHS:
         groups: dict[tuple[str, ...], list[Record]] = {}
@@ -86,7 +87,7 @@ def gather(records: Iterable[Record]) -> list[Series]:
 
 
 def throughput_of(records: Iterable[Record]) -> Throughput:
-    """Operations a second where the work is arithmetic, bytes where it is moving data, calls where neither is known."""
+    """Return operations a second if arithmetic bounds the work, bytes if memory does, and calls if neither is known."""
     timed = [record for record in records if record.median is not None]
     flops, moved = (sum(record.number(name) or 0 for record in timed) for name in ("flops", "bytes"))
     if flops and flops >= COMPUTE_BOUND * moved and any(record.number("tflops") for record in timed):
@@ -97,13 +98,13 @@ def throughput_of(records: Iterable[Record]) -> Throughput:
 
 
 def arithmetic(records: Iterable[Record]) -> Throughput:
-    """TFLOP/s, or GFLOP/s where none of the rows reaches one."""
+    """Return TFLOP/s, or GFLOP/s if no record reaches one TFLOP/s."""
     large = max((record.number("tflops") or 0 for record in records), default=0) >= 1
     return Throughput("TFLOP/s", "tflops") if large else Throughput("GFLOP/s", "tflops", 1000.0)
 
 
 def in_order(records: Iterable[Record]) -> list[Record]:
-    """By what they throughput, and there ours first, floors last, each kind from fast to slow."""
+    """Sort records by case; within a case ours come first, floors last, and each kind goes from fast to slow."""
 
     def place(record: Record) -> tuple[object, ...]:
         return (KINDS.index(record.kind), record.median is None, record.median or 0, record.key.provider)
@@ -115,7 +116,7 @@ def in_order(records: Iterable[Record]) -> list[Record]:
 
 
 def _kept(record: Record, length: str) -> dict[str, int | str]:
-    """What of a row's shape stays the same along its curve; m is only said where it isn't n."""
+    """Return the parts of a record's shape that stay the same along its curve; m is left out if it equals n."""
     shape, sizes = record.shape, record.sizes()
     follows = {length, BATCH, LABEL, *(["m"] if sizes.get("m") == sizes.get("n") else [])}
     return {name: value for name, value in shape.items() if name not in follows}
@@ -127,7 +128,7 @@ def _belongs(record: Record, length: str) -> tuple[str, ...]:
 
 
 def _without_collisions(records: Sequence[Record], length: str) -> list[list[Record]]:
-    """The rows as one group; by their label, if one provider has two rows at the same length."""
+    """Return the records as one group, or by their label if one provider has two records at the same length."""
     places = [(record.key.mode, record.key.provider, record.sizes().get(length)) for record in records]
     if len(set(places)) == len(places):
         return [list(records)]
@@ -145,7 +146,7 @@ def _series(records: Sequence[Record], length: str) -> Series:
 
 
 def _label(records: Iterable[Record]) -> str:
-    """The words at their beginning that all labels share: of DiT-XL/2-256px and DiT-XL/2-512px, DiT-XL/2."""
+    """Return the leading words that all labels share: DiT-XL/2 of DiT-XL/2-256px and DiT-XL/2-512px."""
     labels = [str(record.shape.get(LABEL, "")).split("-") for record in records]
     common = [words[0] for words in zip(*labels) if len(set(words)) == 1]
     return "-".join(common)

@@ -1,4 +1,4 @@
-"""The command `fastdistill bench`: which cases and providers, in which order, until when; and what to print."""
+"""Run the command `fastdistill bench`: choose cases and providers, measure them in order, and print the results."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ LIMITS = Limits()
 
 
 class LostError(BenchError):
-    """A provider broke torch or the GPU for this process; another one can go on with the same file."""
+    """Report that a provider broke torch or the GPU for this process; a new process can go on with the same file."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure.
+    """Describe what a run of the benchmarks measures.
 
     Args:
-        suites: their names.
-        quick: tiny shapes, on any machine.
-        path: the result file, or None.
-        budget: seconds after which no case is started.
-        device: "cuda", "cpu", or None for the GPU where there is one.
-        dtype: of the cases, or None: bfloat16 on a GPU, float32 on a CPU.
-        providers: regular expressions of which a provider's name has to match one; empty: all.
+        suites: names of the suites.
+        quick: takes tiny shapes, which run on any machine.
+        path: the result file; None writes none.
+        budget: seconds after which no further case is started.
+        device: "cuda", "cpu", or None, which takes the GPU where there is one.
+        dtype: dtype of the cases; None takes bfloat16 on a GPU and float32 on a CPU.
+        providers: regular expressions, one of which a provider's name has to match; an empty list takes all providers.
         pattern: a regular expression that a case's group has to match, or None.
-        commit: of the code, where there is no repository.
+        commit: commit of the code, for a machine that has no repository.
     """
 
     suites: Sequence[str]
@@ -55,12 +55,12 @@ class Request:
 
 
 def say(line: str) -> None:
-    """Progress, on stderr."""
+    """Print a line about the progress to stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
 def listing(request: Request) -> str:
-    """What would be measured, a line a case, after what the suites are."""
+    """Return the list of suites, and below it the cases that the request would measure, one a line."""
     device = _device(request)
     lines = [f"{name:<8} {WHAT[name]}" for name in SUITES]
     if request.suites:
@@ -69,10 +69,10 @@ def listing(request: Request) -> str:
 
 
 def wanted(request: Request, device: torch.device) -> list[TimedCase]:
-    """The cases of the suites that fit the pattern.
+    """Return the cases of the requested suites whose group matches the pattern.
 
     Raises:
-        BenchError: an unknown suite or dtype, a bad pattern, or no case at all.
+        BenchError: a suite or dtype is unknown, the pattern is no regular expression, or no case matches.
     """
     dtype = request.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if not request.suites:
@@ -91,11 +91,11 @@ def wanted(request: Request, device: torch.device) -> list[TimedCase]:
 
 
 def run(request: Request, tell: Callable[[str], None] = say) -> tuple[list[result_file.Entry], int]:
-    """Measure; the entries of all these cases, and how many of our own failed the gate.
+    """Measure the requested cases; return their entries, and how many of our own results are wrong.
 
     Raises:
-        BenchError: the request can't be met, or the file can't be added to.
-        LostError: nothing works any more in this process.
+        BenchError: the request can't be met, or the file belongs to another setting.
+        LostError: a provider left this process unable to run anything.
     """
     device = _device(request)
     todo = wanted(request, device)
@@ -131,7 +131,7 @@ def run(request: Request, tell: Callable[[str], None] = say) -> tuple[list[resul
 
 
 def main(request: Request) -> int:
-    """Measure, print the table of all these cases, and return 1 if one of ours was wrong."""
+    """Measure, print the table of all these cases, and return 1 if one of our own results is wrong."""
     every, wrong = run(request)
     print(text_table.text(every))
     if request.quick:
@@ -144,13 +144,13 @@ def main(request: Request) -> int:
 
 
 def chosen(providers: Sequence[Provider], patterns: Sequence[str]) -> list[Provider]:
-    """The providers whose name fits one of the patterns; all without any."""
+    """Return the providers whose name matches one of the patterns; without patterns, return all."""
     tests = [_compiled(pattern, "--providers") for pattern in patterns]
     return [provider for provider in providers if not tests or any(test.search(provider.name) for test in tests)]
 
 
 def _known(provider: Provider, status: str | None) -> bool:
-    """Whether an entry says all there is to say: one that was absent may be installed by now."""
+    """Return whether the file's entry for a provider still holds; an absent provider may be installed by now."""
     return status is not None and (status != gate.UNAVAILABLE or provider.absent is not None)
 
 

@@ -1,7 +1,7 @@
-"""Time of single calls and memory, on a GPU by its events and on a CPU by a clock, behind one interface.
+"""Time single calls and measure memory: GPUs by their events, CPUs by a timer, behind one interface.
 
-A clock first warms a run up, which says about how long it takes; then it gives one sample at a time, so that runs of
-several providers can take turns.
+A clock first warms a run up, which estimates the time of a call. After that it takes one sample at a time, so that runs
+of several providers can take turns.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 from fastdistill.benchmarks.ops.timed_op import Run
 from fastdistill.testing import MemoryRecorder
 
-L2_FLUSH_BYTES = 1 << 28  # several times the cache of any GPU
-BYTES_PER_SECOND = 3e12  # about how fast they are overwritten; only the number of flushes depends on it
+L2_FLUSH_BYTES = 1 << 28  # Several times the L2 cache of any GPU.
+BYTES_PER_SECOND = 3e12  # A rough estimate of how fast memory is overwritten; only the number of flushes depends on it.
 
 
 class Timed(NamedTuple):
-    """A run that is warm. seconds: about what a call takes; host_seconds: what it takes the host to start one."""
+    """Store a warm run: `seconds` estimates a call, and `host_seconds` is the time of its launch on the host."""
 
     run: Run
     seconds: float
@@ -32,26 +32,26 @@ class Timed(NamedTuple):
 
 
 class Clock(Protocol):
-    """How runs are timed on a kind of device."""
+    """Describe the interface of a clock: it times runs, and measures their memory, on one kind of device."""
 
     name: str
 
     def warm_up(self, run: Run) -> Timed:
-        """Call it until what is done once is done."""
+        """Call a run until all one-time work, such as compilation, is done."""
 
     def sample(self, timed: Timed) -> float:
-        """The time of one call in seconds."""
+        """Time one call; return seconds."""
 
     def peak_bytes(self, prepare: Callable[[], Run]) -> int | None:
-        """The most memory that preparing and running take together, beyond what was there before."""
+        """Return the peak memory of preparing and running together, beyond what was allocated before."""
 
 
 class CpuClock:
-    """The time that a timer shows around a call.
+    """Time calls by a timer of the host.
 
     Args:
-        timer: seconds; by default the CPU time of this process if torch has one thread, which other processes disturb
-            least, and the wall time else.
+        timer: returns seconds. By default it is the CPU time of this process if torch has one thread, because other
+            processes disturb that least; with more threads it is the wall time.
     """
 
     def __init__(self, timer: Callable[[], float] | None = None) -> None:
@@ -60,7 +60,7 @@ class CpuClock:
         self.name = "timer" if timer else "CPU time of the process" if alone else "wall time"
 
     def warm_up(self, run: Run) -> Timed:
-        """Two calls, the second of which counts."""
+        """Call a run twice; the second call gives the time."""
         run()
         started = self.timer()
         run()
@@ -68,13 +68,13 @@ class CpuClock:
         return Timed(run, seconds, seconds)
 
     def sample(self, timed: Timed) -> float:
-        """One call."""
+        """Time one call by the timer; return seconds."""
         started = self.timer()
         timed.run()
         return self.timer() - started
 
     def peak_bytes(self, prepare: Callable[[], Run]) -> int | None:
-        """Of tensors; what a kernel allocates inside itself is not seen."""
+        """Return the peak memory of tensors; memory that a kernel allocates inside itself is not seen."""
         with MemoryRecorder() as recorder:
             results = prepare()()
         del results
@@ -82,13 +82,14 @@ class CpuClock:
 
 
 class CudaClock:
-    """CUDA events around a call whose data is no longer in the L2 cache.
+    """Time calls by CUDA events, with inputs that are no longer in the L2 cache.
 
-    The cache is overwritten for as long as the host takes to launch the call, so that its own time doesn't count.
+    The cache is overwritten for as long as the host takes to launch the call, so that the time of the launch doesn't
+    count.
 
     Args:
-        flushed: what is overwritten, several times as large as the cache.
-        timer: seconds, for what the host takes.
+        flushed: the tensor that is overwritten, several times as large as the cache.
+        timer: returns seconds; it measures the time of the launch.
     """
 
     name = "CUDA events, cold L2 cache"
@@ -98,7 +99,7 @@ class CudaClock:
         self._flushed = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda") if flushed is None else flushed
 
     def warm_up(self, run: Run) -> Timed:
-        """Calls until the last one can be timed, and how long the host takes to launch it."""
+        """Call a run until it can be timed, and measure the time that the host takes to launch it."""
         run()
         torch.cuda.synchronize()
         started = self._timer()
@@ -110,7 +111,7 @@ class CudaClock:
         return timed._replace(seconds=self.sample(timed))
 
     def sample(self, timed: Timed) -> float:
-        """One call."""
+        """Time one call by CUDA events, after overwriting the cache; return seconds."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for _ in range(timed.flushes):
             self._flushed.zero_()
@@ -121,7 +122,7 @@ class CudaClock:
         return start.elapsed_time(end) / 1000
 
     def peak_bytes(self, prepare: Callable[[], Run]) -> int | None:
-        """By the account of torch's allocator."""
+        """Return the peak memory by the records of torch's allocator."""
         gc.collect()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -133,22 +134,22 @@ class CudaClock:
 
 
 def clock_for(device: torch.device) -> Clock:
-    """The clock of a device."""
+    """Return the clock that fits a device."""
     return CudaClock() if device.type == "cuda" else CpuClock()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: on a GPU, in torch's allocator for the CPU, or in Python."""
+    """Return whether an error says that an allocation failed, on a GPU, in torch's CPU allocator, or in Python."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
 
 
 def still_works(device: torch.device) -> bool:
-    """Whether this process can go on after an error.
+    """Return whether this process can go on after an error.
 
-    After an illegal access a GPU runs nothing until another process starts; after some errors in the compiler torch
-    2.13 never leaves the level of forward AD that it was in, and refuses every other.
+    After an illegal access a GPU runs nothing until another process starts. After some errors in the compiler, torch
+    2.13 stays in the level of forward AD that it was in, and refuses every other.
     """
     try:
         x = torch.ones(2, device=device)
@@ -159,7 +160,7 @@ def still_works(device: torch.device) -> bool:
 
 
 def empty_cache(device: torch.device) -> None:
-    """Give a GPU back what torch keeps of it for later."""
+    """Return to the GPU the memory that torch's allocator keeps for later."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()

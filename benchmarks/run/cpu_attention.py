@@ -1,11 +1,12 @@
-"""Attention with its tangent on a CPU: ours against `torch.func.jvp` of math SDPA, in time and memory.
+"""Measure attention with its tangent on a CPU: ours against `torch.func.jvp` of math SDPA, in time and memory.
 
     python -m fastdistill.benchmarks.run.cpu_attention [--rounds 7] [--output benchmarks/results/cpu_attention.json]
 
-"forward" is o and t_o; "training" adds the gradients of o, with no graph for the tangent where the implementation can
-do without: a MeanFlow step. Every case first passes the parity gate against float64; nothing is timed on red. Rounds of
-all implementations are interleaved. Time is this thread's CPU time, which other processes disturb least; the wall
-time stands beside it in the JSON. Memory is the growth of the peak resident set in a fresh process (Linux only).
+"forward" computes o and t_o. "training" adds the gradients of o, without a graph for the tangent where the
+implementation allows it; this is what a MeanFlow step does. Every case first passes the parity gate against float64,
+and nothing is timed that fails it. The implementations run in interleaved rounds. Times are CPU times of this thread,
+which other processes disturb least; the JSON has the wall time beside them. Memory is the growth of the peak resident
+set in a fresh process (Linux only).
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ from fastdistill.ops.attention import eager as attention
 from fastdistill.ops.protocol.pair import ABSENT, Pair, paired
 from fastdistill.testing import assert_accurate, make_qkv
 
-eager: Any = attention  # its arguments are spread from tuples, which a type checker can't count
+eager: Any = attention  # The arguments are spread from tuples, whose lengths a type checker can't count.
 Tensors = tuple[Tensor, ...]
 Run = Callable[[Tensors, Tensors], Tensors]
 
 
 @dataclass(frozen=True)
-class TimedCase:
-    """A shape; the names of cases are their lengths."""
+class AttentionShape:
+    """Describe the shape of a case; SHAPES names each by its length."""
 
     n: int
     batch: int
@@ -48,23 +49,23 @@ class TimedCase:
     d: int = 64
 
     def inputs(self, heads: int | None = None) -> tuple[Tensors, Tensors]:
-        """Primals and tangents, of all heads or of some."""
+        """Return primals and tangents, of all heads or of the first few."""
         primals, tangents = (make_qkv(self.batch, self.heads, self.n, self.d, seed=seed) for seed in (0, 1))
         return tuple(x[:, :heads] for x in primals), tuple(x[:, :heads] for x in tangents)
 
 
-CASES = {str(case.n): case for case in (TimedCase(256, 4, 12), TimedCase(1024, 1, 12), TimedCase(4096, 1, 4))}
+SHAPES = {str(n): AttentionShape(n, batch, heads) for n, batch, heads in ((256, 4, 12), (1024, 1, 12), (4096, 1, 4))}
 
 
 def torch_forward(primals: Tensors, tangents: Tensors) -> Tensors:
-    """What one writes without us."""
+    """Compute o and t_o the way one writes them without this library."""
     with sdpa_kernel(SDPBackend.MATH):
         o, t_o = torch.func.jvp(F.scaled_dot_product_attention, primals, tangents)[:2]
     return o, t_o
 
 
 def torch_training(primals: Tensors, tangents: Tensors) -> Tensors:
-    """The same, and the gradients of the primal."""
+    """Compute o, t_o and the gradients of o, without this library."""
     leaves = tuple(x.detach().requires_grad_() for x in primals)
     o, t_o = torch_forward(leaves, tangents)
     return o, t_o, *torch.autograd.grad(o, leaves, torch.ones_like(o))
@@ -91,12 +92,12 @@ def eager_training(primals: Tensors, tangents: Tensors) -> Tensors:
 
 
 def fd_forward(primals: Tensors, tangents: Tensors) -> Tensors:
-    """The public op under the public driver."""
+    """Compute o and t_o by the public op under the public driver."""
     return fd.jvp(fd.scaled_dot_product_attention, primals, tangents)
 
 
 def fd_training(primals: Tensors, tangents: Tensors) -> Tensors:
-    """The same, and the gradients of the primal."""
+    """Compute o, t_o and the gradients of o by the public op under the public driver."""
     leaves = tuple(x.detach().requires_grad_() for x in primals)
     o, t_o = fd_forward(leaves, tangents)
     return o, t_o, *torch.autograd.grad(o, leaves, torch.ones_like(o))
@@ -110,8 +111,8 @@ IMPLEMENTATIONS: dict[str, dict[str, Run]] = {
 BASELINE = next(iter(IMPLEMENTATIONS))
 
 
-def check_parity(case: TimedCase) -> None:
-    """The gate: everything that is timed, on one head of this case, by the project's tolerance rule."""
+def check_parity(case: AttentionShape) -> None:
+    """Check every implementation on one head of this case, by the project's tolerance rule."""
     primals, tangents = case.inputs(heads=1)
     exact = tuple(x.double().requires_grad_() for x in primals), tuple(x.double() for x in tangents)
     o, t_o = torch.func.jvp(reference.attention, *exact)[:2]
@@ -124,8 +125,8 @@ def check_parity(case: TimedCase) -> None:
             assert_accurate(actual.detach(), truth.detach(), baseline.detach(), name=f"N={case.n} {label} of {name}")
 
 
-def time_case(case: TimedCase, mode: str, rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of each implementation, over interleaved rounds after one to warm up."""
+def time_case(case: AttentionShape, mode: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Return the times of each implementation in milliseconds; rounds are interleaved, and the first only warms up."""
     primals, tangents = case.inputs()
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in IMPLEMENTATIONS}
     for _ in range(rounds + 1):
@@ -137,7 +138,7 @@ def time_case(case: TimedCase, mode: str, rounds: int) -> dict[str, dict[str, fl
 
 
 def summary(samples: list[tuple[float, float]]) -> dict[str, float]:
-    """Least and median of the CPU and the wall time, in milliseconds."""
+    """Return the least and the median of the CPU and wall times, in milliseconds."""
     cpu, wall = ([1e3 * x for x in times] for times in zip(*samples, strict=True))
     return {
         "cpu_ms_min": min(cpu),
@@ -147,50 +148,52 @@ def summary(samples: list[tuple[float, float]]) -> dict[str, float]:
     }
 
 
-def peak_memory(name: str, case: TimedCase, mode: str) -> float:
-    """MiB that a run adds to the peak resident set of a fresh process, inputs aside."""
+def peak_memory(name: str, case: AttentionShape, mode: str) -> float:
+    """Return the MiB that a run adds to the peak resident set of a fresh process, not counting the inputs."""
     arguments = ["--memory-of", name, str(case.n), mode]
     command = [sys.executable, "-m", "fastdistill.benchmarks.run.cpu_attention", *arguments]
     return float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
 
 def print_memory(name: str, n: str, mode: str) -> None:
-    """What the fresh process does; a tiny run first loads the libraries."""
+    """Print the memory of a run, in the fresh process; a tiny run first loads the libraries."""
     run = IMPLEMENTATIONS[name][mode]
-    run(*TimedCase(16, 1, 1).inputs())
-    primals, tangents = CASES[n].inputs()
+    run(*AttentionShape(16, 1, 1).inputs())
+    primals, tangents = SHAPES[n].inputs()
     before = resident("VmRSS")
     run(primals, tangents)
     print(resident("VmHWM") - before)
 
 
 def resident(field: str) -> float:
-    """MiB, from the kernel's account of this process: VmRSS is now, VmHWM the most so far."""
+    """Return MiB from the system's account of this process; the field VmRSS is the memory now, VmHWM its peak."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field)) / 1024
 
 
 def time_in_turns(rounds: int) -> list[dict[str, Any]]:
-    """A row for each case, mode and implementation."""
-    rows = []
-    for case in CASES.values():
+    """Return a result for each case, mode and implementation."""
+    measured = []
+    for case in SHAPES.values():
         check_parity(case)
-    for case in CASES.values():
+    for case in SHAPES.values():
         for mode in ("forward", "training"):
             timings = time_case(case, mode, rounds)
             for name, timing in timings.items():
                 speedup = timings[BASELINE]["cpu_ms_min"] / timing["cpu_ms_min"]
-                row = {"case": asdict(case), "mode": mode, "implementation": name, **timing, "speedup": speedup}
-                rows.append(row | {"peak_mib": peak_memory(name, case, mode)})
-                print(line(rows[-1]), flush=True)
-    return rows
+                entry = {"case": asdict(case), "mode": mode, "implementation": name, **timing, "speedup": speedup}
+                measured.append(entry | {"peak_mib": peak_memory(name, case, mode)})
+                print(line(measured[-1]), flush=True)
+    return measured
 
 
-def line(row: dict[str, Any]) -> str:
-    """A row of the table."""
-    shape = "B{batch} H{heads} N{n} D{d}".format(**row["case"])
-    times = f"{row['cpu_ms_min']:9.1f} {row['cpu_ms_median']:9.1f} {row['speedup']:7.2f}x {row['peak_mib']:8.0f}"
-    return f"{shape:17} {row['mode']:9} {row['implementation']:42} {times}"
+def line(entry: dict[str, Any]) -> str:
+    """Return one line of the printed table."""
+    shape = "B{batch} H{heads} N{n} D{d}".format(**entry["case"])
+    times = (
+        f"{entry['cpu_ms_min']:9.1f} {entry['cpu_ms_median']:9.1f} {entry['speedup']:7.2f}x {entry['peak_mib']:8.0f}"
+    )
+    return f"{shape:17} {entry['mode']:9} {entry['implementation']:42} {times}"
 
 
 def main() -> None:
@@ -206,9 +209,9 @@ def main() -> None:
         print_memory(*arguments.memory_of)
         return
     print(f"{'shape':17} {'mode':9} {'implementation':42} {'ms (min)':>9} {'median':>9} {'':>8} {'peak MiB':>8}")
-    rows = time_in_turns(arguments.rounds)
+    measured = time_in_turns(arguments.rounds)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps({"environment": fingerprint(), "results": rows}, indent=2) + "\n")
+    arguments.output.write_text(json.dumps({"environment": fingerprint(), "results": measured}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

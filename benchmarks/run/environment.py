@@ -1,4 +1,4 @@
-"""Where a benchmark ran: stored beside its numbers."""
+"""Describe the machine on which a benchmark ran; the description is stored beside the numbers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]  # of the checkout; in an installed package, the package itself
+# The root of the checkout; in an installed package, the root of the package.
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
 def fingerprint() -> dict[str, str | int | None]:
-    """Processor, cores, threads, versions, and the commit (None outside a repository, or before its first commit)."""
+    """Return processor, cores, threads, versions, and commit.
+
+    The commit is None outside a repository, or before the repository's first commit.
+    """
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
@@ -32,7 +36,10 @@ def fingerprint() -> dict[str, str | int | None]:
 
 
 def machine_info(device: torch.device, clock: Any, meter: Any, meter_name: str) -> dict[str, Any]:
-    """The `machine_info` of pytest-benchmark's files, without the machine's name, and what GPU numbers depend on."""
+    """Return the `machine_info` of pytest-benchmark's files, with all that numbers of a GPU depend on.
+
+    The machine's name is left empty.
+    """
     from fastdistill.benchmarks.ops import packages
 
     return {
@@ -75,7 +82,7 @@ def _gpu(device: torch.device, meter: Any) -> dict[str, Any] | None:
 
 
 def ceilings(device: torch.device, clock: Any) -> dict[str, Any]:
-    """What this device does at best: a large matrix product, and a copy, counting bytes read and written."""
+    """Measure the ceilings of this device: TFLOP/s of a large matmul, and GB/s read and written by a copy."""
     on_gpu = device.type == "cuda"
     size, dtype = (8192, torch.bfloat16) if on_gpu else (512, torch.float32)
     x, y = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -97,7 +104,7 @@ def _rate(amount: float, seconds: float) -> float | None:
 
 
 def commit_info(named: str | None = None) -> dict[str, Any]:
-    """The `commit_info` of pytest-benchmark's files. named: the commit, where there is no repository."""
+    """Return the `commit_info` of pytest-benchmark's files; `named` gives the commit where there is no repository."""
     found = named or commit()
     return {
         "id": None if found is None else found.removesuffix("+"),
@@ -110,12 +117,12 @@ def commit_info(named: str | None = None) -> dict[str, Any]:
 
 
 def now() -> str:
-    """The time as pytest-benchmark's files have it."""
+    """Return the time in the form that pytest-benchmark's files use."""
     return datetime.now(UTC).isoformat()
 
 
 def processor() -> str:
-    """Its name as the system gives it."""
+    """Return the processor's name as the system gives it, with its widest vector instructions."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -125,7 +132,7 @@ def processor() -> str:
 
 
 def commit() -> str | None:
-    """Of the checkout, with a + where files differ from it; None outside one."""
+    """Return the commit of the checkout, with a + if files differ from it, or None outside a checkout."""
     head = _git("rev-parse", "HEAD") if (ROOT / ".git").exists() else None
     if head is None:
         return None
@@ -136,6 +143,6 @@ def _git(*arguments: str) -> str | None:
     command: Sequence[str] = ("git", *arguments)
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    except OSError:  # no git on this machine
+    except OSError:  # This machine has no git.
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -1,4 +1,4 @@
-"""The parity gate: what is wrong is reported with its error, and never timed."""
+"""Judge results before they are timed: a wrong result is reported with its error, and never timed."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ Named = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a provider may be timed.
+    """Store whether a provider may be timed, and its errors.
 
     Args:
         status: `OK`, `FAILED`, `OOM` or `ERROR`.
-        reason: in words, where it may not.
-        errors, allowed: by the name of each result: the largest error against float64, and the largest that the
-            tolerance rule of `fastdistill.testing` allows, as shares of the largest entry of the truth.
+        reason: says in words why the provider may not be timed.
+        errors, allowed: for each result by its name, the largest error against float64, and the largest that the
+            tolerance
+            rule of `fastdistill.testing` allows, as shares of the largest entry of the truth.
     """
 
     status: str
@@ -37,7 +38,7 @@ class Verdict:
 
 
 class Gate:
-    """Judges providers on the small form of a case; one judgement serves all cases with the same small form."""
+    """Judge providers on the small form of a case; one judgement serves all cases with the same small form."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -46,7 +47,7 @@ class Gate:
         self._truths: dict[tuple[object, ...], tuple[Named, Named]] = {}
 
     def judge(self, op: Op, provider: Provider, case: TimedCase) -> Verdict:
-        """Run it once, and compare each result with float64; a backward is judged after its forward."""
+        """Run a provider once and compare each result with float64; a backward is judged after its forward."""
         if (wrong := self._wrong_at_size.get(_key(op, case, provider))) is not None:
             return wrong
         small = op.small(case)
@@ -64,26 +65,26 @@ class Gate:
             data = op.data(small, self._device)
             expected, baseline = self._truth(op, provider, small, data, key)
             actual = op.named(small, provider.prepare(small, data)())
-        except Exception as error:  # whatever a peer raises, the benchmark goes on without it
+        except Exception as error:  # A peer may raise anything, and the benchmark goes on without it.
             return Verdict(OOM if is_out_of_memory(error) else ERROR, first_line(error))
         return _compared(provider, small, actual, expected, baseline)
 
     def at_size(
         self, op: Op, provider: Provider, case: TimedCase, data: Any, forward: Callable[[], Tensors]
     ) -> Verdict | None:
-        """The same of the last rows of a forward at the size that is timed; None where rows can't be had alone.
+        """Judge the last rows of a forward at the size that is timed; return None where an op can't compute rows alone.
 
-        A kernel may be right on the small form and wrong where indices are large. A provider that is has lost its
-        backwards of this size, too.
+        A kernel may be right on the small form, and wrong where indices are large. A provider that fails here is
+        refused for the backwards of this size too.
         """
         if op.part(data, ()) is None:
             return None
         found = op.part(data, forward())
         assert found is not None
-        part, rows = found
+        part, results = found
         plain = provider.plain or op.plain
         expected, baseline = (op.named(case, plain(case, x)()) for x in (op.exact(part), part))
-        verdict = _compared(provider, case, op.named(case, rows), expected, baseline)
+        verdict = _compared(provider, case, op.named(case, results), expected, baseline)
         if verdict.status != OK:
             verdict = replace(verdict, reason=f"at this size: {verdict.reason}")
             self._wrong_at_size[_key(op, case, provider)] = verdict
@@ -92,7 +93,7 @@ class Gate:
     def _truth(
         self, op: Op, provider: Provider, small: TimedCase, data: Any, key: tuple[object, ...]
     ) -> tuple[Named, Named]:
-        """By the specification: in float64, and in the dtype of the case."""
+        """Return the results of the specification in float64, and in the dtype of the case."""
         plain = provider.plain or op.plain
         key = (*key, provider.name if provider.plain else None)
         if key not in self._truths:
@@ -106,7 +107,7 @@ def _key(op: Op, case: TimedCase, provider: Provider) -> tuple[object, ...]:
 
 
 def _compared(provider: Provider, case: TimedCase, actual: Named, expected: Named, baseline: Named) -> Verdict:
-    """By the tolerance rule, each result by its name."""
+    """Compare each result, by its name, with the truth, by the tolerance rule."""
     complete = actual.keys() == expected.keys()
     if not complete and not (provider.kind == FLOOR and actual and actual.keys() < expected.keys()):
         return Verdict(FAILED, f"its results are {', '.join(actual) or 'none'} instead of {', '.join(expected)}")
@@ -121,7 +122,7 @@ def _compared(provider: Provider, case: TimedCase, actual: Named, expected: Name
 
 
 def _words(wrong: Sequence[str], errors: Mapping[str, float], allowed: Mapping[str, float]) -> str | None:
-    """The worst of what is wrong, and how many others there are."""
+    """Say which result is the most wrong, and how many others are wrong too."""
     if not wrong:
         return None
     name = max(wrong, key=lambda name: errors[name] / allowed[name] if allowed[name] else math.inf)
@@ -130,14 +131,15 @@ def _words(wrong: Sequence[str], errors: Mapping[str, float], allowed: Mapping[s
 
 
 def worst(values: Mapping[str, float], tangents: bool) -> float | None:
-    """The largest of those results that are tangents or their gradients, or of the others; None without any."""
+    """Return the largest value of tangents and their gradients, or of the other results; None if there is none."""
     found = [value for name, value in values.items() if name.startswith(("t_", "dt_")) is tangents]
     largest = max(found, default=None)
     return None if largest is None or not math.isfinite(largest) else largest
 
 
 def first_line(error: BaseException) -> str:
-    """A message that fits into a table."""
+    """Return an error's message, short enough for a table."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-    words = lines[0] if not lines[0].endswith("raised:") else " ".join(lines[:2])  # as torch.compile begins
+    # Errors of torch.compile have their message in the second line.
+    words = lines[0] if not lines[0].endswith("raised:") else " ".join(lines[:2])
     return f"{type(error).__name__}: {words}"[:300].removesuffix(": ")

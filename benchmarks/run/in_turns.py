@@ -1,4 +1,4 @@
-"""One case, all its providers: judged first, then timed in turns."""
+"""Measure one case with all its providers: judge them first, then time them in turns."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from fastdistill.benchmarks.run.nvml import Load, Meter
 
 
 class ProcessLost(RuntimeError):
-    """A provider left torch or the GPU in a state in which nothing runs any more; `outcome` is that provider's."""
+    """Report that a provider, the one of `outcome`, left torch or the GPU in a state in which nothing runs any more."""
 
     def __init__(self, outcome: Outcome) -> None:
         super().__init__(f"{outcome.provider.name} left nothing working here: {outcome.reason}")
         self.outcome = outcome
 
 
-SHARE_OF_MEMORY = 0.8  # that the providers of a case may hold together
+SHARE_OF_MEMORY = 0.8  # The share of the free memory that the providers of a case may hold together.
 
 
 @dataclass
 class Outcome:
-    """What came out of a provider in a case. samples: seconds, empty unless its status is "ok"."""
+    """Store the result of one provider in one case; `samples` are seconds, and empty unless the status is "ok"."""
 
     provider: Provider
     status: str
@@ -48,11 +48,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Limits:
-    """How long to measure.
+    """Limit how long a case is measured.
 
     Args:
-        seconds: of samples a case, over all providers.
-        least, most: rounds; at least so many even if they take longer.
+        seconds: total time of a case's samples, over all providers.
+        least, most: bounds of the number of rounds; the lower one holds even if the rounds take longer than `seconds`.
     """
 
     seconds: float = 2.5
@@ -60,14 +60,14 @@ class Limits:
     most: int = 100
 
     def rounds(self, one_round: float) -> int:
-        """How many rounds of this many seconds; of very long ones fewer."""
+        """Return the number of rounds that take this many seconds each; very long rounds are fewer than `least`."""
         least = self.least if one_round < self.seconds else min(self.least, 3)
         return min(self.most, max(least, int(self.seconds / one_round) if one_round > 0 else self.most))
 
 
 @dataclass
 class Bench:
-    """What measuring needs: a device, its clock, its counters where it has any, and the gate."""
+    """Hold what measuring needs: a device, its clock, its counters where it has any, and the gate."""
 
     device: torch.device
     clock: Clock
@@ -78,10 +78,12 @@ class Bench:
         self.gate = Gate(self.device)
 
     def run(self, op: Op, case: TimedCase, providers: Sequence[Provider]) -> list[Outcome]:
-        """Outcomes in the order of the providers. Nothing is timed that failed the gate; no failure ends the case.
+        """Judge and time the providers; return their outcomes in the same order.
+
+        A provider that fails the gate is not timed, and no provider's failure ends the case.
 
         Raises:
-            ProcessLost: after an error from which only a new process recovers.
+            ProcessLost: an error happened from which only a new process recovers.
         """
         outcomes = [self._admitted(op, case, provider) for provider in providers]
         open_ones = [outcome for outcome in outcomes if outcome.status == OK]
@@ -111,8 +113,8 @@ class Bench:
         return outcome
 
     def _time(self, op: Op, outcomes: list[Outcome], case: TimedCase, data: Any) -> None:
-        """In turns if what all of them hold fits into memory together, else one provider after the other."""
-        for outcome in outcomes:  # alone, so that running out of memory is nobody else's fault
+        """Time the providers in turns if all of them fit into memory together, otherwise one after the other."""
+        for outcome in outcomes:  # Each provider runs alone here, so that no other provider makes it run out of memory.
             outcome.peak_bytes = self._guarded(outcome, partial(self.clock.peak_bytes, _preparing(outcome, case, data)))
             if outcome.status == OK and case.mode == "forward":
                 self._guarded(outcome, partial(self._check_at_size, op, outcome, case, data))
@@ -153,10 +155,10 @@ class Bench:
         return self.clock.warm_up(_preparing(outcome, case, data)())
 
     def _guarded(self, outcome: Outcome, action: Callable[[], Any]) -> Any:
-        """What an action returns; None, and the outcome closed, if it raised."""
+        """Return the result of an action; if it raises, close the outcome and return None."""
         try:
             return action()
-        except Exception as error:  # one provider's failure must not cost the others their numbers
+        except Exception as error:  # A failure of one provider must not cost the others their numbers.
             _close(outcome, error)
         self._check_process(outcome)
         empty_cache(self.device)
@@ -178,7 +180,7 @@ def _close(outcome: Outcome, error: Exception) -> None:
 
 
 def quantile(samples: Sequence[float], share: float) -> float:
-    """By linear interpolation between the samples."""
+    """Return a quantile, interpolated linearly between the samples."""
     if len(samples) == 1:
         return samples[0]
     return statistics.quantiles(samples, n=100, method="inclusive")[round(100 * share) - 1]

@@ -1,4 +1,4 @@
-"""Numbers as people read them, in the report and in the README."""
+"""Format numbers for readers of the report, the text tables and the README."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def seconds(value: float) -> str:
-    """A time in the unit that suits it."""
+    """Format a time in the unit that suits it."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if value >= size:
             return f"{value / size:.4g} {unit}"
@@ -15,13 +15,13 @@ def seconds(value: float) -> str:
 
 
 def size(value: float) -> str:
-    """Bytes in the unit that suits them, from KiB to GiB."""
+    """Format bytes in the unit that suits them, from KiB to GiB."""
     power = 3 if value >= 10 * 2**30 else 2 if value >= 2**20 else 1
     return f"{number(value / 1024**power)} {('KiB', 'MiB', 'GiB')[power - 1]}"
 
 
 def errors(value: Any) -> str:
-    """A relative error, or those of output and tangent; empty if there is none."""
+    """Format a relative error, or those of output and tangent; return an empty text if there is none."""
     if isinstance(value, Mapping):
         parts = [f"{x:.1e}" if isinstance(x, int | float) else "–" for x in value.values()]
         return " / ".join(parts) if any(part != "–" for part in parts) else ""
@@ -29,5 +29,5 @@ def errors(value: Any) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three digits, or as many as stand before the point; empty for None."""
+    """Format a number with three digits, or all digits before the point; return an empty text for None."""
     return "" if value is None else f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"

@@ -1,4 +1,4 @@
-"""Clocks, throttling, power and energy while a run repeats, by NVIDIA's management library (package nvidia-ml-py)."""
+"""Read clocks, throttling, power and energy while a run repeats, by NVIDIA's management library (nvidia-ml-py)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 
 from fastdistill.benchmarks.ops.timed_op import Run
 
-SECONDS = 0.4  # of repetitions: the counters of energy and power are renewed about every 0.1 s
-# The bits of nvmlDeviceGetCurrentClocksEventReasons; idle (1) and the application's own setting (2) are no throttling.
+SECONDS = 0.4  # The time of the repetitions; the counters of energy and power are renewed about every 0.1 s.
+# These are bits of nvmlDeviceGetCurrentClocksEventReasons. Bits 1 (idle) and 2 (the application's own setting) are left
+# out, because they are no throttling.
 THROTTLE = {
     0x04: "software power cap",
     0x08: "hardware slowdown",
@@ -25,7 +26,7 @@ THROTTLE = {
 
 
 class Load(NamedTuple):
-    """What the GPU did under a run. energy_j is that of one call; None is what the library can't say here."""
+    """Store the GPU's counters under a run; `energy_j` is the energy of one call, and None means unreadable."""
 
     sm_clock_mhz: float | None = None
     throttle: list[str] | None = None
@@ -34,13 +35,13 @@ class Load(NamedTuple):
 
 
 class Meter:
-    """Reads one GPU.
+    """Read the counters of one GPU.
 
     Args:
-        library: the module pynvml, or one like it.
-        index: of the GPU.
+        library: the module pynvml, or one with the same functions.
+        index: index of the GPU.
         synchronize: waits for the GPU.
-        timer: seconds.
+        timer: returns seconds.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Meter:
         self._handle = library.nvmlDeviceGetHandleByIndex(index)
 
     def driver(self) -> str | None:
-        """The driver's version."""
+        """Return the driver's version."""
         version = self._ask("nvmlSystemGetDriverVersion", device=False)
         return None if version is None else str(version)
 
@@ -73,7 +74,7 @@ class Meter:
         self._repeat(run, calls)
         self._synchronize()
         after, elapsed = self._ask("nvmlDeviceGetTotalEnergyConsumption"), self._timer() - started
-        joules = None if before is None or after is None else (after - before) / 1000  # the counter has millijoules
+        joules = None if before is None or after is None else (after - before) / 1000  # The counter has millijoules.
         average = joules / elapsed if joules and elapsed > 0 else None
         return Load(
             sm_clock_mhz=clock,
@@ -83,7 +84,7 @@ class Meter:
         )
 
     def _repeat(self, run: Run, calls: int) -> None:
-        """At most a handful ahead of the GPU, so that the counters are read under load and not before it."""
+        """Repeat a run, at most eight calls ahead of the GPU, so that the counters are read while the GPU works."""
         for i in range(calls):
             run()
             if i % 8 == 7:
@@ -95,12 +96,12 @@ class Meter:
             return None
         try:
             return ask(*((self._handle,) if device else ()), *arguments)
-        except self._library.NVMLError:  # a counter that this GPU or this user doesn't have
+        except self._library.NVMLError:  # This GPU, or this user, doesn't have the counter.
             return None
 
 
 def meter_for(device: torch.device) -> tuple[Meter | None, str]:
-    """The meter of a device and "pynvml", or None and why there is none."""
+    """Return the meter of a device and "pynvml", or None and the reason why there is none."""
     if device.type != "cuda":
         return None, "no GPU"
     try:
@@ -108,12 +109,15 @@ def meter_for(device: torch.device) -> tuple[Meter | None, str]:
         return Meter(library, _physical_index()), "pynvml"
     except ImportError:
         return None, "nvidia-ml-py is not installed: no clocks, power and energy"
-    except Exception as error:  # NVMLError, which has no name before the import: no library, no rights
+    except Exception as error:  # Without a library or rights NVMLError comes, which has no name before the import.
         return None, f"NVML: {error}"
 
 
 def _physical_index() -> int:
-    """NVML counts all GPUs; torch only those that CUDA_VISIBLE_DEVICES leaves, if they are named by number there."""
+    """Return the index that NVML gives to the current GPU.
+
+    NVML counts all GPUs. torch counts only those that CUDA_VISIBLE_DEVICES leaves, if it names them by number.
+    """
     import os
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")

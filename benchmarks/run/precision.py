@@ -1,10 +1,10 @@
-"""What 16 bits cost a tangent: errors of u and of its tangent t_u against float64, 12 blocks, one policy a row.
+"""Measure what 16 bits cost a tangent: errors of u and t_u against float64 after 12 blocks, for each policy.
 
     OMP_NUM_THREADS=1 python -m fastdistill.benchmarks.run.precision  # a minute on a CPU: results/precision.json, .md
 
-Every way computes the same function of the same weights, which are numbers of bfloat16, at the same point and along the
-same direction. The program fails where ours is beyond the caps of the project, or where plain PyTorch in float64
-computes something else.
+Every policy computes the same function of the same weights, which bfloat16 represents exactly, at the same point and
+along the same direction. The program fails where our error is beyond the caps of the project, or where plain PyTorch in
+float64 computes another function.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from fastdistill.benchmarks.run.environment import RESULTS, fingerprint
 from fastdistill.models import DiT, create
 from fastdistill.testing import relative_error
 
-Pair = tuple[Tensor, Tensor]
+Pushforward = tuple[Tensor, Tensor]  # u and t_u
 NETWORKS: dict[str, dict[str, Any]] = {
     "sine-cosine positions": {"pos": "sincos", "qk_norm": False},
     "RoPE, QK-norm": {"pos": "rope", "qk_norm": True},
 }
 PRESET, SIZE, SEEDS, STD = "dit-s/2", 32, (0, 1, 2), 0.1
-CAPS = {"float32": 5e-6, "bfloat16": 1.2e-2}  # of the error of t_u
-SAME = 1e-12  # float64, ours against plain
+CAPS = {"float32": 5e-6, "bfloat16": 1.2e-2}  # The largest allowed error of t_u.
+SAME = 1e-12  # The largest difference of ours and the plain network in float64.
 
 
 class Way(NamedTuple):
-    """How to compute (u, t_u). storage: of the parameters. cap: of `CAPS`, where the way is ours."""
+    """Describe a way to compute (u, t_u): `storage` is the parameters' dtype, and our own ways have a `cap`."""
 
     words: str
     plain: bool
@@ -62,17 +62,17 @@ WAYS = {
 
 
 def network(config: dict[str, Any], seed: int) -> DiT:
-    """A DiT whose every weight counts."""
+    """Return a DiT in which every weight has an effect."""
     torch.manual_seed(seed)
     net = create(PRESET, num_classes=0, **config)
     assert isinstance(net, DiT)
     return awakened(net, STD)
 
 
-def evaluate(net: DiT, plain: bool, dtype: torch.dtype, size: int, seed: int) -> Pair:
-    """u and t_u, with x and v of that dtype."""
+def evaluate(net: DiT, plain: bool, dtype: torch.dtype, size: int, seed: int) -> Pushforward:
+    """Compute u and t_u, with x and v in the given dtype."""
     point, direction = setting(net, size, 1, seed)
-    wide = torch.promote_types(dtype, torch.float32)  # bfloat16 could not tell the times apart
+    wide = torch.promote_types(dtype, torch.float32)  # bfloat16 could not tell the times apart.
     x, v = point[0].to(dtype), direction.to(dtype)
     t, s = (a.to(wide) for a in point[1:])
     fn: Callable[..., Tensor] = PlainDiT(net) if plain else net
@@ -85,7 +85,11 @@ def evaluate(net: DiT, plain: bool, dtype: torch.dtype, size: int, seed: int) ->
 
 
 def errors(config: dict[str, Any], seed: int, size: int = SIZE) -> dict[str, tuple[float, float]]:
-    """Of each way, the relative errors of u and of t_u; SystemExit where the plain network is another function."""
+    """Return the relative errors of u and of t_u for each way.
+
+    Raises:
+        SystemExit: the plain network computes another function.
+    """
     net = network(config, seed).double()
     truth = evaluate(net, False, torch.float64, size, seed)
     apart = max(map(relative_error, evaluate(net, True, torch.float64, size, seed), truth))
@@ -104,8 +108,8 @@ def errors(config: dict[str, Any], seed: int, size: int = SIZE) -> dict[str, tup
     return found
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The largest error of the seeds, a row for each way and two columns for each network."""
+def table(measured: Sequence[dict[str, Any]]) -> str:
+    """Return the table: the largest error of all seeds, with a row for each way and two columns for each network."""
     legend = (
         f"Relative errors against float64 of the 12-block {PRESET} (N = 256), the largest of {len(SEEDS)} random "
         "networks; on a CPU, by `python -m fastdistill.benchmarks.run.precision`. All weights are numbers of bfloat16. "
@@ -121,39 +125,42 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for name, way in WAYS.items():
         cells = [way.words]
         for network_name in NETWORKS:
-            of_way = [row for row in rows if (row["way"], row["network"]) == (name, network_name)]
-            cells += [f"{max(row[part] for row in of_way):.1e}" for part in ("error_u", "error_t_u")]
+            of_way = [entry for entry in measured if (entry["way"], entry["network"]) == (name, network_name)]
+            cells += [f"{max(entry[part] for entry in of_way):.1e}" for part in ("error_u", "error_t_u")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def beyond_caps(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each error of ours that the project does not allow."""
+def beyond_caps(measured: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a line for each of our errors that the project does not allow."""
     return [
-        f"{row['way']}, {row['network']}, seed {row['seed']}: error of t_u {row['error_t_u']:.1e}, cap {CAPS[cap]:.1e}"
-        for row in rows
-        if (cap := WAYS[row["way"]].cap) is not None and not row["error_t_u"] < CAPS[cap]
+        f"{entry['way']}, {entry['network']}, seed {entry['seed']}: "
+        f"error of t_u {entry['error_t_u']:.1e}, cap {CAPS[cap]:.1e}"
+        for entry in measured
+        if (cap := WAYS[entry["way"]].cap) is not None and not entry["error_t_u"] < CAPS[cap]
     ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, write the JSON and the table, fail beyond the caps."""
+    """Measure, print, write the JSON and the table, and fail if an error is beyond its cap."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=SIZE, help="of the latents")
-    parser.add_argument("--out", type=Path, default=RESULTS / "precision", help="without its suffix")
+    parser.add_argument("--size", type=int, default=SIZE, help="side of the latents")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / "precision", help="path of the results without the suffix"
+    )
     args = parser.parse_args(arguments)
-    rows = [
+    measured = [
         {"network": name, "seed": seed, "way": way, "error_u": u, "error_t_u": t_u}
         for name, config in NETWORKS.items()
         for seed in SEEDS
         for way, (u, t_u) in errors(config, seed, args.size).items()
     ]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    results = {"environment": fingerprint(), "preset": PRESET, "size": args.size, "std": STD, "results": rows}
+    results = {"environment": fingerprint(), "preset": PRESET, "size": args.size, "std": STD, "results": measured}
     args.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    args.out.with_suffix(".md").write_text(table(rows), encoding="utf-8")
-    print(table(rows))
-    if found := beyond_caps(rows):
+    args.out.with_suffix(".md").write_text(table(measured), encoding="utf-8")
+    print(table(measured))
+    if found := beyond_caps(measured):
         raise SystemExit("\n".join(found))
 
 

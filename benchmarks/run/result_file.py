@@ -1,7 +1,7 @@
-"""Result files: in the format of pytest-benchmark, so that `pytest-benchmark compare` reads them; resumable.
+"""Read and write result files in the format of pytest-benchmark, so that `pytest-benchmark compare` reads them.
 
-`benchmarks` has an entry for each provider that was timed. Those that were not are in `not_timed` with the same
-`extra_info`, its `status` and `reason` saying why: nothing is hidden.
+`benchmarks` has an entry for each provider that was timed. `not_timed` has the others, with the same `extra_info`,
+whose `status` and `reason` say why they were not timed. A run that stopped goes on from its file.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ Entry = dict[str, Any]
 
 
 class DamagedResults(BenchError):
-    """A benchmark file that can't be read. The message names it, and what is wrong."""
+    """Report a benchmark file that can't be read; the message names the file and what is wrong."""
 
 
 class ResumeError(BenchError):
-    """A result file that this run can't be added to."""
+    """Report a result file to which this run can't be added."""
 
 
 def entries(case: TimedCase, outcomes: Sequence[Outcome], device: str) -> tuple[list[Entry], list[Entry]]:
-    """The timed entries of a case, and the others; a file adds the ratios to the floor."""
+    """Return the entries of a case: those that were timed, and the others. The file adds the ratios to the floor."""
     timed, others = [], []
     for outcome in outcomes:
         info = _extra_info(case, outcome, device)
@@ -106,14 +106,14 @@ def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
 
 
 class ResultFile:
-    """A result file that grows case by case, written anew and moved into place each time.
+    """Keep results in a file that grows case by case; each time it is written anew and moved into place.
 
     Args:
-        path: where to; None keeps everything in memory. What is there already is kept and not measured again.
-        machine, commit: of this run.
+        path: path of the file; None keeps everything in memory. Results that are already there are not measured again.
+        machine, commit: describe this run.
 
     Raises:
-        ResumeError: the file there is none of ours, or from another device, torch or commit.
+        ResumeError: the file is no result file, or comes from another device, torch or commit.
     """
 
     def __init__(self, path: Path | None, machine: Mapping[str, Any], commit: Mapping[str, Any]) -> None:
@@ -125,17 +125,17 @@ class ResultFile:
             self.content["commit_info"]["dirty"] |= bool(commit.get("dirty"))
 
     def statuses(self, group: str) -> dict[str, str]:
-        """Of the providers that have an entry for a case, timed or not."""
+        """Return the status of each provider that has an entry for a case, timed or not."""
         infos = [entry["extra_info"] for entry in self.of_groups({group})]
         return {info["provider"]: info["status"] for info in infos}
 
     def of_groups(self, groups: set[str]) -> list[Entry]:
-        """All entries of some cases, those not timed last."""
+        """Return all entries of some cases, those that were not timed last."""
         every = (*self.content["benchmarks"], *self.content["not_timed"])
         return [entry for entry in every if entry["group"] in groups]
 
     def add(self, timed: Sequence[Entry], others: Sequence[Entry]) -> None:
-        """Put in the entries of a case, instead of any that are there for the same providers, and save."""
+        """Add the entries of a case, replace those of the same providers, and save the file."""
         fresh = {entry["fullname"] for entry in (*timed, *others)}
         for name, added in (("benchmarks", timed), ("not_timed", others)):
             kept = [entry for entry in self.content[name] if entry["fullname"] not in fresh]
@@ -148,7 +148,7 @@ class ResultFile:
 
 
 def _compare_with_floor(timed: Sequence[Entry]) -> None:
-    """Say of each entry of a case how many times the fastest floor's time it took."""
+    """Add to each entry of a case its ratio to the time of the fastest floor."""
     floors = [entry for entry in timed if entry["extra_info"]["kind"] == FLOOR and entry["stats"]["median"] > 0]
     if not floors:
         return
@@ -159,7 +159,7 @@ def _compare_with_floor(timed: Sequence[Entry]) -> None:
 
 
 def new(machine: Mapping[str, Any], commit: Mapping[str, Any]) -> dict[str, Any]:
-    """A file without entries."""
+    """Return the content of a result file without entries."""
     import pytest_benchmark
 
     return {
@@ -176,7 +176,7 @@ def read(path: Path) -> dict[str, Any]:
     """Return what a benchmark file holds: an object whose `benchmarks`, and `not_timed` if it has one, are lists.
 
     Raises:
-        DamagedResults: it is missing, is not JSON, or is not what a benchmark writes.
+        DamagedResults: the file is missing, is not JSON, or is not what a benchmark writes.
     """
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
@@ -195,7 +195,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Return what a result file of ours holds, to which a run can be added.
+    """Return the content of a result file of ours, to which a run can be added.
 
     Raises:
         ResumeError: it is no such file.
@@ -210,7 +210,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def save(content: Mapping[str, Any], path: Path) -> None:
-    """Write a file whole or not at all."""
+    """Write a file so that it is always whole: a partial file is moved into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -218,7 +218,7 @@ def save(content: Mapping[str, Any], path: Path) -> None:
 
 
 def identity(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What results must share to stand in one file."""
+    """Return the names that results must share to stand in one file."""
     machine, commit = content["machine_info"], content["commit_info"]
     gpu = machine.get("gpu") or {}
     names = {"device": machine.get("device"), "GPU": gpu.get("name"), "torch": machine.get("torch")}

@@ -1,4 +1,4 @@
-"""Results as a text table: every time with its error, and everything that was not timed."""
+"""Print results as a text table: every time with its error, and everything that was not timed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ HEADS = ("provider", "time", "p20 to p80", "rate", "memory", "error", "of tangen
 
 
 def text(entries: Sequence[Mapping[str, Any]]) -> str:
-    """A block a case: a line for each provider, then those that were not timed, with the reason; the absent last."""
+    """Return a block of text for each case.
+
+    It has a line for each provider, then those that were not timed with the reason; absent providers are listed at the
+    end.
+    """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for entry in entries:
         groups.setdefault(entry["group"], []).append(entry)

@@ -1,1 +1,1 @@
-"""Evaluation: exact solutions, and metrics that need no download."""
+"""Evaluate networks by exact solutions, and by metrics that need no download."""

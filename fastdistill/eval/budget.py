@@ -1,8 +1,8 @@
-"""What a method's result cost as a whole: its own training, its teacher's, and ReFlow's pairs, all counted alike.
+"""Measure a result's whole cost: the method's own training, its teacher's, and ReFlow's pairs, all counted alike.
 
-Equal numbers of steps are no equal budgets. A network evaluation here is one row through one network, forward: with or
-without a gradient, with or without a tangent, of the student, a teacher, a critic or an average. Seconds are those of a
-step as `fastdistill.compare` times it, times the number of steps; pairs are timed on a part of them.
+Equal numbers of steps are no equal budgets. A network evaluation here is one row through one network, forward, with or
+without a gradient or a tangent; the network may be the student, a teacher, a critic or an average. Seconds are those of
+a step as `fastdistill.compare` times it, times the number of steps. Pairs are timed on a part of them.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ TIMED_PAIRS = 512
 
 @contextlib.contextmanager
 def counting_rows(net: nn.Module) -> Iterator[list[int]]:
-    """Count the rows that go through networks of the type of `net`: one entry a call, whosever network it is."""
+    """Count the rows that go through any network of the type of `net`; yield a list with one entry a call."""
     kind, rows = type(net), []
 
     def count(module: nn.Module, _: Any, out: Any) -> None:
         if type(module) is kind:
             rows.append(len(out[0] if isinstance(out, tuple) else out))
 
-    # With `with_kwargs` PyTorch would keep a note of the hook when it is removed, of which torch.compile warns.
+    # With `with_kwargs`, PyTorch would keep a record of the hook after its removal, and torch.compile warns of that.
     handle = nn.modules.module.register_module_forward_hook(count)
     try:
         yield rows
@@ -42,14 +42,14 @@ def counting_rows(net: nn.Module) -> Iterator[list[int]]:
 
 
 def whole_budget(config: TrainConfig, cost: Costs, teacher: tuple[TrainConfig, Costs, nn.Module] | None) -> Costs:
-    """A run's whole budget, from what a step of it and of its teacher costs.
+    """Return a run's whole budget, from the costs of its steps and of its teacher's.
 
     Args:
         cost: `seconds_per_step` and `evaluations_per_step`, as `fastdistill.compare.measure_cost` returns them.
-        teacher: its configuration, the cost of its steps and its network; None for a method from data.
+        teacher: the teacher's configuration, the cost of its steps, and its network; None for a method from data.
 
     Returns:
-        Numbers of `steps`, `teacher_steps`, `pairs` and `critic_updates`; `evaluations` and `seconds` in all, and
+        Numbers of `steps`, `teacher_steps`, `pairs` and `critic_updates`; `evaluations` and `seconds` in all; and
         `prior_evaluations` and `prior_seconds`, the part that was spent before the first step.
     """
     method, pairs, updates = config.method, 0, 0
@@ -89,9 +89,9 @@ def _price_of_pairs(config: TrainConfig, method: ReFlow, net: nn.Module) -> tupl
 
 
 def exponent(settings: Mapping[str, Any]) -> str:
-    """The p by which a row is divided by its own error, as [e + c]^p, from a method's settings; "0" is a plain square.
+    """Return the exponent p by which a method divides a row by its own error, as [e + c]^p; "0" is a plain square.
 
-    From a teacher any p has the same optimum; from data p > 0 has another (docs/methods.md).
+    With a teacher any p has the same optimum; with data p > 0 has another one (docs/methods.md).
     """
     method = settings["method"]
     name = method["name"]
@@ -105,7 +105,7 @@ def exponent(settings: Mapping[str, Any]) -> str:
 
 
 def distinct_share(settings: Mapping[str, Any]) -> str:
-    """The share of rows with s != t, from a method's settings: all where every row goes to s = 0 or has both terms."""
+    """Return the share of rows with s != t; it is 100 % if every row goes to s = 0 or has both terms."""
     method = settings["method"]
     if "distinct" in method:
         return f"{100 * method['distinct']:.0f} %"

@@ -1,7 +1,7 @@
-"""A small classifier of the digits: the judge of generated samples, trained on the spot from the real images.
+"""Classify the digits by a small network, the judge of generated samples, trained on the spot from real images.
 
-Its 64 features are what the Fréchet distance compares, its decisions are the accuracy of generated labels. It takes
-seconds to train and its weights are a function of the images and the seed, so numbers from different runs compare.
+The Fréchet distance compares its 64 features, and its decisions give the accuracy of generated labels. It takes seconds
+to train. Its weights are a function of the images and the seed, so numbers from different runs compare.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FEATURES = 64
 
 
 class DigitClassifier(nn.Module):
-    """Two convolutions and two linear layers over (N, 1, 8, 8) images in [-1, 1]."""
+    """Apply two convolutions and two linear layers to (N, 1, 8, 8) images in [-1, 1]."""
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
@@ -38,24 +38,24 @@ class DigitClassifier(nn.Module):
         self.head = nn.Linear(FEATURES, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """The last hidden layer, (N, 64)."""
+        """Return the last hidden layer, (N, 64)."""
         return self.body(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits, (N, classes)."""
+        """Return the logits, (N, classes)."""
         return self.head(self.body(x))
 
     @torch.no_grad()
     def accuracy(self, x: Tensor, y: Tensor) -> float:
-        """Share of images (N, 1, 8, 8) whose most likely class is their label y (N,)."""
+        """Return the share of images (N, 1, 8, 8) whose most likely class is their label y (N,)."""
         return float((self(x).argmax(1) == y).double().mean())
 
 
 def train_classifier(x: Tensor, y: Tensor, *, seed: int = 0, epochs: int = 20, batch: int = 64) -> DigitClassifier:
     """Train on images x (N, 1, 8, 8) with labels y (N,), and return the classifier, frozen.
 
-    AdamW under one cosine: a few seconds on one core, more than 98 % right on the digits held out. The global random
-    state stays as it was.
+    AdamW with one cosine schedule takes a few seconds on one core, and gets more than 98 % of held-out digits right.
+    The global random state stays as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -73,9 +73,9 @@ def train_classifier(x: Tensor, y: Tensor, *, seed: int = 0, epochs: int = 20, b
 
 
 def cached_classifier(path: Path, x: Tensor, y: Tensor, *, seed: int = 0) -> DigitClassifier:
-    """The classifier stored at `path`, or else a new one, trained on x and y and stored there in one atomic step.
+    """Load the classifier stored at `path`, or train one on x and y and store it there in one atomic step.
 
-    A stored file that is damaged, or was trained otherwise, is replaced: it costs seconds.
+    A stored file that is damaged, or was trained otherwise, is replaced, because training costs only seconds.
     """
     key = hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes() + str(seed).encode()).hexdigest()
     stored = _read(path, key)

@@ -1,4 +1,4 @@
-"""The report of a comparison: one table, what it says for and against each method, and figures. One HTML file."""
+"""Write the report of a comparison as one HTML file: a table, pros and cons of each method, and figures."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def write_report(
     """Write the report, and its figures as PNG files beside it.
 
     Args:
-        path: of the HTML file.
+        path: path of the HTML file.
         summary: what `fastdistill.compare` writes as summary.json; every number in the report comes from it.
-        grids: samples of each method by number of steps, from the same noise throughout.
-        curves: of each method, as `fastdistill.eval.records.read_metrics` returns them.
+        grids: samples of each method by number of steps, all from the same noise.
+        curves: points of each method, as `fastdistill.eval.records.read_metrics` returns them.
     """
     first, second = headline(summary)
     names = {"quality": heading(first), "second": heading(second)}
@@ -100,7 +100,7 @@ BUDGET = ("s != t", "p", "teacher's steps", "pairs", "critic updates", "evaluati
 
 
 def budget_cells(row: Mapping[str, Any]) -> list[str]:
-    """What a method's result cost as a whole, as `BUDGET` heads it: in all, and in brackets before its first step."""
+    """Return the cells of `BUDGET`, the whole cost of a method's result; brackets hold that before the first step."""
     whole = {name: spread["mean"] for name, spread in row["whole"].items()}
     cells = [distinct_share(row["settings"]), exponent(row["settings"])]
     cells += [f"{whole[name]:,.0f}" if whole[name] else "" for name in ("teacher_steps", "pairs", "critic_updates")]
@@ -125,7 +125,7 @@ def describe(summary: Mapping[str, Any]) -> str:
 def verdicts(summary: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
     """Return what the measurements say for and against each method, in words that follow from the numbers alone.
 
-    Quality is compared with the best and the middle of the field, cost with flow matching where it took part.
+    Quality is compared with the best and the middle of the field, cost with flow matching if it took part.
     """
     first = headline(summary)[0]
     field = ranked(summary)
@@ -166,7 +166,7 @@ def verdicts(summary: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
 
 
 def recipe(settings: Mapping[str, Any]) -> str:
-    """How a method was set, in a line: what differs from its defaults, its learning rate and its path."""
+    """Describe a method's settings in a line: what differs from its defaults, its learning rate and its path."""
     given = flat(settings["method"])
     name = given.pop("name")
     usual = flat(METHODS[name](name=name).model_dump(mode="json"))
@@ -175,7 +175,7 @@ def recipe(settings: Mapping[str, Any]) -> str:
 
 
 def _value(value: Any) -> str:
-    """A setting as one word, or one a number."""
+    """Return a setting as one word, or a list as one word for each number."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
     if isinstance(value, list):

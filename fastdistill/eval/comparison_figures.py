@@ -1,4 +1,4 @@
-"""The pictures of a comparison, as PNG bytes: quality by number of steps, against cost, samples, training curves."""
+"""Draw the pictures of a comparison, as PNG bytes: quality by steps, quality against cost, samples, and curves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHOWN = 20  # images of a method and number of steps
 def draw_quality(
     rows: Mapping[str, Any], metric: str, name: str, references: Mapping[str, Mapping[str, float]]
 ) -> bytes:
-    """A line for each method, with a dot for each number of steps; bars are one standard deviation over the seeds."""
+    """Draw a line for each method, with a dot for each number of steps; bars are one standard deviation over seeds."""
     figure = Figure(figsize=(8, 0.34 * len(rows) + 1.3), dpi=160, layout="constrained", facecolor="white")
     axes = figure.add_subplot(xscale="log")
     tidy(axes, f"{name}, lower is better", "")
@@ -45,7 +45,7 @@ def draw_quality(
 
 
 def draw_cost(rows: Mapping[str, Any], metric: str, name: str) -> bytes:
-    """Quality in one step against the time of a training step; the lower left corner is the place to be."""
+    """Draw quality in one step against the time of a training step; the lower left corner is the best place."""
     figure = Figure(figsize=(8, 5), dpi=160, layout="constrained", facecolor="white")
     axes = figure.add_subplot(yscale="log")
     tidy(axes, "ms a training step", f"{name} at one step")
@@ -86,7 +86,7 @@ def draw_samples(grids: Mapping[str, Mapping[str, Tensor]]) -> bytes:
 
 
 def draw_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], columns: int = 5) -> bytes:
-    """Raw error and tangent norm of each method against its steps, a panel each: what the loss often can't tell."""
+    """Draw raw error and tangent norm of each method against its steps, a panel each; a loss often hides both."""
     lines = -(-len(curves) // columns)
     figure = Figure(figsize=(2.3 * columns, 1.75 * lines), dpi=130, layout="constrained", facecolor="white")
     shown = {"raw_error": COLORS["1"], "tangent_norm": COLORS["8"]}
@@ -100,14 +100,14 @@ def draw_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], columns: in
                 axes.plot([p["step"] for p in seen], [p[metric] for p in seen], color=color, linewidth=1)
         _plain_numbers(axes.yaxis)
         axes.tick_params(labelsize=6)
-    for metric, color in shown.items():  # whether or not the first method has both
+    for metric, color in shown.items():  # The legend shows both, even if the first method has only one.
         figure.axes[0].plot([], [], color=color, linewidth=1, label=metric)
     figure.axes[0].legend(frameon=False, fontsize=6, labelcolor=INK)
     return png_of_figure(figure)
 
 
 def _plain_numbers(axis: Axis) -> None:
-    """Numbers as they are read, and not powers of ten, on a logarithmic axis."""
+    """Label a logarithmic axis with plain numbers instead of powers of ten."""
     axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())

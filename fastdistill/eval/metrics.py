@@ -1,7 +1,8 @@
-"""Distances between sets of samples, in float64 and with no download: Fréchet, sliced Wasserstein, nearest neighbours.
+"""Measure distances between sets of samples, in float64: Fréchet, sliced Wasserstein, nearest neighbours.
 
-Every function takes plain tensors of shape (samples, dimensions) and returns Python floats. None of them has state: the
-random directions of the sliced distance come from a fixed seed, so the same samples always give the same number.
+Nothing is downloaded. Every function takes plain tensors of shape (samples, dimensions) and returns Python floats. None
+has state: the random directions of the sliced distance come from a fixed seed, so the same samples always give the same
+number.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from torch import Tensor
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Squared Fréchet (2-Wasserstein) distance between the Gaussians fitted to two sets of features.
+    """Return the squared Fréchet (2-Wasserstein) distance between the Gaussians fitted to two sets of features.
 
     a: (N, F) and b: (M, F), any float dtype, computed in float64, N and M >= 2. This is FID's formula on any features:
     |mean_a - mean_b|² + tr(cov_a + cov_b - 2 (cov_a^½ cov_b cov_a^½)^½).
     Equivalent to: `|m_a - m_b|**2 + trace(C_a + C_b - 2 * scipy.linalg.sqrtm(C_a @ C_b))`, from symmetric roots.
     Source: Heusel et al. 2017 (arXiv:1706.08500), its FID; the symmetric form is Dowson and Landau 1982.
-    Raises ValueError for other shapes or non-finite values.
+    Raises ValueError for other shapes and for non-finite values.
     """
     a, b = _two_sets(a, b, smallest=2)
     root_a = _symmetric_sqrt(torch.cov(a.T))
@@ -33,7 +34,7 @@ def _symmetric_sqrt(matrix: Tensor) -> Tensor:
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, *, projections: int = 256, seed: int = 0) -> float:
-    """Sliced 2-Wasserstein distance: the root mean square, over random directions, of the exact 1-D distance.
+    """Return the sliced 2-Wasserstein distance: the root mean square of the exact 1-D distance over directions.
 
     a: (N, D) and b: (M, D); N and M may differ. The directions are uniform on the sphere and fixed by `seed`.
     Equivalent to: `(a @ w).sort(0).values.sub((b @ w).sort(0).values).square().mean().sqrt()` for N = M.
@@ -49,10 +50,11 @@ def sliced_wasserstein(a: Tensor, b: Tensor, *, projections: int = 256, seed: in
 
 
 def _squared_wasserstein_1d(a: Tensor, b: Tensor) -> Tensor:
-    """Exact squared W2 of each column: integrate over the mass levels at which either quantile function jumps."""
+    """Return the exact squared W2 of each column, integrated over the levels at which a quantile function jumps."""
     n, m = len(a), len(b)
     a, b = a.sort(dim=0).values, b.sort(dim=0).values
-    # In units of 1/(n m), sample i of a ends at level (i + 1) m, sample j of b at (j + 1) n: integers, so exact.
+    # In units of 1/(n m), sample i of a ends at level (i + 1) m and sample j of b at (j + 1) n. These are integers, so
+    # exact.
     ends_a, ends_b = torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n
     ends = torch.cat([ends_a, ends_b]).unique()
     mass = ends.diff(prepend=ends.new_zeros(1)).to(a) / (n * m)
@@ -61,11 +63,12 @@ def _squared_wasserstein_1d(a: Tensor, b: Tensor) -> Tensor:
 
 
 def nearest_neighbour_ratio(generated: Tensor, train: Tensor, held_out: Tensor) -> float:
-    """How close generated samples lie to the training set, compared with unseen real ones.
+    """Compare how close generated samples lie to the training set with how close unseen real ones do.
 
-    The median distance from a generated sample to its nearest training sample, divided by the median from a held-out
-    sample to its nearest training sample. Near 1: as new as unseen data. Near 0: copies of the training set, in which
-    case a Fréchet distance below the bootstrap's is memorisation, not quality. All are (samples, dimensions).
+    The result is the median distance from a generated sample to its nearest training sample, divided by the median from
+    a held-out sample to its nearest training sample. Near 1 the samples are as new as unseen data. Near 0 they are
+    copies of the training set; a Fréchet distance below the bootstrap's is then memorisation, not quality. All
+    arguments are (samples, dimensions).
     """
     near, _ = _two_sets(generated, train, smallest=1)
     unseen, train = _two_sets(held_out, train, smallest=1)
@@ -77,7 +80,7 @@ def _nearest(a: Tensor, b: Tensor) -> Tensor:
 
 
 def precision_recall(generated: Tensor, real: Tensor, *, neighbours: int = 3) -> tuple[float, float]:
-    """Precision (samples inside the real manifold) and recall (real ones inside the generated manifold).
+    """Return precision (samples inside the real manifold) and recall (real ones inside the generated manifold).
 
     A manifold is the union of balls around its samples, each reaching to the sample's k-th nearest neighbour.
     Source: Kynkäänniemi et al. 2019 (arXiv:1904.06991); k = 3 as there.
@@ -87,12 +90,13 @@ def precision_recall(generated: Tensor, real: Tensor, *, neighbours: int = 3) ->
 
 
 def _share_inside(points: Tensor, manifold: Tensor, neighbours: int) -> float:
-    radii = torch.cdist(manifold, manifold).kthvalue(neighbours + 1, dim=1).values  # + 1: each is its own nearest
+    # One more, because each sample is its own nearest.
+    radii = torch.cdist(manifold, manifold).kthvalue(neighbours + 1, dim=1).values
     return float((torch.cdist(points, manifold) <= radii).any(dim=1).double().mean())
 
 
 def two_sample_accuracy(a: Tensor, b: Tensor, *, neighbours: int = 1) -> float:
-    """How often the nearest other points tell which of two sets a point is from: a classifier two-sample test (C2ST).
+    """Return how often the nearest other points tell a point's set: a classifier two-sample test (C2ST).
 
     a, b: (N, D) and (M, D). Each point of the two sets together is assigned by a majority of its nearest others; the
     result is the mean of the two sets' accuracies, so that unequal sizes don't matter. 0.5: the sets can't be told

@@ -1,4 +1,4 @@
-"""What a run folder tells afterwards: its metrics, how long it took, what it ran on."""
+"""Read what a run folder tells: its metrics, its training time, and its machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
 
 
 def training_seconds(config: TrainConfig) -> float:
-    """How long a run's steps took, over all its sittings, from the pace that it logged."""
+    """Return how long a run's steps took, over all its sittings, from the pace that it logged."""
     seconds, done = 0.0, 0
     for point in read_metrics(config.out):
         pace = point.get("samples_per_second", 0)
@@ -40,7 +40,7 @@ def training_seconds(config: TrainConfig) -> float:
 
 
 def describe_machine(run: Path | None = None) -> dict[str, str]:
-    """Say what a run ran on, in a few words for each thing; None: what this process runs on.
+    """Describe the machine of a run, in a few words for each thing; without a run, that of this process.
 
     Raises:
         CheckpointError: the run's env.json can't be read.

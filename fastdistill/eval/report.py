@@ -1,4 +1,4 @@
-"""The demo's report: one HTML file that needs nothing beside it."""
+"""Write the demo's report, one HTML file that needs nothing beside it."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def write_report(
     """Write the report, and the grid that leads it as `grid.png` beside it.
 
     Args:
-        path: of the HTML file.
+        path: path of the HTML file.
         summary: what `fastdistill.demo` writes as summary.json; every number in the report comes from it.
-        samples: a multiple of ten images (N, 1, 8, 8) each, one of every class in turn, from the same noise throughout.
+        samples: images (N, 1, 8, 8), N a multiple of ten, every class in turn, all from the same noise.
         curves: {"teacher": ..., "meanflow": ...}, as `fastdistill.eval.records.read_metrics` returns them.
     """
     frechet = {run: {name: row["frechet"] for name, row in summary[run].items()} for run in ("teacher", "meanflow")}
@@ -52,7 +52,7 @@ def write_report(
 
 
 def read_numbers(summary: Mapping[str, Any]) -> list[str]:
-    """What to read in the numbers, in two sentences that follow from them, whichever way they came out."""
+    """Summarise the numbers in two sentences that follow from them, whichever way they came out."""
     teacher, references, one = summary["teacher"], summary["references"], summary["meanflow"]["1"]
     enough = [int(steps) for steps, row in teacher.items() if row["frechet"] <= one["frechet"]]
     if enough:
@@ -79,7 +79,7 @@ def _steps(number: int) -> str:
 
 
 def _panels(samples: Samples, summary: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str, str]]]]:
-    """For each network its name, and for each of its grids the image, a title and its numbers; at the end real ones."""
+    """Return each network's name and its grids (image, title, numbers), with the real digits at the end."""
     groups = []
     for group in ("teacher", "meanflow"):
         panels = []
@@ -93,7 +93,7 @@ def _panels(samples: Samples, summary: Mapping[str, Any]) -> list[tuple[str, lis
 
 
 def _table(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Headings, and for each group the names and formatted cells of its rows."""
+    """Return the headings and, for each group, the names and formatted cells of its rows."""
     checks = {"precision": "precision", "recall": "recall", "nearest_neighbour_ratio": "neighbour ratio"}
     groups = []
     for group in ("teacher", "meanflow", "references"):
@@ -109,5 +109,5 @@ def _table(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def inline(png: bytes) -> str:
-    """A PNG as the address that stands for it within a page."""
+    """Return a PNG as a data URL for a page."""
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

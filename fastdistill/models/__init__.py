@@ -1,4 +1,4 @@
-"""Networks u(x, t, s, y): the average velocity from t to s. See `create` and `PRESETS`."""
+"""Define networks u(x, t, s, y), the average velocity from t to s; see `create` and `PRESETS`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""One lean DiT for flow maps: adaLN-Zero blocks, class labels, and two times.
+"""Define one lean DiT for flow maps: adaLN-Zero blocks, class labels, and two times.
 
-Peebles and Xie, "Scalable Diffusion Models with Transformers" (arXiv:2212.09748), built on fused-tangent ops.
-The same network serves flow matching, where s = t, and flow maps: there is no second copy for the jvp.
+It follows Peebles and Xie, "Scalable Diffusion Models with Transformers" (arXiv:2212.09748), built on fused-tangent
+ops. The same network serves flow matching, where s = t, and flow maps, so the jvp needs no second copy.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from fastdistill.nn import (
 
 POSITIONS = ("sincos", "rope")
 
-# (gate, h): the residual stream is to become x + gate * h.
+# (gate, h) stands for the residual stream x + gate * h that is still to be computed.
 Branch = tuple[Tensor, Tensor]
 
 
 class DiTBlock(nn.Module):
-    """x + gate · attention(adaLN(x)), then x + gate · mlp(adaLN(x)); six modulation vectors from the condition.
+    """Compute x + gate · attention(adaLN(x)), then x + gate · mlp(adaLN(x)), modulated by the condition.
 
-    A block does not add its last branch to the residual stream: the sum and the norm that follows it are one op, which
+    A block does not add its last branch to the residual stream. That sum and the norm that follows it are one op, which
     the next block runs, or the final layer.
 
     Args of forward:
         x: (B, N, C), the residual stream.
-        pending: (gate, h), what is still to be added to it, or None in the first block.
+        pending: (gate, h), the branch that is still to be added to x; None in the first block.
         condition: (B, C).
         rotation: see `Attention`.
 
@@ -66,7 +66,7 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """The last gated residual, its modulated norm and the projection to pixels, in the dtype of the parameters."""
+    """Compute the last gated residual, its modulated norm, and the projection to pixels, in the parameters' dtype."""
 
     def __init__(self, width: int, out_features: int) -> None:
         super().__init__()
@@ -78,14 +78,14 @@ class FinalLayer(nn.Module):
         shift, scale = self.modulation(condition)
         gate, h = pending
         with full_precision(x.device):
-            _, y = self.norm(x, gate, h.to(x.dtype), scale, shift)  # y has the dtype of h
+            _, y = self.norm(x, gate, h.to(x.dtype), scale, shift)  # Here y has the dtype of h.
             return self.linear(y)
 
 
 def _resumed(
     norm: GatedResidualAdaNorm, x: Tensor, pending: Branch | None, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The residual stream with what was pending, and its modulated norm."""
+    """Add what was pending to the residual stream, and return it with its modulated norm."""
     if pending is None:
         return x, ops.ada_layer_norm(x, scale, shift, eps=norm.eps)
     gate, h = pending
@@ -93,7 +93,7 @@ def _resumed(
 
 
 class DiT(nn.Module):
-    """A diffusion transformer u(x, t, s, y): the average velocity from time t to time s.
+    """Diffusion transformer u(x, t, s, y), which predicts the average velocity from time t to time s.
 
     The condition is emb_t(t) + emb_d(t - s) + emb_y(y), MeanFlow's best choice (arXiv:2505.13447, its ablation). The
     difference is taken here, inside the function that is differentiated, so that callers name t and s and the tangent
@@ -104,7 +104,7 @@ class DiT(nn.Module):
     autocast that halves the error of the tangent: benchmarks/results/precision.md.
 
     Args:
-        channels: of the image, in and out.
+        channels: channels of the image, in and out.
         patch_size: side of a patch; a token is one patch.
         width: C, a multiple of `heads` and of 4.
         depth: number of blocks.
@@ -119,7 +119,7 @@ class DiT(nn.Module):
         config: the arguments above, JSON-serialisable: ``DiT(**net.config)`` has the same architecture.
 
     Raises:
-        ValueError: an argument outside these rules, by name.
+        ValueError: an argument breaks these rules; the message names it.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class DiT(nn.Module):
 
     @property
     def last_layer(self) -> nn.Module:
-        """What `forward` ends with; another one of its shape makes another output of the same trunk."""
+        """Return the layer with which `forward` ends; another one of its shape gives the trunk another output."""
         return self.final_layer
 
     def forward(
@@ -201,21 +201,21 @@ class DiT(nn.Module):
         g: Tensor | None = None,
         last_layer: nn.Module | None = None,
     ) -> Tensor:
-        """The average velocity from t to s at x.
+        """Return the average velocity from t to s at x.
 
         Args:
             x: (B, channels, height, width) of any size that the patch size divides.
-            t: (B,) in [0, 1], from; t = 0 is data, t = 1 noise.
-            s: (B,) in [0, t], to. s = t asks for the instantaneous velocity.
+            t: (B,) in [0, 1], the time to start from; t = 0 is data, t = 1 noise.
+            s: (B,) in [0, t], the time to reach; s = t asks for the instantaneous velocity.
             y: (B,) int64 in [0, num_classes], or None for "no label" everywhere.
-            g: (B,) guidance scales > 0, for a network with `guidance`; None: 1, no guidance.
-            last_layer: takes the place of the network's own, e.g. an auxiliary head in training; None: its own.
+            g: (B,) guidance scales > 0, for a network with `guidance`; None means 1, no guidance.
+            last_layer: replaces the network's own, e.g. by an auxiliary head in training; None keeps its own.
 
         Returns:
             u, of x's shape and dtype.
 
         Raises:
-            ValueError: a shape outside these rules, or g for a network without `guidance`, naming the argument.
+            ValueError: a shape breaks these rules, or g is given without `guidance`; the message names the argument.
         """
         self._check_inputs(x, t, s, y, g)
         p, (rows, columns) = self.patch_size, (x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
@@ -256,13 +256,13 @@ class DiT(nn.Module):
 
 
 def _patchify(x: Tensor, patch_size: int) -> Tensor:
-    """(B, C, R·p, S·p) -> (B, R·S, C·p·p), patches row by row."""
+    """Rearrange (B, C, R·p, S·p) -> (B, R·S, C·p·p), patches row by row."""
     p = patch_size
     return x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def _unpatchify(tokens: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
-    """The inverse of `_patchify` for a grid of (R, S) patches."""
+    """Invert `_patchify` for a grid of (R, S) patches."""
     p = patch_size
     return tokens.unflatten(2, (-1, p, p)).unflatten(1, grid).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 

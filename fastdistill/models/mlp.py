@@ -1,4 +1,4 @@
-"""A small MLP flow map: points in the plane, tiny images laid flat, tests, and examples."""
+"""Define a small MLP flow map for points in the plane, tiny images laid flat, tests, and examples."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from torch import Tensor, nn
 
 from fastdistill.nn import full_precision, sinusoids
 
-# Angular frequencies 1 .. 8: smooth in t, so that du/dt stays moderate.
+# The angular frequencies are 1 .. 8: smooth in t, so that du/dt stays moderate.
 TIME_FEATURES = 8
 MAX_FREQUENCY = 8.0
 
 
 class MLP(nn.Module):
-    """u(x, t, s, y): Linear and SiLU layers on x laid flat and sinusoids of t and of t - s.
+    """Compute u(x, t, s, y) by Linear and SiLU layers on x laid flat and on sinusoids of t and of t - s.
 
     It is too small to gain from 16 bits, so autocast doesn't touch it.
 
     Args:
-        dim: numbers in a row: 2 for a point in the plane, 64 for an image of 8 x 8 pixels.
-        width: of the hidden layers.
-        depth: how many hidden layers.
-        num_classes: labels 0 .. num_classes - 1; `num_classes` itself is "no label". 0: labels are ignored.
+        dim: numbers in a sample: 2 for a point in the plane, 64 for an image of 8 x 8 pixels.
+        width: width of the hidden layers.
+        depth: number of hidden layers.
+        num_classes: labels 0 .. num_classes - 1; `num_classes` itself is "no label". With 0 labels are ignored.
         guidance: take a guidance scale as input, g.
 
     Attributes:
         config: the arguments above: ``MLP(**net.config)`` has the same architecture.
 
     Raises:
-        ValueError: an argument outside these rules, by name.
+        ValueError: an argument breaks these rules; the message names it.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class MLP(nn.Module):
 
     @property
     def last_layer(self) -> nn.Module:
-        """What `forward` ends with; another one of its shape makes another output of the same trunk."""
+        """Return the layer with which `forward` ends; another one of its shape gives the trunk another output."""
         return self.out_layer
 
     def forward(
@@ -67,21 +67,21 @@ class MLP(nn.Module):
         g: Tensor | None = None,
         last_layer: nn.Module | None = None,
     ) -> Tensor:
-        """The average velocity from t to s at x.
+        """Return the average velocity from t to s at x.
 
         Args:
-            x: (B, ...), dim numbers a row.
-            t: (B,) in [0, 1], from.
-            s: (B,) in [0, t], to.
+            x: (B, ...), with `dim` numbers in each sample.
+            t: (B,) in [0, 1], the time to start from.
+            s: (B,) in [0, t], the time to reach.
             y: (B,) int64 in [0, num_classes], or None for "no label"; ignored by a network without classes.
-            g: (B,) guidance scales > 0, for a network with `guidance`; None: 1, no guidance.
-            last_layer: takes the place of the network's own, e.g. an auxiliary head in training; None: its own.
+            g: (B,) guidance scales > 0, for a network with `guidance`; None means 1, no guidance.
+            last_layer: replaces the network's own, e.g. by an auxiliary head in training; None keeps its own.
 
         Returns:
             u, of x's shape.
 
         Raises:
-            ValueError: a shape outside these rules, or g for a network without `guidance`, naming the argument.
+            ValueError: a shape breaks these rules, or g is given without `guidance`; the message names the argument.
         """
         if x.dim() < 2 or x.shape[1:].numel() != self.dim:
             raise ValueError(f"x: expected (B, {self.dim}), got {tuple(x.shape)}")
@@ -105,5 +105,8 @@ class MLP(nn.Module):
 
 
 def guidance_time(g: Tensor | None, like: Tensor) -> Tensor:
-    """A guidance scale as a number that a time embedding takes: 1 / g, (B,), which varies where g is small; None: 1."""
+    """Return the number by which a time embedding takes a guidance scale: 1 / g, (B,), which varies where g is small.
+
+    A missing scale counts as 1.
+    """
     return torch.ones_like(like) if g is None else g.to(like).reciprocal()

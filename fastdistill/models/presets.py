@@ -1,4 +1,4 @@
-"""Networks by name: the table, and `create`."""
+"""Create networks by name, from the table `PRESETS`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastdistill.models.mlp import MLP
 
 @dataclass(frozen=True)
 class Preset:
-    """A network class and the arguments that make it this preset."""
+    """Store a network class and the arguments that make it this preset."""
 
     network: type[nn.Module]
     arguments: dict[str, Any]
@@ -27,9 +27,9 @@ def _dit(
     return Preset(DiT, arguments | {"mlp_ratio": mlp_ratio, "num_classes": num_classes})
 
 
-# S to XL are DiT's and SiT's on 32 x 32 x 4 latents: arXiv:2212.09748. Ours have a second time embedder
-# (C² + 258 C parameters more) and predict no variance. The digits' (8 x 8 x 1, 16 tokens) is for minutes on two CPU
-# cores: in the same time, width 128 learns less there, having fewer steps.
+# S to XL are those of DiT and SiT on 32 x 32 x 4 latents: arXiv:2212.09748. Ours have a second time embedder (C² + 258
+# C parameters more), and predict no variance. The preset for digits (8 x 8 x 1, 16 tokens) is for minutes on two CPU
+# cores; width 128 learns less there in the same time, because it makes fewer steps.
 PRESETS: dict[str, Preset] = {
     "mlp-ring": Preset(MLP, {"dim": 2, "width": 96, "depth": 3}),
     "mlp-digits": Preset(MLP, {"dim": 64, "width": 372, "depth": 5, "num_classes": 10}),
@@ -52,7 +52,7 @@ def create(name: str, **overrides: Any) -> nn.Module:
         overrides: arguments of the network's class, e.g. ``create("dit-digits", depth=6, pos="rope")``.
 
     Raises:
-        ValueError: an unknown name, an unknown override, or a value that the network refuses; it says which.
+        ValueError: a name or an override is unknown, or the network refuses a value; the message says which.
     """
     if name not in PRESETS:
         raise ValueError(f"name: expected one of {', '.join(PRESETS)}, got {name!r}")
@@ -60,10 +60,10 @@ def create(name: str, **overrides: Any) -> nn.Module:
     accepted = inspect.signature(preset.network).parameters
     unknown = sorted(set(overrides) - set(accepted))
     if unknown:
-        raise ValueError(f"overrides: {name!r} takes {', '.join(accepted)}, got {', '.join(unknown)}")
+        raise ValueError(f"overrides: expected arguments of {name!r} ({', '.join(accepted)}), got {', '.join(unknown)}")
     return preset.network(**preset.arguments | overrides)
 
 
 def count_parameters(net: nn.Module) -> int:
-    """How many trainable numbers a network has."""
+    """Return the number of trainable parameters of a network."""
     return sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)

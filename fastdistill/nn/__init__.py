@@ -1,4 +1,4 @@
-"""Thin modules over ``fastdistill.ops``: the parts of a transformer flow map, with exact fused tangents.
+"""Wrap `fastdistill.ops` in thin modules: the parts of a transformer flow map, with exact fused tangents.
 
 They hold parameters and call ops; the mathematics is in the ops. State dicts are those of the modules that they
 replace: torch.nn's for ``Linear``, norms and activations (which subclass these), timm's for ``Attention``, ``Mlp``,

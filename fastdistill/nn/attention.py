@@ -1,4 +1,4 @@
-"""Attention with packed projections, whose norms of heads and rotary embedding run in one kernel."""
+"""Compute attention with packed projections, whose norms of heads and rotary embedding run in one kernel."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from fastdistill import ops
 from fastdistill.nn.basic import Linear, RMSNorm
 
-# One pair (cos, sin), each (N, D/2): the rotation of every token, shared by batch and heads.
+# A pair (cos, sin), each (N, D/2), is the rotation of every token, shared by batch and heads.
 Rotation = tuple[Tensor, Tensor]
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one packed projection for query, key and value; state dict of timm's Attention.
+    """Compute multi-head self-attention by one packed projection for q, k and v; state dict of timm's Attention.
 
     Query, key and value are strided views of the packed projection. One op normalises and turns queries and keys, and
     nothing else is copied on the way to attention.
@@ -21,7 +21,7 @@ class Attention(nn.Module):
         width: C, a multiple of `heads`.
         heads: H.
         qk_norm: RMS-normalise queries and keys per head (weights (D,), shared by the heads), D = C / H.
-        bias: whether both projections have one.
+        bias: whether both projections have a bias.
 
     Args of forward:
         x: (B, N, C).

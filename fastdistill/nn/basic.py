@@ -1,4 +1,4 @@
-"""Linear layers, activations, norms and modulation, with torch.nn's constructors and state dicts where it has them."""
+"""Define linear layers, activations, norms and modulation, with torch.nn's constructors and state dicts."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from fastdistill.ops.protocol.context import AUTOCASTING
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """A context that switches autocast off on `device`, for the parts of a network that must not be rounded to 16 bits.
+    """Return a context that switches autocast off on `device`, for parts of a network that 16 bits would spoil.
 
     Under it a linear layer computes in the dtype of its parameters.
     """
-    if device.type not in AUTOCASTING:  # the meta device, for one
+    if device.type not in AUTOCASTING:  # The meta device is one without autocast.
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 class Linear(nn.Linear):
-    """``torch.nn.Linear`` (same arguments, same state dict), whose tangent costs one matmul instead of two.
+    """Replace ``torch.nn.Linear`` (same arguments, same state dict) by a layer whose tangent costs one matmul, not two.
 
     Equivalent to: ``torch.nn.functional.linear(x, weight, bias)``.
     """
@@ -32,7 +32,7 @@ class Linear(nn.Linear):
 
 
 class GELU(nn.GELU):
-    """``torch.nn.GELU`` (same argument, no parameters) with a fused tangent.
+    """Replace ``torch.nn.GELU`` (same argument, no parameters) by one with a fused tangent.
 
     Equivalent to: ``torch.nn.functional.gelu(x, approximate=approximate)``.
     """
@@ -42,7 +42,9 @@ class GELU(nn.GELU):
 
 
 class SiLU(nn.SiLU):
-    """``torch.nn.SiLU`` (no parameters) with a fused tangent. The result is always a new tensor: `inplace` is ignored.
+    """Replace ``torch.nn.SiLU`` (no parameters) by one with a fused tangent.
+
+    The result is always a new tensor: `inplace` is ignored.
 
     Equivalent to: ``torch.nn.functional.silu(x)``.
     """
@@ -52,7 +54,7 @@ class SiLU(nn.SiLU):
 
 
 class LayerNorm(nn.LayerNorm):
-    """``torch.nn.LayerNorm`` (same arguments, same state dict) with a fused tangent.
+    """Replace ``torch.nn.LayerNorm`` (same arguments, same state dict) by one with a fused tangent.
 
     Equivalent to: ``torch.nn.functional.layer_norm(x, normalized_shape, weight, bias, eps)``.
     """
@@ -62,7 +64,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """``torch.nn.RMSNorm`` (same arguments, same state dict) with a fused tangent.
+    """Replace ``torch.nn.RMSNorm`` (same arguments, same state dict) by one with a fused tangent.
 
     Equivalent to: ``torch.nn.functional.rms_norm(x, normalized_shape, weight, eps)``.
     """
@@ -72,7 +74,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class AdaLayerNorm(LayerNorm):
-    """LayerNorm over the last dimension, scaled and shifted by what the forward is given; state dict of LayerNorm.
+    """Apply LayerNorm over the last dimension, then the scale and shift of the forward; state dict of LayerNorm.
 
     Args of forward:
         x: (..., C).
@@ -89,7 +91,7 @@ class AdaLayerNorm(LayerNorm):
 
 
 class AdaRMSNorm(RMSNorm):
-    """RMSNorm over the last dimension, scaled and shifted by what the forward is given; state dict of RMSNorm.
+    """Apply RMSNorm over the last dimension, then the scale and shift of the forward; state dict of RMSNorm.
 
     Args of forward:
         x: (..., C).
@@ -107,7 +109,7 @@ class AdaRMSNorm(RMSNorm):
 
 
 class GatedResidualAdaNorm(nn.LayerNorm):
-    """The step between two blocks: the gated residual of one, and its modulated norm for the next, in one kernel.
+    """Compute the step between two blocks in one kernel: a block's gated residual, and its norm for the next block.
 
     The residual stream may be float32 while blocks compute in 16 bits: r has x's dtype, y has h's.
 
@@ -132,9 +134,10 @@ class GatedResidualAdaNorm(nn.LayerNorm):
 
 
 class Modulation(nn.Module):
-    """`count` vectors for scaling, shifting and gating tokens, from a condition (DiT's adaLN, arXiv:2212.09748).
+    """Compute `count` vectors that scale, shift and gate tokens, from a condition (DiT's adaLN, arXiv:2212.09748).
 
-    Computed in the dtype of the parameters even under autocast: a bf16 scale would round every token of the tangent.
+    They are computed in the dtype of the parameters even under autocast, because a bf16 scale would round every token
+    of the tangent.
 
     Args of forward:
         condition: (B, C).

@@ -1,4 +1,4 @@
-"""Embeddings of times and of positions, computed in the forward and never stored.
+"""Embed times and positions in the forward, without storing anything.
 
 So nothing is rounded by ``.bfloat16()``, lost by ``.to_empty()``, or tied to one image size.
 """
@@ -15,7 +15,7 @@ from fastdistill.nn.basic import Linear, SiLU, full_precision
 
 
 class TimestepEmbedding(nn.Module):
-    """A time t in [0, 1] to a vector: sinusoids of t, then Linear, SiLU, Linear.
+    """Embed a time t in [0, 1] as a vector: sinusoids of t, then Linear, SiLU, Linear.
 
     DiT feeds 1000 t to frequencies up to 1. Nothing there needs the derivative in t, but du/dt of a flow map does, and
     with frequencies up to 1000 it is huge, noisy, and meaningless in 16 bits. Here t is not scaled and the frequencies
@@ -23,7 +23,7 @@ class TimestepEmbedding(nn.Module):
 
     Args:
         width: C of the output.
-        features: how many sinusoids (even).
+        features: number of sinusoids (even).
         max_frequency: the highest angular frequency in radians per unit of t.
 
     Args of forward:
@@ -47,13 +47,13 @@ class TimestepEmbedding(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """DiT's and SiT's time embedding, with their state dict (``mlp.0``, ``mlp.2``), in the dtype of the parameters.
+    """Embed times as DiT and SiT do, with their state dict (``mlp.0``, ``mlp.2``), in the parameters' dtype.
 
-    They call it with t in [0, 1000] (DiT) or in [0, 1] (SiT): nothing is scaled here.
+    DiT calls it with t in [0, 1000], SiT with t in [0, 1]; nothing is scaled here.
 
     Args:
         hidden_size: C of the output.
-        frequency_embedding_size: how many sinusoids.
+        frequency_embedding_size: number of sinusoids.
 
     Args of forward:
         t: (B,).
@@ -75,7 +75,7 @@ class TimestepEmbedder(nn.Module):
 
 
 def sinusoids(t: Tensor, features: int, max_frequency: float) -> Tensor:
-    """cos and sin of t at geometrically spaced angular frequencies from 1 to `max_frequency`.
+    """Return cos and sin of t at geometrically spaced angular frequencies from 1 to `max_frequency`.
 
     Args:
         t: (B,); computed in float32 at least.
@@ -96,7 +96,7 @@ def sinusoids(t: Tensor, features: int, max_frequency: float) -> Tensor:
 
 
 def sincos_2d(grid: tuple[int, int], width: int, like: Tensor) -> Tensor:
-    """The fixed 2-D sine-cosine position embedding of MAE and DiT.
+    """Return the fixed 2-D sine-cosine position embedding of MAE and DiT.
 
     Half of the width encodes the column, half the row; each half is sines, then cosines, at frequencies
     10000^(-i / (width / 4)).
@@ -120,9 +120,9 @@ def sincos_2d(grid: tuple[int, int], width: int, like: Tensor) -> Tensor:
 
 
 def _grid_angles(grid: tuple[int, int], count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row and column number of each token times `count` frequencies: two tensors (rows * columns, count) float64.
+    """Return the row and column number of each token times `count` frequencies, both (rows * columns, count) float64.
 
-    In float64 because it costs nothing, and a float64 network must not inherit float32 positions.
+    float64 costs nothing here, and a float64 network must not inherit float32 positions.
     """
     rows, columns = grid
     exponent = torch.arange(count, device=device, dtype=torch.float64) / count

@@ -1,4 +1,4 @@
-"""The networks between attentions, plain and gated, under the names that timm and diffusers give their parameters."""
+"""Define the networks between attentions, plain and gated, with the parameter names of timm and diffusers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastdistill import ops
 from fastdistill.nn.basic import Linear
 
-# What multiplies the other half, by the name of its activation.
+# Maps an activation to the op that multiplies it with the other half.
 GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": ops.swiglu,
     "gelu": ops.geglu,
@@ -19,14 +19,14 @@ GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def gate_of(activation: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """The op activation(gate) * up of (gate, up) for "silu", "gelu" or "gelu-tanh"; ValueError for another name."""
+    """Return the op (gate, up) -> activation(gate) * up for "silu", "gelu" or "gelu-tanh"; refuse other names."""
     if activation not in GATES:
         raise ValueError(f"activation: expected one of {', '.join(map(repr, GATES))}, got {activation!r}")
     return GATES[activation]
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a tanh-approximated GELU between them; state dict of timm's Mlp.
+    """Apply two linear layers with a tanh-approximated GELU between them; state dict of timm's Mlp.
 
     Equivalent to: ``fc2(torch.nn.functional.gelu(fc1(x), approximate="tanh"))``.
     """
@@ -41,12 +41,12 @@ class Mlp(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """timm's SwiGLU: two projections, whose product goes through a third; state dict ``fc1_g``, ``fc1_x``, ``fc2``.
+    """Multiply two projections, one through SiLU, and project: timm's SwiGLU, state dict ``fc1_g``, ``fc1_x``, ``fc2``.
 
     Args:
         width: C, in and out.
         hidden: width of the product.
-        bias: whether the projections have one.
+        bias: whether the projections have a bias.
 
     Equivalent to: ``fc2(torch.nn.functional.silu(fc1_g(x)) * fc1_x(x))``.
     Source: Shazeer, "GLU Variants Improve Transformer" (arXiv:2002.05202), its SwiGLU.
@@ -63,19 +63,19 @@ class SwiGLU(nn.Module):
 
 
 class GluMlp(nn.Module):
-    """timm's GluMlp and SwiGLUPacked: one projection, whose halves are multiplied; state dict ``fc1``, ``fc2``.
+    """Multiply the halves of one projection, and project: timm's GluMlp and SwiGLUPacked, state dict ``fc1``, ``fc2``.
 
     Args:
         width: C, in and out.
         hidden: width of the first projection, of both halves together, as timm counts: even.
-        activation: of the gate, "silu", "gelu" or "gelu-tanh".
+        activation: activation of the gate, "silu", "gelu" or "gelu-tanh".
         gate_last: whether the gate is the second half (timm's GluMlp) or the first (its SwiGLUPacked).
-        bias: whether both projections have one.
+        bias: whether both projections have a bias.
 
     Equivalent to: ``a, b = fc1(x).chunk(2, -1)``, then ``fc2(a * act(b))``, or ``fc2(act(a) * b)`` if not `gate_last`.
 
     Raises:
-        ValueError: an odd `hidden`, or another activation.
+        ValueError: `hidden` is odd, or the activation is unknown.
     """
 
     def __init__(
@@ -94,17 +94,17 @@ class GluMlp(nn.Module):
 
 
 class GatedProjection(nn.Module):
-    """diffusers' GEGLU and SwiGLU: a projection whose second half gates the first; state dict ``proj``.
+    """Gate the first half of a projection by the second: diffusers' GEGLU and SwiGLU, state dict ``proj``.
 
     Args:
         dim_in, dim_out: channels in and out; the projection has twice as many as come out.
         activation: "gelu" (GEGLU), "silu" (SwiGLU) or "gelu-tanh".
-        bias: whether the projection has one.
+        bias: whether the projection has a bias.
 
     Equivalent to: ``x, gate = proj(x).chunk(2, -1)``, then ``x * act(gate)``.
 
     Raises:
-        ValueError: another activation.
+        ValueError: the activation is unknown.
     """
 
     def __init__(self, dim_in: int, dim_out: int, activation: str = "gelu", bias: bool = True) -> None:
@@ -118,17 +118,17 @@ class GatedProjection(nn.Module):
 
 
 class ActivatedProjection(nn.Module):
-    """diffusers' GELU and LinearActivation: a projection and an activation; state dict ``proj``.
+    """Apply a projection and an activation: diffusers' GELU and LinearActivation, state dict ``proj``.
 
     Args:
         dim_in, dim_out: channels in and out.
         activation: "gelu", "gelu-tanh" or "silu".
-        bias: whether the projection has one.
+        bias: whether the projection has a bias.
 
     Equivalent to: ``act(proj(x))``.
 
     Raises:
-        ValueError: another activation.
+        ValueError: the activation is unknown.
     """
 
     def __init__(self, dim_in: int, dim_out: int, activation: str = "gelu", bias: bool = True) -> None:
@@ -148,20 +148,20 @@ class ActivatedProjection(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """diffusers' FeedForward, with its names of activations and its state dict (``net.0.proj``, ``net.2``).
+    """Apply diffusers' FeedForward, with its names of activations and its state dict (``net.0.proj``, ``net.2``).
 
-    Its dropout is left out, as it is by default there.
+    Dropout is left out; it is off by default in diffusers.
 
     Args:
-        dim: C, in and, unless told otherwise, out.
+        dim: C, the channels in; also those out unless `dim_out` is given.
         dim_out: channels out.
         mult: hidden width over `dim`.
         activation_fn: "geglu", "swiglu", "gelu", "gelu-approximate" or "linear-silu".
         inner_dim: the hidden width itself, instead of `mult`.
-        bias: whether the projections have one.
+        bias: whether the projections have a bias.
 
     Raises:
-        ValueError: another activation.
+        ValueError: the activation is unknown.
     """
 
     def __init__(
@@ -188,7 +188,8 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList(
             [
                 project(dim, hidden, activation, bias=bias),
-                nn.Identity(),  # where diffusers has its dropout: the next index is a part of the state dict's names
+                # diffusers has its dropout here, and the next index is part of a name in the state dict.
+                nn.Identity(),
                 Linear(hidden, dim if dim_out is None else dim_out, bias=bias),
             ]
         )

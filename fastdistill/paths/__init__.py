@@ -1,4 +1,4 @@
-"""Probability paths x_t = alpha(t) x0 + beta(t) x1 from data x0 (t = 0) to Gaussian noise x1 (t = 1).
+"""Define probability paths x_t = alpha(t) x0 + beta(t) x1 from data x0 (t = 0) to Gaussian noise x1 (t = 1).
 
 `PATHS` holds the class of each by name, and `get(name, **options)` makes one.
 """
@@ -42,7 +42,7 @@ __all__ = [
     "rescale",
 ]
 
-LINEAR = Linear()  # the default everywhere
+LINEAR = Linear()  # The default everywhere.
 
 PATHS: dict[str, type[Path]] = {
     "linear": Linear,
@@ -59,7 +59,7 @@ PATHS: dict[str, type[Path]] = {
 
 
 def get(name: str, **options: object) -> Path:
-    """The path called `name` with these options; ValueError lists the names there are, or the options it takes.
+    """Return the path called `name` with these options; a ValueError lists the known names, or the path's options.
 
     Equivalent to:
         PATHS[name](**options)

@@ -1,4 +1,4 @@
-"""What every probability path has in common: a schedule, its derivatives, and what follows from them."""
+"""Define what every probability path has in common: a schedule, its derivatives, and what follows from them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-# Gauss-Legendre nodes and weights on [0, 1]: exact for polynomials of degree 15.
+# Gauss-Legendre nodes and weights on [0, 1] are exact for polynomials of degree 15.
 _QUADRATURE = tuple(
     (0.5 + sign * 0.5 * node, 0.5 * weight)
     for node, weight in (
@@ -20,7 +20,7 @@ _QUADRATURE = tuple(
     )
     for sign in (-1, 1)
 )
-_NEAR = 0.1  # times closer than this are averaged by quadrature, others by a difference
+_NEAR = 0.1  # Times closer than this are averaged by quadrature, others by a difference.
 
 
 def expand_time(t: Tensor, x: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def expand_time(t: Tensor, x: Tensor) -> Tensor:
 
 
 class Path(ABC):
-    """A schedule and its derivatives, all elementwise in t on [0, 1]; the rest follows from these four.
+    """Schedule with its derivatives, all elementwise in t on [0, 1], from which all other methods follow.
 
     Given x0, the state at t has the law N(alpha(t) x0, beta(t)^2 I). Most paths reach the data at t = 0, alpha = 1 and
     beta = 0, and unit noise at t = 1, alpha = 0 and beta = 1; those that do not say so.
@@ -40,51 +40,52 @@ class Path(ABC):
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
-        """The coefficient of the data, which falls with t."""
+        """Return the coefficient of the data, which falls with t."""
 
     @abstractmethod
     def beta(self, t: Tensor) -> Tensor:
-        """The standard deviation of the noise, which rises with t."""
+        """Return the standard deviation of the noise, which rises with t."""
 
     @abstractmethod
     def d_alpha(self, t: Tensor) -> Tensor:
-        """The derivative of alpha."""
+        """Return the derivative of alpha."""
 
     @abstractmethod
     def d_beta(self, t: Tensor) -> Tensor:
-        """The derivative of beta."""
+        """Return the derivative of beta."""
 
     @property
     def stochastic(self) -> bool:
-        """Whether `interpolate` adds noise of its own, so that two calls don't share their noise."""
+        """Return whether `interpolate` adds noise of its own, so that two calls differ."""
         return False
 
     def interpolate(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-        """The state x_t = alpha(t) x0 + beta(t) x1; x0, x1 (B, ...) and t (B,) or ()."""
+        """Return the state x_t = alpha(t) x0 + beta(t) x1, for x0, x1 (B, ...) and t (B,) or ()."""
         t = expand_time(t, x0)
         return self.alpha(t) * x0 + self.beta(t) * x1
 
     def velocity(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-        """The conditional velocity d_alpha(t) x0 + d_beta(t) x1, the time derivative of `interpolate`.
+        """Return the conditional velocity d_alpha(t) x0 + d_beta(t) x1, the time derivative of `interpolate`.
 
-        Its mean given x_t is the marginal velocity that carries the data's law to the noise's.
+        Its mean given x_t is the marginal velocity, which carries the law of the data to that of the noise.
+
         Source: Lipman et al. 2023, arXiv:2210.02747, theorems 1 and 2; Albergo et al. 2023, arXiv:2303.08797.
         """
         t = expand_time(t, x0)
         return self.d_alpha(t) * x0 + self.d_beta(t) * x1
 
     def prior(self, x1: Tensor) -> Tensor:
-        """The state that sampling starts from at t = 1, beta(1) x1, for unit noise x1 (B, ...).
+        """Return the state from which sampling starts at t = 1, beta(1) x1, for unit noise x1 (B, ...).
 
-        Exact where alpha(1) = 0; a path with alpha(1) > 0 (EDM, VE) neglects the data against the noise there.
+        This is exact where alpha(1) = 0. A path with alpha(1) > 0 (EDM, VE) neglects the data against the noise there.
         """
         return self.beta(torch.ones((), dtype=torch.float64, device=x1.device)).to(x1.dtype) * x1
 
     def slopes(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean slopes (alpha(t) - alpha(s)) / (t - s) and the same of beta; the derivatives where s = t.
+        """Return the mean slopes (alpha(t) - alpha(s)) / (t - s), and those of beta; where s = t, the derivatives.
 
-        Accurate to a few rounding errors however close the times are: a difference far apart, and Gauss-Legendre
-        quadrature of the derivative near by. Paths override it where a closed form exists.
+        The slopes are accurate to a few rounding errors however close the times are. Distant times take a difference,
+        near ones a Gauss-Legendre quadrature of the derivative. Paths override this where a closed form exists.
         """
         gap = t - s
         near = gap.abs() < _NEAR
@@ -96,13 +97,13 @@ class Path(ABC):
         return means[0], means[1]
 
     def angle(self, t: Tensor) -> Tensor:
-        """The noise level as an angle, atan2(beta, alpha), in [0, pi/2]: it alone says how a state is mixed."""
+        """Return the noise level as an angle, atan2(beta, alpha), in [0, pi/2]; it determines how a state is mixed."""
         return torch.atan2(self.beta(t), self.alpha(t))
 
     def time_at(self, angle: Tensor) -> Tensor:
-        """The time with this noise level, the inverse of `angle`; differentiable; angle of any shape.
+        """Return the time with this noise level, the inverse of `angle`; differentiable, for angles of any shape.
 
-        By bisection where a path has no closed form. An angle that the path doesn't reach gives the nearer end.
+        Without a closed form this bisects. An angle beyond the path gives the nearer end.
         """
         with torch.no_grad():
             low, high = torch.zeros_like(angle), torch.ones_like(angle)
@@ -116,7 +117,8 @@ class Path(ABC):
             outside = (angle < self.angle(torch.zeros_like(t))) | (angle > self.angle(torch.ones_like(t)))
             inverse = torch.where(outside | (rate == 0), 0.0, 1 / torch.where(rate == 0, 1.0, rate))
             anchor = self.angle(t)
-        # One step of Newton: it changes the value by a rounding error, and gives it its derivative by `angle`.
+        # One step of Newton changes the value by a rounding error only, and gives it the derivative with respect to
+        # `angle`.
         return t + torch.where(inverse == 0, 0.0, (angle - anchor) * inverse)
 
 

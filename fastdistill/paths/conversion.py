@@ -1,4 +1,4 @@
-"""From one prediction to another on a path, and from one path to another.
+"""Convert one prediction on a path into another, and carry functions from one path to another.
 
 A network may predict the data x0, the unit noise x1, the velocity v or the score of p_t: given x_t each is a linear
 function of any other. And two paths of Gaussian noise are one path up to a change of time and scale: states of equal
@@ -20,19 +20,19 @@ AverageVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]  # u(x, t, s)
 
 
 def convert(path: Path, x: Tensor, t: Tensor, value: Tensor, source: str, target: str) -> Tensor:
-    """Turn one prediction at (x, t) into another: E[x0 | x], E[x1 | x], v(x, t) or the score grad log p_t(x).
+    """Convert a prediction at (x, t) into another one: E[x0 | x], E[x1 | x], v(x, t), or the score grad log p_t(x).
 
     With alpha, beta and their rates at t, and D = alpha d_beta - d_alpha beta:
         x = alpha x0 + beta x1,  v = d_alpha x0 + d_beta x1,  score = -x1 / beta.
-    Infinite or NaN where that divides by zero: from x0 and score where beta = 0, from x1 where alpha = 0, to score
-    where beta = 0, and from v where D = 0.
+    The result is infinite or NaN where that divides by zero: from x0 and score where beta = 0, from x1 where alpha = 0,
+    to score where beta = 0, and from v where D = 0.
 
     Args:
         x, value: (B, ...), alike in shape. t: (B,) or ().
         source, target: names in `PREDICTIONS`.
 
     Raises:
-        ValueError: an unknown name, or a path whose coupling makes alpha and beta no description of x_t given x0.
+        ValueError: a name is unknown, or the path has a coupling, so that alpha and beta don't describe x_t given x0.
 
     Source: Salimans and Ho 2022, arXiv:2202.00512, its v-prediction, for any schedule.
     """
@@ -58,12 +58,12 @@ def convert(path: Path, x: Tensor, t: Tensor, value: Tensor, source: str, target
 
 
 def carry_time(source: Path, target: Path, t: Tensor) -> Tensor:
-    """The time on `target` at which the noise level is that of `source` at t; differentiable; any shape."""
+    """Return the time on `target` with the same noise level as `source` has at t; differentiable, for any shape."""
     return target.time_at(source.angle(t))
 
 
 def rescale(source: Path, target: Path, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a state x at t on `source` is on `target`: the time there, and the factor c of the state c x there.
+    """Return the time on `target` that corresponds to t on `source`, and the factor c that turns a state x into c x.
 
     Both have the shape of t, and both are differentiable.
     """
@@ -74,7 +74,7 @@ def rescale(source: Path, target: Path, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def carry_velocity(velocity: Velocity, source: Path, target: Path) -> Velocity:
-    """A velocity field on `source` as the one on `target` of the same data; velocity(x, t), x (B, ...), t (B,).
+    """Return the velocity field on `target` from that on `source`; velocity(x, t), x (B, ...), t (B,).
 
     With x = c(t) y and y at time r(t) on the source: v(x, t) = c'(t) y + c(t) r'(t) velocity(y, r).
     """
@@ -89,11 +89,11 @@ def carry_velocity(velocity: Velocity, source: Path, target: Path) -> Velocity:
 
 
 def carry_average_velocity(average: AverageVelocity, source: Path, target: Path) -> AverageVelocity:
-    """An average velocity u(x, t, s) on `source` as the one on `target`, by the same flow map; t, s (B,).
+    """Return the average velocity u(x, t, s) on `target` from that on `source`, by the same flow map; t, s (B,).
 
     With x = c(t) y, times q = r(t) and p = r(s), and f(y, q, p) = y - (q - p) u:
         u(x, t, s) = ((c(t) - c(s)) / (t - s)) y + c(s) ((q - p) / (t - s)) average(y, q, p),
-    and the two quotients are derivatives where s = t. Accurate to about a rounding error over t - s.
+    and the two quotients are derivatives where s = t. It is accurate to about a rounding error over t - s.
     """
 
     def carried(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -110,14 +110,15 @@ def carry_average_velocity(average: AverageVelocity, source: Path, target: Path)
 
 
 def _back(source: Path, target: Path, t: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The source's time r(t) and the factor c(t) from its state to the target's, and the derivatives of both."""
+    """Return the source's time r(t), the factor c(t) from its state to the target's, and the derivatives of both."""
 
     def at(t: Tensor) -> tuple[Tensor, Tensor]:
         time, factor = rescale(target, source, t)
         return time, 1 / factor
 
     values, pull = torch.func.vjp(at, t)  # type: ignore[misc]  # three results only with has_aux
-    one, zero = torch.ones_like(t), torch.zeros_like(t)  # elementwise, so that a row of the Jacobian is one number
+    # All is elementwise in t, so a row of the Jacobian is one number.
+    one, zero = torch.ones_like(t), torch.zeros_like(t)
     return values, (pull((one, zero))[0], pull((zero, one))[0])
 
 

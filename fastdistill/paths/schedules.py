@@ -1,4 +1,4 @@
-"""The paths that have a name in the literature. Times are always in [0, 1], with 0 = data and 1 = noise."""
+"""Define the paths that have a name in the literature; times are in [0, 1], with 0 = data and 1 = noise."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Schedule = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Linear(Path):
-    """The straight path x_t = (1 - t) x0 + t x1, whose conditional velocity is x1 - x0 at every t.
+    """Straight path x_t = (1 - t) x0 + t x1, whose conditional velocity is x1 - x0 at every t.
 
     Source: Liu et al. 2023 (rectified flow), arXiv:2209.03003, with time reversed.
     """
@@ -44,7 +44,7 @@ class Linear(Path):
 
 @dataclass(frozen=True)
 class FM(Path):
-    """The path of flow matching's first paper, straight with a last bit of noise: beta(t) = sigma + (1 - sigma) t.
+    """Straight path of flow matching's first paper, which keeps a bit of noise: beta(t) = sigma + (1 - sigma) t.
 
     p_t(x | x0) = N((1 - t) x0, (sigma + (1 - sigma) t)^2 I), and v = (1 - sigma) x1 - x0, which is
     ((1 - sigma) x_t - x0) / (sigma + (1 - sigma) t). At t = 0 the state is x0 plus noise of deviation sigma.
@@ -79,7 +79,7 @@ class FM(Path):
 
 @dataclass(frozen=True)
 class Cosine(Path):
-    """The variance-preserving path x_t = cos(pi t / 2) x0 + sin(pi t / 2) x1.
+    """Variance-preserving path that interpolates by angles: x_t = cos(pi t / 2) x0 + sin(pi t / 2) x1.
 
     Source: Albergo and Vanden-Eijnden 2023, arXiv:2209.15571, the trigonometric interpolant, with time reversed.
     """
@@ -106,7 +106,7 @@ class Cosine(Path):
 
 @dataclass(frozen=True)
 class TrigFlow(Path):
-    """sCM's path x = cos(a) x0 + sin(a) z with noise z = sigma_data x1 on the scale of the data, and a = pi t / 2.
+    """Path of sCM, x = cos(a) x0 + sin(a) z, whose noise z = sigma_data x1 has the data's scale; a = pi t / 2.
 
     sCM's time is the angle a in [0, pi/2]; a velocity by t is pi/2 times one by a.
     Source: Lu and Song 2025 (sCM), arXiv:2410.11081, section 3.
@@ -139,7 +139,7 @@ class TrigFlow(Path):
 
 @dataclass(frozen=True)
 class EDM(Path):
-    """The variance-exploding path x_t = x0 + sigma(t) x1, with EDM's warped noise levels.
+    """Variance-exploding path x_t = x0 + sigma(t) x1, which has EDM's warped noise levels.
 
     sigma(t) = (sigma_min^(1/rho) + t (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho: equal steps of t are EDM's steps.
     rho = 1 with sigma_min = 0 is EDM's own time, sigma = sigma_max t. The path starts at sigma_min, not at the data,
@@ -179,7 +179,7 @@ class EDM(Path):
         return self.rho * width * (start + width * t) ** (self.rho - 1)
 
     def time_of(self, sigma: Tensor) -> Tensor:
-        """The time with noise level sigma, any shape; levels beyond the path's give its nearer end."""
+        """Return the time with noise level sigma, of any shape; a level beyond the path gives its nearer end."""
         start, width = self._line
         return ((sigma.clamp(self.sigma_min, self.sigma_max) ** (1 / self.rho) - start) / width).clamp(0, 1)
 
@@ -189,7 +189,7 @@ class EDM(Path):
 
 @dataclass(frozen=True)
 class VE(Path):
-    """The variance-exploding path x_t = x0 + sigma(t) x1 with geometric noise, sigma_min (sigma_max/sigma_min)^t.
+    """Variance-exploding path x_t = x0 + sigma(t) x1, whose noise is geometric: sigma_min (sigma_max/sigma_min)^t.
 
     Its ends are as EDM's: neither the data at t = 0 nor pure noise at t = 1.
     Source: Song et al. 2021, arXiv:2011.13456, section 3.4.
@@ -221,7 +221,7 @@ class VE(Path):
         return self._rate * self.beta(t)
 
     def time_of(self, sigma: Tensor) -> Tensor:
-        """The time with noise level sigma, any shape; levels beyond the path's give its nearer end."""
+        """Return the time with noise level sigma, of any shape; a level beyond the path gives its nearer end."""
         return ((sigma.clamp(self.sigma_min, self.sigma_max) / self.sigma_min).log() / self._rate).clamp(0, 1)
 
     def time_at(self, angle: Tensor) -> Tensor:
@@ -230,7 +230,7 @@ class VE(Path):
 
 @dataclass(frozen=True)
 class _Noised(Path):
-    """A path between pairs with noise of fixed deviation sigma on top: x_t = a(t) x0 + b(t) x1 + sigma e.
+    """Path between pairs that adds noise of fixed deviation sigma: x_t = a(t) x0 + b(t) x1 + sigma e.
 
     Its `interpolate` and `velocity` are those of the pair; `alpha` and `beta` describe x_t given x0 alone, where x1 is
     unit noise: beta = (b^2 + sigma^2)^(1/2), and the marginal velocity that follows from them is the same.
@@ -265,7 +265,7 @@ class _Noised(Path):
         return alpha, beta
 
     def interpolate(self, x0: Tensor, x1: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The state a(t) x0 + b(t) x1 + sigma noise; x0, x1, noise (B, ...) and t (B,) or ().
+        """Return the state a(t) x0 + b(t) x1 + sigma noise, for x0, x1, noise (B, ...) and t (B,) or ().
 
         Without `noise`, unit noise is drawn from torch's global generator, as dropout does.
         """
@@ -275,13 +275,13 @@ class _Noised(Path):
         return x + self.sigma * (torch.randn_like(x) if noise is None else noise)
 
     def velocity(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-        """The pair's velocity, which is the time derivative of `interpolate` at fixed noise."""
+        """Return the pair's velocity, which is the time derivative of `interpolate` at fixed noise."""
         return self.pair.velocity(x0, x1, t)
 
 
 @dataclass(frozen=True)
 class ICFM(_Noised):
-    """Independent conditional flow matching: p_t(x | x0, x1) = N((1 - t) x0 + t x1, sigma^2 I), v = x1 - x0.
+    """Independent conditional flow matching, where p_t(x | x0, x1) = N((1 - t) x0 + t x1, sigma^2 I) and v = x1 - x0.
 
     sigma = 0 is rectified flow, the linear path.
     Source: Tong et al. 2023, arXiv:2302.00482, its I-CFM, with time reversed.
@@ -290,11 +290,12 @@ class ICFM(_Noised):
 
 @dataclass(frozen=True)
 class OTCFM(_Noised):
-    """ICFM on pairs (x0, x1) coupled by minibatch optimal transport: straighter marginal paths.
+    """ICFM on pairs (x0, x1) that minibatch optimal transport couples, which makes the marginal paths straighter.
 
-    The path itself is ICFM's; what couples the pairs is `fastdistill.couplings.optimal_transport`, before
-    `interpolate`. `alpha` and `beta` describe x_t given x0 for an *independent* x1: with the coupling x1 is no longer
-    unit noise given x0, so that the path's score and noise predictions don't follow from them.
+    The path itself is ICFM's; `fastdistill.couplings.optimal_transport` couples the pairs before `interpolate`. `alpha`
+    and `beta` describe x_t given x0 for an *independent* x1. With the coupling x1 is no longer unit noise given x0, so
+    the path's score and noise predictions don't follow from them.
+
     Source: Tong et al. 2023, arXiv:2302.00482, its OT-CFM; Pooladian et al. 2023, arXiv:2304.14772.
     """
 
@@ -303,7 +304,7 @@ class OTCFM(_Noised):
 
 @dataclass(frozen=True)
 class VPSI(_Noised):
-    """Variance-preserving stochastic interpolant: N(cos(pi t/2) x0 + sin(pi t/2) x1, sigma^2 I).
+    """Variance-preserving stochastic interpolant, which has the law N(cos(pi t/2) x0 + sin(pi t/2) x1, sigma^2 I).
 
     sigma = 0 is `Cosine`.
     Source: Albergo and Vanden-Eijnden 2023, arXiv:2209.15571; with sigma: Tong et al. 2023, arXiv:2302.00482.
@@ -313,16 +314,16 @@ class VPSI(_Noised):
 
 
 class Gaussian(Path):
-    """The path of any two schedules: p_t(x | x0) = N(alpha(t) x0, beta(t)^2 I).
+    """Path that any two schedules define: p_t(x | x0) = N(alpha(t) x0, beta(t)^2 I).
 
     Its velocity is (d_alpha - d_beta alpha / beta) x0 + (d_beta / beta) x_t = d_alpha x0 + d_beta x1.
 
     Args:
         alpha, beta: elementwise, differentiable functions of t on [0, 1]; beta > 0 inside.
-        d_alpha, d_beta: their derivatives; None takes them by autograd. They are compared with it on construction.
+        d_alpha, d_beta: derivatives of both; None takes them by autograd, and given ones are compared with autograd.
 
     Raises:
-        ValueError: a schedule that isn't elementwise, finite or, for beta, positive; a derivative that is wrong.
+        ValueError: a schedule is not elementwise, not finite or, for beta, not positive; or a derivative is wrong.
     """
 
     def __init__(
@@ -357,5 +358,5 @@ class Gaussian(Path):
 
 
 def _derivative(schedule: Schedule) -> Schedule:
-    # In reverse mode, so that it also works inside a driver of forward mode and under no_grad.
+    # Reverse mode also works inside a driver of forward mode, and under no_grad.
     return torch.func.grad(lambda t: schedule(t).sum())

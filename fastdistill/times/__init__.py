@@ -1,4 +1,4 @@
-"""Laws of the training times: t alone, pairs (t, s) with 0 <= s <= t <= 1, and what single methods need.
+"""Draw training times: t alone, pairs (t, s) with 0 <= s <= t <= 1, and the times of single methods.
 
 Every draw takes a `torch.Generator`, so that a batch is a pure function of the generator's seed. Numbers are drawn
 on the generator's device and then moved, so that a CPU generator gives the same times on every device.

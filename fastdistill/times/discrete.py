@@ -1,4 +1,4 @@
-"""Times of discrete consistency training: pairs (t, r) of a time and the next one towards the data.
+"""Draw the times of discrete consistency training: pairs (t, r) of a time and the next one towards the data.
 
 They live on a path's own time: on `EDM` an even grid is Karras et al.'s grid of noise levels.
 """
@@ -52,7 +52,7 @@ def neighbour_times(
 
 
 def ct_points(step: int, total: int, *, start: int = 2, end: int = 150) -> int:
-    """CT's number of grid points after `step` of `total` steps, growing as a square root from `start` to `end` + 1.
+    """Return CT's number of grid points after `step` of `total` steps, which grows as a square root up to `end` + 1.
 
     Source: Song et al. 2023, arXiv:2303.01469, appendix C.
     """
@@ -61,7 +61,7 @@ def ct_points(step: int, total: int, *, start: int = 2, end: int = 150) -> int:
 
 
 def ict_points(step: int, total: int, *, start: int = 10, end: int = 1280) -> int:
-    """iCT's number of grid points after `step` of `total` steps: `start` intervals, doubled until `end`, plus 1.
+    """Return iCT's number of grid points after `step` of `total` steps: `start` intervals, doubled until `end`, plus 1.
 
     Source: Song and Dhariwal 2024 (iCT), arXiv:2310.14189, its discretization curriculum.
     """
@@ -84,13 +84,13 @@ def ect_times(
 
     Args:
         stage, q: see `ect_level`.
-        law: of the noise level, with its path; None is log-normal (-1.1, 2) on `EDM()`.
-        low: earlier times t are raised to it: a path that starts at some noise has no r < t at its very start.
+        law: law of the noise level, with its path; None is log-normal (-1.1, 2) on `EDM()`.
+        low: earlier times t are raised to it, because a path that starts at some noise has no r < t at its very start.
 
     Source: Geng et al. 2025 (ECT), arXiv:2406.14548, section 3.
     """
     if not 0 < low < 1:
-        raise ValueError(f"low: expected in (0, 1), got {low}")
+        raise ValueError(f"low: expected a time in (0, 1), got {low}")
     law = law or LogNormalLevel(EDM())
     t = law(batch, generator, device).clamp_min(low)
     r = time_of_level(law.path, ect_level(level_of_time(law.path, t), stage, q=q))
@@ -98,10 +98,10 @@ def ect_times(
 
 
 def ect_level(sigma: Tensor, stage: int, *, q: float = 2.0, k: float = 8.0, b: float = 1.0) -> Tensor:
-    """ECT's next noise level, sigma (1 - n(sigma) / q^(stage + 1)), at least 0, with n = 1 + k sigmoid(-b sigma).
+    """Return ECT's next noise level, sigma (1 - n(sigma) / q^(stage + 1)), at least 0, n = 1 + k sigmoid(-b sigma).
 
     At stage 0 most pairs reach down to 0, which is diffusion training; each stage divides the relative gap by q.
-    Any shape; the dtype of sigma.
+    sigma may have any shape, and the result has its dtype.
 
     Source: Geng et al. 2025 (ECT), arXiv:2406.14548, its mapping function by sigmoid, with the constants of its code.
     """
@@ -113,7 +113,7 @@ def ect_level(sigma: Tensor, stage: int, *, q: float = 2.0, k: float = 8.0, b: f
 
 
 def ect_stage(step: int, total: int, stages: int = 8) -> int:
-    """The stage of ECT's curriculum at `step` of `total` steps, in 0 ... stages - 1: equally long ones."""
+    """Return the stage of ECT's curriculum at `step` of `total` steps, in 0 ... stages - 1, all equally long."""
     if stages < 1 or total < 1 or not 0 <= step <= total:
         raise ValueError(f"step, total, stages: expected 0 <= step <= total, got {step}, {total}, {stages}")
     return min(step * stages // total, stages - 1)
@@ -121,6 +121,6 @@ def ect_stage(step: int, total: int, stages: int = 8) -> int:
 
 def _check_progress(step: int, total: int, start: int, end: int) -> None:
     if total < 1 or not 0 <= step <= total:
-        raise ValueError(f"step: expected in [0, {total}], got {step}")
+        raise ValueError(f"step: expected a number in [0, {total}], got {step}")
     if not 1 <= start <= end:
         raise ValueError(f"start, end: expected 1 <= start <= end, got {start}, {end}")

@@ -1,4 +1,4 @@
-"""Laws of one training time t in [0, 1]."""
+"""Define laws of one training time t in [0, 1]."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastdistill.paths import Path
 
 
 class TimeSampler(Protocol):
-    """Draws `batch` times in [0, 1], float32, shape (batch,)."""
+    """Draw `batch` times in [0, 1], float32, shape (batch,)."""
 
     def __call__(
         self, batch: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
@@ -23,7 +23,10 @@ class TimeSampler(Protocol):
 
 @dataclass(frozen=True)
 class LogitNormal:
-    """sigmoid(N(mean, std^2)). Source: Esser et al. 2024, arXiv:2403.03206, section 3.1; mean -0.4 is MeanFlow's."""
+    """Draw sigmoid(N(mean, std^2)).
+
+    Source: Esser et al. 2024, arXiv:2403.03206, section 3.1; MeanFlow takes mean -0.4.
+    """
 
     mean: float = -0.4
     std: float = 1.0
@@ -39,7 +42,7 @@ class LogitNormal:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Uniform on [low, high)."""
+    """Draw uniformly from [low, high)."""
 
     low: float = 0.0
     high: float = 1.0
@@ -56,7 +59,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Constant:
-    """One time for all: t = 1 trains a generator of one step."""
+    """Return the same time for all; t = 1 trains a generator of one step."""
 
     value: float = 1.0
 
@@ -73,10 +76,11 @@ class Constant:
 
 @dataclass(frozen=True)
 class ArctanLogNormal:
-    """t = (2 / pi) atan(e^N(mean, std^2) / sigma_data).
+    """Draw t = (2 / pi) atan(e^N(mean, std^2) / sigma_data).
 
-    sCM's law of its angle, for its sigma_data and mean -1, std 1.4 (CIFAR-10) or -0.8, 1.6 (ImageNet 512); FACM's for
-    mean -0.8, std 1.6 and sigma_data 1.
+    This is sCM's law of its angle, with its sigma_data, for mean -1, std 1.4 (CIFAR-10) or -0.8, 1.6 (ImageNet 512). It
+    is FACM's law for mean -0.8, std 1.6 and sigma_data 1.
+
     Source: Lu and Song 2025 (sCM), arXiv:2410.11081, section 4.2 and appendix G; Peng et al. 2025 (FACM),
     arXiv:2507.03738, with the constants of its code.
     """
@@ -99,9 +103,10 @@ class ArctanLogNormal:
 
 @dataclass(frozen=True)
 class LogNormalLevel:
-    """The time at which a path's noise level beta / alpha is e^N(mean, std^2), or the path's nearer end.
+    """Draw the time at which a path's noise level beta / alpha is e^N(mean, std^2), or the path's nearer end.
 
-    With `EDM()`: EDM's law for mean -1.2, std 1.2; ECT's and iCT's for mean -1.1, std 2.
+    On `EDM()` this is EDM's law for mean -1.2, std 1.2, and ECT's and iCT's for mean -1.1, std 2.
+
     Source: Karras et al. 2022 (EDM), arXiv:2206.00364, table 1; Geng et al. 2025 (ECT), arXiv:2406.14548.
     """
 
@@ -121,7 +126,7 @@ class LogNormalLevel:
 
 @dataclass(frozen=True)
 class KarrasLevel:
-    """The time at which a path's noise level is Karras's at a uniform share in [low, high) of his grid.
+    """Draw the time at which a path has Karras's noise level at a uniform share, in [low, high), of his grid.
 
     The grid is sigma = (a + share (b - a))^rho between a^rho, the larger of 0.002 and the path's least level, and
     b^rho, the smaller of 80 and the path's greatest. On `EDM()` the share is the time itself. DMD2 compares scores at
@@ -150,9 +155,11 @@ class KarrasLevel:
 
 @dataclass(frozen=True)
 class ShiftedLevel:
-    """The time at which a path's noise level is that of the linear path at shift q / (1 + (shift - 1) q), q uniform.
+    """Draw the time at which a path has the noise level shift q / (1 - q), with q uniform.
 
-    shift > 1 draws more noise; shift 1 is uniform on the linear path. rCM compares scores at shift 5.
+    This is the linear path's level at time shift q / (1 + (shift - 1) q). shift > 1 draws more noise; shift 1 is
+    uniform on the linear path. rCM compares scores at shift 5.
+
     Source: Esser et al. 2024, arXiv:2403.03206, its shift of timesteps; Zheng et al. 2025 (rCM), arXiv:2510.08431, with
     the constant of its code.
     """
@@ -172,18 +179,18 @@ class ShiftedLevel:
 
 
 def level_of_time(path: Path, t: Tensor) -> Tensor:
-    """The noise level beta / alpha of a path at t, float64, any shape; infinite where alpha is 0."""
+    """Return the noise level beta / alpha of a path at t, float64, of any shape; infinite where alpha is 0."""
     t = t.double()
     return path.beta(t) / path.alpha(t)
 
 
 def time_of_level(path: Path, level: Tensor) -> Tensor:
-    """The time, float32, at which a path's beta / alpha is `level` >= 0, or its nearer end; any shape."""
+    """Return the time, float32, at which a path's beta / alpha is `level` >= 0, or its nearer end; any shape."""
     return path.time_at(torch.atan(level.double())).float()
 
 
 def check_normal(mean: float, std: float) -> None:
-    """Raise a ValueError by name unless these are the parameters of a normal law."""
+    """Raise a ValueError that names the argument unless these are the parameters of a normal law."""
     if not math.isfinite(mean):
         raise ValueError(f"mean: expected a finite number, got {mean}")
     if not (math.isfinite(std) and std > 0):

@@ -1,6 +1,6 @@
-"""Laws of several training times: pairs (t, s), shortcut's (t, delta) and IMM's triples (t, r, s).
+"""Draw several training times: pairs (t, s), shortcut's (t, delta), and IMM's triples (t, r, s).
 
-Where only a share of the rows is `distinct`, those come first.
+If only a share of the rows is `distinct`, those rows come first.
 """
 
 from __future__ import annotations
@@ -129,8 +129,9 @@ def imm_times(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw IMM's (t, r, s), each (batch,) float32 with s <= r <= t, t > 0: t uniform on [low, high], s uniform on
-    [low, t].
+    """Draw IMM's (t, r, s), each (batch,) float32, with s <= r <= t and t > 0.
+
+    Here t is uniform on [low, high], and s uniform on [low, t].
 
     r is `imm_middle(t, s)`. The rows of a group share their times, since they are compared as a sample of one law.
 
@@ -143,7 +144,8 @@ def imm_times(
     if group < 1 or batch % group:
         raise ValueError(f"group: expected a divisor of the batch, {batch}, got {group}")
     first, second = (draw(torch.rand, batch // group, generator, device) for _ in range(2))
-    # One torch.rand in 2^24 is 0, a time without noise, which `imm` refuses: half of the least step there.
+    # One torch.rand in 2^24 is 0, a time without noise, which `imm` refuses. So t is at least half of the least step
+    # there.
     t = (low + (high - low) * first).clamp_min(2.0**-25).clamp(max=high)
     s = torch.minimum(low + (t - low) * second, t)
     r = imm_middle(t, s, path=path, k=k, low=low, high=high)
@@ -153,7 +155,7 @@ def imm_times(
 def imm_middle(
     t: Tensor, s: Tensor, *, path: Path = LINEAR, k: float = 12, low: float = 0.0, high: float = 0.994
 ) -> Tensor:
-    """IMM's r(s, t) = max(s, level^-1(level(t) - (level(high) - level(low)) / 2^k)), with the noise level beta / alpha.
+    """Return IMM's r(s, t) = max(s, level^-1(level(t) - (level(high) - level(low)) / 2^k)) with level = beta / alpha.
 
     Args:
         t, s: alike in shape, float32, low <= s <= t <= high.
@@ -173,7 +175,7 @@ def imm_middle(
 
 
 def distinct_rows(batch: int, distinct: float) -> int:
-    """How many leading rows of `pair_times` have s != t: `round(distinct * batch)`, a half going to the even side."""
+    """Return the number of leading rows of `pair_times` with s != t: `round(distinct * batch)`, half to even."""
     if not 0 <= distinct <= 1:
         raise ValueError(f"distinct: expected a share in [0, 1], got {distinct}")
     return round(distinct * batch)

@@ -1,4 +1,4 @@
-"""The rooms of benchmarks/: what stands where, and that every command and file that anything names is there."""
+"""Test the rooms of benchmarks/: what stands where, and that every named command and file exists."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def unknown(text: str) -> list[str]:
 
 
 def test_everything_stands_in_a_room() -> None:
-    """But the script for a GPU, which has to be found; and tests mirror the rooms."""
+    """Check that only the script for a GPU, which has to be found, stands outside; tests mirror the rooms."""
     inside = {path.name for path in (ROOT / "benchmarks").iterdir() if path.name != "__pycache__"}
     assert inside == {*ROOMS, "results", "run_gpu.sh"}
     assert not list((ROOT / "benchmarks").rglob("__init__.py"))
     mirrored = {path.parent.name for path in (ROOT / "tests" / "benchmarks").glob("*/test_*.py")}
-    assert mirrored == ROOMS - {"compile"}  # whose tests are in tests/kernels_aot
+    assert mirrored == ROOMS - {"compile"}  # Its tests are in tests/kernels_aot.
 
 
 def test_what_is_named_is_there() -> None:
-    """Commands in the documentation, the Makefile and the scripts, and files."""
-    gone = {"benchmarks/results/NOTES.md": ["benchmarks/cpu_linear.py"]}  # of a commit that it names
+    """Check commands in the documentation, the Makefile and the scripts, and files."""
+    gone = {"benchmarks/results/NOTES.md": ["benchmarks/cpu_linear.py"]}  # The commit that it names had this file.
     found = {path: names for path, text in texts().items() if (names := unknown(text)) and names != gone.get(path)}
     assert not found
 

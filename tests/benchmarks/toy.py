@@ -1,4 +1,4 @@
-"""A toy op with providers that behave as told, on a clock that stands still unless a provider moves it."""
+"""Define a toy op with providers that behave as told, on a clock that only a provider moves."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ CASE = TimedCase("toys", "square", "square-N4", "forward", {"n": 4, "model": "to
 
 
 def square(x: Tensor) -> Tensor:
-    """The op."""
+    """Compute the op."""
     return x * x
 
 
 def squares(*, off: float = 1.0) -> Callable[[TimedCase], Dual]:
-    """Its pair, whose tangent is off by a factor."""
+    """Return the op's pair, with a tangent that is off by a factor."""
 
     def of_case(case: TimedCase) -> Dual:
         exact = by_jvp(square)
@@ -48,17 +48,17 @@ def squares(*, off: float = 1.0) -> Callable[[TimedCase], Dual]:
 
 
 def right(name: str = "right", kind: str = OURS) -> Provider:
-    """A provider that passes the gate."""
+    """Return a provider that passes the gate."""
     return plain_floor(name, lambda case: square) if kind == FLOOR else dual_provider(name, kind, squares())
 
 
 def wrong(name: str = "wrong") -> Provider:
-    """One whose tangent is a thousandth off."""
+    """Return a provider whose tangent is a thousandth off."""
     return dual_provider(name, OURS, squares(off=1.001))
 
 
 def op_of(*providers: Provider, last: int | None = None) -> DualOp:
-    """The op with these providers; its last so many numbers are compared at the size that is timed."""
+    """Return the op with these providers; its `last` numbers are compared at the size that is timed."""
     return DualOp(
         name="square",
         primals=("x",),
@@ -78,7 +78,7 @@ def op_of(*providers: Provider, last: int | None = None) -> DualOp:
 
 @dataclass
 class Time:
-    """A timer, and a log of who ran."""
+    """Count time by hand, and log who ran."""
 
     now: float = 0.0
     log: list[str] = field(default_factory=list)
@@ -87,7 +87,7 @@ class Time:
         return self.now
 
     def takes(self, provider: Provider, seconds: Sequence[float]) -> Provider:
-        """The provider, each call of which takes the next of these seconds, the last one for ever."""
+        """Return the provider with calls that take these seconds in turn; the last one repeats for ever."""
         durations = self._durations(seconds)
 
         def prepare(case: TimedCase, data: object) -> Run:
@@ -110,5 +110,5 @@ class Time:
 
 
 def bench(time: Time | None = None, **limits: float) -> Bench:
-    """On the CPU, by this timer; few rounds unless told otherwise."""
+    """Return a bench on the CPU, by this timer, by default with few rounds."""
     return Bench(CPU, CpuClock(time or Time()), limits=Limits(**{"seconds": 0.0, "least": 3, "most": 3, **limits}))  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
-"""docs/methods.md against the code: every name exists, every method has its section, no measured number is typed.
+"""Check docs/methods.md against the code: names exist, each method has its section, measured numbers aren't typed.
 
-What the formulas say is tested where the functions are; here it is only that text, code and evidence don't drift apart.
+What the formulas say is tested where the functions are. Here only text, code and evidence are kept together.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_FIGURES = 400 * 1024
 
 
 def resolve(name: str) -> Any:
-    """The object of a dotted name: the longest importable module, then its attributes."""
+    """Return the object of a dotted name: the longest importable module, then its attributes."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         try:
@@ -39,7 +39,7 @@ def resolve(name: str) -> Any:
 
 
 def sections(text: str) -> dict[str, str]:
-    """Heading -> text, of the third level."""
+    """Return heading -> text for headings of the third level."""
     pieces = re.split(r"^### (.+)$", re.split(r"^## Samplers$", text, flags=re.MULTILINE)[0], flags=re.MULTILINE)
     return {
         heading: re.split(r"^## ", body, flags=re.MULTILINE)[0] for heading, body in zip(pieces[1::2], pieces[2::2])
@@ -47,25 +47,25 @@ def sections(text: str) -> dict[str, str]:
 
 
 def code_of(body: str) -> str:
-    """The paragraph of a section that names its functions."""
+    """Return the paragraph of a section that names its functions."""
     found = re.search(r"^\*\*Code:\*\*.*?(?=\n\n)", body, flags=re.DOTALL | re.MULTILINE)
     return found[0] if found else ""
 
 
 def math(text: str) -> list[str]:
-    """The formulas between dollars, outside of fenced blocks."""
+    """Return the formulas between dollars, outside of fenced blocks."""
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
     return re.findall(r"\$([^$]+)\$", prose)
 
 
 def fragile(formula: str) -> bool:
-    """Whether Markdown may change a formula before it is set: escapes of punctuation, emphasis, tags, table bars."""
+    """Return whether Markdown may change a formula: escapes of punctuation, emphasis, tags, table bars."""
     return bool(re.search(r"\\[^A-Za-z ]|[<>*|`\n]", formula)) or formula.count("{") != formula.count("}")
 
 
 @pytest.mark.parametrize("name", sorted(set(NAME.findall(TEXT))))
 def test_every_name_exists(name: str) -> None:
-    """`resolve` raises where one of the parts doesn't."""
+    """Check that `resolve` finds every part of the name."""
     assert resolve(name) is not None
 
 
@@ -91,7 +91,7 @@ def test_every_section_is_whole_and_in_order(heading: str) -> None:
 
 
 def test_measured_blocks_are_what_the_evidence_says() -> None:
-    """`python -m fastdistill.benchmarks.methods.evidence_tables` writes them; edits by hand and old numbers fail."""
+    """Check that nobody edited a block by hand, or left old numbers in it; `evidence_tables` writes them."""
     assert fill_article(TEXT, read_summary()) == TEXT
     edited = BLOCK.sub(lambda match: f"{match[1]}Best of all.\n{match[4]}", TEXT, count=1)
     assert fill_article(edited, read_summary()) == TEXT
@@ -153,7 +153,7 @@ RIGHT: dict[str, Callable[[str], bool]] = {
 
 @pytest.mark.parametrize("error", RIGHT)
 def test_each_error_of_the_seed_article_is_corrected(error: str) -> None:
-    """The right form stands in the body, and the list at the end has the entry; an empty article has neither."""
+    """Check that the body has the right form, and the list at the end an entry; an empty article has neither."""
     body, changes = TEXT.split("## What changed against the seed article\n")
     assert RIGHT[error](body)
     assert re.search(rf"^{error.split()[0]}\. ", changes, flags=re.MULTILINE)

@@ -1,4 +1,4 @@
-"""What the evaluation tests share: one judge, since its classifier takes seconds to train, and small trained runs."""
+"""Share one judge, since its classifier takes seconds to train, and small trained runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SMALL_DIT = {"preset": "dit-digits", "patch_size": 4, "width": 16, "depth": 1, "
 
 
 def small_config(out: Path, name: str, method: str, **more: Any) -> TrainConfig:
-    """Three steps of a small network."""
+    """Return the configuration of three steps of a small network."""
     model = SMALL_DIT if name == "digits" else {"preset": "mlp-ring", "width": 8, "depth": 1}
     fields = {"out": out, "steps": 3, "data": {"name": name, "batch": 8}, "model": model, "method": {"name": method}}
     return TrainConfig.model_validate(fields | {"log": {"log_every": 1}, "device": "cpu"} | more)
@@ -22,11 +22,11 @@ def small_config(out: Path, name: str, method: str, **more: Any) -> TrainConfig:
 
 @pytest.fixture(scope="session")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> DigitJudge:
-    """Trained once a session, in `judge.folder`."""
+    """Return a judge that is trained once a session, in `judge.folder`."""
     return DigitJudge(tmp_path_factory.mktemp("judge"))
 
 
 @pytest.fixture
 def flow_run(tmp_path: Path) -> Path:
-    """A finished flow matching run on digits."""
+    """Return a finished flow matching run on digits."""
     return train(small_config(tmp_path / "teacher", "digits", "flow_matching"))

@@ -1,4 +1,4 @@
-"""The whole budget of a result: every network's rows, the teacher's steps, pairs and critic updates."""
+"""Test the whole budget of a result: every network's rows, the teacher's steps, pairs and critic updates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TINY = ["--model.width", "8", "--data.batch", "16", "--device", "cpu", "--steps"
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    """A teacher of four steps, in the folder where its students look for it."""
+    """Train a teacher of four steps, in the folder where its students look for it."""
     config = configure("flow_matching", "ring", tmp_path_factory.mktemp("budget"), TINY)
     train(config)
     return config
@@ -25,11 +25,11 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     ("name", "per_row"),
     [
         ("flow_matching", 1.0),
-        ("meanflow", 1.0),  # a jvp is one evaluation, as is a plain call
-        ("improved_meanflow", 1.25),  # 25 % of the rows ask for a direction first
+        ("meanflow", 1.0),  # A jvp is one evaluation, and so is a plain call.
+        ("improved_meanflow", 1.25),  # 25 % of the rows ask for a direction first.
         ("ect", 2.0),
-        ("scm", 2.0),  # the teacher's velocity and the jvp
-        ("consistency", 4.0),  # two of the teacher's in Heun's step, two of the student
+        ("scm", 2.0),  # These are the teacher's velocity and the jvp.
+        ("consistency", 4.0),  # Heun's step takes two of the teacher, and the student takes two.
     ],
 )
 def test_every_networks_rows_are_counted(name: str, per_row: float, teacher: TrainConfig) -> None:
@@ -50,7 +50,7 @@ def test_counting_ends_with_its_block() -> None:
 
 
 def test_pairs_and_critics_and_the_teacher_are_in_the_sum(teacher: TrainConfig) -> None:
-    """Of a method from data there is nothing before its first step."""
+    """Check that a method from data spends nothing before its first step."""
     net, of = load_run(teacher.out, device="cpu")
     cost = {"seconds_per_step": 0.5, "evaluations_per_step": 10.0}
     alone = whole_budget(teacher, cost, None)
@@ -66,7 +66,7 @@ def test_pairs_and_critics_and_the_teacher_are_in_the_sum(teacher: TrainConfig) 
 
 
 def test_the_exponent_and_the_share_are_those_of_the_settings() -> None:
-    """FACM's own p is another exponent, that of a schedule."""
+    """Check that FACM's own p isn't taken for it, because that is the exponent of a schedule."""
 
     def settings(**method: object) -> dict[str, object]:
         return {"method": method}

@@ -1,4 +1,4 @@
-"""The classifier that measures: good enough, the same each time, kept safely."""
+"""Test the classifier that measures: it is good enough, the same each time, and kept safely."""
 
 from __future__ import annotations
 

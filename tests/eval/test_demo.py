@@ -1,4 +1,4 @@
-"""The demo from end to end on networks far too small: what it writes, and that a second run doesn't train again."""
+"""Run the demo from end to end on networks far too small, and check that a second run doesn't train again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TINY += ["--model.width", "16", "--model.heads", "2"]
 
 @pytest.fixture
 def out(tmp_path: Path, judge: DigitJudge, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A demo's folder with the classifier in it, and the shipped configurations cut down to two tiny steps."""
+    """Return a demo's folder with the classifier in it, and cut the shipped configurations down to two tiny steps."""
 
     def load_tiny(source: str, overrides: Sequence[str] = (), *, out: Path | None = None) -> TrainConfig:
         return load_config(source, [*overrides, *TINY], out=out)
@@ -35,7 +35,7 @@ def out(tmp_path: Path, judge: DigitJudge, monkeypatch: pytest.MonkeyPatch) -> P
 def test_the_demo_trains_once_and_reports_each_time(
     out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What `summary.json` holds is a promise to whoever reads it."""
+    """Check the content of `summary.json`, which others rely on."""
     report = demo.main(out)
     summary = json.loads((out / "summary.json").read_text())
     assert {name: list(summary[name]) for name in ("teacher", "meanflow", "references")} == {
@@ -48,7 +48,7 @@ def test_the_demo_trains_once_and_reports_each_time(
     printed = capsys.readouterr().out
     assert report.resolve().as_uri() in printed
     assert "meanflow, 1 step" in printed
-    assert "NOT reached" in printed  # two steps of training teach nothing
+    assert "NOT reached" in printed  # Two steps of training teach nothing.
 
     points = {path: path.read_text() for path in out.glob("*/metrics.jsonl")}
     report.unlink()

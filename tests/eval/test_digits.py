@@ -1,4 +1,4 @@
-"""The judge of digits puts what it measures in the right order, and always says the same."""
+"""Check that the judge of digits ranks what it measures rightly, and always gives the same numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_labels_have_the_frequencies_of_the_real_ones(judge: DigitJudge) -> None
 
 
 def test_references_stand_in_the_order_of_what_they_know(judge: DigitJudge) -> None:
-    """Digits drawn again, then Gaussians fitted to them, then noise; unseen digits far nearer than noise.
+    """Check the order: digits drawn again, then Gaussians fitted to them, then noise; unseen digits are far from noise.
 
     Unseen digits are nearer than those drawn again: they are spread evenly over the data, and none is there twice.
     """
@@ -38,7 +38,7 @@ def test_references_are_the_same_for_the_same_seed(judge: DigitJudge) -> None:
 
 
 def test_every_reference_is_as_many_images_as_any_other_row(judge: DigitJudge, monkeypatch: pytest.MonkeyPatch) -> None:
-    """296, as many as there are unseen digits, or fewer: what is more is measured in equal sets."""
+    """Check for 296 images, as many as there are unseen digits, or fewer; more images are measured in equal sets."""
     seen: list[tuple[int, int]] = []
     right = digits.frechet_distance
 
@@ -55,7 +55,7 @@ def test_every_reference_is_as_many_images_as_any_other_row(judge: DigitJudge, m
 
 
 def test_the_training_digits_are_as_far_from_themselves_as_a_set_of_them_is(judge: DigitJudge) -> None:
-    """All of them at once are at distance zero; the number is the mean over sets, each of its own size's distance."""
+    """Check the mean over sets, each at its size's distance; all training digits at once would be at distance zero."""
     order = judge.y.argsort(stable=True)
     x, y = judge.x[order], judge.y[order]
     row = judge.measure(x, y, seconds=2 * len(x))

@@ -1,4 +1,4 @@
-"""`evaluate` on small trained runs: what it writes, that it repeats itself, and what it refuses."""
+"""Test `evaluate` on small trained runs: what it writes, that it repeats itself, and what it refuses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ METRICS = {"frechet", "accuracy", "sliced_wasserstein", "seconds_per_sample"}
 
 
 def without_timings(result: Any) -> Any:
-    """The same, less what a clock says."""
+    """Return the result without the times that a clock gave."""
     if not isinstance(result, dict):
         return result
     return {name: without_timings(value) for name, value in result.items() if name != "seconds_per_sample"}
@@ -64,7 +64,7 @@ def test_a_ring_run_is_held_against_the_exact_flow(tmp_path: Path) -> None:
 
 
 def test_a_run_of_coupled_noise_and_data_is_measured_by_its_law(tmp_path: Path) -> None:
-    """On the path that couples, or by a coupling on another; in one step, where more would take fresh noise."""
+    """Check a coupling by the path, and one on another path; in one step, because more would take fresh noise."""
     for name, more in (("path", {"path": {"name": "ot_cfm"}}), ("coupling", {"coupling": "optimal_transport"})):
         result = evaluate(train(small_config(tmp_path / name, "ring", "ect", **more)), n=256)
         assert list(result["steps"]) == ["1"]
@@ -74,7 +74,7 @@ def test_a_run_of_coupled_noise_and_data_is_measured_by_its_law(tmp_path: Path) 
 
 
 def test_the_exact_average_velocity_has_no_map_error_in_one_step(tmp_path: Path) -> None:
-    """While Euler on the exact velocity needs many steps."""
+    """Check that Euler on the exact velocity needs many steps for the same."""
     config = small_config(tmp_path / "run", "ring", "meanflow")
     rows = ring.evaluate_network(ExactMap(), config, [1, 4], count=256)
     floors = ring.references([1, 4, 32], count=256)
@@ -85,7 +85,7 @@ def test_the_exact_average_velocity_has_no_map_error_in_one_step(tmp_path: Path)
 
 
 class ExactMap(nn.Module):
-    """The ring's exact average velocity as a trained network."""
+    """Stand for a trained network: it computes the ring's exact average velocity."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class ExactMap(nn.Module):
 
 @pytest.mark.parametrize("how", [Sampling("consistency"), Sampling("gamma", gamma=0.5), Sampling("gamma", gamma=0.0)])
 def test_the_exact_map_has_no_error_by_any_sampler(tmp_path: Path, how: Sampling) -> None:
-    """While against the flow from the same noise one that renoises has: its points are others, its law is the same."""
+    """Check that a sampler that renoises has an error against the flow, since its points differ, but not in its law."""
     config = small_config(tmp_path / "run", "ring", "meanflow")
     rows = ring.evaluate_network(ExactMap(), config, [1, 2, 4], count=512, how=how)
     assert max(row["map_error"] for row in rows.values()) < 1e-4
@@ -114,7 +114,7 @@ def test_the_exact_map_has_no_error_by_any_sampler(tmp_path: Path, how: Sampling
 
 
 def test_a_wrong_map_that_renoises_is_found(tmp_path: Path) -> None:
-    """One that stops short of the data by a tenth, whatever the number of steps."""
+    """Check a map that stops short of the data by a tenth, at every number of steps."""
 
     class Short(ExactMap):
         def forward(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
@@ -126,7 +126,7 @@ def test_a_wrong_map_that_renoises_is_found(tmp_path: Path) -> None:
 
 
 def test_another_sampler_gives_other_samples(tmp_path: Path) -> None:
-    """By name, or by its gamma; the summary says which; the flow's straightness is measured where there is one."""
+    """Check samplers by name, or by gamma; the summary names them, and has the flow's straightness if there is one."""
     run = train(small_config(tmp_path / "run", "ring", "meanflow"))
     own, renoised, half = (evaluate(run, [2], n=256, **how) for how in ({}, {"sampler": "consistency"}, {"gamma": 0.5}))
     assert [result["sampler"] for result in (own, renoised, half)] == ["average_velocity", "consistency", "gamma"]

@@ -1,4 +1,4 @@
-"""The exact solutions prove themselves: every identity of a flow map, on every path, to 1e-10 in float64."""
+"""Check the exact solutions themselves: every identity of a flow map, on every path, to 1e-10 in float64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROWS, WIDTH = 20, 5
 
 
 class Bent(Path):
-    """A path with no symmetry at all."""
+    """Bend a path so that it has no symmetry at all."""
 
     def alpha(self, t: Tensor) -> Tensor:
         return (1 - t).square() * (1 + 0.3 * t)
@@ -48,7 +48,7 @@ def gaussian(path: Path) -> Gaussian:
 
 @pytest.fixture
 def times() -> tuple[Tensor, Tensor, Tensor]:
-    """t > m > s, at least 0.02 apart."""
+    """Return t > m > s, at least 0.02 apart."""
     s, m, t = (0.05 + 0.85 * torch.rand(3, ROWS, dtype=torch.float64)).sort(0).values
     return t + 0.04, m + 0.02, s
 
@@ -64,7 +64,7 @@ def largest(error: Tensor) -> float:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_velocity_is_the_conditional_mean_of_the_path_derivative(path: Path, x: Tensor) -> None:
-    """By joint-Gaussian conditioning: E[xdot | x_t] = E xdot + Cov(xdot, x_t) Cov(x_t)^-1 (x - E x_t)."""
+    """Check it by joint-Gaussian conditioning: E[xdot | x_t] = E xdot + Cov(xdot, x_t) Cov(x_t)^-1 (x - E x_t)."""
     covariance, t = random_covariance(), torch.tensor(0.37, dtype=torch.float64)
     law = Gaussian(torch.randn(WIDTH, dtype=torch.float64), covariance, path)
     a, b, da, db = path.alpha(t), path.beta(t), path.d_alpha(t), path.d_beta(t)
@@ -73,7 +73,7 @@ def test_velocity_is_the_conditional_mean_of_the_path_derivative(path: Path, x: 
 
 
 def broken_identities(law: Gaussian, x: Tensor, times: tuple[Tensor, Tensor, Tensor]) -> set[str]:
-    """The names of the identities that a law breaks by more than rounding."""
+    """Return the names of the identities that a law breaks by more than rounding."""
     t, m, s = times
     v, one, gap = law.velocity(x, t), torch.ones_like(t), (t - s)[:, None]
     f = law.flow_map(x, t, s)
@@ -98,14 +98,14 @@ def test_flow_map_satisfies_every_identity(path: Path, x: Tensor, times: tuple[T
 
 
 class WrongSign(Gaussian):
-    """Time runs backwards."""
+    """Let time run backwards."""
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         return -super().velocity(x, t)
 
 
 class FullRate(Gaussian):
-    """The factor 1/2 before dC/dt is missing."""
+    """Drop the factor 1/2 before dC/dt."""
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         drift = self.path.d_alpha(t)[:, None] * self.mean
@@ -113,7 +113,7 @@ class FullRate(Gaussian):
 
 
 class NoRoot(Gaussian):
-    """C_s / C_t without its root: it maps the laws wrongly, and yet satisfies the boundary and the semigroup."""
+    """Drop the root of C_s / C_t: this maps the laws wrongly, but satisfies the boundary and the semigroup."""
 
     def flow_map(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         half = super().flow_map(x, t, s)
@@ -122,14 +122,14 @@ class NoRoot(Gaussian):
 
 
 class SwappedTimes(Gaussian):
-    """u(x, s, t) for u(x, t, s)."""
+    """Return u(x, s, t) for u(x, t, s)."""
 
     def average_velocity(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         return super().average_velocity(x, s, t)
 
 
 class Instantaneous(Gaussian):
-    """v for u."""
+    """Return v for u."""
 
     def average_velocity(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         return self.velocity(x, t)
@@ -155,7 +155,7 @@ def test_planted_errors_break_the_identities_that_are_about_them(
 
 @pytest.mark.parametrize("path", ALL)
 def test_average_velocity_is_accurate_where_times_meet(path: Path, x: Tensor) -> None:
-    """The velocity at s = t, its first-order expansion near by, and MeanFlow's identity at every distance.
+    """Check the velocity at s = t, its first-order expansion nearby, and MeanFlow's identity at every distance.
 
     A quotient of differences would be off by 1e-16 / 1e-9 there.
     """
@@ -181,7 +181,7 @@ def test_average_velocity_of_the_mixture_is_accurate_where_times_meet(path: Path
 
 @pytest.mark.parametrize("path", PATHS)
 def test_data_and_score_are_those_of_the_joint_gaussian(path: Path, x: Tensor) -> None:
-    """E[x0 | x_t] by conditioning, and the score by autograd of the log density."""
+    """Compare E[x0 | x_t] with conditioning, and the score with autograd of the log density."""
     covariance, t = random_covariance(), torch.full((ROWS,), 0.37, dtype=torch.float64)
     law = Gaussian(torch.randn(WIDTH, dtype=torch.float64), covariance, path)
     a, b = path.alpha(t[0]), path.beta(t[0])
@@ -195,7 +195,7 @@ def test_data_and_score_are_those_of_the_joint_gaussian(path: Path, x: Tensor) -
 
 @pytest.mark.parametrize("sigma", [0.0, 0.3])
 def test_law_under_optimal_transport_is_that_of_transported_pairs(sigma: float, x: Tensor) -> None:
-    """Pairs x0 = m + S^(1/2) x1: x_t and x1 - x0 are jointly Gaussian, so v is their regression."""
+    """Check pairs x0 = m + S^(1/2) x1: x_t and x1 - x0 are jointly Gaussian, so v is their regression."""
     covariance, t = random_covariance(), torch.tensor(0.37, dtype=torch.float64)
     values, axes = torch.linalg.eigh(covariance)
     root = axes * values.sqrt() @ axes.T
@@ -206,7 +206,7 @@ def test_law_under_optimal_transport_is_that_of_transported_pairs(sigma: float, 
     assert largest(law.velocity(x, t) - truth) < EXACT
     independent = Gaussian(law.mean, covariance, ICFM(sigma)).velocity(x, t)
     assert largest(independent - truth) > 0.1
-    if sigma == 0:  # straight: the velocity is constant along the flow
+    if sigma == 0:  # The path is straight, so the velocity is constant along the flow.
         x0 = law.flow_map(x, torch.ones(ROWS).double(), torch.zeros(ROWS).double())
         assert largest(x0 - (law.mean + x @ root)) < EXACT
         assert largest(law.velocity((1 - t) * x0 + t * x, t) - (x - x0)) < EXACT
@@ -241,7 +241,7 @@ def test_mixture_of_one_component_is_the_gaussian(path: Path, x: Tensor, times: 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_mixture_velocity_is_the_conditional_mean_by_quadrature(path: Path) -> None:
-    """E[xdot | x_t] on a line, with x0 on a fine grid and x1 = (x_t - alpha x0) / beta."""
+    """Compute E[xdot | x_t] on a line, with x0 on a fine grid and x1 = (x_t - alpha x0) / beta."""
     mixture, t = GaussianMixture(torch.tensor([[-1.0], [0.4], [2.0]]).double(), 0.3, path), torch.tensor(0.4).double()
     x = torch.linspace(-3, 3, 13, dtype=torch.float64)[:, None]
     x0 = torch.linspace(-4, 5, 20_001, dtype=torch.float64)
@@ -263,7 +263,7 @@ def test_flow_map_of_the_mixture_converges_at_fourth_order() -> None:
 
 
 def test_flow_map_carries_noise_to_the_ring() -> None:
-    """Each mode gets its eighth, and the distances to the nearest one follow Rayleigh's law of scale 0.2."""
+    """Check that each mode gets its eighth, and that distances to the nearest one follow Rayleigh's law, scale 0.2."""
     ring, count = Ring(), 4000
     one = torch.ones(count)
     generated = ring.flow_map(torch.randn(count, 2), one, 0 * one, 60)

@@ -1,8 +1,8 @@
-"""The third tier of proof, as a smoke test: after 300 steps a small network's map is near the exact one on the ring.
+"""Check the third tier of proof quickly: after 300 steps a small network's map is near the exact one on the ring.
 
-In one step, where a wrong tangent shows: the control, flow matching, is right about velocities and so far off the map.
-One method stands for each identity and driver; those that distil follow the control. `make evidence` has the long form:
-all methods, three seeds of 3,000 steps.
+It is measured in one step, where a wrong tangent shows. The control, flow matching, is right about velocities and
+therefore far off the map. One method stands for each identity and driver; those that distil follow the control. `make
+evidence` has the long form: all methods, three seeds of 3,000 steps.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ QUICK = [
 
 
 def measure(name: str, folder: Path) -> dict[str, float]:
-    """A fresh run of a method, or of a mutant of one, in one step: map error and SW2."""
+    """Train a method, or a mutant of one, anew, and return its map error and SW2 in one step."""
     job = Job("ring", 0, name)
-    warmup = ["--method.tangent-warmup", "30"] if job.method == "ayf_emd" else []  # its own takes 500 steps
+    warmup = ["--method.tangent-warmup", "30"] if job.method == "ayf_emd" else []  # Its own warm-up takes 500 steps.
     config = job.configure(folder, [*QUICK, *warmup])
     with mutated(job):
         train(config)
@@ -34,7 +34,7 @@ def measure(name: str, folder: Path) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the runs are, with the control, which is also the teacher."""
+    """Return the folder of the runs, with the control, which is also the teacher."""
     folder = tmp_path_factory.mktemp("ring")
     control = measure("flow_matching", folder)
     assert control["map_error"] > 0.75
@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# Behind each: what seeds 0, 1 and 2 give. The control has .89, .95 and .93, SW2 1.22, 1.26 and 1.28.
+# The numbers behind each are those of seeds 0, 1 and 2. The control has .89, .95 and .93, SW2 1.22, 1.26 and 1.28.
 MEMBERS = [
     ("meanflow", "map_error", 0.36),  # Eulerian, from data: .24 .24 .20
     ("facm", "map_error", 0.45),  # Eulerian, to the data alone (s = 0): .31 .29 .29
@@ -61,7 +61,7 @@ def test_method_learns_the_exact_map(name: str, metric: str, gate: float, folder
 
 @pytest.mark.parametrize("name", ["facm", "ayf_emd"])
 def test_a_tangent_of_the_wrong_sign_does_not(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measured on the same seeds: .69 .77 .59, and .67 1.02 .69."""
+    """Check that its error stays large; seeds 0, 1 and 2 gave .69 .77 .59, and .67 1.02 .69."""
     mutant = f"{name}, wrong sign"
     monkeypatch.setitem(evidence.MUTANTS, mutant, (name, wrong_sign))
     assert measure(mutant, folder)["map_error"] > 0.55

@@ -1,4 +1,4 @@
-"""Metrics against answers known exactly: Gaussians with given moments, shifts, repeated points, copies."""
+"""Test metrics against exact answers: Gaussians with given moments, shifts, repeated points, copies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXACT = 1e-9
 
 
 def sample_with_moments(mean: Tensor, covariance: Tensor, count: int = 50) -> Tensor:
-    """Points whose sample mean and sample covariance are exactly these."""
+    """Return points whose sample mean and sample covariance are exactly these."""
     x = torch.randn(count, len(mean), dtype=torch.float64)
     x = x - x.mean(0)
     white = x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
@@ -28,7 +28,7 @@ def sample_with_moments(mean: Tensor, covariance: Tensor, count: int = 50) -> Te
 
 
 def test_frechet_distance_of_gaussians_with_common_axes_is_exact() -> None:
-    """There it is |m - n|^2 plus the squared differences of the standard deviations."""
+    """Check it against |m - n|^2 plus the squared differences of the standard deviations."""
     mean, other = torch.tensor([1.0, -2.0, 0.5]).double(), torch.tensor([0.0, 1.0, 0.5]).double()
     std, other_std = torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([2.0, 0.5, 3.0]).double()
     a = sample_with_moments(mean, torch.diag(std**2))
@@ -38,7 +38,7 @@ def test_frechet_distance_of_gaussians_with_common_axes_is_exact() -> None:
 
 
 def test_frechet_distance_of_gaussians_with_different_axes_is_exact() -> None:
-    """In two dimensions tr((A B)^1/2) is (tr A B + 2 (det A det B)^1/2)^1/2."""
+    """Check it against the two-dimensional formula tr((A B)^1/2) = (tr A B + 2 (det A det B)^1/2)^1/2."""
     first, second = torch.tensor([[2.0, 0.9], [0.9, 1.0]]).double(), torch.tensor([[1.0, -0.6], [-0.6, 3.0]]).double()
     zero = torch.zeros(2, dtype=torch.float64)
     root = ((first @ second).trace() + 2 * (first.det() * second.det()).sqrt()).sqrt()
@@ -55,7 +55,7 @@ def test_frechet_distance_ignores_order_and_who_comes_first() -> None:
 
 
 def test_frechet_distance_takes_features_that_never_vary() -> None:
-    """A dead feature makes the covariance singular, and adds the square of its shift alone."""
+    """Check that a dead feature, which makes the covariance singular, adds the square of its shift alone."""
     a = torch.cat([torch.randn(30, 2), torch.zeros(30, 1)], 1)
     b = a + torch.tensor([0.0, 0.0, 3.0])
     assert frechet_distance(a, b) == pytest.approx(9, abs=1e-6)
@@ -67,14 +67,14 @@ def test_sliced_wasserstein_of_a_shift_on_the_line_is_the_shift() -> None:
 
 
 def test_sliced_wasserstein_of_a_shift_in_the_plane_is_its_length_over_root_two() -> None:
-    """The mean square of a unit direction's component along the shift is 1/2."""
+    """Check the factor: the mean square of a unit direction's component along the shift is 1/2."""
     a = torch.randn(40, 2)
     found = sliced_wasserstein(a, a + torch.tensor([3.0, 4.0]), projections=20_000)
     assert found == pytest.approx(5 / math.sqrt(2), rel=0.02)
 
 
 def test_sliced_wasserstein_of_sets_of_unequal_size_moves_the_mass() -> None:
-    """Half of the point at 0 moves by 1; and a set repeated is the same set."""
+    """Check that half of the point at 0 moves by 1, and that a repeated set is the same set."""
     assert sliced_wasserstein(torch.tensor([[0.0]]), torch.tensor([[0.0], [1.0]])) == pytest.approx(math.sqrt(0.5))
     a, b = torch.randn(6, 3), torch.randn(4, 3)
     assert sliced_wasserstein(a, a.repeat(3, 1)) == pytest.approx(0, abs=EXACT)
@@ -95,7 +95,7 @@ def test_copies_of_the_training_set_have_ratio_zero_and_unseen_data_one() -> Non
 
 
 def test_precision_and_recall_tell_a_lost_mode_from_a_spurious_one() -> None:
-    """Samples of one mode of two are all plausible but cover half; samples of three cover all, a third being junk."""
+    """Check that samples of one mode of two are plausible but cover half, and that of three modes a third is junk."""
     modes = [torch.randn(40, 2) * 0.1 + 10 * shift for shift in range(3)]
     precision, recall = precision_recall(modes[0] + 1e-3, torch.cat(modes[:2]))
     assert precision > 0.9
@@ -116,7 +116,7 @@ def test_sets_that_do_not_fit_are_refused(metric: object, shape: tuple, other: t
 
 
 def test_values_that_are_not_finite_are_refused() -> None:
-    """A generator that diverged must not pass as a number."""
+    """Check that a generator that diverged can't pass as a number."""
     with pytest.raises(ValueError, match="second set: expected finite"):
         frechet_distance(torch.zeros(9, 2), torch.full((9, 2), torch.nan))
     with pytest.raises(ValueError, match="projections"):
@@ -125,7 +125,7 @@ def test_values_that_are_not_finite_are_refused() -> None:
 
 @pytest.mark.parametrize("neighbours", [1, 5])
 def test_two_sample_accuracy_is_a_half_for_one_law_one_apart_and_zero_for_copies(neighbours: int) -> None:
-    """Unequal sizes included; copies only with one neighbour, as each point's own copy is then its nearest other."""
+    """Check unequal sizes too; copies need one neighbour, as each point's own copy is then its nearest other."""
     a, b = torch.randn(600, 3), torch.randn(400, 3)
     assert two_sample_accuracy(a, b, neighbours=neighbours) == pytest.approx(0.5, abs=0.08)
     assert two_sample_accuracy(a, b + 20, neighbours=neighbours) == 1

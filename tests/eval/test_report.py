@@ -1,4 +1,4 @@
-"""The report says what the numbers say, shows every grid, and needs nothing beside it."""
+"""Check that the report says what the numbers say, shows every grid, and needs nothing beside it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ STEPS = {"teacher": ("1", "2", "4", "8", "32"), "meanflow": ("1", "2", "4", "8")
 
 
 def row(frechet: float, accuracy: float = 0.95) -> dict[str, float]:
-    """A row of the table."""
+    """Return a row of the table."""
     return {"frechet": frechet, "accuracy": accuracy, "sliced_wasserstein": 0.1, "seconds_per_sample": 1e-4}
 
 
 def make_summary(teacher: list[float], student: list[float], accuracy: float = 0.95) -> dict[str, Any]:
-    """What the demo measures, with these Fréchet distances."""
+    """Return what the demo measures, with these Fréchet distances."""
     rows = {
         name: {number: row(value, accuracy) for number, value in zip(STEPS[name], values, strict=True)}
         for name, values in (("teacher", teacher), ("meanflow", student))
@@ -47,7 +47,7 @@ SUMMARY = make_summary([71.1, 20.5, 9.4, 5.4, 3.4], [16.3, 3.6, 3.5, 3.3])
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report on made-up digits."""
+    """Write a report on made-up digits."""
     samples: dict[str, dict[str, Tensor]] = {
         name: {number: torch.randn(20, 1, 8, 8) for number in numbers} for name, numbers in STEPS.items()
     }
@@ -63,7 +63,7 @@ def test_every_number_and_picture_is_in_the_report(report: Path) -> None:
     for value in ("71.1", "20.5", "16.3", "1006.4", "0.87", "12 s"):
         assert value in html
     images = re.findall(r'<img src="data:image/png;base64,([A-Za-z0-9+/=]+)"', html)
-    assert len(images) == 3 + 9 + 1  # the headline, distances, curves; a grid each; real digits
+    assert len(images) == 3 + 9 + 1  # The images are headline, distances and curves, then nine grids, then real digits.
     assert "small &lt;network&gt;" in html
 
 
@@ -80,7 +80,7 @@ def test_the_headline_grid_lies_beside_the_report(report: Path) -> None:
 
 
 def test_goals_follow_from_the_numbers() -> None:
-    """Each of the three can fail, alone."""
+    """Check that each of the three can fail, alone."""
 
     def reached(summary: dict[str, Any]) -> list[bool]:
         return [goal["reached"] for goal in summary["goals"]]

@@ -1,4 +1,4 @@
-"""What only a GPU can show; without one there is nothing to collect here."""
+"""Collect tests that need a GPU; without one there are none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention on a GPU: CUDA graphs, compiled with tangents, autocast, and memory that grows with N and not with N²."""
+"""Test attention on a GPU: CUDA graphs, compiled with tangents, autocast, and memory that doesn't grow with N²."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Results = tuple[Tensor, ...]
 
 
 def points(n: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-    """q, k, v and their tangents."""
+    """Return q, k, v and their tangents."""
     draw = lambda seed: make_qkv(batch=2, heads=4, n=n, d=72, dtype=dtype, device="cuda", seed=seed)  # noqa: E731
     return [*draw(1), *draw(2)]
 
@@ -29,7 +29,7 @@ def forward(*both: Tensor) -> Results:
 
 
 def training(*both: Tensor, through_tangent: bool = True) -> Results:
-    """Outputs, and gradients of a loss of both (or of the primal alone)."""
+    """Return the outputs, and gradients of a loss of both (or of the primal alone)."""
     leaves = [x.detach().requires_grad_() for x in both]
     out, t_out = forward(*leaves)
     loss = (out.float().sin() * (t_out if through_tangent else t_out.detach()).float()).sum()
@@ -80,7 +80,7 @@ def test_autocast_gives_the_results_of_bfloat16_inputs() -> None:
 
 
 def peak(run: Callable[[], Any]) -> int:
-    """Bytes that a call holds at most, beyond what was there."""
+    """Return the most bytes that a call holds, beyond what was there before."""
     run()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -92,7 +92,7 @@ def peak(run: Callable[[], Any]) -> int:
 
 @pytest.mark.parametrize("through_tangent", [False, True], ids=["primal", "mixed"])
 def test_peak_memory_is_flat_in_n_times_d(through_tangent: bool) -> None:
-    """Four times the tokens take at most five times the memory, and no (N, M) matrix would fit in it."""
+    """Check that four times the tokens take at most five times the memory, in which no (N, M) matrix would fit."""
     short, long = points(2048), points(8192)
     peaks = [peak(lambda b=b: training(*b, through_tangent=through_tangent)) for b in (short, long)]
     assert peaks[1] < 5 * peaks[0]

@@ -1,4 +1,4 @@
-"""What benchmarks rest on, at head dims of real models and over several tiles, with the configs that a GPU gets."""
+"""Test what benchmarks rest on: head dims of real models, several tiles, and the configs that a GPU gets."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_backward(d: int, dtype: torch.dtype, mode: str) -> None:
 
 @pytest.mark.parametrize("d", [64, 72, 128])
 def test_a_band_both_ways(d: int) -> None:
-    """Causal."""
+    """Check a causal band."""
     primals, tangents = inputs(**SHAPE, d=d, dtype=torch.bfloat16)
     check(primals, tangents, window=CAUSAL)
     check_backward(primals, tangents, cotangents_of(primals, *MODES["mixed"]), window=CAUSAL)
@@ -42,7 +42,7 @@ def test_a_band_both_ways(d: int) -> None:
 
 @pytest.mark.parametrize("d", [64, 72, 128])
 def test_a_mask_both_ways(d: int) -> None:
-    """A learned bias with a tangent."""
+    """Check a learned bias with a tangent."""
     primals, tangents = inputs(**SHAPE, d=d, dtype=torch.bfloat16)
     primals["attn_mask"], tangents["attn_mask"] = (normal(1, 1, 300, 333).bfloat16() for _ in range(2))
     check(primals, tangents)
@@ -58,7 +58,7 @@ def test_packed_sequences_both_ways(d: int) -> None:
 
 @pytest.mark.parametrize("width", [384, 1152])
 def test_the_norms_of_a_dit_with_all_gradients(width: int) -> None:
-    """bfloat16 rows, float32 modulation: in float64 the same function of the same numbers."""
+    """Check bfloat16 rows with float32 modulation against the same function of the same numbers in float64."""
 
     def both(fn: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         leaves = [x.detach().clone().requires_grad_() for x in tensors]

@@ -1,4 +1,4 @@
-"""Named inputs for the attention kernel, a way to run it on them, and the check that every test of its values uses."""
+"""Make named inputs for the attention kernel, run it on them, and check its values for every test."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UNLIMITED, CAUSAL = (-1, -1), (-1, 0)
 
 
 def inputs(tangents: str = "qkv", seed: int = 0, **shape: Any) -> tuple[Tensors, Tensors]:
-    """Standard normal q, k, v and those tangents that are named, B = 1 and H = 1 unless told otherwise."""
+    """Draw standard normal q, k, v and the named tangents, by default with B = 1 and H = 1."""
     shape = {"batch": 1, "heads": 1, "device": DEVICE, **shape}
     primals = dict(zip("qkv", make_qkv(seed=seed, **shape)))
     directions = dict(zip("qkv", make_qkv(seed=seed + 1, **shape)))
@@ -29,7 +29,7 @@ def inputs(tangents: str = "qkv", seed: int = 0, **shape: Any) -> tuple[Tensors,
 
 
 def packed_inputs(queries: list[int], keys: list[int], **shape: Any) -> tuple[Tensors, Tensors, Sequences]:
-    """The same of packed sequences with so many queries and keys each."""
+    """Draw the same for packed sequences with these numbers of queries and keys."""
     shape = {"heads": 1, "device": DEVICE, **shape}
     primals, cu_seqlens = make_packed(queries, keys, **shape)
     directions, _ = make_packed(queries, keys, seed=1, **shape)
@@ -37,7 +37,7 @@ def packed_inputs(queries: list[int], keys: list[int], **shape: Any) -> tuple[Te
 
 
 def normal(*shape: int) -> Tensor:
-    """Standard normal float32."""
+    """Draw standard normal float32."""
     return torch.randn(*shape, device=DEVICE)
 
 
@@ -53,7 +53,7 @@ def run(
     descriptors: bool | None = None,
     module: ModuleType = kernel,
 ) -> kernel.Outputs:
-    """The kernel on named tensors; masks are expanded as the op does. `descriptors`: instead of the GPU's."""
+    """Run the kernel on named tensors, with masks expanded as the op does; `descriptors` replaces the GPU's choice."""
     q, k, v = (primals[name] for name in "qkv")
     masks = (primals.get("attn_mask"), tangents.get("attn_mask"))
     full = (*q.shape[:3], k.shape[2])
@@ -74,7 +74,7 @@ def run(
 def hidden_between_sequences(
     primals: Tensors, window: tuple[int, int], lower_right: bool, cu_seqlens: Sequences
 ) -> Tensor:
-    """A mask of all packed tokens by which each sequence sees itself alone, and that through its own window."""
+    """Return a mask of all packed tokens by which each sequence sees only itself, through its own window."""
     seen = torch.zeros(primals["q"].shape[2], primals["k"].shape[2], dtype=torch.bool, device=DEVICE)
     starts_n, starts_m = (x.tolist() for x in cu_seqlens[:2])
     for n, stop_n, m, stop_m in zip(starts_n, starts_n[1:], starts_m, starts_m[1:]):

@@ -1,4 +1,4 @@
-"""Named inputs for the backward kernels, a way to run them, and the check that every test of their values uses."""
+"""Make named inputs for the backward kernels, run them, and check their values for every test."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = ("q", "k", "v", "attn_mask", "t_q", "t_k", "t_v", "t_attn_mask")
 
 
 def cotangents_of(primals: Tensors, *names: str) -> Tensors:
-    """Standard normal cotangents, of the names do, dt_o, d_lse and d_mu those that are given."""
+    """Draw standard normal cotangents, for the given names among do, dt_o, d_lse and d_mu."""
     q, v = primals["q"], primals["v"]
     shapes = {"do": (*q.shape[:3], v.shape[3]), "d_lse": q.shape[:3]}
     shapes |= {"dt_o": shapes["do"], "d_mu": shapes["d_lse"]}
@@ -39,7 +39,7 @@ def run_backward(
     needs: tuple[bool, ...] = (True,) * 8,
     descriptors: bool | None = None,
 ) -> Tensors:
-    """The gradients by name, from the forward kernel's results; masks are expanded as the op does."""
+    """Return the gradients by name, from the forward kernel's results, with masks expanded as the op does."""
     q, k, v = (primals[name] for name in "qkv")
     full = (*q.shape[:3], k.shape[2])
     masks = [None if x is None else x.expand(full) for x in (primals.get("attn_mask"), tangents.get("attn_mask"))]
@@ -61,7 +61,7 @@ def run_backward(
 def autodiff(
     primals: Tensors, tangents: Tensors, cotangents: Tensors, dtype: torch.dtype, **options: Any
 ) -> dict[str, Tensor]:
-    """The gradients by name, by autodiff of the plain formula in this dtype."""
+    """Return the gradients by name, by autodiff of the plain formula in this dtype."""
 
     def both(attn_mask: Tensor | None = None, **qkv: Tensor) -> Tensor:
         o = reference.attention(**qkv, attn_mask=attn_mask, **options)

@@ -1,4 +1,4 @@
-"""The kernels' values, on a GPU or interpreted on the CPU: `pytest tests/kernels`, in a process of its own."""
+"""Run the tests of the kernels' values, on a GPU or interpreted on the CPU, in a process of their own."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if INTERPRETED:
 
     import fastdistill.kernels.launch  # noqa: F401 -- mends the interpreter, before a test patches it and undoes that
 
-# What kernels do, and not only what comes out, is seen in the interpreter alone.
+# Only the interpreter shows what kernels do, besides their results.
 collect_ignore = [] if INTERPRETED else ["test_attention_work.py", "test_attention_backward_work.py"]
 
 
 @pytest.fixture(autouse=INTERPRETED)
 def matmuls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shape (rows, summed, columns) of each `tl.dot` of a test."""
+    """Collect the shape (rows, summed, columns) of each `tl.dot` of a test."""
     shapes: list[tuple[int, ...]] = []
     create_dot = InterpreterBuilder.create_dot
 

@@ -1,4 +1,4 @@
-"""Where the kernels run in tests: on a GPU where there is one, else interpreted on the CPU."""
+"""Choose where the kernels run in tests: on a GPU if there is one, otherwise interpreted on the CPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-# TRITON_INTERPRET=1 asks for the interpreter beside a GPU, too.
+# TRITON_INTERPRET=1 asks for the interpreter on a machine with a GPU, too.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
 

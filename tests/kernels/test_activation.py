@@ -1,4 +1,4 @@
-"""The activation kernels' values against float64 autodiff of the plain formula."""
+"""Compare the activation kernels' values with float64 autodiff of the plain formula."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def inputs(
     shape: tuple[int, ...] = (2, 5, 72),
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensors, Tensors]:
-    """x twice standard normal, so that both tails are met; all else standard normal."""
+    """Draw x twice as wide as standard normal, so that it meets both tails, and all else standard normal."""
     draw = lambda: torch.randn(shape, dtype=torch.float64, device=DEVICE)  # noqa: E731
     primals: Tensors = {name: (draw() * 2 if name == "x" else draw()).to(dtype) for name in names}
     return primals, {name: draw().to(dtype) for name in names if name in tangents}
@@ -51,7 +51,7 @@ def gradients(dy: Tensor | None, dt_y: Tensor, primals: Tensors, tangents: Tenso
 
 
 def check(kind: str, primals: Tensors, tangents: Tensors, cotangents: list[Tensor] | None = None) -> None:
-    """y, t_y, the gradients of y and those of both keep the tolerance rule and absolute caps."""
+    """Check that y, t_y, the gradients of y and those of both keep the tolerance rule and absolute caps."""
     fn = lambda x, up=None: PHI[kind](x) if up is None else PHI[kind](x) * up  # noqa: E731
     exact = cast(primals, torch.float64), cast(tangents, torch.float64)
     saved = kernel.activation_forward(pairs(primals, tangents), kind=kind)
@@ -77,7 +77,7 @@ def check(kind: str, primals: Tensors, tangents: Tensors, cotangents: list[Tenso
     for name, actual in found.items():
         assert actual.is_contiguous() and actual.dtype == outputs[0].dtype, name
         assert_accurate(actual, truths[name], baselines[name], name=name, order=2 if name.endswith("2") else 1)
-        if actual.numel() > 100:  # a few elements may be all cancellation
+        if actual.numel() > 100:  # A few elements may be all cancellation.
             assert relative_error(actual, truths[name]) < CAPS[actual.dtype], name
 
 
@@ -85,24 +85,24 @@ def check(kind: str, primals: Tensors, tangents: Tensors, cotangents: list[Tenso
 @pytest.mark.parametrize("names", [NAMES[:1], NAMES], ids=["plain", "gated"])
 @pytest.mark.parametrize("kind", kernel.KINDS)
 def test_every_member_of_the_family(kind: str, names: tuple[str, ...], dtype: torch.dtype) -> None:
-    """With a tangent to each tensor; only inputs and outputs are rounded."""
+    """Check it with a tangent to each tensor; only inputs and outputs are rounded."""
     check(kind, *inputs(names, dtype=dtype))
 
 
 @pytest.mark.parametrize("tangents", [s for r in range(3) for s in itertools.combinations(NAMES, r)], ids=str)
 def test_subsets_of_tangents(tangents: tuple[str, ...]) -> None:
-    """A missing tangent is a structural zero; with none at all there is no t_y."""
+    """Check that a missing tangent is a structural zero; without any there is no t_y."""
     check("gelu_tanh", *inputs(tangents=tangents))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 1), (3, 1024), (1, 1025), (2100, 3), (1, 3, 1, 2)], ids=str)
 def test_every_shape(shape: tuple[int, ...]) -> None:
-    """One element, one more than a program takes, many rows a program."""
+    """Check one element, one more than a program takes, and many rows a program."""
     check("silu", *inputs(shape=shape))
 
 
 def test_any_strides() -> None:
-    """Halves of a packed projection, cut out, permuted, broadcast, with every other channel, and with gaps in rows."""
+    """Check halves of a packed projection, cut out, permuted, broadcast, with every other channel, and with gaps."""
     draw = lambda *shape: torch.randn(shape, device=DEVICE)  # noqa: E731
     primals: Tensors = dict(zip(NAMES, draw(2, 3, 5, 48).chunk(2, -1)))
     tangents: Tensors = {"x": draw(24, 5, 3, 2).permute(3, 2, 1, 0), "up": draw(4, 9, 5, 48)[1:3, 2:5, :, ::2]}
@@ -110,7 +110,7 @@ def test_any_strides() -> None:
 
 
 def test_dimensions_that_can_be_joined_are_joined() -> None:
-    """Contiguous tensors are one row; halves of a packed projection are rows of a half; a broadcast stays apart."""
+    """Check that contiguous tensors are one row, halves of a projection rows of a half, and a broadcast stays apart."""
     contiguous, packed = torch.empty(2, 3, 4).stride(), torch.empty(2, 3, 8)[..., :4].stride()
     assert kernel.coalesced((2, 3, 4), [contiguous, contiguous]) == ([24, 1], [(1, 0), (1, 0)])
     assert kernel.coalesced((2, 3, 4), [contiguous, packed]) == ([4, 6], [(1, 4), (1, 8)])
@@ -121,7 +121,7 @@ def test_dimensions_that_can_be_joined_are_joined() -> None:
 @pytest.mark.parametrize("kind", kernel.KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_far_out_an_activation_is_the_identity_or_zero(kind: str, dtype: torch.dtype) -> None:
-    """No overflow of an exponential or a power, to the largest number there is."""
+    """Check that no exponential or power overflows, up to the largest number there is."""
     far = [50.0, 100.0, 1e3, 1e6, 1e10, 1e20, torch.finfo(dtype).max]
     x = torch.tensor([1.0, -1.0], device=DEVICE).outer(torch.tensor(far, device=DEVICE)).clamp(-far[-1], far[-1])
     x = x.to(dtype)
@@ -135,7 +135,7 @@ def test_far_out_an_activation_is_the_identity_or_zero(kind: str, dtype: torch.d
 
 
 def test_a_loss_of_the_tangent_alone() -> None:
-    """dy of None is zeros."""
+    """Check that a dy of None is zeros."""
     primals, tangents = inputs()
     dt_y = torch.randn(2, 5, 72, device=DEVICE)
     without, zeros = (gradients(dy, dt_y, primals, tangents, "silu") for dy in (None, torch.zeros_like(dt_y)))
@@ -149,7 +149,7 @@ def test_no_elements() -> None:
 
 
 def test_what_it_cannot_do_is_refused() -> None:
-    """By the name of the argument."""
+    """Check that the message names the argument."""
     x = torch.zeros(2, dtype=torch.float64)
     with pytest.raises(TypeError, match=r"x: expected float32, .* got torch.float64"):
         kernel.activation_forward([(x, None), (None, None)], kind="silu")
@@ -159,7 +159,7 @@ def test_what_it_cannot_do_is_refused() -> None:
 
 @pytest.mark.parametrize("op", ["swiglu", "geglu"])
 def test_the_public_op_runs_the_kernels_both_ways(op: str) -> None:
-    """impl="triton": value, tangent, and the gradients of a loss of both."""
+    """Check value, tangent, and the gradients of a loss of both with impl="triton"."""
     primals, tangents = inputs(shape=(2, 3, 8))
     leaves = [x.requires_grad_() for x in (*primals.values(), *tangents.values())]
 
@@ -174,7 +174,7 @@ def test_the_public_op_runs_the_kernels_both_ways(op: str) -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, which the interpreter computes with, warns of NaN
 @pytest.mark.parametrize("kind", PHI)
 def test_nan_stays_nan(kind: str) -> None:
-    """In y, t_y and all gradients, at this entry and nowhere else."""
+    """Check that NaN is in y, t_y and all gradients, at this entry and nowhere else."""
     primals, tangents = inputs(shape=(1, 8))
     primals["x"][0, 3] = math.nan
     ((y, t_y),), _ = kernel.activation_forward(pairs(primals, tangents), kind=kind)

@@ -1,6 +1,6 @@
-"""The attention kernel's values against float64 autodiff of the plain formula: shapes, layouts, dtypes.
+"""Compare the attention kernel's values with float64 autodiff of the plain formula: shapes, layouts, dtypes.
 
-The interpreter's time goes by steps over key tiles (32 x 32 there) and heads, not by their size: so lengths stay below
+The interpreter's time goes by steps over key tiles (32 x 32 there) and heads, not by their size. So lengths stay below
 three tiles, and one or two heads do unless heads are the point.
 """
 
@@ -24,43 +24,43 @@ from tests.kernels.device import DEVICE
 
 @pytest.mark.parametrize("tangents", SUBSETS)
 def test_every_subset_of_tangents(tangents: str) -> None:
-    """A missing tangent is a structural zero; two key tiles, both partly empty."""
+    """Check that a missing tangent is a structural zero; there are two key tiles, both partly empty."""
     check(*inputs(tangents, n=17, m=40, d=32))
 
 
 @pytest.mark.parametrize("d", [8, 24, 72, 96, 100, 112, 128, 256])
 def test_every_head_dim(d: int) -> None:
-    """Powers of two, the sums of two and of three, padded tails, and an odd one out."""
+    """Check powers of two, sums of two and of three, padded tails, and an odd one."""
     check(*inputs(n=15, m=20, d=d))
 
 
 @pytest.mark.parametrize(("d", "dv"), [(32, 80), (72, 16)])
 def test_values_as_wide_as_they_like(d: int, dv: int) -> None:
-    """Wider and narrower than the keys, in another number of parts."""
+    """Check values wider and narrower than the keys, in another number of parts."""
     check(*inputs(n=20, m=33, d=d, dv=dv))
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 65), (63, 1), (65, 15), (31, 64), (64, 63)])
 def test_every_length(n: int, m: int) -> None:
-    """One, one less and one more than whole tiles, cross-attention both ways."""
+    """Check one, one less and one more than whole tiles, and cross-attention both ways."""
     check(*inputs(n=n, m=m, d=32))
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_heads_share_keys(kv_heads: int) -> None:
-    """Multi-query and grouped heads, in a batch of two."""
+    """Check multi-query and grouped heads, in a batch of two."""
     check(*inputs(batch=2, heads=4, kv_heads=kv_heads, n=10, m=20, d=16))
 
 
 @pytest.mark.parametrize("layout", ["bnhd", "packed"])
 @pytest.mark.parametrize("d", [32, 72])
 def test_layouts_need_no_copy(layout: str, d: int) -> None:
-    """As projections leave them; rows of 72 are taken with the strides' factor 8."""
+    """Check layouts as projections leave them; rows of 72 are taken with the strides' factor 8."""
     check(*inputs(batch=2, heads=2, n=20, d=d, layout=layout))
 
 
 def test_odd_strides() -> None:
-    """A tensor cut out of a larger one, in all four dimensions, with no factor 8, and a broadcast one."""
+    """Check a tensor cut out of a larger one, in all four dimensions, with no factor 8, and a broadcast one."""
     primals, tangents = inputs(n=20, d=16)
     primals["q"] = normal(3, 5, 50, 37)[1:2, 2:3, 3:43:2, 4:36:2]
     tangents["k"] = normal(1, 1, 1, 16).expand(1, 1, 20, 16)
@@ -68,7 +68,7 @@ def test_odd_strides() -> None:
 
 
 def test_garbage_beyond_the_last_row_is_not_read() -> None:
-    """NaN right behind every tensor's rows and columns."""
+    """Put NaN right behind every tensor's rows and columns, and check that none is read."""
     primals, tangents = inputs(n=20, m=40, d=24)
     for tensors in (primals, tangents):
         for name, x in tensors.items():
@@ -80,7 +80,7 @@ def test_garbage_beyond_the_last_row_is_not_read() -> None:
 
 @pytest.mark.parametrize("scale", [-0.5, 0.0, 2.0])
 def test_any_scale(scale: float) -> None:
-    """The kernel scales after it has taken maxima, which is right for positive scales alone."""
+    """Check scales of each sign; the kernel scales after taking maxima, which is right for positive ones alone."""
     check(*inputs(n=20, m=40, d=16), scale=scale)
     primals, tangents = inputs(n=20, m=40, d=16)
     primals["attn_mask"] = normal(1, 1, 20, 40) > 0
@@ -90,14 +90,14 @@ def test_any_scale(scale: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tangents", ["qkv", "v"])
 def test_16_bits(dtype: torch.dtype, tangents: str) -> None:
-    """Two parts, several tiles, a learned bias of the same dtype."""
+    """Check two parts, several tiles, and a learned bias of the same dtype."""
     primals, directions = inputs(tangents, n=40, m=70, d=72, dtype=dtype)
     primals["attn_mask"] = normal(1, 1, 40, 70).to(dtype)
     check(primals, directions)
 
 
 def test_tf32_where_pytorch_may_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """float32 goes to the tensor cores, with 10 bits; common modes still cancel, for sums are of rounded numbers."""
+    """Check float32 on tensor cores, with 10 bits; common modes still cancel, because sums are of rounded numbers."""
     primals, tangents = inputs(n=20, m=70, d=32)
     primals["v"], tangents["k"] = primals["v"] + 3, tangents["k"] + 10
     _, t_truth = reference_jvp(reference.attention, cast(primals, torch.float64), cast(tangents, torch.float64))
@@ -120,7 +120,7 @@ def test_nan_is_not_rounded_away(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def far_apart(x: Tensor, dim: int, tmp_path: Path) -> Tensor:
-    """x with more than 2^31 elements between its last two entries along `dim`; untouched memory is not real."""
+    """Return x with more than 2^31 elements between its last two entries along `dim`; untouched memory is not real."""
     count, rows = x.shape[dim], x.numel() // x.shape[dim]
     stride = (2**31 // max(1, count - 1) // 64 + 1) * 64
     size = stride * (count - 1) + rows
@@ -135,7 +135,7 @@ def far_apart(x: Tensor, dim: int, tmp_path: Path) -> Tensor:
 
 @pytest.mark.parametrize(("name", "dim"), [("q", 2), ("k", 2), ("v", 0), ("attn_mask", 2)])
 def test_offsets_have_64_bits(name: str, dim: int, tmp_path: Path) -> None:
-    """Rows and samples beyond the reach of 32."""
+    """Check rows and samples beyond the reach of 32 bits."""
     primals, tangents = inputs("v", batch=2, n=3, m=5, d=16, dtype=torch.float16)
     primals["attn_mask"] = normal(2, 1, 3, 5) > -1
     expected = run(primals, tangents)
@@ -147,7 +147,7 @@ def test_offsets_have_64_bits(name: str, dim: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("factor", [1.0, 1e-4], ids=["normal", "subnormal"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_what_rounding_took_is_kept_for_the_backward(dtype: torch.dtype, factor: float) -> None:
-    """Number and rest together are as good as float32 of 16 bits, or of 22, however small they are.
+    """Check that number and rest together are as good as float32 of 16 bits, or of 22, however small they are.
 
     All keys are alike, so that o and t_o are plain means of v and t_v, which no rounding of P or H touches.
     """
@@ -164,7 +164,7 @@ def test_what_rounding_took_is_kept_for_the_backward(dtype: torch.dtype, factor:
 
 
 def test_no_rest_is_kept_where_none_is_needed() -> None:
-    """Of float32, of a tangent that isn't there or isn't differentiated, and where no gradient may follow."""
+    """Check float32, an absent tangent, one that isn't differentiated, and calls after which no gradient may follow."""
     low = {"n": 4, "d": 16, "dtype": torch.float16}
     assert run(*inputs(n=4, d=16), tangent_grad=True)[4:] == (None, None)
     assert run(*inputs(**low))[4:] == (None, None)
@@ -177,7 +177,7 @@ def test_no_rest_is_kept_where_none_is_needed() -> None:
 
 
 def test_the_tangent_is_linear_in_its_direction() -> None:
-    """Twice the direction, twice the tangent, to the bit; and zeros give what None gives."""
+    """Check that twice the direction gives twice the tangent, to the bit, and that zeros give what None gives."""
     primals, tangents = inputs(n=20, m=40, d=16)
     once, twice = run(primals, tangents), run(primals, {name: 2 * t for name, t in tangents.items()})
     assert torch.equal(2 * once.t_o, twice.t_o) and torch.equal(2 * once.mu, twice.mu)
@@ -187,7 +187,7 @@ def test_the_tangent_is_linear_in_its_direction() -> None:
 
 
 def test_nothing_to_compute() -> None:
-    """An empty batch launches nothing; no keys at all make every row a dead one."""
+    """Check that an empty batch launches nothing, and that no keys at all make every row a dead one."""
     primals, tangents = inputs(n=4, d=16)
     outputs = run(*({name: x[:0] for name, x in tensors.items()} for tensors in (primals, tangents)))
     assert outputs.o.shape == outputs.t_o.shape == (0, 1, 4, 16)
@@ -198,7 +198,7 @@ def test_nothing_to_compute() -> None:
 
 
 def test_outputs_start_as_garbage() -> None:
-    """The suite's deterministic mode fills new memory with NaN, so what no kernel wrote fails every check."""
+    """Check that new memory is NaN, by the suite's deterministic mode, so that unwritten elements fail every check."""
     assert torch.empty(3, device=DEVICE).isnan().all()
 
 
@@ -223,7 +223,7 @@ def test_outputs_start_as_garbage() -> None:
 def test_what_it_cannot_do_is_refused(
     change: Callable[[Tensors, Tensors], None], error: type[Exception], message: str
 ) -> None:
-    """By the name of the argument."""
+    """Check that the message names the argument."""
     primals, tangents = inputs(n=4, d=16)
     change(primals, tangents)
     with pytest.raises(error, match=message):

@@ -1,4 +1,4 @@
-"""What rounding costs: absolute caps, with common modes and large logits, and that each piece of the kernel matters."""
+"""Test what rounding costs: absolute caps, common modes, large logits, and that each piece of the kernel matters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.kernels.attention_cases import Tensors, check, inputs, run
 
 
 def edited(tmp_path: Path, old: str, new: str) -> ModuleType:
-    """The kernel's module with one piece of its source replaced."""
+    """Return the kernel's module with one piece of its source replaced."""
     source = Path(kernel.__file__).read_text(encoding="utf-8")
     assert source.count(old) == 1, old
     path = tmp_path / "edited_attention.py"
@@ -29,7 +29,7 @@ def edited(tmp_path: Path, old: str, new: str) -> ModuleType:
 
 
 def test_logits_beyond_a_hundred() -> None:
-    """exp(100) overflows; the running maximum must not let it."""
+    """Check that the running maximum keeps exp(100) from overflowing."""
     primals, tangents = inputs(n=20, m=70, d=32)
     primals["q"] *= 60
     outputs = run(primals, tangents)
@@ -41,7 +41,7 @@ def test_logits_beyond_a_hundred() -> None:
 
 
 def offset_inputs(t_k_offset: float, v_offset: float, std: float) -> tuple[Tensors, Tensors]:
-    """bfloat16 inputs with a common offset in T (|mu| / std T is about that offset), in v, and with peaked logits."""
+    """Draw bfloat16 inputs with a common offset in T (about |mu| / std T), an offset in v, and peaked logits."""
     primals, tangents = inputs(n=32, m=256, d=64, dtype=torch.float32)
     primals["q"], primals["v"] = primals["q"] * std, primals["v"] + v_offset
     tangents["k"] = tangents["k"] + t_k_offset
@@ -49,7 +49,7 @@ def offset_inputs(t_k_offset: float, v_offset: float, std: float) -> tuple[Tenso
 
 
 def tangent_errors(module: ModuleType, primals: Tensors, tangents: Tensors) -> tuple[float, float]:
-    """Relative error of t_o before and after its own rounding."""
+    """Return the relative error of t_o before and after its own rounding."""
     _, t_truth = reference_jvp(reference.attention, cast(primals, torch.float64), cast(tangents, torch.float64))
     outputs = run(primals, tangents, tangent_grad=True, module=module)
     unrounded = outputs.t_o if outputs.t_o_rest is None else outputs.t_o.float() + outputs.t_o_rest.float() / 256
@@ -60,14 +60,14 @@ def tangent_errors(module: ModuleType, primals: Tensors, tangents: Tensors) -> t
 @pytest.mark.parametrize("v_offset", [0.0, 3.0])
 @pytest.mark.parametrize("t_k_offset", [0.0, 10.0, 100.0])
 def test_common_modes_cost_no_accuracy(t_k_offset: float, v_offset: float, std: float) -> None:
-    """The absolute caps, before and after t_o is rounded: PyTorch's own bfloat16 errs by 0.5 % to 1000 % here."""
+    """Check the absolute caps, before and after t_o is rounded; PyTorch's own bfloat16 errs by 0.5 % to 1000 % here."""
     unrounded, rounded = tangent_errors(kernel, *offset_inputs(t_k_offset, v_offset, std))
     assert unrounded < 2e-3 and rounded < 3e-3
 
 
 @pytest.mark.parametrize(("t_k_offset", "cap"), [(0.0, 5e-6), (100.0, 3e-5)])
 def test_common_modes_in_float32(t_k_offset: float, cap: float) -> None:
-    """With v offset and peaked logits; the inputs are rounded, and what is left of their tails counts as exact."""
+    """Check offset v and peaked logits; the inputs are rounded, and what is left of their tails counts as exact."""
     primals, tangents = (cast(tensors, torch.float32) for tensors in offset_inputs(t_k_offset, 3.0, 4.0))
     assert max(tangent_errors(kernel, primals, tangents)) < cap
 
@@ -87,7 +87,7 @@ MEAN = "a = add_scaled_rows(scale_rows(a, inverse), -h_dot * inverse, o)"
     ids=["centring", "the sum of the rounded H", "its use"],
 )
 def test_what_the_accuracy_rests_on(old: str, new: str, v_offset: float, worse: float, tmp_path: Path) -> None:
-    """The same kernel without it errs so many times more: a cap that a plainer kernel also kept would prove nothing."""
+    """Check that the same kernel without it errs many times more; otherwise the cap would prove nothing."""
     primals, tangents = offset_inputs(100, v_offset, 1.0)
     error, _ = tangent_errors(kernel, primals, tangents)
     assert tangent_errors(edited(tmp_path, old, new), primals, tangents)[0] > worse * error
@@ -103,7 +103,7 @@ def test_what_the_accuracy_rests_on(old: str, new: str, v_offset: float, worse: 
     ],
 )
 def test_a_wrong_kernel_is_found(old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every piece of the recurrence matters to the checks above."""
+    """Check that every piece of the recurrence matters to the checks above."""
     monkeypatch.setattr(kernel, "attention_forward", edited(tmp_path, old, new).attention_forward)
     primals, tangents = inputs(n=20, m=70, d=32, dtype=torch.float16)
     with pytest.raises(AssertionError):

@@ -1,4 +1,4 @@
-"""What rounding costs the gradients: absolute caps, common modes, large logits."""
+"""Test what rounding costs the gradients: absolute caps, common modes, large logits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PRIMAL, MIXED = ("do",), ("do", "dt_o")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("names", [PRIMAL, MIXED], ids="+".join)
 def test_16_bits(names: tuple[str, ...], dtype: torch.dtype) -> None:
-    """Two parts, several tiles, a learned bias in float32."""
+    """Check two parts, several tiles, and a learned bias in float32."""
     primals, tangents = inputs(n=20, m=40, d=72, dtype=dtype)
     primals["attn_mask"] = normal(1, 1, 20, 40)
     assert check_backward(primals, tangents, cotangents_of(primals, *names))["attn_mask"].dtype == torch.float32
@@ -25,10 +25,10 @@ def test_16_bits(names: tuple[str, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("v_offset", [0.0, 3.0])
 @pytest.mark.parametrize("t_k_offset", [0.0, 10.0, 100.0])
 def test_common_modes(t_k_offset: float, v_offset: float, std: float) -> None:
-    """In bfloat16, t_k_offset being about |mu| / std T: the cap, and for dq a tenth of it an offset of 1, or 2 % of it.
+    """Check the cap in bfloat16 and, for dq, a tenth of it for an offset of 1, or 2 % of the offset.
 
-    dq sums dT t_k, in which a mean of t_k cancels only as far as the rounded dT sums to zero. PyTorch errs there, and
-    everywhere else as well, by 30 to 400 % where this kernel does by 10 % at most.
+    t_k_offset is about |mu| / std T. dq sums dT t_k, in which a mean of t_k cancels only as far as the rounded dT sums
+    to zero. PyTorch errs there, and everywhere else as well, by 30 to 400 % where this kernel does by 10 % at most.
     """
     primals, tangents = inputs(n=32, m=96, d=64)
     primals["q"], primals["v"] = primals["q"] * std, primals["v"] + v_offset
@@ -42,7 +42,7 @@ def test_common_modes(t_k_offset: float, v_offset: float, std: float) -> None:
 
 
 def test_logits_beyond_a_hundred() -> None:
-    """exp(100) overflows. What they cost in float32 is their own rounding, which PyTorch has as well."""
+    """Check logits whose exp(100) overflows; in float32 they cost their own rounding, which PyTorch has as well."""
     primals, tangents = inputs(n=20, m=40, d=32)
     primals["q"] *= 60
     cotangents = cotangents_of(primals, *MIXED)
@@ -52,7 +52,7 @@ def test_logits_beyond_a_hundred() -> None:
 
 
 def test_tf32_on_request() -> None:
-    """As PyTorch's own setting says: operands of 11 bits, three digits of the result."""
+    """Check that PyTorch's own setting gives operands of 11 bits, and three digits of the result."""
     primals, tangents = inputs(n=20, m=40, d=32)
     cotangents = cotangents_of(primals, *MIXED)
     exact = run_backward(primals, tangents, cotangents)

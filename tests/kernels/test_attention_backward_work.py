@@ -1,6 +1,6 @@
-"""What the backward kernels leave out: matmuls with zeros, gradients nobody needs, tiles of which nothing is seen.
+"""Test what the backward kernels leave out: products with zeros, gradients that nobody needs, and unseen tiles.
 
-And that nothing else may be left out. The interpreter counts, and takes edited source.
+Nothing else may be left out. The interpreter counts, and takes edited source.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MIXED = ("do", "dt_o")
 
 
 def backward_matmuls(matmuls: Shapes, primals: Tensors, tangents: Tensors, *names: str, **options: Any) -> int:
-    """How many the backward takes for these cotangents: those of a run, less the forward's."""
+    """Return how many matmuls the backward takes for these cotangents: those of a run, less the forward's."""
     cotangents = cotangents_of(primals, *names)
     counts = []
     for needs in ((False,) * 8, options.pop("needs", (True,) * 8)):
@@ -39,14 +39,14 @@ def backward_matmuls(matmuls: Shapes, primals: Tensors, tangents: Tensors, *name
     [("", 7), ("v", 10), ("q", 14), ("k", 14), ("qv", 17), ("kv", 17), ("qk", 18), ("qkv", 21)],
 )
 def test_zero_tangents_cost_no_matmul(tangents: str, count: int, matmuls: Shapes) -> None:
-    """One tile, one part, both kernels."""
+    """Count the matmuls of one tile and one part, in both kernels."""
     names = MIXED if tangents else ("do",)
     assert backward_matmuls(matmuls, *inputs(tangents, n=20, d=16), *names) == count
 
 
 @pytest.mark.parametrize(("names", "count"), [(("do",), 7), (("d_lse",), 4), (("d_mu",), 12), (("dt_o",), 18), ((), 0)])
 def test_zero_cotangents_cost_no_matmul(names: tuple[str, ...], count: int, matmuls: Shapes) -> None:
-    """All tangents there are; do alone asks about none of them."""
+    """Count them with all tangents; do alone asks about none of them."""
     assert backward_matmuls(matmuls, *inputs(n=20, d=16), *names) == count
 
 
@@ -58,7 +58,7 @@ def test_zero_cotangents_cost_no_matmul(names: tuple[str, ...], count: int, matm
     ],
 )
 def test_only_what_is_needed_is_computed(wanted: str, count: int, matmuls: Shapes) -> None:
-    """And comes out the same to the bit."""
+    """Check that it is the same to the bit."""
     primals, tangents = inputs(n=20, d=16)
     primals["attn_mask"], tangents["attn_mask"] = normal(1, 1, 20, 20), normal(1, 1, 20, 20)
     needs = tuple(name in wanted.split() for name in NAMES)
@@ -71,7 +71,7 @@ def test_only_what_is_needed_is_computed(wanted: str, count: int, matmuls: Shape
 
 @pytest.mark.parametrize(("names", "count"), [(MIXED, 21 + 3), (("do",), 7)])
 def test_wide_heads_take_the_keys_in_two_launches(names: tuple[str, ...], count: int, matmuls: Shapes) -> None:
-    """One for k, one for v, and both rebuild P and T; two accumulators alone need no second one."""
+    """Check one launch for k and one for v, which both rebuild P and T; two accumulators alone need no second one."""
     assert backward_matmuls(matmuls, *inputs(n=20, d=128), *names) == count
 
 
@@ -79,7 +79,7 @@ def test_wide_heads_take_the_keys_in_two_launches(names: tuple[str, ...], count:
     ("masked", "window", "tiles"), [(False, CAUSAL, 6), (True, UNLIMITED, 3), (True, CAUSAL, 3), (False, (0, 0), 3)]
 )
 def test_hidden_tiles_cost_nothing(masked: bool, window: tuple[int, int], tiles: int, matmuls: Shapes) -> None:
-    """Of 3 x 3; the mask hides the last two tiles of keys."""
+    """Count the tiles, of 3 x 3; the mask hides the last two tiles of keys."""
     primals, _ = inputs("", n=96, d=16)
     if masked:
         primals["attn_mask"] = torch.arange(96, device=DEVICE).expand(1, 1, 1, 96) < 32
@@ -87,7 +87,7 @@ def test_hidden_tiles_cost_nothing(masked: bool, window: tuple[int, int], tiles:
 
 
 def test_memory_is_linear_in_the_length() -> None:
-    """Nothing of the size of the logits is allocated, the rows' statistics are three or four numbers each."""
+    """Check that nothing of the logits' size is allocated; row statistics are three or four numbers each."""
     primals, tangents = inputs(n=96, d=16)
     cotangents = cotangents_of(primals, *MIXED)
     with MemoryRecorder() as recorder:
@@ -108,7 +108,7 @@ def test_memory_is_linear_in_the_length() -> None:
     ],
 )
 def test_a_wrong_kernel_is_found(old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every term of the formulas matters to the checks above, in 16 bits as well."""
+    """Check that every term of the formulas matters to the checks above, in 16 bits as well."""
     source = Path(attention_tile.__file__).read_text(encoding="utf-8")
     assert source.count(old) == 1, old
     path = tmp_path / "edited_attention_tile.py"

@@ -1,4 +1,4 @@
-"""Which query meets which key, by brute force."""
+"""Test by brute force which query meets which key."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def _visible_kernel(CASES, OUT, cases, BLOCK: tl.constexpr, STEP: tl.constexpr):
 
 
 def test_visible_tiles_are_those_that_a_band_meets() -> None:
-    """All small cases: nothing seen lies outside, and what is called whole is.
+    """Check all small cases: nothing seen lies outside, and tiles that are called whole are whole.
 
-    Seen tiles are all that are visited but for bands that a row's first or last key leaves empty.
+    The seen tiles are all that are visited, except for bands that a row's first or last key leaves empty.
     """
     sides = [*range(-6, 7), -FAR, FAR]
     cases = [
@@ -52,13 +52,13 @@ def test_visible_tiles_are_those_that_a_band_meets() -> None:
         whole = set(range(whole_begin, whole_end))
         assert whole_begin % STEP == 0 and whole <= common, case
         tiles = [set(range(tile, tile + STEP)) for tile in range(begin, end, STEP)]
-        if common:  # no row's band is cut off by the ends
+        if common:  # The ends cut off no row's band.
             assert all(tile & union for tile in tiles), case
             assert all(tile <= whole for tile in tiles if tile <= common), case
 
 
 def mask_of(kind: str, seen: Tensor) -> Tensor:
-    """A bool mask, or a float one that hides the same."""
+    """Return a bool mask, or a float mask that hides the same."""
     if kind == "bool":
         return seen
     return torch.zeros(seen.shape, device=DEVICE).masked_fill(~seen, -torch.inf)
@@ -84,7 +84,7 @@ def live_lists(mask: Tensor, block_row: int, block_col: int) -> dict[tuple[int, 
 )
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_live_tiles_are_those_with_a_key_to_see(shape: tuple[int, ...], kind: str) -> None:
-    """In order, in every layout of a broadcast mask, ragged ends and all."""
+    """Check their order, in every layout of a broadcast mask, with ragged ends."""
     seen = torch.rand(shape, device=DEVICE) > 0.85
     full = seen.expand(2, 3, shape[2] if shape[2] > 1 else 10, shape[3] if shape[3] > 1 else 13)
     found = live_lists(mask_of(kind, seen).expand(full.shape), 4, 3)
@@ -101,7 +101,7 @@ def test_a_padding_mask_has_one_list_a_sample() -> None:
 
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (2, 1), (0, -1), (20, 20), (9, 9), (8, 8)], ids=str)
 def test_a_limit_that_no_query_reaches_is_none(window: tuple[int, int]) -> None:
-    """So it costs nothing, and no arithmetic with it can overflow; the band stays the same."""
+    """Check that it then costs nothing and can't overflow, and that the band stays the same."""
     for n, m in ((5, 9), (9, 5)):
         q, k = torch.empty(1, 4, n, 8), torch.empty(1, 2, m, 8)
         problem = attention_bands.problem_of(q, k, window, None)

@@ -1,4 +1,4 @@
-"""Loads by descriptor (TMA), which the GPUs from 9.0 on get where the tensors allow it: the same values."""
+"""Test loads by descriptor (TMA), which GPUs from 9.0 on get where the tensors allow it: the values are the same."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from tests.kernels.attention_cases import check, inputs, normal
 
 @pytest.mark.parametrize(("d", "layout"), [(72, "bhnd"), (72, "bnhd"), (64, "packed")])
 def test_rows_by_descriptor(d: int, layout: str) -> None:
-    """Two samples and heads, ragged ends of rows and of columns."""
+    """Check two samples and heads, and ragged ends of rows and of columns."""
     shape = {} if layout == "packed" else {"m": 41, "dv": 40}
     check(*inputs(batch=2, heads=2, n=35, d=d, layout=layout, dtype=torch.float16, **shape), descriptors=True)
 
 
 def test_three_parts_and_shared_keys() -> None:
-    """112 = 64 + 32 + 16, in bfloat16, under a band."""
+    """Check 112 = 64 + 32 + 16, in bfloat16, under a band."""
     shape = {"heads": 4, "kv_heads": 2, "n": 33, "d": 112, "dtype": torch.bfloat16}
     check(*inputs("kv", **shape), window=(10, 3), descriptors=True)
 
 
 def test_a_single_row_sample_and_head() -> None:
-    """Whose strides mean nothing."""
+    """Check dimensions of size one, whose strides mean nothing."""
     primals, tangents = inputs(n=1, m=1, d=16)
     primals["q"] = primals["q"].as_strided((1, 1, 1, 16), (7, 5, 3, 1))
     check(primals, tangents, descriptors=True)
 
 
 def test_what_descriptors_can_name() -> None:
-    """Not all strides, nor all addresses; and exact float32 is better off without them."""
+    """Check strides and addresses that descriptors can't name; exact float32 is better off without them."""
     x = normal(2, 4, 8, 72).half()
     assert use_descriptors(90, x, None, x.transpose(1, 2), x[:, :, :, :16]) and use_descriptors(100, x)
     assert not use_descriptors(80, x)
@@ -55,7 +55,7 @@ def test_the_environment_can_do_without(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_gpu_with_tma_gets_them_by_default() -> None:
-    """Packed sequences don't, for a tile of one would reach into the next; pointers come with the tiles of sm_80."""
+    """Check that packed sequences don't, because a tile would reach into the next; pointers take sm_80's tiles."""
     primals, _ = inputs(n=8, d=64, dtype=torch.float16)
     pairs = [*((x, None) for x in primals.values()), (None, None)]
     outputs = kernel.allocate(primals["q"], primals["v"], moving=False)

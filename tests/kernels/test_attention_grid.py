@@ -1,4 +1,4 @@
-"""Everything by everything, for a few minutes: head dims, dtypes, tangents, masks and lengths."""
+"""Test everything by everything, for a few minutes: head dims, dtypes, tangents, masks and lengths."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from tests.kernels.attention_cases import CAUSAL, SUBSETS, Tensors, check, inputs, normal, packed_inputs
 from tests.kernels.device import DEVICE, INTERPRETED
 
-# One below, at and above whole tiles, both ways; many tiles only where they are quick.
+# Lengths are one below, at and above whole tiles, both ways; many tiles come only where they are quick.
 LENGTHS = [(1, 65), (31, 33), (33, 31), (40, 1), (17, 63), (63, 20)]
 LENGTHS += [] if INTERPRETED else [(127, 1025), (1000, 129), (777, 777)]
 MASKS = ["none", "causal", "lower right", "window", "bool", "float", "padding", "packed"]
 
 
 def case(tangents: str, mask: str, n: int, m: int, **shape: Any) -> tuple[Tensors, Tensors, dict[str, Any]]:
-    """Inputs under such a mask, and the options that go with it."""
+    """Return inputs under such a mask, and the options that go with it."""
     if mask == "packed":
         primals, directions, cu_seqlens = packed_inputs([n, 3, m], [m, 5, n], **shape)
         return primals, {x: directions[x] for x in tangents}, {"cu_seqlens": cu_seqlens, "window": (40, 9)}
@@ -43,7 +43,7 @@ def case(tangents: str, mask: str, n: int, m: int, **shape: Any) -> tuple[Tensor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("d", [32, 64, 72, 80, 96, 112, 128, 256])
 def test_everything_by_everything(d: int, dtype: torch.dtype) -> None:
-    """Each mask with each set of tangents (interpreted: with every third); lengths, Dv and grouped heads take turns."""
+    """Check each mask with each set of tangents (interpreted: every third); lengths, Dv and heads take turns."""
     pairs = [*itertools.product(MASKS, SUBSETS)][d // 8 % 3 :: 3 if INTERPRETED else 1]
     turns = zip(itertools.cycle(LENGTHS), itertools.cycle([d, 40, d, 72, d]), itertools.cycle([(1, 1), (2, 1)]))
     for (mask, tangents), ((n, m), dv, (heads, kv_heads)) in zip(pairs, turns):

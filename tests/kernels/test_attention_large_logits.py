@@ -1,4 +1,4 @@
-"""Plain gradients of the attention kernels in 16 bits: delta from o and what rounding took from it."""
+"""Test plain gradients of the attention kernels in 16 bits: delta comes from o and what rounding took from it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_plain_gradients_keep_the_rule(case: Case, dtype: torch.dtype) -> None:
 
 @DTYPES
 def test_so_do_those_of_the_output_beside_a_tangent(dtype: torch.dtype) -> None:
-    """As in MeanFlow, whose loss keeps no graph of the tangent; by the driver and by the explicit pair."""
+    """Check MeanFlow's loss, which keeps no graph of the tangent, by the driver and by the explicit pair."""
 
     def pushed(*qkv: Tensor, **options: Any) -> Tensor:
         return fd.jvp(partial(ours, **options), qkv, tuple(torch.ones_like(x) for x in qkv))[0]
@@ -39,7 +39,7 @@ def test_so_do_those_of_the_output_beside_a_tangent(dtype: torch.dtype) -> None:
 
 @DTYPES
 def test_packed_sequences_keep_it_too(dtype: torch.dtype) -> None:
-    """Two of them, of which the check sees one at a time."""
+    """Check two of them, of which the check sees one at a time."""
 
     def packed(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, enable_gqa: bool) -> Tensor:
         tokens = [torch.cat([x, x.detach()], 2)[0].transpose(0, 1) for x in (q, k, v)]

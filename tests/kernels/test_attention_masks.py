@@ -1,4 +1,4 @@
-"""Masks, bands and packed sequences: who sees whom, and that nobody else is seen."""
+"""Test masks, bands and packed sequences: who sees whom, and that nobody else is seen."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fastdistill.testing import cast, reference_jvp, relative_error
 from tests.kernels.attention_cases import CAUSAL, UNLIMITED, assert_dead, check, inputs, normal, packed_inputs, run
 from tests.kernels.device import DEVICE
 
-# Causal, to both sides, all from the diagonal on, over several tiles, a single key.
+# The bands are causal, limited on both sides, from the diagonal on, over several tiles, and a single key.
 WINDOWS = [CAUSAL, (5, 3), (0, -1), (40, 20), (0, 0)]
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 20, 40), (2, 1, 20, 40), (1, 2, 1, 40), (1, 1, 20, 1)], ids=str)
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_masks_broadcast(shape: tuple[int, ...], kind: str) -> None:
-    """From every dimension; the tangent of a float mask as well."""
+    """Check every dimension, also for the tangent of a float mask."""
     primals, tangents = inputs(batch=2, heads=2, n=20, m=40, d=16)
     if kind == "bool":
         primals["attn_mask"] = normal(*shape) > 0
@@ -30,7 +30,7 @@ def test_masks_broadcast(shape: tuple[int, ...], kind: str) -> None:
 
 
 def test_only_the_mask_moves() -> None:
-    """The tangent of a learned bias, alone."""
+    """Check the tangent of a learned bias, alone."""
     primals, tangents = inputs("", n=20, m=40, d=16)
     primals["attn_mask"], tangents["attn_mask"] = normal(1, 1, 20, 40), normal(1, 1, 20, 40)
     check(primals, tangents)
@@ -38,7 +38,7 @@ def test_only_the_mask_moves() -> None:
 
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_a_query_that_sees_no_key_gives_zeros(kind: str) -> None:
-    """Beside one whose first tile is all dead, one whose last tile is, and a causal limit."""
+    """Check it beside a query whose first tile is all dead, one whose last tile is, and a causal limit."""
     primals, tangents = inputs(n=40, m=40, d=16)
     seen = normal(1, 1, 40, 40) > -0.5
     seen[..., 5, :] = seen[..., 35, :32] = seen[..., 36, 32:] = False
@@ -53,9 +53,10 @@ def test_a_query_that_sees_no_key_gives_zeros(kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_row_of_lowest_floats_is_no_dead_row(dtype: torch.dtype) -> None:
-    """Libraries mask with finfo.min: such keys are hidden by any other key, but alone weigh the same, as in PyTorch.
+    """Check finfo.min, by which libraries mask: any other key hides such keys, but alone they weigh the same.
 
-    Its lse is finfo.min, as that of the plain implementation is, beside the -inf of a row that is dead.
+    This is PyTorch's behaviour. The row's lse is finfo.min, as that of the plain implementation is; a dead row has
+    -inf.
     """
     primals, tangents = inputs("v", n=20, m=40, d=16)
     mask = torch.zeros(1, 1, 20, 40, device=DEVICE, dtype=dtype)
@@ -78,14 +79,14 @@ def test_a_row_of_lowest_floats_is_no_dead_row(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 @pytest.mark.parametrize(("n", "m"), [(35, 70), (70, 35)])
 def test_bands(n: int, m: int, window: tuple[int, int], lower_right: bool) -> None:
-    """Both alignments, whatever the lengths; with more queries than keys some of them see none."""
+    """Check both alignments, whatever the lengths; with more queries than keys some queries see none."""
     outputs = check(*inputs(n=n, m=m, d=16), window=window, lower_right=lower_right)
     assert_dead(outputs, ~reference.band(n, m, window, lower_right, DEVICE).any(-1))
 
 
 @pytest.mark.parametrize("lower_right", [False, True], ids=["upper left", "lower right"])
 def test_a_band_and_a_mask_must_both_allow(lower_right: bool) -> None:
-    """Where the mask leaves out whole tiles of the band, and a moving one adds to what is left."""
+    """Check a mask that leaves out whole tiles of the band, and one with a tangent that adds to the rest."""
     primals, tangents = inputs(n=70, m=100, d=16)
     seen = normal(1, 1, 70, 100) > 0
     seen[..., :40, 32:64] = False
@@ -96,7 +97,7 @@ def test_a_band_and_a_mask_must_both_allow(lower_right: bool) -> None:
 
 
 def test_a_mask_that_hides_everything() -> None:
-    """No tile is live, and every query is dead."""
+    """Check that no tile is live, and that every query is dead."""
     primals, tangents = inputs(n=40, m=70, d=16)
     primals["attn_mask"] = torch.zeros(1, 1, 1, 70, dtype=torch.bool, device=DEVICE)
     assert_dead(check(primals, tangents), torch.ones(1, 1, 40, dtype=torch.bool, device=DEVICE))
@@ -106,14 +107,14 @@ def test_a_mask_that_hides_everything() -> None:
     ("window", "lower_right"), [(UNLIMITED, False), (CAUSAL, True), ((5, 3), False), ((5, 3), True)]
 )
 def test_packed_sequences(window: tuple[int, int], lower_right: bool) -> None:
-    """Of different lengths, empty ones, one without keys, and tokens around them that belong to none."""
+    """Check different lengths, empty sequences, one without keys, and tokens around them that belong to none."""
     queries, keys = [33, 0, 5, 1, 40], [40, 3, 0, 1, 35]
     primals, tangents, cu_seqlens = packed_inputs(queries, keys, heads=2, d=16, kv_heads=1, spare=3)
     check(primals, tangents, window=window, lower_right=lower_right, cu_seqlens=cu_seqlens)
 
 
 def test_tokens_outside_a_sequence_are_not_read() -> None:
-    """NaN before, after and in another sequence; rows of no sequence are dead ones."""
+    """Put NaN before, after and in another sequence, and check that rows of no sequence are dead."""
     primals, tangents, cu_seqlens = packed_inputs([20, 7, 20], [20, 7, 40], d=16, spare=2)
     clean = run(primals, tangents, cu_seqlens=cu_seqlens)
     for tensors in (primals, tangents):
@@ -130,7 +131,7 @@ def test_tokens_outside_a_sequence_are_not_read() -> None:
 
 
 def test_packed_rests() -> None:
-    """What rounding took, zero outside."""
+    """Check what rounding took; it is zero outside."""
     primals, tangents, cu_seqlens = packed_inputs([20, 7], [9, 7], d=16, spare=2, dtype=torch.float16)
     outputs = run(primals, tangents, cu_seqlens=cu_seqlens, tangent_grad=True)
     assert outputs.o_rest.any() and outputs.t_o_rest.any()

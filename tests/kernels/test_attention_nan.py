@@ -1,4 +1,4 @@
-"""What is no number gives no number: wherever the plain formula has NaN, attention has, and nowhere else.
+"""Test that attention has NaN wherever the plain formula has it, and nowhere else.
 
 One exception is of the op's own making: a query that sees no key gets zeros, where a softmax of -inf is NaN.
 """
@@ -15,13 +15,13 @@ import fastdistill as fd
 from tests.kernels.attention_cases import inputs, normal
 from tests.kernels.device import DEVICE
 
-# NumPy, which the interpreter computes with, warns of NaN.
+# NumPy, with which the interpreter computes, warns of NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-ROW, KEY, LAST = 3, 5, 35  # in a tile's midst, and in the last tile of keys
+ROW, KEY, LAST = 3, 5, 35  # A row in a tile's midst, a key there, and a key in the last tile.
 
 Case = dict[str, list[tuple[tuple[object, ...], float]]]
-# Which entries of which tensor become what, in turn; t_ are tangents.
+# Each case says which entries of which tensor become what, in turn; t_ are tangents.
 CASES: dict[str, Case] = {
     "mask": {"attn_mask": [((ROW, KEY), math.nan)]},
     "mask, last tile": {"attn_mask": [((ROW, LAST), math.nan)]},
@@ -42,7 +42,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> tuple[Tensor, T
 
 
 def results(impl: str | None, mixed: bool, leaves: list[Tensor]) -> list[Tensor]:
-    """o, lse, t_o, mu, and the gradients of a loss of o, or of both o and t_o."""
+    """Return o, lse, t_o, mu, and the gradients of a loss of o, or of both o and t_o."""
     leaves = [x.clone().requires_grad_() for x in leaves]
     op = plain if impl is None else lambda *x: fd.scaled_dot_product_attention(*x, return_lse=True, impl=impl)
     (o, lse), (t_o, mu) = torch.func.jvp(op, tuple(leaves[:4]), tuple(leaves[4:]))
@@ -57,7 +57,7 @@ def results(impl: str | None, mixed: bool, leaves: list[Tensor]) -> list[Tensor]
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("case", CASES)
 def test_nan_comes_out_where_the_formula_has_it(case: str, impl: str, mixed: bool) -> None:
-    """Forward, tangent and both backwards; what isn't NaN has the right value."""
+    """Check forward, tangent and both backwards; what isn't NaN has the right value."""
     primals, tangents = inputs(n=20, m=40, d=16)
     primals["attn_mask"], tangents["attn_mask"] = normal(1, 1, 20, 40), normal(1, 1, 20, 40)
     named = {**primals, **{f"t_{name}": x for name, x in tangents.items()}}
@@ -71,10 +71,10 @@ def test_nan_comes_out_where_the_formula_has_it(case: str, impl: str, mixed: boo
     names = ["o", "lse", "t_o", "mu", *(f"gradient of {name}" for name in named)]
     for name, x, truth in zip(names, found, expected):
         if name == "lse":
-            x, truth = (y.nan_to_num(nan=math.nan, posinf=math.nan) for y in (x, truth))  # inf - inf, or inf
-        if truth.shape[2] == 20:  # of queries
+            x, truth = (y.nan_to_num(nan=math.nan, posinf=math.nan) for y in (x, truth))  # It may be inf - inf or inf.
+        if truth.shape[2] == 20:  # This is a tensor of queries.
             x, truth = x[:, :, ~dead], truth[:, :, ~dead]
-        elif dead.any():  # of keys: the softmax of a dead row is NaN for all of them
+        elif dead.any():  # This is a tensor of keys: the softmax of a dead row is NaN for all of them.
             continue
         assert torch.equal(x.isnan(), truth.isnan()), name
         torch.testing.assert_close(x, truth, rtol=1e-4, atol=2e-5, equal_nan=True)

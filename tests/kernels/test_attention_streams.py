@@ -1,4 +1,4 @@
-"""Configs that stream rows, a few columns at a time, instead of holding them: the same values, no more matmuls."""
+"""Test configs that stream rows, a few columns at a time: the values are the same, and no matmul is added."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ MIXED = ("do", "dt_o")
 
 @pytest.fixture(autouse=True)
 def streaming() -> Iterator[None]:
-    """All kernels, as on a GPU without descriptors, which a test may still ask for."""
+    """Make all kernels stream, as on a GPU without descriptors; a test may still ask for descriptors."""
     with configs.forced(configs.INTERPRETER, dict.fromkeys(configs.KERNELS, STREAMED)):
         yield
 
 
 @pytest.mark.parametrize("tangents", [*SUBSETS, "M"])
 def test_every_subset_of_tangents(tangents: str) -> None:
-    """Several parts, two tiles each way; M is that of a float mask alone."""
+    """Check several parts, two tiles each way; M is that of a float mask alone."""
     primals, directions = inputs(tangents, n=35, m=40, d=40)
     if tangents == "M":
         primals["attn_mask"], directions["attn_mask"] = normal(1, 1, 35, 40), normal(1, 1, 35, 40)
@@ -37,7 +37,7 @@ def test_every_subset_of_tangents(tangents: str) -> None:
     ("d", "dv", "dtype"), [(72, 24, torch.float32), (136, 16, torch.float16), (8, 80, torch.bfloat16)]
 )
 def test_head_dims(d: int, dv: int, dtype: torch.dtype) -> None:
-    """Tails that are not full, values of another width, both launches of wide heads; heads share keys."""
+    """Check partial tails, values of another width, both launches of wide heads, and shared keys."""
     primals, tangents = inputs(heads=2, kv_heads=1, n=20, m=30, d=d, dv=dv, dtype=dtype)
     check(primals, tangents)
     check_backward(primals, tangents, cotangents_of(primals, *MIXED))
@@ -45,13 +45,13 @@ def test_head_dims(d: int, dv: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("names", [("d_mu",), ("dt_o",), ("d_lse", "dt_o")], ids="+".join)
 def test_cotangents_that_are_zero(names: tuple[str, ...]) -> None:
-    """Without do, and without dt_o beside tangents that move the logits."""
+    """Check calls without do, and without dt_o beside tangents that move the logits."""
     primals, tangents = inputs(n=20, m=30, d=24)
     check_backward(primals, tangents, cotangents_of(primals, *names))
 
 
 def test_masks_and_bands() -> None:
-    """A float mask with dead rows and a tangent beside a band, and the masks' gradients."""
+    """Check a float mask with dead rows and a tangent beside a band, and the masks' gradients."""
     primals, tangents = inputs(n=40, m=70, d=24)
     primals["attn_mask"], tangents["attn_mask"] = normal(1, 1, 40, 70), normal(1, 1, 40, 70)
     primals["attn_mask"][..., 5, :] = -torch.inf
@@ -60,7 +60,7 @@ def test_masks_and_bands() -> None:
 
 
 def test_packed_sequences() -> None:
-    """No row of a neighbour is read."""
+    """Check that no row of a neighbour is read."""
     primals, tangents, cu_seqlens = packed_inputs([38, 0, 9], [20, 13, 40], d=24, spare=2)
     check(primals, tangents, cu_seqlens=cu_seqlens)
     check_backward(primals, tangents, cotangents_of(primals, *MIXED), cu_seqlens=cu_seqlens)
@@ -68,7 +68,7 @@ def test_packed_sequences() -> None:
 
 @pytest.mark.parametrize("d", [64, 72])
 def test_rows_by_descriptor(d: int) -> None:
-    """One descriptor for all parts, whose coordinate runs along the columns."""
+    """Check one descriptor for all parts, whose coordinate runs along the columns."""
     shape = {"batch": 2, "heads": 2, "kv_heads": 1, "n": 35, "m": 20, "d": d, "dv": 40, "dtype": torch.float16}
     primals, tangents = inputs(**shape)
     check(primals, tangents, descriptors=True)
@@ -76,7 +76,7 @@ def test_rows_by_descriptor(d: int) -> None:
 
 
 def test_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounded to 10 bits as ever: not exact, and not far off."""
+    """Check that results are rounded to 10 bits: not exact, and not far off."""
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     primals, tangents = inputs(n=20, m=40, d=24)
     cotangents = cotangents_of(primals, *MIXED)
@@ -90,7 +90,7 @@ def test_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("tangents", ["", "v", "qk", "qkv"])
 def test_no_matmul_is_added(tangents: str, matmuls: list[tuple[int, ...]]) -> None:
-    """Of the forward and of both backward kernels: each once a part, whatever moves."""
+    """Count the forward's and both backward kernels' matmuls: each once a part, whatever has a tangent."""
     primals, directions = inputs(tangents, n=20, m=24, d=32)
     cotangents = cotangents_of(primals, *(MIXED if tangents else ("do",)))
     counts = []

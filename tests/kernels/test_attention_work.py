@@ -1,4 +1,4 @@
-"""What the kernel leaves out: matmuls with zeros, and tiles of which nothing is seen. The interpreter counts."""
+"""Test what the kernel leaves out: matmuls with zeros, and unseen tiles. The interpreter counts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TILE = 32
 
 
 def live(seen: Tensor) -> Tensor:
-    """In which tiles of a mask (N, M) there is something to see, N and M being whole tiles."""
+    """Return in which tiles of a mask (N, M) there is something to see; N and M are whole tiles."""
     return seen.unflatten(1, (-1, TILE)).unflatten(0, (-1, TILE)).any(3).any(1)
 
 
@@ -22,7 +22,7 @@ def live(seen: Tensor) -> Tensor:
     [("", 2), ("q", 4), ("k", 4), ("v", 3), ("qv", 5), ("kv", 5), ("qk", 5), ("qkv", 6), ("M", 3)],
 )
 def test_zero_tangents_cost_no_matmul(tangents: str, count: int, matmuls: list[tuple[int, ...]]) -> None:
-    """One tile, one part: 2 for o, 1 for each of q, k and v that moves, 1 if the logits move, be it by the mask (M)."""
+    """Count in one tile and part: 2 for o, 1 for each of q, k, v with a tangent, and 1 if the logits move."""
     primals, directions = inputs(tangents, n=32, m=32, d=32)
     if tangents == "M":
         primals["attn_mask"] = directions["attn_mask"] = torch.zeros(1, 1, 32, 32)
@@ -31,13 +31,13 @@ def test_zero_tangents_cost_no_matmul(tangents: str, count: int, matmuls: list[t
 
 
 def test_a_head_dim_of_72_is_computed_as_64_and_16(matmuls: list[tuple[int, ...]]) -> None:
-    """And not as 128: 1.11 times the work, and not 1.78."""
+    """Check that the work is 1.11 times as much, and not 1.78 times, as with 128."""
     run(*inputs("", n=32, m=32, d=72))
     assert matmuls == [(32, 64, 32), (32, 16, 32), (32, 32, 64), (32, 32, 16)]
 
 
 def test_causal_skips_the_tiles_above_the_diagonal(matmuls: list[tuple[int, ...]]) -> None:
-    """6 of 9 tiles."""
+    """Count 6 of 9 tiles."""
     run(*inputs("", n=96, m=96, d=16), window=CAUSAL)
     assert len(matmuls) == 2 * 6
 
@@ -47,7 +47,7 @@ def test_causal_skips_the_tiles_above_the_diagonal(matmuls: list[tuple[int, ...]
 def test_tiles_outside_a_band_are_skipped(
     window: tuple[int, int], lower_right: bool, matmuls: list[tuple[int, ...]]
 ) -> None:
-    """On both sides."""
+    """Check both sides."""
     run(*inputs("", n=96, m=160, d=16), window=window, lower_right=lower_right)
     assert len(matmuls) == 2 * live(reference.band(96, 160, window, lower_right)).sum()
 
@@ -55,7 +55,7 @@ def test_tiles_outside_a_band_are_skipped(
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize("window", [(-1, -1), (50, 40)], ids=str)
 def test_tiles_hidden_by_a_mask_are_skipped(kind: str, window: tuple[int, int], matmuls: list[tuple[int, ...]]) -> None:
-    """Blocks of documents, one of which nobody sees; beside a band, what either hides is skipped."""
+    """Check blocks of documents, one of which nobody sees; beside a band, what either hides is skipped."""
     document = torch.arange(160) // 40
     seen = (document[:96, None] == document) & (document != 1)
     primals, tangents = inputs("", heads=2, n=96, m=160, d=16)
@@ -66,7 +66,7 @@ def test_tiles_hidden_by_a_mask_are_skipped(kind: str, window: tuple[int, int], 
 
 
 def test_keys_behind_the_padding_are_skipped(matmuls: list[tuple[int, ...]]) -> None:
-    """Samples of 30 and of 100 keys: 1 and 4 tiles for each tile of queries."""
+    """Check samples of 30 and of 100 keys: 1 and 4 tiles for each tile of queries."""
     primals, tangents = inputs("", batch=2, n=64, m=160, d=16)
     primals["attn_mask"] = (torch.arange(160) < torch.tensor([[30], [100]]))[:, None, None]
     run(primals, tangents)
@@ -74,7 +74,7 @@ def test_keys_behind_the_padding_are_skipped(matmuls: list[tuple[int, ...]]) -> 
 
 
 def test_packed_sequences_cost_what_they_cost_alone(matmuls: list[tuple[int, ...]]) -> None:
-    """Short ones are not padded to the longest, and none sees another."""
+    """Check that short ones are not padded to the longest, and that none sees another."""
     primals, _, cu_seqlens = packed_inputs([96, 32, 0, 1], [64, 32, 64, 33], d=16)
     run(primals, {}, cu_seqlens=cu_seqlens)
     assert len(matmuls) == 2 * (3 * 2 + 1 + 0 + 2)

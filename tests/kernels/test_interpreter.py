@@ -1,4 +1,4 @@
-"""bfloat16 in Triton's interpreter, as a user meets it: without this folder's fixtures."""
+"""Test bfloat16 in Triton's interpreter, as a user meets it: without this folder's fixtures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from tests.kernels.device import INTERPRETED
 
-# A user's script: every family of kernels in bfloat16, with tangents and all gradients, against float64.
+# This is a user's script: every family of kernels in bfloat16, with tangents and all gradients, against float64.
 SCRIPT = """
 import torch
 import fastdistill as fd
@@ -69,7 +69,7 @@ if INTERPRETED:
         tl.store(Y + offs, low.to(tl.float32))
 
     def test_rounding_is_to_nearest_even() -> None:
-        """Ties both ways, carries into the exponent, numbers at both ends, and what is no number."""
+        """Check ties both ways, carries into the exponent, numbers at both ends, and NaN."""
         bits = [0x3F808000, 0x3F818000, 0x3F818001, 0x3FFF8000, 0x7F7F8000, 1, 0x80018000, 0x7F800000, 0xFF800001]
         x = torch.tensor(bits + [0] * 7, dtype=torch.int64).to(torch.int32).view(torch.float32)
         back, low = torch.empty_like(x), torch.empty_like(x, dtype=torch.bfloat16)
@@ -79,7 +79,7 @@ if INTERPRETED:
 
 
 def test_a_fresh_process_computes_bfloat16_rightly() -> None:
-    """Nothing but the package and TRITON_INTERPRET=1."""
+    """Check it with nothing but the package and TRITON_INTERPRET=1."""
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

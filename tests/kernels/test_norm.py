@@ -1,4 +1,4 @@
-"""The norm kernel's values against float64 autodiff of the plain formula."""
+"""Compare the norm kernel's values with float64 autodiff of the plain formula."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def inputs(
     shape: tuple[int, int, int] = (2, 5, 72),
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensors, Tensors]:
-    """Standard normal x, an affine map, a scale a sample, a shift a token; a tangent to each unless told otherwise."""
+    """Draw standard normal x, an affine map, a scale a sample, a shift a token, and by default a tangent to each."""
     batch, length, width = shape
     shapes = {"x": shape, "weight": (width,), "bias": (width,), "scale": (batch, 1, width), "shift": (1, length, width)}
     draws = [
@@ -77,36 +77,36 @@ def check(primals: Tensors, tangents: Tensors, *, rms: bool = False, eps: float 
     ids=["plain", "weight", "affine", "modulated", "all"],
 )
 def test_every_member_of_the_family(names: tuple[str, ...], rms: bool) -> None:
-    """With a tangent to each tensor."""
+    """Check it with a tangent to each tensor."""
     check(*inputs(names), rms=rms)
 
 
 @pytest.mark.parametrize("tangents", [(), *((name,) for name in NAMES), ("x", "scale"), ("weight", "shift")], ids=str)
 def test_subsets_of_tangents(tangents: tuple[str, ...]) -> None:
-    """A missing tangent is a structural zero; with none at all there is no t_y."""
+    """Check that a missing tangent is a structural zero; without any there is no t_y."""
     check(*inputs(NAMES, tangents))
 
 
 @pytest.mark.parametrize("width", [1, 2, 63, 64, 72, 128, 1000, 1152, 4097, 8191, 8192])
 def test_every_width(width: int) -> None:
-    """Powers of two and all else; rows come one or sixteen to a program."""
+    """Check powers of two and all else; rows come one or sixteen to a program."""
     check(*inputs(shape=(2, 3, width)))
 
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 1), (1, 17), (2, 33)])
 def test_every_number_of_rows(batch: int, length: int) -> None:
-    """One, one a sample, one more than a program takes."""
+    """Check one row, one a sample, and one more than a program takes."""
     check(*inputs(shape=(batch, length, 16)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bits(dtype: torch.dtype) -> None:
-    """Only inputs and outputs are rounded."""
+    """Check that only inputs and outputs are rounded."""
     check(*inputs(dtype=dtype))
 
 
 def test_dtypes_may_differ() -> None:
-    """As under autocast: bfloat16 activations, float32 parameters and modulation; y has x's dtype."""
+    """Check dtypes under autocast: bfloat16 activations, float32 parameters and modulation; y has x's dtype."""
     primals, tangents = inputs()
     low = run({**primals, "x": primals["x"].bfloat16()}, {**tangents, "x": tangents["x"].bfloat16()})
     exact = {**primals, "x": primals["x"].bfloat16().float()}, {**tangents, "x": tangents["x"].bfloat16().float()}
@@ -116,7 +116,7 @@ def test_dtypes_may_differ() -> None:
 
 
 def test_any_strides() -> None:
-    """A permuted x, a cut-out t_x, every other weight, a scale broadcast from one row and one that spans all rows."""
+    """Check a permuted x, a cut-out t_x, every other weight, and scales broadcast from one row and over all rows."""
     primals, tangents = inputs(shape=(2, 5, 24))
     primals["x"] = torch.randn(24, 5, 2, device=DEVICE).permute(2, 1, 0)
     tangents["x"] = torch.randn(4, 9, 30, device=DEVICE)[1:3, 2:7, 3:27]
@@ -130,7 +130,7 @@ def test_any_strides() -> None:
 
 
 def test_a_large_mean_is_taken_off_before_squaring() -> None:
-    """One pass over sums of squares would lose everything here."""
+    """Check inputs on which one pass over sums of squares would lose everything."""
     primals, tangents = inputs(("x",))
     primals["x"] = primals["x"] + 100
     outputs = run(primals, tangents)
@@ -141,7 +141,7 @@ def test_a_large_mean_is_taken_off_before_squaring() -> None:
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_huge_mean_and_tiny_variance(rms: bool, dtype: torch.dtype) -> None:
-    """By the rule; in float32 the spread is a thousandth of the mean, and y and t_y lose nothing."""
+    """Check by the rule; in float32 the spread is a thousandth of the mean, and y and t_y lose nothing."""
     primals, tangents = inputs(("x", "scale", "shift"), shape=(2, 5, 1153))
     primals["x"] = 30 + (0.03 if dtype == torch.float32 else 0.3) * primals["x"]
     check(cast(primals, dtype), cast(tangents, dtype), rms=rms)
@@ -149,12 +149,12 @@ def test_huge_mean_and_tiny_variance(rms: bool, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("width", [1536, 5120])
 def test_rms_across_all_heads(width: int) -> None:
-    """As in Wan's query and key norms."""
+    """Check the widths of Wan's query and key norms."""
     check(*inputs(("x", "weight"), shape=(1, 2, width)), rms=True)
 
 
 def test_a_constant_row_has_no_direction() -> None:
-    """Its variance is zero: y is the bias, and t_y stays finite by eps."""
+    """Check zero variance: y is the bias, and t_y stays finite by eps."""
     primals, tangents = inputs(("x",))
     primals["x"] = torch.full_like(primals["x"], 3.0)
     outputs = run(primals, tangents)
@@ -162,7 +162,7 @@ def test_a_constant_row_has_no_direction() -> None:
 
 
 def test_no_rows() -> None:
-    """An empty batch launches nothing."""
+    """Check that an empty batch launches nothing."""
     outputs = run(*inputs(shape=(0, 5, 16)))
     assert outputs.y.shape == outputs.t_y.shape == (0, 5, 16) and outputs.rstd.shape == (0, 5)
 
@@ -177,14 +177,14 @@ def test_no_rows() -> None:
     ids=["float64", "wide row", "tangent of nothing"],
 )
 def test_what_it_cannot_do_is_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    """By the name of the argument."""
+    """Check that the message names the argument."""
     primals, tangents = inputs()
     with pytest.raises(error, match=message):
         run({**primals, **change}, tangents)
 
 
 def test_wider_rows_are_refused_by_the_public_op_where_it_was_asked_for_by_name() -> None:
-    """And left to PyTorch where it was not."""
+    """Check that they are left to PyTorch where it was not."""
     x, t_x = torch.randn(2, 2, 8193, device=DEVICE).unbind(0)
     with pytest.raises(ValueError, match="x: expected at most 8192 channels for the Triton kernel, got 8193"):
         torch.func.jvp(lambda x: fd.layer_norm(x, (8193,), impl="triton"), (x,), (t_x,))

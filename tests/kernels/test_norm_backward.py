@@ -1,4 +1,4 @@
-"""The norms' backward kernel: values against float64 autodiff, primal and mixed, and where its sums go."""
+"""Test the norms' backward kernel against float64 autodiff, primal and mixed, and where its sums go."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def check(primals: Tensors, tangents: Tensors, *, rms: bool = False, cotangents:
 
 
 def modulated(kind: str, names: tuple[str, ...] = NAMES, dtype: torch.dtype = torch.float32) -> tuple[Tensors, Tensors]:
-    """`inputs` of (2, 5, 24) with scale and shift for each sample, token or position, or one for all."""
+    """Return `inputs` of (2, 5, 24) with scale and shift for each sample, token or position, or one for all."""
     both = inputs(names, shape=(2, 5, 24), dtype=dtype)
     for tensors in both:
         for name in ("scale", "shift"):
@@ -75,32 +75,32 @@ def modulated(kind: str, names: tuple[str, ...] = NAMES, dtype: torch.dtype = to
     ids=["plain", "weight", "affine", "modulated", "all"],
 )
 def test_every_member_of_the_family(names: tuple[str, ...], rms: bool, cotangents: str) -> None:
-    """With a tangent to each tensor; the value, the tangent, or both are in the loss."""
+    """Check it with a tangent to each tensor; the value, the tangent, or both are in the loss."""
     check(*inputs(names, shape=(2, 5, 40)), rms=rms, cotangents=cotangents)
 
 
 @pytest.mark.parametrize("tangents", [names for r in range(6) for names in itertools.combinations(NAMES, r)], ids=str)
 def test_every_subset_of_tangents(tangents: tuple[str, ...]) -> None:
-    """What a missing tangent leaves out is left out of each gradient."""
+    """Check that what a missing tangent leaves out is left out of each gradient."""
     check(*inputs(NAMES, tangents, shape=(2, 3, 24)), rms=len(tangents) % 2 == 0)
 
 
 @pytest.mark.parametrize("kind", MODULATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_modulation(kind: str, dtype: torch.dtype) -> None:
-    """Gradients are sums over tokens, over samples, over both, or over nothing."""
+    """Check gradients that are sums over tokens, over samples, over both, or over nothing."""
     check(*modulated(kind, dtype=dtype))
 
 
 @pytest.mark.parametrize("width", [1, 5, 63, 64, 65, 384, 1152, 1536])
 def test_every_width(width: int) -> None:
-    """Powers of two and all else."""
+    """Check powers of two and all else."""
     check(*inputs(shape=(2, 3, width)))
 
 
 @pytest.mark.parametrize(("width", "rms"), [(4095, False), (5120, True), (8191, False)], ids=str)
 def test_wide_rows_take_their_sums_in_a_second_launch(width: int, rms: bool) -> None:
-    """A whole row and its ten sums don't fit: columns follow, with the statistics that the rows left."""
+    """Check rows too wide for their ten sums: columns follow, with the statistics that the rows left."""
     primals, tangents = inputs(shape=(1, 2, width))
     assert not configs.norm_sums_fit(width, 10, False)
     check(primals, tangents, rms=rms)
@@ -109,19 +109,19 @@ def test_wide_rows_take_their_sums_in_a_second_launch(width: int, rms: bool) -> 
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 1), (1, 17), (2, 33)])
 @pytest.mark.parametrize("cotangents", ["primal", "both"])
 def test_every_number_of_rows(batch: int, length: int, cotangents: str) -> None:
-    """One, one a sample, one more than a program takes at a time."""
+    """Check one row, one a sample, and one more than a program takes at a time."""
     check(*inputs(shape=(batch, length, 16)), cotangents=cotangents)
 
 
 def test_programs_that_take_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums run over steps of a program and then over programs, the last of which is cut short."""
+    """Check sums over steps of a program and then over programs, the last of which is cut short."""
     tile = configs.NormConfig(rows=2, block_c=16, num_warps=1)
     monkeypatch.setattr(configs, "norm_backward_config", lambda *_: (tile, 3))
     check(*inputs(shape=(2, 13, 16)))
 
 
 def test_columns_in_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same for the second launch, with a last tile of columns that is cut short."""
+    """Check the same for the second launch, with a last tile of columns that is cut short."""
     monkeypatch.setattr(configs, "norm_sums_fit", lambda *_: False)
     monkeypatch.setattr(configs, "norm_columns_config", lambda *_: (configs.NormConfig(2, 16, 1), 3))
     check(*inputs(shape=(2, 13, 40)))
@@ -130,7 +130,7 @@ def test_columns_in_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 def test_16_bits(dtype: torch.dtype, rms: bool) -> None:
-    """Only inputs and outputs are rounded: the error as a whole is one rounding."""
+    """Check that only inputs and outputs are rounded: the error as a whole is one rounding."""
     primals, tangents = inputs(dtype=dtype)
     check(primals, tangents, rms=rms)
     dy, dt_y = torch.randn(2, *primals["x"].shape, device=DEVICE).to(dtype).unbind(0)
@@ -143,7 +143,7 @@ def test_16_bits(dtype: torch.dtype, rms: bool) -> None:
 @pytest.mark.parametrize("cotangents", ["primal", "both"])
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 def test_huge_mean_and_tiny_variance(cotangents: str, rms: bool) -> None:
-    """A spread of a thousandth of the mean costs the gradients nothing: x is what it is."""
+    """Check that a spread of a thousandth of the mean costs the gradients nothing, because x is given."""
     primals, tangents = inputs(("x", "scale", "shift"), shape=(2, 5, 1153))
     primals["x"] = 30 + 0.03 * primals["x"]
     x = primals["x"]
@@ -160,7 +160,7 @@ def test_huge_mean_and_tiny_variance(cotangents: str, rms: bool) -> None:
 
 
 def test_any_strides() -> None:
-    """Of inputs and cotangents; gradients are contiguous."""
+    """Check strided inputs and cotangents; gradients are contiguous."""
     primals, tangents = inputs(shape=(2, 5, 24))
     primals["x"] = torch.randn(24, 5, 2, device=DEVICE).permute(2, 1, 0)
     primals["weight"] = torch.randn(48, device=DEVICE)[::2]
@@ -173,7 +173,7 @@ def test_any_strides() -> None:
 
 
 def test_dtypes_may_differ() -> None:
-    """Bfloat16 activations, float32 parameters and modulation: each gradient has its argument's."""
+    """Check bfloat16 activations, float32 parameters and modulation: each gradient has its argument's dtype."""
     primals, tangents = inputs()
     low = [{**part, "x": part["x"].bfloat16()} for part in (primals, tangents)]
     dy, dt_y = torch.randn(2, *primals["x"].shape, device=DEVICE).bfloat16().unbind(0)
@@ -186,7 +186,7 @@ def test_dtypes_may_differ() -> None:
 
 @pytest.mark.parametrize("name", ALL_NAMES)
 def test_only_what_is_needed_is_written(name: str) -> None:
-    """The launches have no other outputs, and the gradient is the same as among all."""
+    """Check that the launches have no other outputs, and that the gradient is the same as among all."""
     primals, tangents = inputs(shape=(2, 3, 24))
     dy, dt_y = torch.randn(2, 2, 3, 24, device=DEVICE).unbind(0)
     saved = norm.norm_forward(pairs(primals, tangents), eps=EPS, rms=False)
@@ -203,7 +203,7 @@ def test_only_what_is_needed_is_written(name: str) -> None:
 
 
 def test_sums_are_the_same_each_time() -> None:
-    """To the last bit: no two programs add to one number."""
+    """Check them to the last bit: no two programs add to one number."""
     primals, tangents = inputs(shape=(3, 40, 16))
     dy, dt_y = torch.randn(2, 3, 40, 16, device=DEVICE).unbind(0)
     first, second = (run(primals, tangents, dy, dt_y) for _ in range(2))
@@ -211,7 +211,7 @@ def test_sums_are_the_same_each_time() -> None:
 
 
 def test_no_rows() -> None:
-    """Gradients of parameters are zeros."""
+    """Check that gradients of parameters are zeros."""
     primals, tangents = inputs(shape=(0, 5, 16))
     empty = torch.zeros(0, 5, 16, device=DEVICE)
     found = run(primals, tangents, empty, empty)
@@ -226,7 +226,7 @@ def test_no_cotangent_is_refused() -> None:
 
 @pytest.mark.parametrize("through_tangent", [False, True], ids=["primal", "mixed"])
 def test_an_explicit_triton_runs_no_other_backward(monkeypatch: pytest.MonkeyPatch, through_tangent: bool) -> None:
-    """The op's gradients come from the kernel, and are those of the plain formula."""
+    """Check that the op's gradients come from the kernel, and are those of the plain formula."""
     monkeypatch.setattr("fastdistill.ops.norm.eager.norm_backward", None)
     primals, tangents = modulated("sample", ("x", "weight"))
 

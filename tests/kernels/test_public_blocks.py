@@ -1,4 +1,4 @@
-"""The public ops between attentions with impl="triton", under every transform that training needs."""
+"""Test the public ops between attentions with impl="triton", under every transform that training needs."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Op = Callable[..., Any]
 
 
 class Case(NamedTuple):
-    """An op as a function of tensors alone, by the kernels and as plain formulas, and their shapes."""
+    """Describe an op as a function of tensors alone, by the kernels and as plain formulas, and their shapes."""
 
     ours: Op
     plain: Op
     shapes: tuple[tuple[int, ...], ...]
 
 
-# Tokens of a clip, (frames, rows, columns), whose queries and keys are views of one packed projection.
+# A clip has tokens (frames, rows, columns), whose queries and keys are views of one packed projection.
 ANGLES = fd.rope_angles((1, 2, 3), 12, device=DEVICE)
 
 
@@ -77,7 +77,7 @@ pytestmark = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 def points(case: Case, *lead: int) -> list[Tensor]:
-    """Primals and tangents, one after the other."""
+    """Draw primals, then tangents."""
     return [torch.randn(*lead, *shape, device=DEVICE) for _ in range(2) for shape in case.shapes]
 
 
@@ -86,7 +86,7 @@ def pushforward(op: Op) -> Op:
 
 
 def mixed(run: Op, both: list[Tensor]) -> tuple[Tensor, ...]:
-    """Output, tangent, and the gradients of a loss of both with respect to primals and tangents."""
+    """Return output, tangent, and the gradients of a loss of both with respect to primals and tangents."""
     leaves = [x.clone().requires_grad_() for x in both]
     out, t_out = run(*leaves)
     return (out, t_out, *torch.autograd.grad((out.sin() * t_out).sum(), leaves))
@@ -102,7 +102,7 @@ def test_values_tangents_and_gradients(case: Case) -> None:
 
 
 def test_gradients_without_tangents(case: Case) -> None:
-    """And under fd.jvp, whose tangent is a constant."""
+    """Check it also under fd.jvp, whose tangent is a constant."""
     both = points(case)
     x = [a.requires_grad_() for a in both[: len(both) // 2]]
     truth = torch.autograd.grad(case.plain(*x).sin().sum(), x)
@@ -113,7 +113,7 @@ def test_gradients_without_tangents(case: Case) -> None:
 
 
 def test_vmap_of_jvp(case: Case) -> None:
-    """Also with shared primals, as a Jacobian has them."""
+    """Check shared primals too, as a Jacobian has them."""
     both, many = points(case), points(case, 3)
     assert_same(vmap(pushforward(case.ours))(*many), vmap(pushforward(case.plain))(*many))
     half = len(both) // 2
@@ -144,7 +144,7 @@ def test_checkpoint_around_the_jvp(case: Case) -> None:
 
 
 def test_autocast_leaves_them_alone(case: Case) -> None:
-    """They compute in float32 and return the dtypes of their inputs, as they do without it."""
+    """Check that they compute in float32 and return the dtypes of their inputs, as they do without it."""
     both = points(case)
     outside = pushforward(case.ours)(*both)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):

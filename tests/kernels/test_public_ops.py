@@ -1,4 +1,4 @@
-"""The public ops with impl="triton", end to end: kernels both ways, under every transform that training needs."""
+"""Test the public ops with impl="triton" end to end: kernels both ways, under every transform of training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def points(seed: int, **shape: Any) -> list[Tensor]:
 
 
 def mixed(op: Op, *both: Tensor) -> tuple[Tensor, ...]:
-    """Output, tangent, and the gradients of a loss of both with respect to primals and tangents."""
+    """Return output, tangent, and the gradients of a loss of both with respect to primals and tangents."""
     leaves = [x.clone().requires_grad_() for x in both]
     half = len(leaves) // 2
     out, t_out = jvp(op, tuple(leaves[:half]), tuple(leaves[half:]))
@@ -54,7 +54,7 @@ def test_the_explicit_pair_does_too() -> None:
 
 
 def test_a_gradient_of_the_output_alone_leaves_the_tangent_alone() -> None:
-    """fd.jvp keeps nothing of the tangent; the primal backward gives what it gives without one."""
+    """Check that fd.jvp keeps nothing of the tangent, and that the primal backward gives the same as without one."""
     q, k, v = (x.requires_grad_() for x in points(1))
     out, t_out = fd.jvp(ours, (q, k, v), tuple(points(2)))
     assert not t_out.requires_grad
@@ -132,7 +132,7 @@ def test_autocast_lowers_the_inputs_and_not_the_sums() -> None:
     ids=str,
 )
 def test_bands_give_what_the_torch_implementation_gives(options: dict[str, Any]) -> None:
-    """Values, log-sum-exps and gradients through all four."""
+    """Check values, log-sum-exps and gradients through all four."""
     shape = {"n": 20, "m": 37, "heads": 4, "kv_heads": 2}
     both = [*points(1, **shape), *points(2, **shape)]
 
@@ -147,7 +147,7 @@ def test_bands_give_what_the_torch_implementation_gives(options: dict[str, Any])
 
 
 def test_packed_sequences_give_what_the_torch_implementation_gives() -> None:
-    """With a sequence of no queries, one of no keys, and tokens that belong to none."""
+    """Check a sequence of no queries, one of no keys, and tokens that belong to none."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *s: torch.randn(*s, generator=generator).to(DEVICE)  # noqa: E731
     both = [draw(45, 2, 16), draw(50, 1, 16), draw(50, 1, 8), draw(45, 2, 16), draw(50, 1, 16), draw(50, 1, 8)]
@@ -167,7 +167,7 @@ def test_packed_sequences_give_what_the_torch_implementation_gives() -> None:
 
 
 def test_merged_parts_train_as_the_whole() -> None:
-    """The basis of ring attention: gradients flow through each part's log-sum-exp and its tangent."""
+    """Check the basis of ring attention: gradients flow through each part's log-sum-exp and its tangent."""
     both = [*points(1, m=37), *points(2, m=37)]
 
     def merged(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ def test_merged_parts_train_as_the_whole() -> None:
 
 
 def test_pre_centring_takes_a_common_mode_out_of_the_gradients_too() -> None:
-    """In bfloat16 dq sums dT t_k, in which a mean of t_k cancels only as far as the rounded dT sums to zero."""
+    """Check dq in bfloat16, where a mean of t_k cancels in dT t_k only as far as the rounded dT sums to zero."""
     both = [*points(1, n=32, m=64, d=64, heads=1), *points(2, n=32, m=64, d=64, heads=1)]
     both[1], both[2], both[4] = both[1] + 3, both[2] + 3, both[4] + 100
     both = [x.bfloat16() for x in both]

@@ -1,4 +1,4 @@
-"""The public ops with impl="triton" on shapes and masks that the kernels get only after the op has prepared them."""
+"""Test the public ops with impl="triton" on shapes and masks that the op must prepare for the kernels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ attention = partial(fd.scaled_dot_product_attention, impl="triton")
 
 
 def graded(out: Tensor, t_out: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    """Value, tangent, and the gradients of a loss of both."""
+    """Return value, tangent, and the gradients of a loss of both."""
     gradients = torch.autograd.grad((out.sin() * t_out).sum(), leaves)
     return [x.detach() for x in (out, t_out, *gradients)]
 
@@ -62,7 +62,7 @@ def test_broadcast_dimensions_reach_the_kernels(q: Any, k: Any, v: Any, gqa: boo
 @pytest.mark.parametrize("causal", [False, True], ids=["mask", "mask-causal"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_a_float32_mask_with_its_tangent_serves_every_dtype(dtype: torch.dtype, causal: bool) -> None:
-    """Beside 16-bit queries too, and under the causal band; its gradients are float32."""
+    """Check it beside 16-bit queries too, and under the causal band; its gradients are float32."""
     make = partial(make_qkv, batch=1, heads=2, n=18, m=20, d=16, dtype=dtype, device=DEVICE)
     bias, t_bias = torch.randn(2, 1, 2, 18, 20, device=DEVICE).unbind(0)
     leaves = [x.requires_grad_() for x in (*make(seed=1), bias, *make(seed=2), t_bias)]

@@ -1,4 +1,4 @@
-"""The kernels that normalise and turn queries and keys: values against float64 autodiff, forward and both backwards."""
+"""Compare the kernels that normalise and turn queries and keys with float64 autodiff, forward and both backwards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.ops.qk_norm_rope.eager_cases import ALL_NAMES, NAMES, Case, backward,
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbours"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_norm_rotation_and_dtype(norm: str, interleaved: bool, dtype: torch.dtype) -> None:
-    """With a tangent to each tensor; only inputs and outputs are rounded."""
+    """Check it with a tangent to each tensor; only inputs and outputs are rounded."""
     check(kernel, Case(norm, interleaved, dtype=dtype), DEVICE)
 
 
@@ -49,12 +49,12 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_what_is_absent_is_left_out(case: Case) -> None:
-    """Any subset of tangents; without a part, without angles; other lengths of keys; any head dim."""
+    """Check any subset of tangents, calls without a part or angles, other lengths of keys, and any head dim."""
     check(kernel, case, DEVICE, backwards=1)
 
 
 def test_programs_that_take_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums run over steps of a program and then over programs, the last of which is cut short."""
+    """Check sums over steps of a program and then over programs, the last of which is cut short."""
     monkeypatch.setattr(kernel, "_steps", lambda *_: 3)
     monkeypatch.setattr(kernel, "_tile", lambda d: (2, {"D": d, "ROWS": 2, "HALF": 8}))
     check(kernel, Case("layer", heads=(2, 1), lengths=(5, 5)), DEVICE, backwards=1)
@@ -64,7 +64,7 @@ def test_programs_that_take_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbours"])
 @pytest.mark.parametrize("d", [16, 18])
 def test_any_strides(interleaved: bool, d: int) -> None:
-    """Views of packed projections, of every other channel, of one element: what copies give, whatever the unit."""
+    """Check views of packed projections, of every other channel, of one element, against copies, in any unit."""
     case = Case("layer", interleaved, heads=(4, 4), d=d)
     primals, tangents, angles = problem(case, DEVICE)
     draw = lambda *shape: torch.randn(*shape, device=DEVICE)  # noqa: E731
@@ -86,7 +86,7 @@ def test_any_strides(interleaved: bool, d: int) -> None:
 
 @pytest.mark.parametrize("name", ALL_NAMES)
 def test_only_what_is_needed_is_written(name: str) -> None:
-    """The launch has no other output, and the gradient is the same as among all, to the last bit."""
+    """Check that the launch has no other output, and that the gradient is the same as among all, to the last bit."""
     case = Case("layer")
     primals, tangents, angles = problem(case, DEVICE)
     d = [torch.randn_like(primals[side]) for side in ("q", "q", "k", "k")]
@@ -109,7 +109,7 @@ def test_a_loss_of_queries_alone_has_zeros_for_keys() -> None:
 
 
 def test_no_rows() -> None:
-    """Gradients of parameters are zeros."""
+    """Check that gradients of parameters are zeros."""
     case = Case()
     primals, tangents, angles = problem(case, DEVICE, batch=0)
     d = [torch.empty_like(primals[side]) for side in ("q", "q", "k", "k")]
@@ -119,7 +119,7 @@ def test_no_rows() -> None:
 
 
 def test_one_launch_does_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Queries, keys and their tangents, read in place from a packed projection; and one for all gradients of these."""
+    """Check one launch for queries, keys and tangents, read from a packed projection, and one for all gradients."""
     launches: list[str] = []
 
     def counted(name: str) -> None:

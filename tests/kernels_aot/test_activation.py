@@ -1,4 +1,4 @@
-"""The activation kernels' machine code, for GPUs that need not be there."""
+"""Test the activation kernels' machine code, for GPUs that need not be there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastdistill.kernels import activation as kernel
 
 
 def compiled(arch: int, inputs: kernel.Inputs, outputs: kernel.Outputs | kernel.Gradients, kind: str) -> str:
-    """The machine code."""
+    """Return the machine code."""
     launch, function = kernel.plan(inputs, outputs, kind), kernel.kernel_of(outputs)
     with aot_table.compiling_for(arch):
         function.device_caches.clear()
@@ -27,7 +27,7 @@ def compiled(arch: int, inputs: kernel.Inputs, outputs: kernel.Outputs | kernel.
 
 
 def halves(width: int = 4608) -> tuple[Tensor, Tensor]:
-    """Of a packed projection in bfloat16."""
+    """Return the halves of a packed projection in bfloat16."""
     x, up = torch.empty(8, 256, 2 * width, dtype=torch.bfloat16, device="meta").chunk(2, -1)
     return x, up
 
@@ -39,7 +39,7 @@ def halves(width: int = 4608) -> tuple[Tensor, Tensor]:
 def test_halves_of_a_projection_move_16_bytes_at_a_time_and_stay_in_registers(
     arch: int, kind: str, backward: bool
 ) -> None:
-    """Every load and store; no spills."""
+    """Check every load and store, and that nothing spills."""
     (x, up), z = halves(), torch.empty(8, 256, 4608, dtype=torch.bfloat16, device="meta")
     inputs = kernel.Inputs(x, x, up, up, *([z, z] if backward else []))
     code = compiled(arch, inputs, kernel.Gradients(z, z, z, z) if backward else kernel.Outputs(z, z), kind)
@@ -51,7 +51,7 @@ def test_halves_of_a_projection_move_16_bytes_at_a_time_and_stay_in_registers(
 
 @pytest.mark.parametrize("present", [(), ("t_x",), ("up",), ("t_x", "up"), ("up", "t_up"), ("t_x", "up", "t_up")])
 def test_every_combination_of_absent_arguments_compiles(present: tuple[str, ...]) -> None:
-    """Forward, primal and mixed backward: in the interpreter a type that changes on the way goes unnoticed."""
+    """Check the forward and both backwards; the interpreter doesn't notice a type that changes on the way."""
     x, _ = halves(40)
     given = dict.fromkeys(present, x)
     inputs = kernel.Inputs(**{"x": x, "t_x": None, "up": None, "t_up": None, **given})

@@ -1,6 +1,6 @@
-"""The kernels' machine code, for GPUs that are not there: `pytest tests/kernels_aot`, without TRITON_INTERPRET.
+"""Test the kernels' machine code, for GPUs that are not there: `pytest tests/kernels_aot`, without TRITON_INTERPRET.
 
-A few sharp cases are compiled right here, and must be what the recorded table says: benchmarks/results/aot.json, which
+A few sharp cases are compiled right here, and must agree with the recorded table, benchmarks/results/aot.json, which
 `make aot` writes in some minutes. The table itself must cover every shipped config, without problems.
 """
 
@@ -14,7 +14,7 @@ import torch
 import triton
 
 from fastdistill.benchmarks.compile import aot_table
-from fastdistill.benchmarks.compile.aot_table import Row, Task
+from fastdistill.benchmarks.compile.aot_table import Resources, Task
 from fastdistill.kernels import configs
 from fastdistill.kernels.configs import Config
 from fastdistill.tune import Case
@@ -24,7 +24,7 @@ STALE = "the kernels have changed since benchmarks/results/aot.json was written:
 
 
 def shipped(kernel: str, arch: int, d: int, tangents: str, mask: str = "none", bits: int = 16) -> Task:
-    """A task with the config that the table has for it."""
+    """Return a task with the config that the table has for it."""
     dtype = torch.bfloat16 if bits == 16 else torch.float32
     wanted = configs.Entry(kernel, arch, bits, d, tangents, mask, None, configs.INTERPRETED, None)
     entry = configs.nearest(wanted, configs.shipped())
@@ -33,8 +33,8 @@ def shipped(kernel: str, arch: int, d: int, tangents: str, mask: str = "none", b
 
 
 @cache
-def recorded(task: Task) -> Row:
-    """The table's row of a task."""
+def recorded(task: Task) -> Resources:
+    """Return the table's entry for a task."""
     key = aot_table.key(task)
     rows = [row for row in RECORDED if row[: len(key)] == key]
     assert len(rows) == 1, f"benchmarks/results/aot.json has {len(rows)} rows of {key}: `make aot` writes it anew"
@@ -42,12 +42,12 @@ def recorded(task: Task) -> Row:
 
 
 def test_the_table_is_of_these_kernels() -> None:
-    """Of the code as it is now."""
+    """Check that the table comes from the code as it is now."""
     assert aot_table.sources() == RECORDED_SOURCES, STALE
 
 
 def test_every_shipped_config_is_in_the_table_without_problems() -> None:
-    """No spills, within shared and tensor memory, on tensor cores; and no stub in place of a kernel."""
+    """Check spills, shared and tensor memory, and tensor cores, and that no stub stands in place of a kernel."""
     found = [line for task in aot_table.shipped() for line in aot_table.problems(recorded(task))]
     assert not found, "\n".join(found)
 
@@ -67,7 +67,7 @@ SHARP = [
 
 @pytest.mark.parametrize("task", SHARP, ids=lambda task: f"{task.case.kernel}-sm{task.arch}-D{task.case.d}")
 def test_a_compiled_config_fits_as_recorded(task: Task) -> None:
-    """The table is no fiction: the same compiler gives the same numbers, and another one no problems."""
+    """Check that the same compiler gives the table's numbers, and another one no problems."""
     row = aot_table.resources_of(task)
     assert not aot_table.problems(row)
     if triton.__version__ == RECORDED_WITH:
@@ -77,18 +77,18 @@ def test_a_compiled_config_fits_as_recorded(task: Task) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("task", aot_table.shipped(), ids=lambda task: " ".join(map(str, recorded(task)[:7])))
 def test_every_config_compiles_as_recorded(task: Task) -> None:
-    """The whole table."""
+    """Check the whole table."""
     test_a_compiled_config_fits_as_recorded(task)
 
 
 def test_hopper_gets_its_own_matmuls() -> None:
-    """wgmma, and not the instruction of the generation before, which 9.0 runs at about half the rate."""
+    """Check for wgmma, because 9.0 runs the instruction of the generation before at about half the rate."""
     (kernel,) = aot_table.compile_task(shipped("forward", 90, 72, "qkv"))
     assert "wgmma.mma_async" in kernel.asm["ptx"] and "mma.sync" not in kernel.asm["ptx"]
 
 
 def test_rows_of_72_are_loaded_many_bytes_at_a_time() -> None:
-    """Or 4, where a thread's share of the narrow part is no more; element by element it would be 2."""
+    """Check that loads have more than an element's 2 bytes; 4 suffice where a thread's share is no more."""
     (kernel,) = aot_table.compile_task(shipped("forward", 80, 72, "qkv"))
     copies = re.findall(r"cp\.async\.\w+\.shared\.global[^;]*, (0x\w+|\d+)", kernel.asm["ptx"])
     assert copies and {int(size, 0) for size in copies} == {4, 16}
@@ -96,7 +96,7 @@ def test_rows_of_72_are_loaded_many_bytes_at_a_time() -> None:
 
 
 def test_a_config_that_spills_is_found() -> None:
-    """128 rows on four warps leave each thread too many accumulators."""
+    """Check 128 rows on four warps, which leave each thread too many accumulators."""
     task = shipped("forward", 90, 64, "qkv")
     row = aot_table.resources_of(task._replace(config=Config(128, 64, 4, 2)))
     assert any("register spills" in line for line in aot_table.problems(row))
@@ -115,7 +115,7 @@ def test_a_config_that_spills_is_found() -> None:
     ids=lambda change: next(iter(change)) if isinstance(change, dict) else "",
 )
 def test_each_problem_is_found(change: dict[str, float], complaint: str) -> None:
-    """Planted in a row that has none."""
+    """Check problems that are planted in an entry that has none."""
     row = recorded(shipped("forward", 90, 64, "qkv"))
     assert not aot_table.problems(row)
     assert any(complaint in line for line in aot_table.problems(row._replace(**change)))

@@ -1,4 +1,4 @@
-"""The memory-bound ops in the table of compiled kernels: all there, none spills, and two compiled again as recorded."""
+"""Test the memory-bound ops in the table of compiled kernels: all are there, none spills, two are compiled again."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_wide_rows_of_a_backward_are_two_launches() -> None:
 
 @pytest.mark.parametrize("kernel", ["swiglu_backward", "qk_norm_rope"])
 def test_a_compiled_op_is_as_recorded(kernel: str) -> None:
-    """On Hopper; another compiler gives other numbers and no problems."""
+    """Check it on Hopper; another compiler gives other numbers, but no problems."""
     task = next(task for task in TASKS if (task.case.kernel, task.arch) == (kernel, 90))
     row = aot_table.resources_of(task)
     assert not aot_table.problems(row)

@@ -1,4 +1,4 @@
-"""The norms' machine code on Hopper: registers that suffice, and every combination of absent arguments compiles."""
+"""Test the norms' machine code on Hopper: registers suffice, and every combination of absent arguments compiles."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VECTORS, MODULATION = ("weight", "bias"), ("scale", "shift", "gate")
 
 
 def inputs(width: int, names: tuple[str, ...], tangents: tuple[str, ...], length: int = 8192) -> Inputs:
-    """On the meta device: bfloat16 rows, or a float32 stream with bfloat16 blocks; the rest in float32."""
+    """Return meta tensors: bfloat16 rows, or a float32 stream with bfloat16 blocks; the rest in float32."""
 
     def make(name: str) -> Tensor:
         shape = (width,) if name in VECTORS else (2, 1 if name in MODULATION else length, width)
@@ -32,14 +32,14 @@ def inputs(width: int, names: tuple[str, ...], tangents: tuple[str, ...], length
 
 
 def forward(of: Inputs, rms: bool) -> list[tuple[Any, Launch]]:
-    """The kernel and its launch."""
+    """Return the kernel and its launch."""
     moving = any(value is not None for name, value in of._asdict().items() if name.startswith("t_"))
     outputs = norm.allocate(of.x, moving, rms, torch.bfloat16, of.h is not None)
     return [(norm._norm_kernel, norm.plan(of, outputs, 1e-6, rms))]
 
 
 def backward(of: Inputs, rms: bool, cotangents: tuple[str, ...]) -> list[tuple[Any, Launch]]:
-    """The kernel and its launches, for all gradients."""
+    """Return the kernel and its launches, for all gradients."""
     given = {name: of.x if name.endswith("r") else of.x.bfloat16() for name in cotangents}
     primal = not any(name.startswith("dt_") for name in cotangents)
     if primal:
@@ -52,7 +52,7 @@ def backward(of: Inputs, rms: bool, cotangents: tuple[str, ...]) -> list[tuple[A
 
 
 def spills(kernel: Any) -> int:
-    """Local-memory loads and stores in the machine code."""
+    """Count local-memory loads and stores in the machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -61,7 +61,7 @@ def spills(kernel: Any) -> int:
 
 
 def compiled(launches: list[tuple[Any, Launch]], arch: int = 90) -> list[Any]:
-    """For an architecture, without a GPU."""
+    """Compile for an architecture, without a GPU."""
     with compiling_for(arch):
         return [kernel.warmup(*launch.args, grid=launch.grid, **launch.options) for kernel, launch in launches]
 
@@ -74,7 +74,7 @@ COTANGENTS = ("dy", "dt_y", "dr", "dt_r")
 @pytest.mark.parametrize("width", [1152, 4096, 8192])
 @pytest.mark.parametrize("names", [GATED, ALL], ids=["gated", "all"])
 def test_nothing_spills(width: int, names: tuple[str, ...]) -> None:
-    """The costliest calls of each size, in both directions, with programs that take many steps."""
+    """Check the costliest calls of each size, in both directions, with programs that take many steps."""
     of = inputs(width, names, ("x", *names))
     launches = [*forward(of, False), *backward(of, False, COTANGENTS)]
     assert [spills(kernel) for kernel in compiled(launches)] == [0] * len(launches)
@@ -100,6 +100,6 @@ def test_nothing_spills(width: int, names: tuple[str, ...]) -> None:
 def test_absent_arguments_compile(
     names: tuple[str, ...], tangents: tuple[str, ...], cotangents: tuple[str, ...], wide: bool
 ) -> None:
-    """What the interpreter takes for granted, None in a tuple or from a branch, has to pass the compiler."""
+    """Check that a None in a tuple or from a branch, which the interpreter takes for granted, compiles."""
     of = inputs(8192 if wide else 72, names, tangents, length=40)
     compiled([*forward(of, not names), *backward(of, not names, cotangents)])

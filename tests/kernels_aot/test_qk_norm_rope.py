@@ -1,4 +1,4 @@
-"""The machine code of the kernels that normalise and turn queries and keys, for GPUs that need not be there."""
+"""Test the machine code of the kernels that normalise and turn queries and keys, for GPUs that need not be there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastdistill.kernels import qk_norm_rope as kernel
 
 
 def compiled(direction: str, arch: int, d: int, interleaved: bool) -> tuple[str, str]:
-    """PTX and machine code for views of a packed bfloat16 projection, with tangents and weights."""
+    """Return PTX and machine code for views of a packed bfloat16 projection, with tangents and weights."""
     q, k, _ = torch.empty(2, 64, 3, 16, d, dtype=torch.bfloat16, device="meta").permute(2, 0, 3, 1, 4)
     weight, angles = torch.empty(d, device="meta"), torch.empty(1, 64, d // 2, device="meta")
     inputs = [(q, q), (k, k), (weight, weight), (weight, weight), *[(None, None)] * 2, *[(angles, None)] * 2]
@@ -44,7 +44,7 @@ def compiled(direction: str, arch: int, d: int, interleaved: bool) -> tuple[str,
 def test_rows_come_many_bytes_at_a_time_and_stay_in_registers(
     direction: str, arch: int, d: int, interleaved: bool
 ) -> None:
-    """No spills, and no access of one 16-bit element."""
+    """Check that nothing spills, and that no access is of one 16-bit element."""
     ptx, code = compiled(direction, arch, d, interleaved)
     assert len(code.splitlines()) > aot_table.SMALLEST_KERNEL
     assert not re.search(r"\b(?:LDL|STL)\b", code)

@@ -1,4 +1,4 @@
-"""What the kernels do with tuples, compiled: Triton 3.6 needs help with it (`kernels/triton36.py`), later ones none."""
+"""Test tuples in compiled kernels: Triton 3.6 needs help with them (`kernels/triton36.py`), later versions none."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fastdistill.kernels import triton36
 
 
 class Row(NamedTuple):
-    """A pointer and a stride."""
+    """Hold a pointer and a stride."""
 
     ptr: Any
     stride: int
 
 
 class Rows(NamedTuple):
-    """What is absent comes before what is there."""
+    """Hold an absent member before one that is there."""
 
     absent: Row | None
     there: Row
@@ -39,7 +39,7 @@ def _absent_or(x, y):
 
 @triton.jit
 def _kernel(ROWS, OUT, steps, WIDTH: tl.constexpr):
-    """Nested constants (a stride of 1) in a loop and a branch; None as a result; the length of a tuple with None."""
+    """Use nested constants (a stride of 1) in a loop and a branch, None as a result, and a tuple with a None."""
     offs = tl.arange(0, WIDTH)
     total = tl.zeros((WIDTH,), tl.float32)
     for step in tl.range(0, steps):
@@ -54,7 +54,7 @@ def _kernel(ROWS, OUT, steps, WIDTH: tl.constexpr):
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_tuples_with_absent_members_compile(arch: int) -> None:
-    """On whatever Triton there is: the stride is known to be 1, so loads are wide, and nothing is forgotten."""
+    """Check on any Triton that the stride is known to be 1, so that loads are wide, and that nothing is forgotten."""
     x = torch.empty(1024, device="meta")
     _kernel.device_caches.clear()
     with compiling_for(arch):
@@ -63,7 +63,7 @@ def test_tuples_with_absent_members_compile(arch: int) -> None:
 
 
 def test_a_later_triton_is_left_alone() -> None:
-    """Patched is what the version asks for, and that once."""
+    """Check that exactly what the version needs is patched, and only once."""
     before = CodeGenerator.visit_Return
     triton36.mend("3.9.0")
     assert CodeGenerator.visit_Return is before

@@ -1,6 +1,6 @@
-"""The twin: `fastdistill.models.DiT` once more, as a function of its state dict, in plain decomposed PyTorch.
+"""Write `fastdistill.models.DiT` a second time, as a function of its state dict, in plain decomposed PyTorch.
 
-Explicit softmax attention, a layer norm of means and squares, rotations of complex numbers, and loops over patches: no
+It has an explicit softmax, a layer norm of means and squares, rotations of complex numbers, and loops over patches. No
 code is shared with the network, and torch's own derivatives of every step are right in both modes.
 """
 
@@ -17,7 +17,7 @@ State = Mapping[str, Tensor]
 
 
 def plain_dit(state: State, config: Mapping[str, Any], x: Tensor, t: Tensor, s: Tensor, y: Tensor | None) -> Tensor:
-    """u(x, t, s, y) of the DiT with these weights, computed in the dtype of `x` (or as autocast has it)."""
+    """Compute u(x, t, s, y) of the DiT with these weights, in the dtype of `x` (or as autocast sets it)."""
     p = config["patch_size"]
     patches = [(i, j) for i in range(0, x.shape[2], p) for j in range(0, x.shape[3], p)]
     tokens = torch.stack([x[:, :, i : i + p, j : j + p].reshape(len(x), -1) for i, j in patches], dim=1)
@@ -78,7 +78,7 @@ def _position(row: int, column: int, width: int) -> Tensor:
 
 
 def _turned(x: Tensor, patches: list[tuple[int, int]], p: int) -> Tensor:
-    """Channels as complex numbers, times exp(i angle) of each token."""
+    """Multiply channels, taken as complex numbers, by exp(i angle) of each token."""
     quarter = [10000.0 ** (-4 * i / x.shape[-1]) for i in range(x.shape[-1] // 4)]
     angles = torch.tensor(
         [[place // p * w for place in patch for w in quarter] for patch in patches], dtype=torch.float64

@@ -1,4 +1,4 @@
-"""The DiT against its plain twin: values, tangents, gradients, in float64, float32 and under autocast."""
+"""Compare the DiT with its plain twin: values, tangents, gradients, in float64, float32 and under autocast."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastdistill.testing import assert_accurate, relative_error
 from tests.models.plain_dit import plain_dit
 
 SMALL: dict[str, Any] = {"channels": 3, "patch_size": 2, "width": 16, "depth": 2, "heads": 2, "num_classes": 5}
-# Both kinds of position, each with and without QK norm; one head; patches of one pixel.
+# Both kinds of position come with and without QK norm; then one head, and patches of one pixel.
 CONFIGS: dict[str, dict[str, Any]] = {
     "sincos": {},
     "sincos-qknorm": {"qk_norm": True},
@@ -32,7 +32,7 @@ Net = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def randomised(config: dict[str, Any], std: float = 0.2) -> DiT:
-    """A float64 DiT in which no weight is zero, so that a comparison sees every part of it."""
+    """Return a float64 DiT in which no weight is zero, so that a comparison sees every part of it."""
     net = DiT(**config).double()
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=std)
@@ -49,7 +49,7 @@ def with_labels(net: nn.Module, y: Tensor | None) -> Net:
 
 
 def inputs(net: DiT, batch: int = 3, size: tuple[int, int] = (6, 4)) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, t, s and a velocity w; the image is not square, and one row lies on the diagonal s = t."""
+    """Return x, t, s and a velocity w; the image is not square, and one row lies on the diagonal s = t."""
     x, w = torch.randn(2, batch, net.channels, *size, dtype=torch.float64).unbind(0)
     t = torch.rand(batch, dtype=torch.float64)
     s = t * torch.rand(batch, dtype=torch.float64)
@@ -175,7 +175,7 @@ def test_compiled_forward_has_one_graph_and_the_same_values() -> None:
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16-autocast"])
 def test_compiled_with_its_tangent_it_has_one_graph_and_the_same_gradients(autocast: bool) -> None:
-    """The step of MeanFlow: u carries the graph, du/dt is a constant."""
+    """Check MeanFlow's step: u carries the graph, and du/dt is a constant."""
     torch._dynamo.reset()
     net = randomised(SMALL | {"pos": "rope", "qk_norm": True, "depth": 2}).float()
     x, t, s, w = (part.float() for part in inputs(net))

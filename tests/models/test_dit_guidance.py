@@ -1,4 +1,4 @@
-"""The DiT's guidance input: off by default; on, a smooth input beside the times."""
+"""Test the DiT's guidance input: it is off by default and, if on, a smooth input beside the times."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SMALL: dict[str, Any] = {"channels": 1, "patch_size": 2, "width": 16, "depth": 2
 
 
 def test_only_a_network_made_for_it_has_its_parameters() -> None:
-    """So that old checkpoints load; and the others keep the random numbers of their initialisation."""
+    """Check that old checkpoints load, and that other networks keep the random numbers of their initialisation."""
     torch.manual_seed(0)
     plain = DiT(**SMALL).state_dict()
     torch.manual_seed(0)
@@ -29,7 +29,7 @@ def test_only_a_network_made_for_it_has_its_parameters() -> None:
 
 
 def test_the_scale_changes_the_output_and_none_is_scale_one() -> None:
-    """With a tangent that follows from the chain rule: central differences agree."""
+    """Check that the tangent follows from the chain rule: central differences agree."""
     net = DiT(**SMALL, guidance=True).double()
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.2)
@@ -48,7 +48,7 @@ def test_the_scale_changes_the_output_and_none_is_scale_one() -> None:
 
 
 def test_another_last_layer_makes_another_output_of_the_same_trunk() -> None:
-    """Its own one given is no change; another's gradient reaches everything but the network's own."""
+    """Check that the network's own layer changes nothing; another's gradient reaches all but the network's own."""
     net = DiT(**SMALL, guidance=True)
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.2)
@@ -63,7 +63,7 @@ def test_another_last_layer_makes_another_output_of_the_same_trunk() -> None:
 
 
 def test_a_scale_for_a_network_without_the_input_is_refused() -> None:
-    """And one of the wrong shape, by name."""
+    """Check a scale of the wrong shape too; the message names it."""
     x, t = torch.zeros(3, 1, 4, 4), torch.ones(3)
     with pytest.raises(ValueError, match="g: this network takes no guidance scale"):
         DiT(**SMALL)(x, t, t, g=t)

@@ -1,4 +1,4 @@
-"""The MLP for points in the plane."""
+"""Test the MLP for points in the plane."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_autocast_does_not_touch_it() -> None:
 
 
 def test_labels_and_guidance_are_inputs_of_the_networks_that_ask_for_them() -> None:
-    """None means "no label" and scale 1; both are refused, or ignored, by a network made without them."""
+    """Check that None means "no label" and scale 1; a network made without them refuses or ignores both."""
     net = MLP(dim=64, width=16, num_classes=3, guidance=True).double()
     x, t, s = torch.randn(5, 1, 8, 8, dtype=torch.float64), torch.rand(5), torch.zeros(5)
     y, g = torch.tensor([0, 1, 2, 3, 3]), torch.full((5,), 2.0)
@@ -66,7 +66,7 @@ def test_labels_and_guidance_are_inputs_of_the_networks_that_ask_for_them() -> N
 
 
 def test_a_network_without_them_has_the_parameters_that_it_always_had() -> None:
-    """So that old checkpoints load."""
+    """Check that old checkpoints load."""
     plain = set(MLP(depth=2).state_dict())
     parts = ("in_layer", "hidden_layers.0", "out_layer")
     assert plain == {f"{layer}.{part}" for layer in parts for part in ("weight", "bias")}
@@ -75,7 +75,7 @@ def test_a_network_without_them_has_the_parameters_that_it_always_had() -> None:
 
 
 def test_another_last_layer_makes_another_output_of_the_same_trunk() -> None:
-    """Its own one given is no change; a zero one gives 0, and its gradient stops nowhere but there."""
+    """Check that its own layer changes nothing; a zero one gives 0, and blocks the gradient nowhere but there."""
     net = MLP(width=16, num_classes=3, guidance=True)
     x, t, s, g = torch.randn(4, 2), torch.rand(4), torch.zeros(4), torch.full((4,), 2.0)
     other = copy.deepcopy(net.last_layer)

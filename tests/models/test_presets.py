@@ -1,4 +1,4 @@
-"""Presets: sizes as published, overrides, and errors that name what is wrong."""
+"""Test the presets: published sizes, overrides, and errors that name what is wrong."""
 
 from __future__ import annotations
 
@@ -65,8 +65,9 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 
 def test_unknown_overrides_are_named_with_what_is_accepted() -> None:
+    accepted = "dim, width, depth, num_classes, guidance"
     with pytest.raises(
-        ValueError, match=r"overrides: 'mlp-ring' takes dim, width, depth, num_classes, guidance, got heads, pos"
+        ValueError, match=rf"overrides: expected arguments of 'mlp-ring' \({accepted}\), got heads, pos"
     ):
         create("mlp-ring", pos="rope", heads=2)
 

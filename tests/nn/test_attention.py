@@ -1,4 +1,4 @@
-"""Attention as a module: names and values of others', and one op for norms and rotation of heads."""
+"""Test attention as a module: names and values of others', and one op for norms and rotation of heads."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_attention_refuses_a_width_that_heads_do_not_divide() -> None:
 
 
 def test_its_state_is_that_of_timm() -> None:
-    """``timm.layers.Attention(24, 3, qkv_bias=True, qk_norm=True, norm_layer=RmsNorm)``."""
+    """Compare with ``timm.layers.Attention(24, 3, qkv_bias=True, qk_norm=True, norm_layer=RmsNorm)``."""
     names = {f"{part}.{kind}" for part in ("qkv", "proj") for kind in ("weight", "bias")}
     assert set(fnn.Attention(24, 3, qk_norm=True).state_dict()) == names | {"q_norm.weight", "k_norm.weight"}
 
@@ -60,7 +60,7 @@ def test_its_state_is_that_of_timm() -> None:
 @pytest.mark.parametrize("qk_norm", [False, True], ids=["bare", "qk-norm"])
 @pytest.mark.parametrize("rope", [False, True], ids=["still", "rope"])
 def test_norms_and_rotation_of_heads_are_one_op(monkeypatch: pytest.MonkeyPatch, qk_norm: bool, rope: bool) -> None:
-    """Or none; with the values and gradients of norms, and of products of complex numbers, one after the other."""
+    """Check that there is one op or none, with the values and gradients of norms and of complex products in turn."""
     module = fnn.Attention(48, 4, qk_norm=qk_norm).double()
     for parameter in module.parameters():
         nn.init.normal_(parameter)
@@ -89,7 +89,7 @@ def test_norms_and_rotation_of_heads_are_one_op(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_logits_depend_on_the_offset_between_tokens_only() -> None:
-    """The first half of a head turns with the row, the second with the column."""
+    """Check that the first half of a head turns with the row, the second with the column."""
     rows, columns = 3, 4
     q, k = torch.randn(2, 8, dtype=torch.float64).expand(rows * columns, 1, 1, 2, 8).permute(3, 1, 2, 0, 4)
     angles = fd.rope_angles((rows, columns), 8, dtype=torch.float64)

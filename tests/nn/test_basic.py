@@ -1,4 +1,4 @@
-"""Linear layers, activations, norms and modulation: compatible with torch.nn's, and right."""
+"""Test linear layers, activations, norms and modulation: they are compatible with torch.nn's, and right."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_adaptive_norms_are_the_plain_lines(affine: bool) -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_loads_the_state_of_torch_and_gives_its_values_and_tangents(bias: bool) -> None:
-    """And is one, for whoever asks by type."""
+    """Check that it is a torch.nn.Linear for code that asks by type."""
     reference = nn.Linear(24, 40, bias=bias, dtype=torch.float64)
     module = fnn.Linear(24, 40, bias=bias, dtype=torch.float64)
     module.load_state_dict(reference.state_dict())
@@ -74,7 +74,7 @@ def test_modulation_gives_its_vectors_in_the_order_of_the_projection() -> None:
     ids=["silu", "gelu", "gelu-tanh"],
 )
 def test_activations_stand_in_for_those_of_torch(ours: nn.Module, theirs: nn.Module) -> None:
-    """By type, by value and by tangent, without parameters."""
+    """Check type, value and tangent, and that there are no parameters."""
     x, t_x = torch.randn(2, 3, 8, dtype=torch.float64).unbind(0)
     torch.testing.assert_close(torch.func.jvp(ours, (x,), (t_x,)), torch.func.jvp(theirs, (x,), (t_x,)))
     assert isinstance(ours, type(theirs)) and not ours.state_dict()

@@ -1,4 +1,4 @@
-"""Embeddings of times and positions."""
+"""Test the embeddings of times and positions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_time_features_change_no_faster_than_the_highest_frequency() -> None:
 
 
 def test_time_features_of_a_low_precision_time_are_computed_in_float32() -> None:
-    t = torch.tensor([0.8125], dtype=torch.bfloat16)  # exact in bf16; 16 t is, too, but its sine is not
+    t = torch.tensor([0.8125], dtype=torch.bfloat16)  # It is exact in bf16, and so is 16 t, but its sine is not.
     features = fnn.sinusoids(t, 32, 16.0)
     assert features.dtype == torch.float32
     torch.testing.assert_close(features.double(), fnn.sinusoids(t.double(), 32, 16.0), rtol=0, atol=1e-5)
@@ -61,7 +61,8 @@ def test_sincos_positions_are_distinct_and_number_tokens_row_by_row() -> None:
     positions = fnn.sincos_2d((3, 5), 16, like=torch.zeros(1, dtype=torch.float64))
     assert positions.shape == (15, 16)
     assert torch.cdist(positions, positions).fill_diagonal_(1).min() > 0.1
-    torch.testing.assert_close(positions[7, 0], torch.tensor(2.0, dtype=torch.float64).sin())  # row 1, column 2
+    # This is row 1, column 2.
+    torch.testing.assert_close(positions[7, 0], torch.tensor(2.0, dtype=torch.float64).sin())
     torch.testing.assert_close(positions[7, 8], torch.tensor(1.0, dtype=torch.float64).sin())
 
 

@@ -1,4 +1,4 @@
-"""Feed-forward modules: under the names of timm and diffusers, with their values and right tangents."""
+"""Test the feed-forward modules: names of timm and diffusers, their values, and right tangents."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import fastdistill.nn as fnn
 
 
 def halves(z: Tensor) -> tuple[Tensor, Tensor]:
-    """First and second half of the channels."""
+    """Return the first and second half of the channels."""
     a, b = z.chunk(2, -1)
     return a, b
 
 
 def linear(module: nn.Module, name: str, x: Tensor) -> Tensor:
-    """torch's own linear layer with the parameters of that name."""
+    """Apply torch's own linear layer with the parameters of that name."""
     return F.linear(x, module.get_parameter(f"{name}.weight"), module.get_parameter(f"{name}.bias"))
 
 
@@ -29,7 +29,7 @@ def tanh_gelu(x: Tensor) -> Tensor:
 
 
 def gluing(act: Callable[[Tensor], Tensor], gate_last: bool) -> Callable[[nn.Module, Tensor], Tensor]:
-    """The plain lines of a GluMlp."""
+    """Return the plain lines of a GluMlp."""
 
     def plain(module: nn.Module, x: Tensor) -> Tensor:
         a, b = halves(linear(module, "fc1", x))
@@ -39,7 +39,7 @@ def gluing(act: Callable[[Tensor], Tensor], gate_last: bool) -> Callable[[nn.Mod
 
 
 def forwarding(act: Callable[[Tensor], Tensor], gated: bool) -> Callable[[nn.Module, Tensor], Tensor]:
-    """The plain lines of a FeedForward."""
+    """Return the plain lines of a FeedForward."""
 
     def plain(module: nn.Module, x: Tensor) -> Tensor:
         z = linear(module, "net.0.proj", x)
@@ -52,16 +52,17 @@ def forwarding(act: Callable[[Tensor], Tensor], gated: bool) -> Callable[[nn.Mod
 
 
 def split(module: nn.Module, x: Tensor) -> Tensor:
-    """The plain lines of timm's SwiGLU."""
+    """Compute the plain lines of timm's SwiGLU."""
     return linear(module, "fc2", F.silu(linear(module, "fc1_g", x)) * linear(module, "fc1_x", x))
 
 
 def straight(module: nn.Module, x: Tensor) -> Tensor:
-    """The plain lines of timm's Mlp with the activation of DiT."""
+    """Compute the plain lines of timm's Mlp with the activation of DiT."""
     return linear(module, "fc2", tanh_gelu(linear(module, "fc1", x)))
 
 
-# A module, its plain lines on the parameters of its state dict, and the names and shapes that others' have.
+# Each entry has a module, its plain lines on the parameters of its state dict, and the names and shapes of the
+# original.
 NET = {"net.0.proj": (20, 8), "net.2": (8, 20)}
 GATED_NET = {"net.0.proj": (40, 8), "net.2": (8, 20)}
 
@@ -87,7 +88,7 @@ CASES: dict[str, tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor], dict[st
 
 @pytest.mark.parametrize("case", CASES)
 def test_names_values_tangents_and_gradients(case: str) -> None:
-    """Those of the module that it replaces; each tangent runs in the ops, under fd.jvp."""
+    """Compare with the module that it replaces; each tangent runs in the ops, under fd.jvp."""
     module, plain, shapes = CASES[case]
     module = module.double()
     expected = {f"{n}.weight": s for n, s in shapes.items()} | {f"{n}.bias": s[:1] for n, s in shapes.items()}

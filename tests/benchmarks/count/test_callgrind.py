@@ -1,4 +1,4 @@
-"""Counting instructions, with a counter in valgrind's place: the machine that runs the tests may have none."""
+"""Test the counting of instructions with a stand-in for valgrind, which the machine that runs the tests may lack."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fastdistill.benchmarks.report.records import load
 def test_counts_are_written_for_the_comparison(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A row for each problem and mode, which the metric `instructions` reads."""
+    """Check that the file has an entry for each problem and mode, which the metric `instructions` reads."""
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    for name in ("PATH", "PYTHONHASHSEED", "OMP_NUM_THREADS"):  # set for the processes that count
+    for name in ("PATH", "PYTHONHASHSEED", "OMP_NUM_THREADS"):  # These are set for the processes that count.
         monkeypatch.setenv(name, "1")
     asked = ["--problems", "silu", "rms_norm", "--modes", "forward", "--out"]
     old, new = tmp_path / "old.json", tmp_path / "new.json"
@@ -28,18 +28,18 @@ def test_counts_are_written_for_the_comparison(
     assert regressions.main([str(old), str(new), "--metric", "instructions", "--ratio", "1.02"]) == 1
     text = capsys.readouterr().out
     assert "rms_norm, small, float32, forward: fastdistill torch: instructions 1,008 -> 1,050" in text
-    assert "2 rows of ours compared, 1 over 1.02" in text
+    assert "2 records of ours compared, 1 over 1.02" in text
 
 
 def test_without_valgrind_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """One message, status 2."""
+    """Check that the command prints one message and returns status 2."""
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert callgrind.main(["--problems", "silu"]) == 2
     assert "there is no valgrind here" in capsys.readouterr().err
 
 
 def test_the_timer_is_asked_for_one_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its statement runs as it stands, and the count is that of one call."""
+    """Check that the timer's statement runs as it stands, and that the count is that of one call."""
     calls = 0
 
     class Stats:

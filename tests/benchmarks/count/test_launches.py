@@ -1,4 +1,4 @@
-"""Counts of kernels and bytes: that counting works, what ours come to, and the table that the benchmark wrote."""
+"""Test the counts of kernels and bytes: the counting itself, our numbers, and the table that the benchmark wrote."""
 
 from __future__ import annotations
 
@@ -24,54 +24,54 @@ from fastdistill.benchmarks.run.clock import CpuClock
 from fastdistill.benchmarks.run.environment import RESULTS
 
 SMALL = Sizes(batch=2, tokens=32, width=64, heads=4)
-# Launches of the backward of output and tangent: one, and one more for each gradient that is a sum over tokens.
+# The backward of output and tangent is one launch, and one more for each gradient that is a sum over tokens.
 BACKWARD = {"ada_layer_norm": 5, "ada_rms_norm": 5, "gated_residual_ada_norm": 7, "attention": 3}
 LEFT_TO_PYTORCH = {"linear": 2, "linear, modulation": 5}
 
 
 @pytest.fixture(scope="module")
-def rows() -> dict[tuple[str, str, str], dict[str, Any]]:
-    """Of each op, way and direction, in float32."""
-    found = launches.op_rows("float32", "cpu", SMALL)
+def counts() -> dict[tuple[str, str, str], dict[str, Any]]:
+    """Return the counts of each op, way and direction, in float32."""
+    found = launches.count_ops("float32", "cpu", SMALL)
     return {(row["op"], row["way"], row["direction"]): row for row in found}
 
 
-def test_every_op_of_ours_is_one_launch_at_the_floor(rows: dict[tuple[str, str, str], dict[str, Any]]) -> None:
-    """Output and tangent together: no byte is read twice, and besides them only a row's statistics are written."""
-    ours = {op: row for (op, way, direction), row in rows.items() if (way, direction) == (WAYS[2], "forward")}
+def test_every_op_of_ours_is_one_launch_at_the_floor(counts: dict[tuple[str, str, str], dict[str, Any]]) -> None:
+    """Check output and tangent together: no byte is read twice, and only row statistics are written besides them."""
+    ours = {op: row for (op, way, direction), row in counts.items() if (way, direction) == (WAYS[2], "forward")}
     assert len(ours) == 12
     for op, row in ours.items():
         assert row["kernels"] == 1 and "." in row["names"][0], op
         assert row["floor"] <= row["bytes"] + 1e-9 < 1.05 * row["floor"], op
-        plain = rows[op, WAYS[0], "forward"]
+        plain = counts[op, WAYS[0], "forward"]
         assert plain["kernels"] >= 2 and plain["bytes"] > 1.2 * row["floor"], op
 
 
 def test_every_backward_of_ours_is_one_launch_and_one_for_each_sum_over_tokens(
-    rows: dict[tuple[str, str, str], dict[str, Any]],
+    counts: dict[tuple[str, str, str], dict[str, Any]],
 ) -> None:
-    """To all inputs and all tangents; attention takes its rows, its keys, and its queries."""
-    ours = {op: row for (op, way, direction), row in rows.items() if (way, direction) == (WAYS[2], "backward")}
+    """Check the gradients in all inputs and all tangents; attention launches for its counts, keys, and queries."""
+    ours = {op: row for (op, way, direction), row in counts.items() if (way, direction) == (WAYS[2], "backward")}
     assert {op: row["kernels"] for op, row in ours.items()} == {op: BACKWARD.get(op, 1) for op in ours}
     assert all(row["names"].count("sum") == BACKWARD[op] - 1 for op, row in ours.items() if "norm" in op and op in BACKWARD)  # fmt: skip  # noqa: E501
 
 
-def test_linear_layers_skip_the_product_by_zeros(rows: dict[tuple[str, str, str], dict[str, Any]]) -> None:
+def test_linear_layers_skip_the_product_by_zeros(counts: dict[tuple[str, str, str], dict[str, Any]]) -> None:
     for op, kernels in LEFT_TO_PYTORCH.items():
-        ours, plain = (rows[op, way, "forward"] for way in (WAYS[1], WAYS[0]))
+        ours, plain = (counts[op, way, "forward"] for way in (WAYS[1], WAYS[0]))
         matmuls = [sum(name in launches.MATMULS for name in row["names"]) for row in (ours, plain)]
         assert matmuls == [2 if op == "linear" else 1, 3]
         assert ours["kernels"] == kernels and ours["bytes"] < 0.7 * plain["bytes"]
 
 
 def test_a_block_with_its_tangent_is_thirty_launches() -> None:
-    """Nine matmuls (of two each, the modulation's being one), and one launch for every op between them."""
-    rows = {(row["block"], row["way"]): row for row in launches.block_rows(SMALL._replace(batch=1), "cpu")}
+    """Count nine matmuls (of two products each; the modulation's is one), and one launch for every op between them."""
+    counts = {(row["block"], row["way"]): row for row in launches.count_blocks(SMALL._replace(batch=1), "cpu")}
     for block, ours, total in (("DiT-XL/2", 5, 29), ("with RoPE, QK-norm", 6, 30)):
-        row, plain = rows[block, "`fd.jvp`, Triton"], rows[block, "`torch.func.jvp` of plain modules"]
+        row, plain = counts[block, "`fd.jvp`, Triton"], counts[block, "`torch.func.jvp` of plain modules"]
         assert (row["kernels"], row["matmuls"], row["ours"]) == (total, 9, ours), row["names"]
         assert plain["kernels"] > 160 and plain["matmuls"] == 21
-    in_order = [name for name in rows["with RoPE, QK-norm", "`fd.jvp`, Triton"]["names"] if "." in name]
+    in_order = [name for name in counts["with RoPE, QK-norm", "`fd.jvp`, Triton"]["names"] if "." in name]
     assert in_order == [
         "activation.forward",
         "norm.norm",
@@ -125,7 +125,7 @@ def test_size_counts_what_there_is() -> None:
 
 
 def test_ops_inside_are_opened_in_both_directions() -> None:
-    """As the implementation that was asked for."""
+    """Check that inner ops run as the implementation that was asked for."""
     x = torch.randn(2, 3, 8, requires_grad=True)
     with counted("torch") as in_torch, counted("triton") as in_triton:
         pass
@@ -142,11 +142,11 @@ def test_ops_inside_are_opened_in_both_directions() -> None:
 def test_a_block_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launches, "plain_block", lambda state, prefix, heads, x, c, angles: 1.001 * x)
     with pytest.raises(SystemExit, match="parity failed"):
-        launches.block_rows(SMALL._replace(batch=1), "cpu")
+        launches.count_blocks(SMALL._replace(batch=1), "cpu")
 
 
 def test_the_recorded_tables_are_complete_and_those_of_the_counts() -> None:
-    """Every op in both dtypes; kernels of ours as here; the Markdown is that of the JSON."""
+    """Check that every op is there in both dtypes, that our kernels are those of now, and that both files agree."""
     path = RESULTS / "launches"
     table = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     copy = table["copy_gb_per_s"]
@@ -172,7 +172,7 @@ def test_the_program_writes_both_files_and_speeds_where_there_are_any(
 
 
 def test_a_time_becomes_gigabytes_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock and a profiler that need no GPU."""
+    """Replace clock and profiler by stand-ins that need no GPU."""
     ticks = itertools.count(0.0, 0.002)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     events = [SimpleNamespace(device_type=kind) for kind in (DeviceType.CPU, DeviceType.CUDA, DeviceType.CUDA)]

@@ -1,4 +1,4 @@
-"""Counts are exact, see inside our own ops, and may not grow."""
+"""Check that counts are exact, see inside our own ops, and don't grow."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AGAIN = "python -m fastdistill.benchmarks.count.op_counts"
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> records.Results:
-    """The counts of the code as it is, by the command."""
+    """Count the code as it is now, by the command."""
     path = tmp_path_factory.mktemp("counts") / "counts.json"
     op_counts.main(["--out", str(path)])
     return records.load(path)
@@ -26,7 +26,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> records.Results:
 
 @pytest.mark.parametrize("metric", COUNTS)
 def test_no_count_grows(fresh: records.Results, metric: str) -> None:
-    """The gate of CI: nothing of the torch path dispatches, multiplies, moves or holds more than was recorded."""
+    """Check CI's gate: the torch path dispatches, multiplies, moves and holds no more than was recorded."""
     recorded = records.load(op_counts.RECORDED)
     found = regressions.find_regressions(recorded, fresh, metric=metric, ratio=1.0)
     versions = f"torch {fresh.machine['torch']}, recorded with {recorded.machine['torch']}"
@@ -35,7 +35,7 @@ def test_no_count_grows(fresh: records.Results, metric: str) -> None:
 
 
 def test_every_public_op_is_counted(fresh: records.Results) -> None:
-    """Each explicit pair that the package exports has a problem, and each problem has all modes."""
+    """Check that each explicit pair that the package exports has a problem, and each problem all modes."""
     counted = {name.split(",")[0] for name in op_problems.NAMES}
     assert {name.removesuffix("_jvp") for name in fd.__all__ if name.endswith("_jvp")} <= counted
     assert [(row.key.op, row.key.mode) for row in fresh.records] == [
@@ -44,17 +44,18 @@ def test_every_public_op_is_counted(fresh: records.Results) -> None:
 
 
 def test_matmuls_inside_our_ops_are_seen(fresh: records.Results) -> None:
-    """Attention's, in units of 2 H N M D: 6 forward, 5 and 15 more backward; causal blocks do 36 of 64."""
+    """Check attention's matmuls, in units of 2 H N M D: 6 forward, 5 and 15 more backward; causal blocks do 36/64."""
     unit = 2 * 4 * 256 * 256 * 64
     flops = {(row.key.op, row.key.mode): row.number("matmul_flops") for row in fresh.records}
     for mode, matmuls in zip(op_problems.MODES, (6, 6 + 5, 6 + 15)):
         assert flops["attention", mode] == matmuls * unit
         assert flops["attention, causal", mode] == matmuls * unit * 36 / 64
-    assert flops["linear", "forward"] == 2 * 2 * 256 * 256 * 512  # x W and t_x W, and no product by zero
+    # The products are x W and t_x W; there is no product by zero.
+    assert flops["linear", "forward"] == 2 * 2 * 256 * 256 * 512
 
 
 def test_bytes_are_those_that_are_read_and_written() -> None:
-    """A sum of two, in place, into a buffer, over an expanded dimension, a copy; nothing for views and empty ones."""
+    """Check sums of two, in place, into a buffer, over an expanded dimension, and a copy; views move nothing."""
     x, y, out = torch.ones(8, 16), torch.ones(16), torch.empty(8, 16)
     large, small = x.nbytes, y.nbytes
     for run, moved in (
@@ -65,14 +66,14 @@ def test_bytes_are_those_that_are_read_and_written() -> None:
         (lambda: out.copy_(x), 2 * large),
         (lambda: out.zero_(), large),
         (lambda: x * x, 2 * large),
-        (lambda: x.T.reshape(-1)[:4], 2 * large),  # the reshape copies
+        (lambda: x.T.reshape(-1)[:4], 2 * large),  # The reshape copies.
         (lambda: torch.empty_like(x).view(-1), 0),
     ):
         assert count(run)["bytes_moved"] == moved
 
 
 def test_composite_ops_count_as_what_they_do() -> None:
-    """matmul of a vector is one mv, or what PyTorch makes of it, never a matmul that hides its work."""
+    """Check that the matmul of a vector counts as one mv, or what PyTorch makes of it, and never hides its work."""
     x, w = torch.ones(4, 8), torch.ones(8, 16)
     assert count(lambda: torch.matmul(x, w)) == count(lambda: torch.mm(x, w))
     assert count(lambda: torch.mm(x, w))["matmul_flops"] == 2 * 4 * 8 * 16
@@ -82,14 +83,14 @@ def test_composite_ops_count_as_what_they_do() -> None:
 
 
 def test_an_op_with_a_kernel_and_a_decomposition_counts_as_the_kernel() -> None:
-    """SiLU's backward could be composed of seven ops, but on a CPU it is one: u and x read, a result written."""
+    """Check that SiLU's backward counts as one op on a CPU, not as the seven of which it could be composed."""
     x, u = torch.randn(2, 64)
     found = count(lambda: torch.ops.aten.silu_backward(u, x))
     assert (found["aten_ops"], found["bytes_moved"]) == (1, 3 * x.nbytes)
 
 
 def test_one_more_pass_over_the_data_is_seen() -> None:
-    """The gate can fail: an op that does what it did and then a copy counts more of everything but flops."""
+    """Check that the gate can fail: an op that makes one more copy counts more of everything but flops."""
     (q, k, v), tangents = (make_qkv(1, 2, 64, 16, seed=seed) for seed in (0, 1))
     before = count(lambda: fd.attention_jvp(q, k, v, *tangents, impl="torch"))
     after = count(lambda: [x * 1 for x in fd.attention_jvp(q, k, v, *tangents, impl="torch")])
@@ -99,7 +100,7 @@ def test_one_more_pass_over_the_data_is_seen() -> None:
 
 
 def test_peak_memory_is_seen_inside_our_ops() -> None:
-    """Logits of a block live only inside the op."""
+    """Check that the peak includes the logits of a block, which live only inside the op."""
     (q, k, v), tangents = (make_qkv(1, 2, 64, 16, seed=seed) for seed in (0, 1))
     with OpCounter() as counter:
         results = fd.attention_jvp(q, k, v, *tangents, impl="torch")
@@ -108,7 +109,7 @@ def test_peak_memory_is_seen_inside_our_ops() -> None:
 
 
 def test_only_some_problems_can_be_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By name, a line each; a name that there isn't is refused."""
+    """Check that problems can be chosen by name, a line each, and that an unknown name is refused."""
     op_counts.main(["--problems", "silu", "--out", str(tmp_path / "new" / "x.json")])
     assert [row.key.op for row in records.load(tmp_path / "new" / "x.json").records] == ["silu"] * 3
     assert len(capsys.readouterr().out.splitlines()) == 3

@@ -14,7 +14,7 @@ ROWS = {f"{row.name}, {variant}".removesuffix(", "): (row, variant) for row in e
 
 
 def flat(pair: Any) -> list[torch.Tensor]:
-    """Outputs, then their tangents."""
+    """Return the outputs, then their tangents."""
     return [x for part in pair for x in ([part] if isinstance(part, torch.Tensor) else part)]
 
 
@@ -36,7 +36,7 @@ def test_a_problem_is_the_op_and_its_tangent(name: str) -> None:
 
 
 def test_the_network_of_a_problem_has_gradients_for_every_parameter() -> None:
-    """And a tangent, both through the driver."""
+    """Check that every parameter has a gradient and a tangent, both through the driver."""
     task = problem("DiT under fd.jvp")
     leaves = [x.detach().requires_grad_() for x in task.primals]
     u, du_dt = task.pair(leaves, task.tangents, False)

@@ -1,4 +1,4 @@
-"""Tests in processes that may die: whatever happens to one of them, the others are heard and the file stays whole."""
+"""Test tests in processes that may die: the others are still heard, and the file stays whole."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_teardown(breaks_late):
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """The program on the tests of a folder."""
+    """Start the program on the tests of a folder."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COMMIT": "0123456"}
     command = [sys.executable, "-m", "fastdistill.benchmarks.gpu.parity", "--json", "parity.json", "--jobs", "2"]
     pipe = subprocess.PIPE
@@ -86,7 +86,7 @@ def content(folder: Path) -> dict[str, Any]:
 
 
 def test_each_death_costs_one_test(tmp_path: Path) -> None:
-    """Wrong, segmentation fault: each noted with its end, all others run; and only the missing run again."""
+    """Check that a wrong test and a segmentation fault are noted, all others run, and only missing tests run again."""
     (tmp_path / "test_good.py").write_text(GOOD)
     (tmp_path / "test_bad.py").write_text(BAD)
     program = start(tmp_path, "--patience", "inf", "test_good.py", "test_bad.py")
@@ -105,14 +105,14 @@ def test_each_death_costs_one_test(tmp_path: Path) -> None:
 
 
 def test_a_hung_test_costs_one_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its process is killed as soon as it had too long; the processes of all others have all the time there is."""
+    """Check that a hung test's process is killed once it had too long, while all other processes have all the time."""
     (tmp_path / "test_good.py").write_text(GOOD)
     (tmp_path / "test_hangs.py").write_text(HANGS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
     def watch(pid: int) -> Callable[[], float]:
-        """Let nobody have any time but the process that hangs: a thousand seconds between two looks."""
+        """Give no process any time except the hanging one: a thousand seconds between two looks."""
         seconds, hanging = 0.0, tmp_path / "hanging"
 
         def had() -> float:
@@ -132,7 +132,7 @@ def test_a_hung_test_costs_one_test(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_patience_is_an_option(tmp_path: Path) -> None:
-    """However slowly its process starts, the test has hung in the end."""
+    """Check that the test counts as hung in the end, however slowly its process starts."""
     (tmp_path / "test_hangs.py").write_text("import time\ndef test_hangs():\n    time.sleep(10**6)\n")
     program = start(tmp_path, "--patience", "1", "test_hangs.py")
     printed, errors = program.communicate()
@@ -141,7 +141,7 @@ def test_patience_is_an_option(tmp_path: Path) -> None:
 
 
 def test_what_ended_while_it_was_killed_has_not_hung(tmp_path: Path) -> None:
-    """Its last words count; tests after it go to another process."""
+    """Check that a test's last report counts, and that the tests after it go to another process."""
     (tmp_path / "test_good.py").write_text(GOOD)
     worker = parity.Worker([f"{tmp_path}/test_good.py::test_{name}" for name in ("first", "second")], tmp_path, 0)
     worker.kill()
@@ -158,7 +158,7 @@ def test_what_ended_while_it_was_killed_has_not_hung(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_imported_is_an_error(tmp_path: Path) -> None:
-    """And no green run of the others."""
+    """Check that the run isn't green, even if all other tests pass."""
     (tmp_path / "test_good.py").write_text(GOOD)
     (tmp_path / "test_broken.py").write_text("import nothere\n\ndef test_it():\n    assert True\n")
     program = start(tmp_path, "test_good.py", "test_broken.py")
@@ -167,7 +167,7 @@ def test_a_file_that_cannot_be_imported_is_an_error(tmp_path: Path) -> None:
 
 
 def test_what_is_killed_has_left_what_it_knew(tmp_path: Path) -> None:
-    """A whole file; and asked to end, it takes its processes along."""
+    """Check that a killed run leaves a whole file, and that a run that is asked to end takes its processes along."""
     (tmp_path / "test_good.py").write_text(GOOD)
     (tmp_path / "test_slow.py").write_text(
         "import os, time\ndef test_slow():\n    open('pid', 'w').write(str(os.getpid()))\n    time.sleep(600)\n"
@@ -195,7 +195,7 @@ def test_half_a_line_is_not_read(tmp_path: Path) -> None:
 
 
 def test_a_process_gets_tests_of_one_file(tmp_path: Path) -> None:
-    """And of those that compile most, one."""
+    """Check that a process gets several tests of one file, or one of the tests that compile most."""
     tests = ["a.py::1", "a.py::2", "a.py::3", "b.py::1", "tests/gpu/c.py::1", "tests/gpu/c.py::2"]
     assert parity.chunks(tests, 2) == [tests[:2], tests[2:3], tests[3:4], tests[4:5], tests[5:]]
 

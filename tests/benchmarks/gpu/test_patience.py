@@ -1,4 +1,4 @@
-"""The time that processes had to themselves: sleeping and running count, waiting for a processor doesn't."""
+"""Test the time that processes had to themselves: sleeping and running count, waiting for a processor doesn't."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_what_counts(looks: list[Look | None], passed: float, seconds: float) ->
 
 
 def test_between_two_looks_nothing_is_read() -> None:
-    """A look reads a file for every process of the machine."""
+    """Check that no look happens, because each reads a file for every process of the machine."""
     time = Time()
     own = OwnTime(7, time, lambda session: pytest.fail("too early"))
     time.now += 0.5
@@ -51,7 +51,7 @@ def test_between_two_looks_nothing_is_read() -> None:
 
 @pytest.fixture
 def session() -> Iterator[subprocess.Popen[str]]:
-    """A process in a session of its own, with a child; both do what they are told by a word, and answer it."""
+    """Start a process in a session of its own, with a child; both do what a word tells them, and answer it."""
     child = "for word in iter(input, ''):\n    print(word, flush=True)\n    while word == 'run': pass"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     pipe = subprocess.PIPE
@@ -62,7 +62,7 @@ def session() -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_session_is_looked_at_with_all_its_processes(session: subprocess.Popen[str]) -> None:
-    """Asleep while both wait; awake while the child computes, and its CPU time grows."""
+    """Check that the session sleeps while both wait, and is awake while the child computes and its CPU time grows."""
 
     def tell(word: str) -> None:
         assert session.stdin is not None and session.stdout is not None
@@ -71,7 +71,7 @@ def test_a_session_is_looked_at_with_all_its_processes(session: subprocess.Popen
         assert session.stdout.readline() == f"{word}\n"
 
     tell("wait")
-    while not (asleep := look_at(session.pid)).asleep:  # it has answered, and waits for the next word in a moment
+    while not (asleep := look_at(session.pid)).asleep:  # It has answered, and will wait for the next word in a moment.
         pass
     assert len(asleep.cpu) == 2 and session.pid in asleep.cpu
     tell("run")

@@ -1,4 +1,4 @@
-"""The script for a GPU machine where there is none: its pieces, at tiny shapes, up to the file that is committed."""
+"""Test the script for a GPU machine without a GPU: its pieces, at tiny shapes, up to the file that is committed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ SCRIPT = ROOT / "benchmarks" / "run_gpu.sh"
 
 
 def run(piece: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """The finished script, with tiny shapes, and a budget that no machine is too slow for."""
+    """Run the script with tiny shapes, and with a budget that suffices on any machine."""
     environment = {**os.environ, "SMOKE": "1", "PYTHON": sys.executable, "BUDGET": "1000000", **variables}
     return subprocess.run([SCRIPT, *piece.split()], env=environment, capture_output=True, text=True)
 
 
 def test_a_suite_and_the_merged_file(tmp_path: Path) -> None:
-    """Without what a later piece compiles; the merged file is named after the machine and the commit that is told."""
+    """Check the suites that compile nothing; the merged file is named after the machine and the given commit."""
     out, results = tmp_path / "out", tmp_path / "results"
     variables = {"OUT": str(out), "RESULTS": str(results), "COMMIT": "0123456789ab"}
     done = run("block", **variables)
@@ -41,7 +41,7 @@ def test_a_suite_and_the_merged_file(tmp_path: Path) -> None:
 
 
 def test_the_pieces_for_a_quarter_of_an_hour(tmp_path: Path) -> None:
-    """Each of their steps leaves its file, at most eight together, and the second goes on where the first ended."""
+    """Check that each step leaves its file, at most eight in all, and that the second goes on where the first ended."""
     variables = {"OUT": str(tmp_path / "out"), "COMMIT": "0123456789ab", "JOBS": "1"}
     done = run("first", **variables)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -55,11 +55,12 @@ def test_the_pieces_for_a_quarter_of_an_hour(tmp_path: Path) -> None:
     assert second.returncode == 0, second.stdout + second.stderr
     assert f"{len(parity['tests'])} of them there already" in second.stdout
     expected = {"first.log", "second.log", "parity.json", "dit.json", "norms.json", "launches.json", "launches.md"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == expected  # and tuned.json, on a GPU: eight
+    # On a GPU there is tuned.json too, which makes eight.
+    assert {path.name for path in (tmp_path / "out").iterdir()} == expected
 
 
 def test_it_says_what_it_does() -> None:
-    """Without a piece it prints its pieces and their variables; what it calls is there."""
+    """Check that the script without a piece prints its pieces and variables, and that what it calls exists."""
     done = run("")
     assert done.returncode == 2
     words = (
@@ -86,12 +87,12 @@ def test_it_says_what_it_does() -> None:
 
 
 def test_an_unknown_piece_is_refused() -> None:
-    """As none at all."""
+    """Check that an unknown piece is refused like a missing one."""
     assert run("everything").returncode == 2
 
 
 def test_the_compiled_piece_takes_some_cases_of_each_suite() -> None:
-    """At half a minute each, few enough for ten minutes."""
+    """Check that the cases, at half a minute each, are few enough for ten minutes."""
     calls = re.findall(r"bench (\w+) --providers compiled --cases '(.*?)'", SCRIPT.read_text())
     assert [suite for suite, _ in calls] == ["dit", "block", "norms", "step"]
     chosen = [wanted(Request([suite], pattern=pattern), torch.device("cuda")) for suite, pattern in calls]

@@ -1,4 +1,4 @@
-"""A comparison's summary made by hand, of the schema that `fastdistill.compare` writes."""
+"""Make a comparison's summary by hand, of the schema that `fastdistill.compare` writes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ STEPS = ("1", "2", "4", "8")
 
 
 def spread(*values: float) -> dict[str, Any]:
-    """A metric over the seeds; the standard deviation of two."""
+    """Return a metric over the seeds, with the standard deviation of two."""
     mean = sum(values) / len(values)
     return {"mean": mean, "std": abs(values[0] - values[-1]) / 2**0.5, "values": list(values)}
 
 
 def method(errors: tuple[float, ...], seconds: float = 0.002, teacher: bool = False) -> dict[str, Any]:
-    """A method with these map errors at 1, 2, 4, 8 steps, and SW2 of half of that."""
+    """Return a method with these map errors at 1, 2, 4, 8 steps, and half of them as SW2."""
     return {
         "settings": {
             "identity": "eulerian",
@@ -44,7 +44,7 @@ def method(errors: tuple[float, ...], seconds: float = 0.002, teacher: bool = Fa
 
 
 def ring(**methods: dict[str, Any]) -> dict[str, Any]:
-    """A comparison on the ring."""
+    """Return a comparison on the ring."""
     return {
         "data": "ring",
         "budget": {
@@ -63,6 +63,6 @@ def ring(**methods: dict[str, Any]) -> dict[str, Any]:
 
 
 def small() -> dict[str, Any]:
-    """Flow matching and MeanFlow on the ring."""
+    """Return a comparison of flow matching and MeanFlow on the ring."""
     control = method((0.8, 0.4, 0.2, 0.1))
     return {"ring": ring(flow_matching=control, meanflow=method((0.2, 0.15, 0.15, 0.15), seconds=0.005))}

@@ -1,4 +1,4 @@
-"""The runs of `make evidence`: who trains what, within which time, and what the gates say."""
+"""Test the runs of `make evidence`: who trains what, within which time, and what the gates say."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.benchmarks.methods.summaries import method, ring
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the runs that were trained, in order; training writes an empty result."""
+    """Collect the names of the runs that were trained, in order; training writes an empty result."""
     names: list[str] = []
 
     def train(config: Any) -> Path:
@@ -34,7 +34,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return config.out
 
     monkeypatch.setattr(evidence, "train", train)
-    monkeypatch.setattr(evidence, "measure", lambda *arguments, **keywords: {})
+    monkeypatch.setattr(evidence, "stored_or_evaluated", lambda *arguments, **keywords: {})
     return names
 
 
@@ -127,7 +127,7 @@ def test_floors_of_the_ring_are_small_and_not_zero() -> None:
 
 
 def test_a_measurement_is_kept_until_the_run_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A newer network, steps that were not asked for before, or another way of measuring, are measured again."""
+    """Check that a newer network, other steps, or another way of measuring are measured again."""
     calls: list[tuple[int, ...]] = []
 
     def evaluate(run: Path, steps: tuple[int, ...], **keywords: Any) -> dict[str, Any]:
@@ -142,21 +142,21 @@ def test_a_measurement_is_kept_until_the_run_changes(tmp_path: Path, monkeypatch
     weights = run / "export" / "ema.safetensors"
     weights.touch()
     os.utime(weights, (1, 1))
-    assert evidence.measure(run, (1,)) == evidence.measure(run, (1,))
+    assert evidence.stored_or_evaluated(run, (1,)) == evidence.stored_or_evaluated(run, (1,))
     assert calls == [(1,)]
-    evidence.measure(run, (1, 2))
+    evidence.stored_or_evaluated(run, (1, 2))
     assert calls == [(1,), (1, 2)]
     for older in ({"measuring": evidence.MEASURING - 1}, {}):
         (run / "summary.json").write_text(json.dumps({"steps": {"1": {"map_error": 0.2}}} | older))
-        assert evidence.measure(run, (1,))["steps"]["1"]["map_error"] == 0.1
+        assert evidence.stored_or_evaluated(run, (1,))["steps"]["1"]["map_error"] == 0.1
     assert calls == [(1,), (1, 2), (1,), (1,)]
     os.utime(weights, (4e9, 4e9))
-    evidence.measure(run, (1,))
+    evidence.stored_or_evaluated(run, (1,))
     assert calls == [(1,), (1, 2), (1,), (1,), (1,)]
 
 
 def test_references_of_digits_tell_copies_and_means_from_unseen_digits(tmp_path: Path) -> None:
-    """Copies: at no distance, and found out; means: right in class, and nothing like the digits' spread."""
+    """Check that copies have distance 0 and are found out, and that means are right in class but have no spread."""
     references: dict[str, dict[str, float]] = {"held_out": {"frechet": 4.6}}
     evidence.add_references(references, DigitJudge(tmp_path))
     unseen, copies, means = (references[name] for name in ("held_out", "training_digits", "class_mean"))

@@ -1,4 +1,4 @@
-"""Numbers go from the summary into the tables and the article's blocks, and from nowhere else."""
+"""Check that numbers go from the summary into the tables and the article's blocks, and from nowhere else."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_table_ranks_by_one_step_and_names_references() -> None:
 
 
 def test_references_of_many_steps_are_one_row() -> None:
-    """Each number of steps in its own column; the exact map's row stands among them."""
+    """Check that each number of steps has its column, and that the exact map's row stands among them."""
     result = small()["ring"]
     result["references"] = {
         "euler 1": {"sliced_wasserstein": 1.4, "map_error": 1.0},
@@ -60,7 +60,7 @@ def test_references_of_many_steps_are_one_row() -> None:
 
 
 def test_the_whole_budget_is_in_the_tables_with_share_and_exponent() -> None:
-    """And how recipes were tuned, and of how many samples a number is; a summary that lacks the budget has no table."""
+    """Check the text on tuning and sample numbers too; a summary that lacks the budget has no such table."""
     summary = {"ring": ring(flow_matching=method((0.8,) * 4), scm=method((0.2,) * 4, teacher=True))}
     text = tables.closing_tables(summary)
     assert "| scm | teacher | 3,000 | 75 % | 0.5 | 3,000 |  |  | 2.30 (0.77) | 12 (6) |" in text

@@ -1,4 +1,4 @@
-"""Other people's packages: found, absent with a reason, or refused."""
+"""Test other people's packages: found, absent with a reason, or refused."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fastdistill.benchmarks.ops.pointwise import POINTWISE
 from fastdistill.benchmarks.ops.timed_op import TimedCase
 from tests.benchmarks.toy import CPU
 
-CUDA = torch.device("cuda")  # a name; nothing is put there
+CUDA = torch.device("cuda")  # Only its name is used; nothing is put there.
 
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder of packages for one test."""
+    """Make a folder of packages for one test."""
     monkeypatch.syspath_prepend(str(tmp_path))
     known = set(sys.modules)
     packages._imported.cache_clear()
@@ -43,7 +43,7 @@ def install(site: Path, **files: str) -> None:
 
 
 def test_the_impostor_apex_is_refused(site: Path) -> None:
-    """PyPI's `apex` is another project: it is there, it has a name, and it is not run."""
+    """Check that PyPI's `apex`, another project of that name, is installed and yet not run."""
     install(site, apex__views="")
     found = packages.find("apex.normalization.fused_layer_norm", CUDA)
     assert found.module is None
@@ -53,27 +53,27 @@ def test_the_impostor_apex_is_refused(site: Path) -> None:
 
 
 def test_an_impostor_with_a_module_of_that_name_is_refused(site: Path) -> None:
-    """Without the compiled part it is not NVIDIA's either."""
+    """Check that a package without the compiled part doesn't count as NVIDIA's."""
     install(site, apex__normalization="")
     assert packages.find("apex.normalization", CUDA).absent == packages.APEX_IMPOSTOR
 
 
 def test_nvidia_apex_is_found(site: Path) -> None:
-    """By both of its marks."""
+    """Check that NVIDIA's package is recognised by both of its marks."""
     install(site, apex__normalization="fused = True", fused_layer_norm_cuda="")
     found = packages.find("apex.normalization", CUDA)
     assert found.absent is None and found.module.fused
 
 
 def test_an_impostor_that_can_not_be_imported_is_refused(site: Path) -> None:
-    """Code of 2013 may fail in any way."""
+    """Check that code of 2013, which may fail in any way, is refused."""
     install(site, apex__views="")
     (site / "apex" / "__init__.py").write_text("raise SystemError('python 2 only')")
     assert packages.find("apex.normalization", CUDA).absent == packages.APEX_IMPOSTOR
 
 
 def test_reasons_for_absence(site: Path) -> None:
-    """Not installed; no GPU; broken."""
+    """Check the reasons: not installed, no GPU, and broken."""
     assert packages.find("flash_attn", CUDA).absent == "not installed: flash-attn"
     install(site, xformers__ops="raise OSError('undefined symbol')")
     assert packages.find("xformers.ops", CPU).absent == "xformers needs a CUDA device"
@@ -81,7 +81,7 @@ def test_reasons_for_absence(site: Path) -> None:
 
 
 def test_our_own_implementations_say_why_they_can_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the words of the ops."""
+    """Check that the reason is in the words of the ops."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert packages.impl_problem("torch", CPU) is None
     assert "needs a CUDA device" in str(packages.impl_problem("triton", CPU))
@@ -89,7 +89,7 @@ def test_our_own_implementations_say_why_they_can_not_run(monkeypatch: pytest.Mo
 
 
 def test_every_provider_of_the_issue_is_listed() -> None:
-    """Present or not, on any machine: an absence that is not shown would hide something."""
+    """Check that absent providers are listed too on any machine, so that nothing is hidden."""
     names = {provider.name for provider in ATTENTION.providers(CPU)}
     assert names >= {
         "fastdistill torch",
@@ -119,6 +119,6 @@ def test_every_provider_of_the_issue_is_listed() -> None:
     ],
 )
 def test_what_jvp_flash_attention_can_not_do_is_said(n: int, m: int, d: int, mode: str, words: str | None) -> None:
-    """Before it corrupts memory or returns something wrong."""
+    """Check that the limits are told before the package corrupts memory or returns something wrong."""
     case = TimedCase("dit", "attention", "x", mode, {"batch": 1, "heads": 1, "n": n, "m": m, "d": d}, "bfloat16")
     assert limit_of_jvp_flash_attention(case) == words

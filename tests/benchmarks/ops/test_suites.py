@@ -1,4 +1,4 @@
-"""The suites: what is in them, and that every op of theirs passes its own gate at the smallest size."""
+"""Test the suites: what is in them, and that every op passes its own gate at the smallest size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.benchmarks.toy import CPU
 EVERY = [(suite, case) for suite in SUITES for case in cases(suite, "bfloat16")]
 QUICK = [(suite, case) for suite in SUITES for case in cases(suite, "float32", quick=True)]
 
-# A step of each objective: `--quick` has one of each kind alone.
+# `--quick` has one of each kind; here is a step of every objective.
 (STEP_CASE,) = [case for suite, case in QUICK if suite == "step" and case.shape["objective"] == "meanflow"]
 STEPS = [STEP_CASE.resized(objective=name) for name in measured_objectives()]
 JUDGED = [case for suite, case in QUICK if suite != "step"] + STEPS
@@ -29,7 +29,7 @@ JUDGED = [case for suite, case in QUICK if suite != "step"] + STEPS
 
 @pytest.mark.parametrize("every", [EVERY, QUICK], ids=["full", "quick"])
 def test_cases_are_told_apart_by_their_groups(every: list[tuple[str, TimedCase]]) -> None:
-    """A result file knows them by nothing else."""
+    """Check that groups differ, because a result file tells cases apart by nothing else."""
     groups = [case.group for _, case in every]
     assert len(set(groups)) == len(groups)
     assert all(case.suite == suite and case.op in OPS and case.mode in MODES for suite, case in every)
@@ -37,7 +37,7 @@ def test_cases_are_told_apart_by_their_groups(every: list[tuple[str, TimedCase]]
 
 
 def test_the_shapes_that_users_have() -> None:
-    """Heads, lengths and head dims of the models that the suites are named after."""
+    """Check the heads, lengths and head dims of the models after which the suites are named."""
     shapes = {
         (case.suite, *(case.shape.get(name) for name in ("heads", "n", "m", "d")))
         for _, case in EVERY
@@ -59,7 +59,7 @@ def test_the_shapes_that_users_have() -> None:
 
 
 def test_every_objective_has_a_step() -> None:
-    """With a tangent, that is; by name, so that a method that is added is measured without a change here."""
+    """Check every objective with a tangent, by name, so that a new method is measured without a change here."""
     named = {case.shape["objective"] for _, case in EVERY if case.suite == "step"}
     assert named >= {"flow_matching", "meanflow", "scm", "ayf_emd", "tvm"}
     assert named == {name for name, row in objectives.OBJECTIVES.items() if "jvp" in row.takes} | {"flow_matching"}
@@ -67,7 +67,7 @@ def test_every_objective_has_a_step() -> None:
 
 @pytest.mark.parametrize("case", JUDGED, ids=lambda case: f"{case.group}-{case.shape.get('objective', '')}")
 def test_everybody_here_is_judged(case: TimedCase) -> None:
-    """Ours and the floors pass; and who can't run has said so beforehand."""
+    """Check that ours and the floors pass, and that providers that can't run have said so beforehand."""
     gate, op = Gate(CPU), OPS[case.op]
     verdicts = {
         provider.name: (provider.kind, gate.judge(op, provider, case))
@@ -84,7 +84,7 @@ def test_everybody_here_is_judged(case: TimedCase) -> None:
 
 @pytest.mark.parametrize("name", [name for name in OPS if name not in ("block", "step")])
 def test_the_last_rows_come_from_their_part_alone(name: str) -> None:
-    """So that they can be compared with float64 at any size."""
+    """Check that the last rows can be computed alone, so that they can be compared with float64 at any size."""
     (case,) = [
         case for suite, case in QUICK if case.op == name and case.mode == "forward" and suite in ("dit", "norms")
     ]
@@ -99,7 +99,7 @@ def test_the_last_rows_come_from_their_part_alone(name: str) -> None:
 
 
 def test_the_small_form_keeps_what_is_awkward() -> None:
-    """A length that 32 doesn't divide stays one, and the head dim stays."""
+    """Check that a length that 32 doesn't divide stays such a length, and that the head dim stays."""
     (case,) = [c for c in cases("mmdit", "bfloat16") if c.name.startswith("SD3-M-1024px") and c.mode == "forward"]
     small = OPS["attention"].small(case)
     assert small.size("n") == 512 - 32 + 4429 % 32 and small.size("d") == 64 and small.size("batch") == 1
@@ -108,7 +108,7 @@ def test_the_small_form_keeps_what_is_awkward() -> None:
 
 
 def test_operations_are_counted_as_published() -> None:
-    """12·B·H·N·M·D for attention with its tangent, 4 without; of a block 24·C²·N + 4·C·N² before any tangent."""
+    """Check 12·B·H·N·M·D for attention with its tangent, 4 without, and 24·C²·N + 4·C·N² for a block's primal."""
     (attention,) = [case for _, case in QUICK if case.group == "dit/attention-quick-float32/forward"]
     op = OPS["attention"]
     data = op.data(attention, CPU)
@@ -124,7 +124,7 @@ def test_operations_are_counted_as_published() -> None:
 
 
 def test_a_step_gives_an_objective_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its times, a teacher where it can't do without, the jvp; so a method that comes later runs, too."""
+    """Check that a step passes times, a needed teacher, and the jvp, so that a later method runs too."""
     seen: dict[str, Any] = {}
 
     def later(

@@ -1,4 +1,4 @@
-"""The same networks without us: not one of our ops runs inside, and the numbers agree."""
+"""Run the same networks without us: none of our ops runs inside, and the numbers agree."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastdistill.benchmarks.ops.torch_functions import DECOMPOSED, OWN, differen
 
 
 class Recorder(TorchDispatchMode):
-    """The namespaces of the ops that run."""
+    """Record the namespaces of the ops that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Recorder(TorchDispatchMode):
 
 
 def evaluate(jvp: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """A small DiT and its total derivative."""
+    """Return the output of a small DiT and its total derivative."""
     torch.manual_seed(0)
     net = models.create("dit-digits", depth=2).double()
     for parameter in net.parameters():
@@ -39,7 +39,7 @@ def evaluate(jvp: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("functions", [OWN, DECOMPOSED], ids=["own", "decomposed"])
 def test_no_op_of_ours_runs_inside(functions: dict[str, Any]) -> None:
-    """Neither by name nor through a module that kept one; outside they are all back."""
+    """Check that none of our ops runs, by name or through a module that kept one, and that all are back afterwards."""
     from fastdistill import jvp
 
     before = dict(vars(ops))
@@ -65,7 +65,7 @@ def _without_attention_tangents(jvp: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_an_op_without_a_twin_is_refused() -> None:
-    """Rather than run by our code under a peer's name."""
+    """Check that an op isn't run by our code under a peer's name."""
     with (
         instead_of_ours(OWN),
         pytest.raises(RuntimeError, match=r"fastdistill\.ops\.varlen_attention has no plain twin"),
@@ -74,7 +74,7 @@ def test_an_op_without_a_twin_is_refused() -> None:
 
 
 def test_differences_are_near_the_derivative() -> None:
-    """In float64, where they are good; and they broadcast numbers, as the driver does."""
+    """Check differences in float64, where they are accurate, and that they broadcast numbers as the driver does."""
     with instead_of_ours(DECOMPOSED):
         (u, du), (v, dv) = evaluate(torch_functions.jvp), evaluate(difference)
     torch.testing.assert_close(u, v)

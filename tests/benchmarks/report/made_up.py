@@ -1,4 +1,4 @@
-"""A made-up benchmark file, in the schema that `fastdistill bench` writes; its GPU does not exist."""
+"""Make up a benchmark file, in the schema that `fastdistill bench` writes; its GPU does not exist."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MATMULS = {"forward": 6, "primal": 5, "mixed": 15}
 
 
 def info(provider: str, n: int, mode: str = "forward", **more: Any) -> dict[str, Any]:
-    """The `extra_info` of an attention that was not timed."""
+    """Return the `extra_info` of an attention that was not timed."""
     shape = {"batch": max(1, 32768 // n), "heads": 16, "n": n, "m": n, "d": 64, "model": "lengths"}
     return {
         "suite": "scaling",
@@ -33,7 +33,7 @@ def info(provider: str, n: int, mode: str = "forward", **more: Any) -> dict[str,
 
 
 def timed(provider: str, n: int, mode: str = "forward", speed: float = 1.0, **more: Any) -> dict[str, Any]:
-    """A benchmark: faster where `speed` is larger."""
+    """Return a benchmark; it is faster if `speed` is larger."""
     flops = 2.0 * MATMULS[mode] * max(1, 32768 // n) * 16 * n**2 * 64
     tflops = SPEEDS.get(provider, 100.0) * speed * n / (n + 800)
     median = flops / tflops * 1e-12
@@ -75,7 +75,7 @@ def timed(provider: str, n: int, mode: str = "forward", speed: float = 1.0, **mo
 
 
 def document(speed: float = 1.0, gpu: str | None = GPU, **machine: Any) -> dict[str, Any]:
-    """A sweep over N in three modes: out of memory, a failed parity, throttling, and what is not there."""
+    """Return a sweep over N in three modes, with lost memory, failed parity, throttling, and absent providers."""
     benchmarks, not_timed = [], []
     for mode in MATMULS:
         for n in LENGTHS:
@@ -114,6 +114,6 @@ def document(speed: float = 1.0, gpu: str | None = GPU, **machine: Any) -> dict[
 
 
 def written(path: Path, table: Any) -> Path:
-    """The same as a file."""
+    """Write the table to a file and return its path."""
     path.write_text(json.dumps(table), encoding="utf-8")
     return path

@@ -1,4 +1,4 @@
-"""The pictures: everything lost is marked, text is text, and both color schemes are there."""
+"""Test the pictures: every loss is marked, text is text, and both color schemes are there."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from tests.benchmarks.report import made_up
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Record, ...]:
-    """Those of the made-up file."""
+    """Return the records of the made-up file."""
     return load(made_up.written(tmp_path_factory.mktemp("charts") / "x.json", made_up.document())).records
 
 
 @pytest.fixture(scope="module")
 def picture(rows: tuple[Record, ...]) -> str:
-    """The sweep over N."""
+    """Draw the sweep over N."""
     (series,) = gather(rows)
     return draw_series(series, looks(rows))
 
 
 def texts(svg: str) -> list[str]:
-    """All text of a picture."""
+    """Return all text of a picture."""
     root = ElementTree.fromstring(svg)
     return ["".join(element.itertext()).strip() for element in root.iter("{http://www.w3.org/2000/svg}text")]
 
 
 def test_the_picture_says_what_it_shows(picture: str) -> None:
-    """Axes, modes and those providers of which there is something to see."""
+    """Check that axes, modes and all visible providers are named."""
     words = texts(picture)
     for word in ("TFLOP/s", "peak memory, MiB", "tokens N", "forward with tangent", "64k", "out of memory"):
         assert word in words
@@ -44,7 +44,7 @@ def test_the_picture_says_what_it_shows(picture: str) -> None:
 
 
 def test_every_loss_is_marked(rows: tuple[Record, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As often as rows ran out of memory or failed parity, and no other."""
+    """Check that there are as many marks as records that ran out of memory or failed parity."""
     marked: list[str] = []
     plot = charts.Axes.plot
 
@@ -63,7 +63,7 @@ def test_every_loss_is_marked(rows: tuple[Record, ...], monkeypatch: pytest.Monk
 
 
 def test_every_color_of_text_and_paper_turns_with_the_reader(picture: str) -> None:
-    """Whatever is drawn has a color of the curves, which suit both, or one with a counterpart for dark pages."""
+    """Check that every color belongs to the curves, which suit both schemes, or has a counterpart for dark pages."""
     drawn = set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", picture.split("</style>", 1)[1]))
     curves = {color for colors in charts.COLORS.values() for color in colors}
     assert drawn <= curves | set(charts.DARK)
@@ -74,20 +74,20 @@ def test_every_color_of_text_and_paper_turns_with_the_reader(picture: str) -> No
 
 
 def luminance(color: str) -> float:
-    """As WCAG 2 defines it."""
+    """Return the luminance that WCAG 2 defines."""
     channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def contrast(one: str, other: str) -> float:
-    """From 1 to 21."""
+    """Return the contrast, from 1 to 21."""
     light, dark = sorted((luminance(one), luminance(other)), reverse=True)
     return (light + 0.05) / (dark + 0.05)
 
 
 def test_contrasts_suffice_on_light_and_dark() -> None:
-    """WCAG 2: 4.5 for text, 3 for what is drawn."""
+    """Check the contrasts of WCAG 2: 4.5 for text, 3 for what is drawn."""
     for ink in (charts.INK, charts.FAINT):
         assert contrast(ink, charts.PAPER) >= 4.5
         assert contrast(charts.DARK[ink], charts.DARK[charts.PAPER]) >= 4.5
@@ -97,14 +97,14 @@ def test_contrasts_suffice_on_light_and_dark() -> None:
 
 
 def test_the_same_rows_make_the_same_bytes(rows: tuple[Record, ...], picture: str) -> None:
-    """So that a picture in a repository changes only with its numbers."""
+    """Check that a picture changes only with its numbers, since it lies in a repository."""
     (series,) = gather(rows)
     assert draw_series(series, looks(rows)) == picture
     assert "<dc:date>" not in picture
 
 
 def test_providers_look_alike_in_all_pictures(rows: tuple[Record, ...]) -> None:
-    """Ours in the first color, a floor dashed, and no two of a kind alike."""
+    """Check that ours have the first color, a floor is dashed, and no two of a kind look alike."""
     look = looks(rows)
     assert look["ours triton"].color == charts.COLORS["ours"][0]
     assert look["SDPA flash"].dashed and not look["ours triton"].dashed
@@ -112,7 +112,7 @@ def test_providers_look_alike_in_all_pictures(rows: tuple[Record, ...]) -> None:
 
 
 def test_ceilings_are_drawn_where_they_were_measured(rows: tuple[Record, ...]) -> None:
-    """Both, one, or none: and what is absent is said."""
+    """Check both ceilings, one, or none; the picture names the absent ones."""
     look = looks(rows)
     for ceilings, said in (
         ({"tflops": 700.0, "gbs": 2900.0}, "Ceilings: copy 2,900 GB/s, measured; matmul 700 TFLOP/s, measured"),
@@ -125,12 +125,12 @@ def test_ceilings_are_drawn_where_they_were_measured(rows: tuple[Record, ...]) -
 
 
 def test_no_roofline_without_flops(rows: tuple[Record, ...]) -> None:
-    """Nothing is drawn of nothing."""
+    """Check that without flops there is no picture."""
     assert draw_roofline([row for row in rows if row.median is None], {}, looks(rows)) is None
 
 
 def test_a_series_without_memory_and_losses_has_one_line_of_panels(tmp_path: Path) -> None:
-    """No empty axes."""
+    """Check that no empty axes are drawn."""
     table = made_up.document()
     table["benchmarks"] = [x for x in table["benchmarks"] if x["extra_info"]["kind"] == "ours"]
     for entry in table["benchmarks"]:

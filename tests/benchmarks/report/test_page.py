@@ -1,4 +1,4 @@
-"""The report shows every row of its files, timed or not, and needs nothing beside it."""
+"""Check that the report shows every record of its files, timed or not, and needs nothing beside it."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from tests.benchmarks.report import made_up
 
 
 def reported(folder: Path, *tables: dict[str, Any]) -> str:
-    """The page of these files."""
+    """Return the page of these files."""
     files = [made_up.written(folder / f"{i}.json", table) for i, table in enumerate(tables)]
     return write_report(files, folder / "page.html")[0].read_text(encoding="utf-8")
 
 
 def said(table: dict[str, Any], folder: Path) -> str:
-    """The sentences above the pictures."""
+    """Return the sentences above the pictures."""
     return " ".join(read_records(load(made_up.written(folder / "x.json", table)).records))
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the made-up file, by the command line."""
+    """Write the page of the made-up file, by the command line."""
     folder = tmp_path_factory.mktemp("report")
     path = made_up.written(folder / "made-up.json", made_up.document())
     out = folder / "new" / "page.html"
@@ -39,7 +39,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_timed_row_is_there_with_its_error(page: Path) -> None:
-    """A line of the table each: time, memory, errors, ratio to the floor."""
+    """Check the line of each: time, memory, errors, and ratio to the floor."""
     tables = page.read_text(encoding="utf-8").partition("What was not timed")[0]
     lines = re.findall(r"<tr><td[^>]*>(.*?)</td>\n((?:<td>.*?</td>)+)</tr>", tables)
     assert len(lines) == len(made_up.document()["benchmarks"])
@@ -52,7 +52,7 @@ def test_every_timed_row_is_there_with_its_error(page: Path) -> None:
 
 
 def test_everything_that_was_not_timed_is_there_with_its_reason(page: Path) -> None:
-    """Out of memory and failed parity in their cases' tables; all, and what isn't installed, in the list."""
+    """Check that lost records are in their cases' tables, and that the list has all, absent providers included."""
     html = page.read_text(encoding="utf-8")
     infos = made_up.document()["not_timed"]
     in_tables = re.findall(r'<td class="why bad"[^>]*>(.*?)</td>', html)
@@ -65,7 +65,7 @@ def test_everything_that_was_not_timed_is_there_with_its_reason(page: Path) -> N
 
 
 def test_throttling_clocks_ceilings_and_environment_are_there(page: Path) -> None:
-    """And the file's name beside the environment that it was measured in."""
+    """Check that the file's name stands beside the environment in which it was measured."""
     html = page.read_text(encoding="utf-8")
     assert html.count('title="software power cap">throttled</span>') == 3
     for text in (
@@ -86,7 +86,7 @@ def test_the_page_asks_for_nothing_from_outside(page: Path) -> None:
 
 
 def test_the_pictures_lie_beside_the_page_too(page: Path) -> None:
-    """The same bytes, under names that say what they show."""
+    """Check that the files have the same bytes, under names that say what they show."""
     inlined = re.findall(r'src="data:image/svg\+xml;base64,([A-Za-z0-9+/=]+)"', page.read_text(encoding="utf-8"))
     beside = {path.name: path.read_bytes() for path in page.parent.glob("*.svg")}
     assert beside.keys() == {
@@ -97,7 +97,7 @@ def test_the_pictures_lie_beside_the_page_too(page: Path) -> None:
 
 
 def test_devices_are_kept_apart(tmp_path: Path) -> None:
-    """A heading and pictures for each; of a device that comes twice, the newest rows."""
+    """Check that each device has a heading and pictures, and that of a repeated record the newest counts."""
     again = made_up.document(speed=2.0) | {"datetime": "2026-11-26T00:00:00"}
     html = reported(tmp_path, made_up.document(), made_up.document(gpu="Other GPU"), again)
     assert re.findall(r"<h2>(.*?)</h2>", html) == [made_up.GPU, "Other GPU"]
@@ -106,7 +106,7 @@ def test_devices_are_kept_apart(tmp_path: Path) -> None:
 
 
 def test_the_sentences_follow_from_the_numbers(tmp_path: Path) -> None:
-    """Faster, slower, and wrong."""
+    """Check the sentences for faster, slower, and wrong results."""
     assert "in 13 of 13 cases: the peer's time is 2.00 to 13.33 times ours" in said(made_up.document(), tmp_path)
     assert "throttled in 3 of 44 runs" in said(made_up.document(), tmp_path)
     slow = said(made_up.document(speed=0.1), tmp_path)
@@ -118,7 +118,7 @@ def test_the_sentences_follow_from_the_numbers(tmp_path: Path) -> None:
 
 
 def test_tiny_shapes_claim_nothing(tmp_path: Path) -> None:
-    """A `--quick` file says only that everything runs."""
+    """Check that a `--quick` file says only that everything runs."""
     table = made_up.document()
     for entry in table["benchmarks"]:
         entry["extra_info"]["quick"] = True
@@ -126,7 +126,7 @@ def test_tiny_shapes_claim_nothing(tmp_path: Path) -> None:
 
 
 def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
-    """A CPU's file without clocks and ceilings, and empty columns left out."""
+    """Check that a CPU's file without clocks and ceilings says so, and that empty columns are left out."""
     table = made_up.document(gpu=None, ceilings=None)
     for entry in table["benchmarks"]:
         entry["extra_info"] |= dict.fromkeys(("sm_clock_mhz", "throttle", "power_w", "energy_j"))
@@ -140,7 +140,7 @@ def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_ends_in_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Status 2, the file's name, no page."""
+    """Check that the command returns status 2, names the file, and writes no page."""
     path = made_up.written(tmp_path / "x.json", {"results": []})
     assert main(["report", "--bench", str(path), "--out", str(tmp_path / "page.html")]) == 2
     message = capsys.readouterr().err
@@ -149,7 +149,7 @@ def test_a_damaged_file_ends_in_one_message(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_requests_that_make_no_page_are_refused(tmp_path: Path) -> None:
-    """By argument."""
+    """Check that the message names the argument."""
     path = made_up.written(tmp_path / "x.json", made_up.document())
     with pytest.raises(BenchError, match=r"--out: expected a name in .html, got .*page.pdf"):
         write_report([path], tmp_path / "page.pdf")

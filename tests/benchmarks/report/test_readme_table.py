@@ -1,4 +1,4 @@
-"""The README's numbers are those of the result files, and what has no file is not yet measured."""
+"""Check that the README's numbers are those of the result files, and that what has no file is not yet measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.benchmarks.report import made_up
 
 
 def gpu_file(folder: Path, name: str = "made-up_20261125_0123456.json", suite: str = "dit", **more: Any) -> Path:
-    """A file of a GPU whose rows are of DiT-XL."""
+    """Write a file of a GPU whose records are of DiT-XL."""
     table = made_up.document(**more)
     for info in [*(entry["extra_info"] for entry in table["benchmarks"]), *table["not_timed"]]:
         info |= {"suite": suite, "case": f"DiT-XL/2-{info['case']}"}
@@ -22,12 +22,12 @@ def gpu_file(folder: Path, name: str = "made-up_20261125_0123456.json", suite: s
 
 
 def test_the_readme_is_what_the_script_makes(capsys: pytest.CaptureFixture[str]) -> None:
-    """Run `python -m fastdistill.benchmarks.report.readme_table` where this fails."""
+    """Run `python -m fastdistill.benchmarks.report.readme_table` if this test fails."""
     assert main(["--check"]) == 0, capsys.readouterr().out
 
 
 def test_a_number_changed_by_hand_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The check names the file and writes nothing; without it the number is set right."""
+    """Check that --check names the file and writes nothing, and that without it the number is set right."""
     readme = tmp_path / "README.md"
     text = README.read_text(encoding="utf-8")
     changed = text.replace(" MiB", " KiB", 1) if text.index(" MiB") > text.index(BEGIN) else text.replace("x)", "y)", 1)
@@ -40,12 +40,12 @@ def test_a_number_changed_by_hand_is_found(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_what_has_no_file_is_not_yet_measured(tmp_path: Path) -> None:
-    """All three, in an empty folder."""
+    """Check all three tables, in an empty folder."""
     assert block(tmp_path).count("not yet measured") == 3
 
 
 def test_every_case_of_the_files_is_shown(tmp_path: Path) -> None:
-    """The small ones too, where the gain is small: of each case the baseline and ours."""
+    """Check that small cases, where the gain is small, show baseline and ours too."""
     shutil.copy(RESULTS / "cpu_attention.json", tmp_path)
     lines = [line for line in block(tmp_path).splitlines() if line.startswith("| N = ")]
     assert [line.split(":")[0] for line in lines] == [
@@ -54,7 +54,7 @@ def test_every_case_of_the_files_is_shown(tmp_path: Path) -> None:
 
 
 def test_a_gpu_has_a_table_of_its_own(tmp_path: Path) -> None:
-    """Ours, the fastest peer in parentheses, or why there was none; floor, memory and both errors."""
+    """Check ours, the fastest peer or why there is none, the floor, memory and both errors."""
     gpu_file(tmp_path)
     gpu_file(tmp_path, "other.json", gpu="Other GPU")
     text = block(tmp_path)
@@ -70,7 +70,7 @@ def test_a_gpu_has_a_table_of_its_own(tmp_path: Path) -> None:
 
 
 def test_what_failed_is_not_hidden(tmp_path: Path) -> None:
-    """A mode of ours that failed parity says so in its cell, and one that was not run is not yet measured."""
+    """Check that a mode that failed parity says so in its cell, and that a mode that didn't run is not yet measured."""
     path = gpu_file(tmp_path)
     table = made_up.document()
     table["benchmarks"] = [made_up.timed("ours triton", 256, suite="dit", case="DiT-XL")]
@@ -83,7 +83,7 @@ def test_what_failed_is_not_hidden(tmp_path: Path) -> None:
 
 
 def test_cpus_tiny_shapes_and_other_models_are_left_to_the_report(tmp_path: Path) -> None:
-    """None of them is the README's GPU."""
+    """Check that none of these is taken for the README's GPU."""
     gpu_file(tmp_path, "cpu.json", gpu=None)
     gpu_file(tmp_path, "scaling.json", suite="scaling")
     table = made_up.document()
@@ -100,7 +100,7 @@ def test_cpus_tiny_shapes_and_other_models_are_left_to_the_report(tmp_path: Path
 def test_a_damaged_file_is_refused_by_name(
     name: str, content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Status 2, and the README stays as it is."""
+    """Check that the command returns status 2, and that the README stays as it is."""
     (tmp_path / name).write_text(content, encoding="utf-8")
     before = README.read_text(encoding="utf-8")
     assert main(["--results", str(tmp_path)]) == 2
@@ -111,11 +111,11 @@ def test_a_damaged_file_is_refused_by_name(
 
 @pytest.mark.parametrize("readme", ["", BEGIN, f"{END} {BEGIN}", f"{BEGIN} {END} {BEGIN} {END}"])
 def test_a_readme_without_the_block_is_refused(readme: str) -> None:
-    """Rather than written to a guess."""
+    """Check that nothing is written where the place is a guess."""
     with pytest.raises(readme_table.ReadmeError, match="once each"):
         replaced(readme, "text")
 
 
 def test_only_the_block_changes() -> None:
-    """What stands around it stays."""
+    """Check that the text around the block stays."""
     assert replaced(f"before\n{BEGIN}\nold\n{END}\nafter", "new") == f"before\n{BEGIN}\nnew\n{END}\nafter"

@@ -1,4 +1,4 @@
-"""Benchmark files are read whole, or refused with the place that is wrong."""
+"""Check that benchmark files are read whole, or refused with the place that is wrong."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.benchmarks.report import made_up
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A made-up file."""
+    """Write a made-up file."""
     return made_up.written(tmp_path / "made-up.json", made_up.document())
 
 
 def test_a_file_is_read_whole(path: Path) -> None:
-    """Every timed row and every other one, and what the file says of its machine."""
+    """Check every timed record, every other one, and what the file says of its machine."""
     table, results = made_up.document(), load(path)
     assert len(results.records) == len(table["benchmarks"]) + len(table["not_timed"])
     assert results.device == made_up.GPU
@@ -39,14 +39,14 @@ def test_a_file_is_read_whole(path: Path) -> None:
 
 
 def test_rows_that_were_not_timed_may_be_whole_entries(path: Path) -> None:
-    """As the bench writes them: with a name, a group, and `extra_info` in its place."""
+    """Check entries as the bench writes them: with a name, a group, and `extra_info` in its place."""
     table = made_up.document()
     table["not_timed"] = [{"name": "x", "group": "g", "extra_info": info} for info in table["not_timed"]]
     assert load(made_up.written(path, table)).records == load(made_up.written(path, made_up.document())).records
 
 
 def test_what_the_bench_writes_is_read(tmp_path: Path) -> None:
-    """The real writer, on a toy op: a row that passed and one that did not, with its reason."""
+    """Check the real writer on a toy op: one result that passed, and one that did not, with its reason."""
     time = toy.Time()
     providers = [time.takes(toy.right(), [1.0]), toy.wrong()]
     outcomes = toy.bench(time).run(toy.op_of(*providers), toy.CASE, providers)
@@ -72,19 +72,19 @@ def test_what_the_bench_writes_is_read(tmp_path: Path) -> None:
     ],
 )
 def test_a_device_has_one_name(path: Path, machine: dict[str, Any], device: str) -> None:
-    """The GPU's, or the processor's with its threads, since these change its times."""
+    """Check that it is the GPU's name, or the processor's with its threads, because threads change its times."""
     table = made_up.document() | {"machine_info": machine}
     assert load(made_up.written(path, table)).device == device
 
 
 def test_without_ceilings_there_are_none(path: Path) -> None:
-    """Absent, and absent in part."""
+    """Check ceilings that are absent, and that are absent in part."""
     for given, expected in ((None, {}), ({"matmul_tflops": 3.0, "copy_gbs": None}, {"tflops": 3.0})):
         assert load(made_up.written(path, made_up.document(ceilings=given))).ceilings == expected
 
 
 def test_files_of_a_device_are_joined_and_the_newest_row_wins(tmp_path: Path) -> None:
-    """Two runs on one GPU and one on another: two machines, and of the first the later times."""
+    """Check that two runs on one GPU and one on another give two machines, and that the later times count."""
     tables = [made_up.document(), made_up.document(speed=2.0), made_up.document(gpu="Other GPU")]
     tables[1]["datetime"] = "2026-11-26T12:00:00"
     files = [load(made_up.written(tmp_path / f"{i}.json", table)) for i, table in enumerate(tables)]
@@ -96,7 +96,7 @@ def test_files_of_a_device_are_joined_and_the_newest_row_wins(tmp_path: Path) ->
 
 
 def spoil(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
-    """A made-up file with one thing changed."""
+    """Return a made-up file with one thing changed."""
     table = copy.deepcopy(made_up.document())
     change(table)
     return table
@@ -121,13 +121,13 @@ def spoil(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
     ],
 )
 def test_a_damaged_file_is_refused_by_place(path: Path, table: Any, complaint: str) -> None:
-    """The message names the file and what is wrong where."""
+    """Check that the message names the file, the place, and what is wrong."""
     with pytest.raises(DamagedResults, match=f"{re.escape(str(path))}: .*{complaint}"):
         load(made_up.written(path, table))
 
 
 def test_a_file_that_is_cut_short_or_missing_is_refused(path: Path) -> None:
-    """One message each."""
+    """Check that each gives one message."""
     path.write_text(path.read_text(encoding="utf-8")[:1000], encoding="utf-8")
     with pytest.raises(DamagedResults, match="not JSON"):
         load(path)

@@ -1,4 +1,4 @@
-"""The gate: over a ratio it fails and names the rows; what can't be compared is refused."""
+"""Check the gate: over a ratio it fails and names the records, and it refuses what can't be compared."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """The file to compare with."""
+    """Write the file to compare with."""
     return made_up.written(tmp_path / "old.json", made_up.document())
 
 
 def told(old: Path, table: Any, status: int, capsys: pytest.CaptureFixture[str], *options: str) -> str:
-    """What the comparison prints, once its status is as expected."""
+    """Return what the comparison prints, after checking its status."""
     new = made_up.written(old.with_name("new.json"), table)
     assert main([str(old), str(new), *options]) == status
     output = capsys.readouterr()
@@ -32,30 +32,31 @@ def told(old: Path, table: Any, status: int, capsys: pytest.CaptureFixture[str],
 
 
 def test_the_same_passes(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By every metric that is in the file."""
+    """Check every metric that is in the file."""
     for metric in ("median", "peak_memory"):
-        assert "15 rows of ours compared, 0 over 1.05" in told(old, made_up.document(), 0, capsys, "--metric", metric)
+        text = told(old, made_up.document(), 0, capsys, "--metric", metric)
+        assert "15 records of ours compared, 0 over 1.05" in text
 
 
 def test_a_slower_row_fails_by_name(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One row of ours, 8 % slower: over 1.05 and under 1.1."""
+    """Check one record of ours that is 8 % slower: over 1.05 and under 1.1."""
     table = made_up.document()
     entry = table["benchmarks"][0]
     entry["stats"]["median"] *= 1.08
     text = told(old, table, 1, capsys)
     assert "scaling: attention, N256-D64, bfloat16, forward: ours triton: median 1.063 ms -> 1.148 ms, 1.080x" in text
-    assert "15 rows of ours compared, 1 over 1.05" in text
+    assert "15 records of ours compared, 1 over 1.05" in text
     assert "0 over 1.1" in told(old, table, 0, capsys, "--ratio", "1.1")
 
 
 def test_a_faster_row_is_told_and_passes(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All of ours twice as fast."""
+    """Check all of ours when they are twice as fast."""
     text = told(old, made_up.document(speed=2.0), 0, capsys)
     assert text.count("0.500x") == 15 and "Better by as much" in text
 
 
 def test_memory_is_compared_by_itself(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A row that takes a tenth more memory in the same time."""
+    """Check a record that takes a tenth more memory in the same time."""
     table = made_up.document()
     table["benchmarks"][0]["extra_info"]["peak_memory_bytes"] *= 1.1
     assert "0 over" in told(old, table, 0, capsys)
@@ -63,7 +64,7 @@ def test_memory_is_compared_by_itself(old: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_peers_fail_nothing(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A peer that became slower tells about the machine."""
+    """Check that a slower peer, which tells about the machine, fails nothing."""
     table = made_up.document()
     for entry in table["benchmarks"]:
         entry["stats"]["median"] *= 1 if entry["extra_info"]["kind"] == "ours" else 1.2
@@ -73,7 +74,7 @@ def test_peers_fail_nothing(old: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize("status", ["failed parity", "oom", "error"])
 def test_a_row_that_is_lost_fails(old: Path, status: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """It had a time, and now it is wrong or doesn't run."""
+    """Check a record that had a time, and now is wrong or doesn't run."""
     table = made_up.document()
     info = table["benchmarks"].pop(0)["extra_info"]
     table["not_timed"].append(info | {"status": status, "reason": "because"})
@@ -81,7 +82,7 @@ def test_a_row_that_is_lost_fails(old: Path, status: str, capsys: pytest.Capture
 
 
 def test_rows_of_one_file_are_listed(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One that went, one that came, and one that is no longer available."""
+    """Check a record that went, one that came, and one that is no longer available."""
     table = made_up.document()
     entry = table["benchmarks"].pop(0)
     table["benchmarks"].append(made_up.timed("ours triton", 512))
@@ -95,15 +96,15 @@ def test_rows_of_one_file_are_listed(old: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_other_devices_are_refused_unless_told(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Status 2 and both names; with the option they are compared."""
+    """Check for status 2 and both names; with the option they are compared."""
     table = made_up.document(gpu="Other GPU")
     text = told(old, table, 2, capsys)
     assert f"on {made_up.GPU}" in text and "on Other GPU" in text and "--across-devices" in text
-    assert "15 rows of ours compared" in told(old, table, 0, capsys, "--across-devices")
+    assert "15 records of ours compared" in told(old, table, 0, capsys, "--across-devices")
 
 
 def test_counts_are_the_same_on_every_device(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The code alone decides them."""
+    """Check that counts of different devices are compared, because the code alone decides them."""
     tables = [made_up.document(), made_up.document(gpu="Other GPU")]
     for table, moved in zip(tables, (100, 101)):
         table["benchmarks"][0]["extra_info"]["bytes_moved"] = moved
@@ -113,7 +114,7 @@ def test_counts_are_the_same_on_every_device(old: Path, capsys: pytest.CaptureFi
 
 
 def test_nothing_in_common_is_no_success(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """No metric in the rows, or no rows of ours."""
+    """Check records without the metric, and files without records of ours."""
     assert "nothing was compared" in told(old, made_up.document(), 2, capsys, "--metric", "instructions")
     table = made_up.document()
     table["benchmarks"] = [x for x in table["benchmarks"] if x["extra_info"]["kind"] != "ours"]
@@ -121,7 +122,7 @@ def test_nothing_in_common_is_no_success(old: Path, capsys: pytest.CaptureFixtur
 
 
 def test_from_nothing_to_something_is_worse(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A count of zero that grows has no finite ratio."""
+    """Check that a count that grows from zero fails, although it has no finite ratio."""
     tables = [made_up.document(), made_up.document()]
     for table, flops in zip(tables, (0, 1)):
         table["benchmarks"][0]["extra_info"]["matmul_flops"] = flops
@@ -130,20 +131,20 @@ def test_from_nothing_to_something_is_worse(old: Path, capsys: pytest.CaptureFix
 
 
 def test_a_damaged_file_has_status_2(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """And one message, without a traceback."""
+    """Check that there is one message, without a traceback."""
     text = told(old, [], 2, capsys)
-    assert text.startswith("compare: ") and "new.json: expected an object" in text and text.count("\n") == 1
+    assert text.startswith("regressions: ") and "new.json: expected an object" in text and text.count("\n") == 1
 
 
 @pytest.mark.parametrize(("ratio", "metric"), [(0.9, "median"), (float("nan"), "median"), (1.1, "speed")])
 def test_a_ratio_or_metric_that_there_isnt_is_refused(old: Path, ratio: float, metric: str) -> None:
-    """By name."""
+    """Check that the message names the argument."""
     with pytest.raises(ValueError, match=r"^(ratio|metric): expected"):
         find_regressions(load(old), load(old), ratio=ratio, metric=metric)
 
 
 def test_it_runs_as_a_command(old: Path) -> None:
-    """`python -m fastdistill.benchmarks.report.regressions`, as the documentation has it."""
+    """Run `python -m fastdistill.benchmarks.report.regressions`, as the documentation has it."""
     command = [sys.executable, "-m", "fastdistill.benchmarks.report.regressions", str(old), str(old)]
     paths = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=paths)

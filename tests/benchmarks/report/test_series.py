@@ -1,4 +1,4 @@
-"""What belongs into one picture, and along what its curves run."""
+"""Test which records belong into one picture, and along what its curves run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastdistill.benchmarks.report.series import gather, in_order, throughput_of
 
 
 def row(shape: dict[str, Any], median: float | None = 1.0, provider: str = "ours", **more: Any) -> Record:
-    """A row of ours, of attention unless told otherwise; its case is its shape."""
+    """Return a record of ours, by default of attention; its case is its shape."""
     kind = {"ours": "ours", "floor": "floor"}.get(provider, "peer")
     key = Key(more.get("suite", "s"), more.get("op", "attention"), str(shape), "float32", "forward", provider)
     info = {"shape": shape, "flops": 200.0, "bytes": 2.0, "tflops": 3.0, "gbs": 4.0, **more}
@@ -19,12 +19,12 @@ def row(shape: dict[str, Any], median: float | None = 1.0, provider: str = "ours
 
 
 def square(n: int, d: int = 64, batch: int = 1, model: str = "lengths", **more: Any) -> dict[str, Any]:
-    """The shape of a self-attention."""
+    """Return the shape of a self-attention."""
     return {"batch": batch, "heads": 2, "n": n, "m": n, "d": d, "model": model, **more}
 
 
 def test_a_curve_runs_along_n_and_fills_its_batch() -> None:
-    """Keys follow queries, the batch may shrink, and names of sizes don't part what belongs together."""
+    """Check that keys follow queries, the batch may shrink, and names of sizes don't part what belongs together."""
     rows = [row(square(n, batch=4096 // n, model=f"DiT-XL/2-{n}px")) for n in (256, 1024, 4096)]
     (series,) = gather(rows)
     assert (series.length, series.title) == ("n", "attention, DiT-XL/2, heads 2, head dim 64, float32")
@@ -33,7 +33,7 @@ def test_a_curve_runs_along_n_and_fills_its_batch() -> None:
 
 
 def test_another_head_dim_or_other_keys_are_another_picture() -> None:
-    """Three: two head dims, and cross-attention to a text."""
+    """Check that there are three: two head dims, and cross-attention to a text."""
     shapes = [square(n, d) for d in (64, 128) for n in (32, 64)] + [square(n) | {"m": 77} for n in (32, 64)]
     titles = [series.title for series in gather(map(row, shapes))]
     assert titles == [
@@ -44,7 +44,7 @@ def test_another_head_dim_or_other_keys_are_another_picture() -> None:
 
 
 def test_what_has_one_length_runs_along_its_head_dim_or_its_channels() -> None:
-    """The sweep over D beside the sweep over N that it meets in one shape; and norms of several widths."""
+    """Check the sweep over D beside the sweep over N that it meets in one shape, and norms of several widths."""
     sweep = [square(n) for n in (256, 4096)] + [square(4096, d, 8, "head dims") for d in (32, 64, 96)]
     norms = [{"batch": 2, "n": 64, "width": width, "model": f"m{width}"} for width in (384, 768)]
     found = gather([*map(row, sweep), *(row(shape, op="rms_norm") for shape in norms)])
@@ -57,13 +57,13 @@ def test_what_has_one_length_runs_along_its_head_dim_or_its_channels() -> None:
 
 
 def test_a_single_shape_makes_no_picture() -> None:
-    """Nor do two of which only one was timed."""
+    """Check that two shapes of which only one was timed make none either."""
     assert gather([row(square(256))]) == []
     assert gather([row(square(256)), row(square(512), median=None)]) == []
 
 
 def test_what_ran_out_of_memory_stays_in_its_curve() -> None:
-    """With its status, at its length."""
+    """Check that the record keeps its status, at its length."""
     rows = [row(square(n), provider=name) for n in (256, 512) for name in ("floor", "ours")]
     rows += [row(square(256), provider="peer"), row(square(512), None, "peer")]
     (series,) = gather(rows)
@@ -82,7 +82,7 @@ def test_what_ran_out_of_memory_stays_in_its_curve() -> None:
     ],
 )
 def test_a_throughput_has_the_unit_of_what_limits_it(info: dict[str, Any], unit: str) -> None:
-    """Arithmetic, moving data, or neither known."""
+    """Check work bound by arithmetic, by moving data, and by neither as far as known."""
     one = row(square(256), median=0.5, **info)
     throughput = throughput_of([one])
     assert throughput.unit == unit
@@ -90,7 +90,7 @@ def test_a_throughput_has_the_unit_of_what_limits_it(info: dict[str, Any], unit:
 
 
 def test_rows_stand_from_ours_to_floors_and_from_fast_to_slow() -> None:
-    """What was not timed stands last of its kind."""
+    """Check that records without a time stand last of their kind."""
     names = {"floor": 1.0, "b": None, "a": 5.0, "c": 2.0, "ours": 9.0}
     rows = [row(square(256), median, name) for name, median in names.items()]
     assert [x.key.provider for x in in_order(rows)] == ["ours", "c", "a", "b", "floor"]

@@ -1,4 +1,4 @@
-"""The command: through the whole of it at tiny shapes, resuming, and what it says to a wrong request."""
+"""Test the command: all of it at tiny shapes, going on with a file, and its answers to wrong requests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUICK = ["--quick", "--device", "cpu"]
 
 @pytest.fixture
 def toys(monkeypatch: pytest.MonkeyPatch) -> Callable[[Op], None]:
-    """Make these ops' cases the suite `toys`, the only one."""
+    """Return a function that makes an op's cases the suite `toys`, the only one."""
 
     def install(op: Op) -> None:
         monkeypatch.setattr(bench, "OPS", {"square": op})
@@ -35,7 +35,7 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> Callable[[Op], None]:
 
 
 def test_a_suite_at_tiny_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From the command line to the JSON: every mode, gate, times, memory, the failed and the absent."""
+    """Check every mode from the command line to the JSON: gate, times, memory, the failed and the absent."""
     path = tmp_path / "new folder" / "block.json"
     assert main(["bench", "--suite", "block", *QUICK, "--json", str(path)]) == 0
     captured = capsys.readouterr()
@@ -61,7 +61,7 @@ def test_a_suite_at_tiny_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_going_on_with_a_file(tmp_path: Path) -> None:
-    """Cases and providers that are there are not measured again, whatever else is asked for."""
+    """Check that known cases and providers are not measured again, whatever else is asked for."""
     path, said = tmp_path / "a.json", []
     request = Request(["dit"], quick=True, path=path, device="cpu", pattern="forward", providers=["math"])
     run(request, said.append)
@@ -77,14 +77,14 @@ def test_going_on_with_a_file(tmp_path: Path) -> None:
 
 
 def test_what_was_absent_is_tried_again_once_it_is_there() -> None:
-    """An entry that says "not installed" is not the last word."""
+    """Check that an entry "not installed" is not final."""
     provider = right()
     assert bench._known(provider, "ok") and not bench._known(provider, None)
     assert not bench._known(provider, "unavailable")
 
 
 def test_time_runs_out_between_cases(tmp_path: Path) -> None:
-    """What was not started is said, and left for the next call."""
+    """Check that cases that weren't started are named, and left for the next call."""
     said: list[str] = []
     every, _ = run(Request(["dit"], quick=True, device="cpu", budget=-1.0), said.append)
     assert every == []
@@ -94,7 +94,7 @@ def test_time_runs_out_between_cases(tmp_path: Path) -> None:
 def test_being_wrong_ourselves_fails_the_command(
     toys: Callable[[Op], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Status 1, and the table shows the error where the time would be."""
+    """Check for status 1, and that the table shows the error in place of the time."""
     toys(op_of(wrong("fastdistill planted"), right("right")))
     assert main(["bench", "--suite", "toys", *QUICK]) == 1
     captured = capsys.readouterr()
@@ -103,7 +103,7 @@ def test_being_wrong_ourselves_fails_the_command(
 
 
 def test_a_peer_may_be_wrong(toys: Callable[[Op], None]) -> None:
-    """That is a result, not a failure."""
+    """Check that this is a result, and not a failure."""
     toys(op_of(right("ours"), right("peer", "peer")))
     _, failures = run(Request(["toys"], quick=True, device="cpu"), lambda line: None)
     assert failures == 0
@@ -112,7 +112,7 @@ def test_a_peer_may_be_wrong(toys: Callable[[Op], None]) -> None:
 def test_a_lost_process_leaves_a_note_and_a_status(
     toys: Callable[[Op], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that the next process goes on without that provider, as run_gpu.sh does on status 3."""
+    """Check that the next process goes on without that provider, as run_gpu.sh does on status 3."""
 
     def explode(case: object, data: object) -> Callable[[], tuple[torch.Tensor, ...]]:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -146,13 +146,13 @@ def test_a_lost_process_leaves_a_note_and_a_status(
     ],
 )
 def test_a_request_that_can_not_be_met(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """One message, status 2."""
+    """Check for one message and status 2."""
     assert main(["bench", *QUICK, *arguments]) == 2
     assert words in capsys.readouterr().err
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Instead of timing a CPU."""
+    """Check that no CPU is timed in its place."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["bench", "--suite", "dit", "--device", "cuda"]) == 2
     assert "no CUDA device" in capsys.readouterr().err
@@ -161,14 +161,14 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatc
 def test_without_pytest_benchmark_it_says_so(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the extra that has it."""
+    """Check that the message names the extra that has it."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["bench", "--suite", "dit"]) == 2
     assert "pip install 'fastdistill[bench]'" in capsys.readouterr().err
 
 
 def test_listing(capsys: pytest.CaptureFixture[str]) -> None:
-    """Suites alone, or with the cases of some; nothing is measured."""
+    """Check the list of suites alone, and with the cases of some; nothing is measured."""
     assert main(["bench", "--list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(SUITES)
     text = listing(Request(["video"], device="cpu", pattern="14B-720p-81f-B.*forward"))
@@ -176,7 +176,7 @@ def test_listing(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_gpu_measures_bfloat16() -> None:
-    """And a CPU float32, unless told otherwise."""
+    """Check that a CPU measures float32, unless the request says otherwise."""
     request = Request(["dit"])
     assert {case.dtype for case in wanted(request, torch.device("cuda"))} == {"bfloat16"}
     assert {case.dtype for case in wanted(request, CPU)} == {"float32"}

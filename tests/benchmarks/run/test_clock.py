@@ -1,4 +1,4 @@
-"""Clocks: what counts as a call's time, memory, and what running out of it looks like."""
+"""Test clocks: what counts as a call's time, memory, and how running out of memory looks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.benchmarks.toy import CPU, Time
 
 
 def test_a_sample_is_the_time_of_one_call() -> None:
-    """Neither the warm-up nor what happens between the samples."""
+    """Check that neither the warm-up nor what happens between the samples counts."""
     time = Time()
     seconds = iter([50.0, 3.0, 1.0, 2.0])
 
@@ -28,7 +28,7 @@ def test_a_sample_is_the_time_of_one_call() -> None:
 
 
 def test_the_clock_of_a_cpu_says_what_it_counts() -> None:
-    """One thread: CPU time, which waiting adds nothing to. Several: wall time."""
+    """Check that one thread has CPU time, to which waiting adds nothing, and several have wall time."""
     assert clock_for(CPU).name == "CPU time of the process"
     torch.set_num_threads(2)
     try:
@@ -38,7 +38,7 @@ def test_the_clock_of_a_cpu_says_what_it_counts() -> None:
 
 
 def test_peak_memory_includes_what_is_prepared() -> None:
-    """A backward is charged for the graph that it needs, and inputs are not."""
+    """Check that a backward is charged for the graph that it needs, and that inputs are not."""
     x = torch.ones(1000)
 
     def prepare():  # type: ignore[no-untyped-def]
@@ -50,7 +50,7 @@ def test_peak_memory_includes_what_is_prepared() -> None:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """As much of `torch.cuda` as a clock needs, and a log of its order of doing; an event is 5 ms after the last."""
+    """Replace what a clock needs of `torch.cuda`, and log the order of its calls; events are 5 ms apart."""
     log: list[str] = []
 
     class Event:
@@ -75,18 +75,18 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 class Flushed:
-    """Stands for what lies in the cache."""
+    """Stand for what lies in the cache."""
 
     def __init__(self, log: list[str]) -> None:
         self.log = log
 
     def zero_(self) -> None:
-        """Overwritten."""
+        """Note that the cache was overwritten."""
         self.log.append("flush")
 
 
 def test_events_enclose_the_call_and_nothing_else(gpu: list[str]) -> None:
-    """The cache is flushed before the first event; the time is theirs, in seconds."""
+    """Check that the cache is flushed before the first event, and that the time between events is in seconds."""
     clock = CudaClock(Flushed(gpu))  # type: ignore[arg-type]
 
     def run() -> tuple[torch.Tensor, ...]:
@@ -101,7 +101,7 @@ def test_events_enclose_the_call_and_nothing_else(gpu: list[str]) -> None:
 
 
 def test_a_slow_host_is_hidden_behind_more_flushes(gpu: list[str]) -> None:
-    """Of about a tenth of a millisecond each; not without end."""
+    """Check that each flush hides about a tenth of a millisecond, and that their number is bounded."""
     time = Time()
     clock = CudaClock(Flushed(gpu), timer=time)  # type: ignore[arg-type]
 
@@ -116,7 +116,7 @@ def test_a_slow_host_is_hidden_behind_more_flushes(gpu: list[str]) -> None:
 
 
 def test_memory_by_the_allocator_is_beyond_what_was_there(gpu: list[str]) -> None:
-    """From before the preparation to after the run."""
+    """Check that memory counts from before the preparation to after the run."""
     clock = CudaClock(Flushed(gpu))  # type: ignore[arg-type]
 
     def prepare():  # type: ignore[no-untyped-def]
@@ -128,7 +128,7 @@ def test_memory_by_the_allocator_is_beyond_what_was_there(gpu: list[str]) -> Non
 
 
 def test_out_of_memory_has_many_faces() -> None:
-    """And a wrong shape is none of them."""
+    """Check that a wrong shape is none of them."""
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
     assert is_out_of_memory(MemoryError())
     with pytest.raises(RuntimeError) as caught:
@@ -139,14 +139,14 @@ def test_out_of_memory_has_many_faces() -> None:
 
 
 def test_this_machine_has_memory_and_lives() -> None:
-    """As far as it says so."""
+    """Check what this machine reports, if it reports it."""
     free = free_bytes(CPU)
     assert free is None or free > 2**20
     assert still_works(CPU)
 
 
 def test_a_level_of_forward_ad_that_was_never_left_is_noticed() -> None:
-    """As a compiler's error leaves it behind: from then on every other jvp fails."""
+    """Check the level that a compiler's error leaves behind: from then on every other jvp fails."""
     torch.autograd.forward_ad.enter_dual_level()
     try:
         assert not still_works(CPU)

@@ -1,4 +1,4 @@
-"""The parity gate: what is wrong gets a verdict with its error, whatever way it is wrong in."""
+"""Test the parity gate: every wrong result gets a verdict with its error."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tests.benchmarks.toy import CASE, CPU, op_of, right, wrong
 
 
 def returning(run: Run, kind: str = "peer") -> Provider:
-    """A provider whose run is this one, whatever the inputs."""
+    """Return a provider whose run is this one, whatever the inputs."""
     return Provider("planted", kind, lambda case, data: run)
 
 
 def test_what_is_right_passes_with_its_errors() -> None:
-    """Output and tangent are both compared, and the errors are kept."""
+    """Check that output and tangent are both compared, and that the errors are kept."""
     provider = right()
     verdict = Gate(CPU).judge(op_of(provider), provider, CASE)
     assert verdict.status == OK and verdict.reason is None
@@ -28,7 +28,7 @@ def test_what_is_right_passes_with_its_errors() -> None:
 
 @pytest.mark.parametrize("mode", ["forward", "mixed"])
 def test_a_tangent_a_thousandth_off_fails(mode: str) -> None:
-    """The verdict names it and has its size; its output alone would have passed."""
+    """Check that the verdict names the tangent and has its error; the output alone would have passed."""
     provider = wrong()
     verdict = Gate(CPU).judge(op_of(provider), provider, replace(CASE, mode=mode))
     assert verdict.status == FAILED
@@ -37,7 +37,7 @@ def test_a_tangent_a_thousandth_off_fails(mode: str) -> None:
 
 
 def test_a_backward_falls_with_its_forward() -> None:
-    """The gradients of the output are right here; but whoever needs them needed the tangent first."""
+    """Check that a backward with right gradients fails if the forward's tangent, which it needs first, is wrong."""
     provider = wrong()
     verdict = Gate(CPU).judge(op_of(provider), provider, replace(CASE, mode="primal"))
     assert verdict.status == FAILED
@@ -55,14 +55,14 @@ def test_a_backward_falls_with_its_forward() -> None:
     ids=["not finite", "shape", "no tangent", "nothing"],
 )
 def test_other_ways_of_being_wrong(planted: tuple[torch.Tensor, ...], words: str) -> None:
-    """None of them passes, and none of them raises."""
+    """Check that none of them passes, and that none raises."""
     provider = returning(lambda: planted)
     verdict = Gate(CPU).judge(op_of(provider), provider, CASE)
     assert verdict.status == FAILED and verdict.reason is not None and words in verdict.reason
 
 
 def test_a_floor_may_leave_the_tangent_out() -> None:
-    """But what it does return has to be right."""
+    """Check that what a floor does return has to be right."""
     floor = right("floor", FLOOR)
     assert Gate(CPU).judge(op_of(floor), floor, CASE).status == OK
     off = returning(lambda: (torch.zeros(4),), FLOOR)
@@ -72,7 +72,7 @@ def test_a_floor_may_leave_the_tangent_out() -> None:
 
 
 def test_what_raises_is_an_error_and_not_the_end() -> None:
-    """The reason is the first line of the message."""
+    """Check that the reason is the first line of the message."""
 
     def explode() -> tuple[torch.Tensor, ...]:
         raise AssertionError("only 64\nand a long explanation")
@@ -82,7 +82,7 @@ def test_what_raises_is_an_error_and_not_the_end() -> None:
 
 
 def test_one_judgement_serves_all_cases_of_the_same_small_form() -> None:
-    """Otherwise a suite would mostly check."""
+    """Check that cases share a judgement; otherwise a suite would mostly check."""
     calls: list[str] = []
     provider = right()
 
@@ -101,7 +101,7 @@ def test_one_judgement_serves_all_cases_of_the_same_small_form() -> None:
 
 
 def test_worst_tells_tangents_from_outputs() -> None:
-    """`dt_q` is the gradient of a tangent, `dq` is not; what is infinite has no number."""
+    """Check that `dt_q` counts as the gradient of a tangent, that `dq` doesn't, and that infinity has no number."""
     errors = {"dq": 1.0, "dk": 2.0, "dt_q": 3.0, "t_o": 4.0}
     assert (worst(errors, tangents=False), worst(errors, tangents=True)) == (2.0, 4.0)
     assert worst({"o": float("inf")}, tangents=False) is None

@@ -1,4 +1,4 @@
-"""Timing on a fake clock: turns, quantiles, and what happens to a provider that can't be timed."""
+"""Test timing on a fake clock: turns, quantiles, and providers that can't be timed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.benchmarks.toy import CASE, Time, bench, op_of, right, squares, wrong
 
 
 def test_rounds_take_turns_and_rotate() -> None:
-    """So that a drifting clock hits all providers alike, and none always runs first."""
+    """Check that a drifting clock hits all providers alike, and that none always runs first."""
     time = Time()
     providers = [time.takes(right(name), [1.0]) for name in ("a", "b", "c")]
     outcomes = bench(time).run(op_of(*providers), CASE, providers)
@@ -27,7 +27,7 @@ def test_rounds_take_turns_and_rotate() -> None:
 
 
 def test_samples_are_what_the_clock_says() -> None:
-    """The gate, the memory and two calls to warm up come before them and don't count."""
+    """Check that the gate, the memory and two calls to warm up come first and don't count."""
     time = Time()
     provider = time.takes(right(), [100.0, 100.0, 100.0, 100.0, 1.0, 2.0, 4.0])
     (outcome,) = bench(time).run(op_of(provider), CASE, [provider])
@@ -37,7 +37,7 @@ def test_samples_are_what_the_clock_says() -> None:
 
 
 def test_quantiles() -> None:
-    """Between the samples, by their ranks."""
+    """Check that quantiles lie between the samples, by their ranks."""
     samples = [float(i) for i in range(11)]
     assert [quantile(samples, share) for share in (0.2, 0.5, 0.8)] == [2.0, 5.0, 8.0]
     assert quantile([3.0], 0.2) == 3.0
@@ -48,12 +48,12 @@ def test_quantiles() -> None:
     ("one_round", "rounds"), [(1e-6, 100), (0.1, 10), (0.4, 5), (1.5, 3), (0.0, 100)], ids=lambda x: str(x)
 )
 def test_the_number_of_rounds(one_round: float, rounds: int) -> None:
-    """As many as fit into a second here, at least five, and of very long ones three."""
+    """Check that there are as many rounds as fit into a second, but at least five, and three of very long ones."""
     assert Limits(seconds=1.0, least=5, most=100).rounds(one_round) == rounds
 
 
 def test_what_fails_the_gate_is_not_timed() -> None:
-    """It never runs again after the gate; the others do."""
+    """Check that a wrong provider never runs after the gate, and that the others do."""
     time = Time()
     providers = [time.takes(wrong(), [1.0]), time.takes(right(), [1.0])]
     bad, good = bench(time).run(op_of(*providers), CASE, providers)
@@ -63,7 +63,7 @@ def test_what_fails_the_gate_is_not_timed() -> None:
 
 
 def test_what_is_wrong_at_its_size_is_not_timed() -> None:
-    """Right on the gate's small form, wrong in the last rows of a large one, as with an index that overflows."""
+    """Check a provider that is right on the small form and wrong in the last rows, like an index that overflows."""
 
     def of_case(case: TimedCase) -> Dual:
         exact = squares()(case)
@@ -82,11 +82,11 @@ def test_what_is_wrong_at_its_size_is_not_timed() -> None:
         assert bad.status == FAILED and bad.samples == []
         assert bad.reason is not None and bad.reason.startswith("at this size: t_y: error 1.0e+00")
         assert good.status == OK and good.at_size is (mode == "forward")
-    assert time.log.count("overflowing") == 3  # for the gate, its memory, and this
+    assert time.log.count("overflowing") == 3  # The three calls are for the gate, its memory, and this check.
 
 
 def test_what_is_absent_or_refuses_does_not_run() -> None:
-    """Each with its reason; a predicted lack of memory counts as one."""
+    """Check that each gives its reason; a predicted lack of memory counts as one."""
     absent = replace(right("absent"), absent="not installed: absent")
     refusing = replace(right("refusing"), refuses=lambda case: "head dim 64 only")
     large = replace(right("large"), refuses=lambda case: "out of memory: about 99 GiB of (N, M) matrices")
@@ -96,7 +96,7 @@ def test_what_is_absent_or_refuses_does_not_run() -> None:
 
 
 def failing(error: Exception, call: int) -> Provider:
-    """A provider that raises in one of its calls; the first one is the gate's."""
+    """Return a provider that raises in one of its calls; the first call is the gate's."""
     provider, calls = right("failing"), iter(range(1, 1000))
 
     def prepare(case: TimedCase, data: object) -> Run:
@@ -114,7 +114,7 @@ def failing(error: Exception, call: int) -> Provider:
 
 @pytest.mark.parametrize("call", [2, 3, 5], ids=["memory", "warm-up", "sample"])
 def test_running_out_of_memory_is_recorded(call: int) -> None:
-    """Wherever it happens, and the others keep their times."""
+    """Check every place where it can happen; the others keep their times."""
     providers = [failing(torch.OutOfMemoryError("tried to allocate 400.00 GiB"), call), right()]
     lost, good = bench().run(op_of(*providers), CASE, providers)
     assert (lost.status, lost.samples) == (OOM, [])
@@ -123,7 +123,7 @@ def test_running_out_of_memory_is_recorded(call: int) -> None:
 
 
 def test_other_errors_are_told_from_it() -> None:
-    """The CPU allocator says it in a RuntimeError, which is told by its words."""
+    """Check the CPU allocator's RuntimeError, which is recognised by its words."""
     for error, status in (
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), OOM),
         (RuntimeError("CUDA error: misaligned address"), ERROR),
@@ -135,7 +135,7 @@ def test_other_errors_are_told_from_it() -> None:
 
 
 def test_inputs_that_do_not_fit_are_recorded() -> None:
-    """Of everybody who would have been timed."""
+    """Check that it is recorded for every provider that would have been timed."""
 
     class Large(type(op_of())):  # type: ignore[misc]
         def data(self, case: TimedCase, device: torch.device) -> object:
@@ -149,7 +149,7 @@ def test_inputs_that_do_not_fit_are_recorded() -> None:
 
 
 def test_what_does_not_fit_together_is_timed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each alone, so that nobody runs out of memory for another's graph."""
+    """Check that each runs alone, so that none runs out of memory for another's graph."""
     monkeypatch.setattr(in_turns, "free_bytes", lambda device: 20)
     time = Time()
     providers = [time.takes(right(name), [1.0]) for name in ("a", "b")]
@@ -159,7 +159,7 @@ def test_what_does_not_fit_together_is_timed_one_by_one(monkeypatch: pytest.Monk
 
 
 def test_counters_are_read_under_load() -> None:
-    """Once for each provider that was timed, with about what a call takes."""
+    """Check that they are read once for each timed provider, with an estimate of the time of a call."""
 
     class Counting:
         def load_under(self, run: Run, seconds_a_call: float) -> Load:
@@ -174,7 +174,7 @@ def test_counters_are_read_under_load() -> None:
 
 
 def test_a_lost_process_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After an illegal access nothing on that GPU runs: the error belongs to whoever caused it, and to nobody else."""
+    """Check that the error belongs to the provider that caused it; after an illegal access nothing runs on that GPU."""
     monkeypatch.setattr(in_turns, "still_works", lambda device: False)
     provider = failing(RuntimeError("CUDA error: an illegal memory access was encountered"), 3)
     with pytest.raises(ProcessLost, match="failing left nothing working here") as caught:

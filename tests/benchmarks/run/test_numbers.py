@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Test the formats of numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastdistill.benchmarks.run.numbers import errors, number, seconds, size
     ],
 )
 def test_seconds(value: float, text: str) -> None:
-    """Four digits and a unit."""
+    """Check for four digits and a unit."""
     assert seconds(value) == text
 
 
@@ -37,12 +37,12 @@ def test_seconds(value: float, text: str) -> None:
     ],
 )
 def test_size(value: int, text: str) -> None:
-    """KiB to GiB."""
+    """Check units from KiB to GiB."""
     assert size(value) == text
 
 
 def test_errors() -> None:
-    """One, two, one of two, none."""
+    """Check one error, two, one of two, and none."""
     assert errors(1.25e-3) == "1.3e-03"
     assert errors({"output": 1e-7, "tangent": 2e-7}) == "1.0e-07 / 2.0e-07"
     assert errors({"output": 1e-7, "tangent": None}) == "1.0e-07 / –"
@@ -50,5 +50,5 @@ def test_errors() -> None:
 
 
 def test_number() -> None:
-    """Three digits, or all before the point; nothing for nothing."""
+    """Check three digits, or all digits before the point, and an empty text for None."""
     assert [number(x) for x in (0.012345, 12.345, 999.6, 123456.0, None)] == ["0.0123", "12.3", "1e+03", "123,456", ""]

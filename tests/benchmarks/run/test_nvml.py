@@ -1,4 +1,4 @@
-"""Clocks, throttling, power and energy, from a library that is made up."""
+"""Test clocks, throttling, power and energy, read from a made-up library."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tests.benchmarks.toy import CPU, Time
 
 
 class NVMLError(Exception):
-    """As in the library."""
+    """Stand for the library's error."""
 
 
 class Library:
-    """A GPU that draws 500 W at 1410 MHz, and is held back by its power cap and its heat."""
+    """Stand for a GPU that draws 500 W at 1410 MHz, and is held back by its power cap and its heat."""
 
     NVML_CLOCK_SM = 1
     NVMLError = NVMLError
@@ -26,37 +26,37 @@ class Library:
         self.asked: list[tuple[object, ...]] = []
 
     def nvmlInit(self) -> None:
-        """Must come first."""
+        """Note that this must come first."""
         self.asked.append(("init",))
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> str:
-        """Opaque."""
+        """Return an opaque handle."""
         return f"GPU {index}"
 
     def nvmlSystemGetDriverVersion(self) -> str:
-        """Takes no handle."""
+        """Return the version; this function takes no handle."""
         return "580.1"
 
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> float:
-        """Millijoules since long ago."""
+        """Return millijoules since long ago."""
         return 1e9 + 500e3 * self.time.now
 
     def nvmlDeviceGetClockInfo(self, handle: str, clock: int) -> int:
-        """MHz."""
+        """Return MHz."""
         self.asked.append((handle, clock))
         return 1410
 
     def nvmlDeviceGetCurrentClocksEventReasons(self, handle: str) -> int:
-        """Software power cap, hardware thermal slowdown, and the application's own setting."""
+        """Return the bits of a power cap, of a thermal slowdown, and of the application's own setting."""
         return 0x04 | 0x40 | 0x02
 
     def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
-        """Milliwatts now."""
+        """Return the milliwatts of this moment."""
         return 480_000
 
 
 def measured(library: Library, seconds_a_call: float = 0.1) -> Load:
-    """The load under a run of a tenth of a second."""
+    """Return the load under a run of a tenth of a second."""
     time = library.time
 
     def run() -> tuple[torch.Tensor, ...]:
@@ -67,7 +67,7 @@ def measured(library: Library, seconds_a_call: float = 0.1) -> Load:
 
 
 def test_energy_is_that_of_one_call() -> None:
-    """Ten calls of 0.1 s at 500 W: 50 J each. Settings are no throttling."""
+    """Check ten calls of 0.1 s at 500 W: 50 J each; the application's setting is no throttling."""
     library = Library(Time())
     load = measured(library)
     assert load.energy_j == pytest.approx(50.0) and load.power_w == pytest.approx(500.0)
@@ -78,7 +78,7 @@ def test_energy_is_that_of_one_call() -> None:
 
 
 def test_a_counter_that_is_missing_is_none() -> None:
-    """Older GPUs have no energy counter: then the power is what the sensor says now. Old libraries have other names."""
+    """Check an older GPU without energy counter, whose sensor gives the power, and a library with older names."""
 
     class Old(Library):
         def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> float:
@@ -94,13 +94,13 @@ def test_a_counter_that_is_missing_is_none() -> None:
 
 
 def test_a_cpu_has_no_meter() -> None:
-    """And says so."""
+    """Check that the reason is given."""
     assert meter_for(CPU) == (None, "no GPU")
 
 
 @pytest.mark.parametrize(("visible", "current", "index"), [(None, 1, 1), ("3,5", 1, 5), ("GPU-8a2f", 0, 0), ("", 0, 0)])
 def test_the_right_gpu_is_read(visible: str | None, current: int, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NVML counts those that CUDA_VISIBLE_DEVICES hides from torch, too."""
+    """Check the index that NVML uses, which also counts the GPUs that CUDA_VISIBLE_DEVICES hides from torch."""
     library = Library(Time())
     monkeypatch.setitem(sys.modules, "pynvml", library)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
@@ -113,7 +113,7 @@ def test_the_right_gpu_is_read(visible: str | None, current: int, index: int, mo
 
 
 def test_without_the_library_or_its_rights_there_is_no_meter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the result file says why it has no clocks."""
+    """Check that the result file says why it has no clocks."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert meter_for(torch.device("cuda")) == (None, "nvidia-ml-py is not installed: no clocks, power and energy")

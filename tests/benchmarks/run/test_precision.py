@@ -1,4 +1,4 @@
-"""The precision policy as measured: on small images here, and by the table that the benchmark wrote."""
+"""Test the precision policy on small images, and the table that the benchmark wrote."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RECORDED = json.loads((RESULTS / "precision.json").read_text(encoding="utf-8"))[
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_twelve_blocks_keep_the_caps_and_the_default_halves_the_error(network: str) -> None:
-    """With 16 tokens: the float32 stream and conditioning, against 16 bits everywhere and against plain autocast."""
+    """Check the default at 16 tokens against 16 bits everywhere and against plain autocast."""
     found = precision.errors(NETWORKS[network], seed=0, size=8)
     tangent = {way: t_u for way, (_, t_u) in found.items()}
     assert tangent["float32"] < CAPS["float32"] and tangent["autocast"] < CAPS["bfloat16"]
@@ -24,7 +24,7 @@ def test_twelve_blocks_keep_the_caps_and_the_default_halves_the_error(network: s
 
 
 def test_the_recorded_table_is_complete_and_within_the_caps() -> None:
-    """Every way of every network and seed; the Markdown is that of the JSON."""
+    """Check that every way, network and seed is there, and that the Markdown agrees with the JSON."""
     assert len(RECORDED) == len(WAYS) * len(NETWORKS) * len(precision.SEEDS)
     assert not precision.beyond_caps(RECORDED)
     assert precision.table(RECORDED) == (RESULTS / "precision.md").read_text(encoding="utf-8")
@@ -38,7 +38,7 @@ def test_an_error_beyond_its_cap_is_found() -> None:
 
 
 def test_another_function_ends_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is measured against plain modules that compute something else."""
+    """Check that nothing is measured against plain modules that compute something else."""
     modulated = precision.PlainDiT.__call__.__globals__["modulated"]
     monkeypatch.setattr(
         "fastdistill.benchmarks.ops.plain_dit.modulated", lambda x, scale, shift: modulated(x, scale, shift) + 1e-9

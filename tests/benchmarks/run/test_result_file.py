@@ -1,4 +1,4 @@
-"""Result files: pytest-benchmark's format, nothing hidden, whole or not at all, and only mixed with their like."""
+"""Test result files: pytest-benchmark's format, complete, always whole, and mixed only with their like."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.benchmarks.toy import CASE, Time, bench, op_of, right, wrong
 
 MACHINE = {"device": "cuda", "gpu": {"name": "Made-up GPU 80GB"}, "torch": "2.13.0", "processor": "made up"}
 COMMIT = {"id": "0123456789abcdef", "dirty": False}
-# What pytest-benchmark writes of a benchmark, and its statistics.
+# pytest-benchmark writes these fields of a benchmark, and of its statistics.
 KEYS = {"group", "name", "fullname", "params", "param", "extra_info", "options", "stats"}
 STATS = {
     *("min", "max", "mean", "stddev", "rounds", "median", "iqr", "q1", "q3", "iqr_outliers", "stddev_outliers"),
@@ -32,7 +32,7 @@ INFO = {
 
 
 def measured(**takes: list[float]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The entries of a case: `floor` and others that are right, `wrong`, and one that is absent."""
+    """Return the entries of a case: `floor` and others that are right, `wrong`, and one that is absent."""
     time = Time()
     providers = [time.takes(right(name, FLOOR if name == "floor" else OURS), s) for name, s in takes.items()]
     providers += [wrong(), replace(right("absent"), absent="not installed: absent")]
@@ -40,14 +40,14 @@ def measured(**takes: list[float]) -> tuple[list[dict[str, Any]], list[dict[str,
 
 
 def filled(path: Path | None, **takes: list[float]) -> ResultFile:
-    """A file with these entries."""
+    """Return a file with these entries."""
     file = ResultFile(path, MACHINE, COMMIT)
     file.add(*measured(**takes))
     return file
 
 
 def test_entries_have_all_that_the_format_asks_for() -> None:
-    """Both parts."""
+    """Check both parts of the file."""
     content = filled(None, fast=[1.0], floor=[0.5]).content
     for entry in content["benchmarks"]:
         assert entry.keys() == KEYS and entry["stats"].keys() == STATS and entry["extra_info"].keys() >= INFO
@@ -62,7 +62,7 @@ def test_entries_have_all_that_the_format_asks_for() -> None:
 
 
 def test_numbers_follow_from_the_samples() -> None:
-    """Rates by the median, and how many times the floor's."""
+    """Check rates by the median, and the ratio to the floor."""
     timed = filled(None, slow=[1.0] * 4 + [2.0, 4.0, 6.0], floor=[0.5]).content["benchmarks"]
     slow, floor = (entry["extra_info"] for entry in timed)
     assert timed[0]["stats"]["median"] == 4.0 and timed[0]["stats"]["data"] == [2.0, 4.0, 6.0]
@@ -75,7 +75,7 @@ def test_numbers_follow_from_the_samples() -> None:
 
 
 def test_pytest_benchmark_compares_such_files(tmp_path: Path) -> None:
-    """The command itself, on two of them."""
+    """Run the command itself, on two of them."""
     paths = [tmp_path / "old.json", tmp_path / "new.json"]
     for path, seconds in zip(paths, (0.001, 0.002), strict=True):
         filled(path, fast=[seconds], floor=[0.0005])
@@ -88,7 +88,7 @@ def test_pytest_benchmark_compares_such_files(tmp_path: Path) -> None:
 
 
 def test_what_is_there_is_kept(tmp_path: Path) -> None:
-    """A second run adds its providers, and refers to the floor that was measured before."""
+    """Check that a second run adds its providers, and refers to the floor that was measured before."""
     path = tmp_path / "new folder" / "a.json"
     filled(path, floor=[0.5])
     file = ResultFile(path, MACHINE, COMMIT)
@@ -103,7 +103,7 @@ def test_what_is_there_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_writer_that_is_killed_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written beside it, then moved."""
+    """Check that the file is written beside it, then moved."""
     path = tmp_path / "a.json"
     file = filled(path, floor=[0.5])
     before = path.read_text()
@@ -128,7 +128,7 @@ def test_a_writer_that_is_killed_leaves_the_file_as_it_was(tmp_path: Path, monke
 def test_results_of_another_setting_are_not_mixed_in(
     tmp_path: Path, machine: dict[str, Any], commit: dict[str, Any], words: str
 ) -> None:
-    """A curve half of one commit and half of another would show what neither does."""
+    """Check that files differ by commit, because a curve of two commits would show what neither does."""
     path = tmp_path / "a.json"
     filled(path, floor=[0.5])
     with pytest.raises(BenchError, match=words):
@@ -137,7 +137,7 @@ def test_results_of_another_setting_are_not_mixed_in(
 
 @pytest.mark.parametrize("text", ["no JSON", "[]", '{"benchmarks": []}'])
 def test_another_kind_of_file_is_refused(tmp_path: Path, text: str) -> None:
-    """And stays as it is."""
+    """Check that the file stays as it is."""
     path = tmp_path / "a.json"
     path.write_text(text)
     with pytest.raises(BenchError, match=r"a\.json: expected a result file of `fastdistill bench`"):
@@ -146,7 +146,7 @@ def test_another_kind_of_file_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_merging(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One file of several, named after GPU, date and commit; the newer of two equal entries counts."""
+    """Check that several files become one, named after GPU, date and commit; the newer of equal entries counts."""
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     filled(old, a=[1.0], b=[1.0])
     filled(new, b=[2.0])
@@ -162,17 +162,17 @@ def test_merging(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_merging_what_does_not_belong_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One message, and nothing is written."""
+    """Check for one message, and that nothing is written."""
     filled(tmp_path / "a.json", a=[1.0])
     other = ResultFile(tmp_path / "b.json", MACHINE, {"id": "f" * 16})
     other.add(*measured(a=[1.0]))
     assert merge.main([str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--into", str(tmp_path / "results")]) == 2
-    assert "not the same" in capsys.readouterr().err
+    assert "expected the setting of" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
 
 
 def test_the_table_shows_failures_and_absences() -> None:
-    """Beside the times, with their reasons."""
+    """Check that they stand beside the times, with their reasons."""
     content = filled(None, fast=[0.001], floor=[0.0005]).content
     text = text_table.text([*content["benchmarks"], *content["not_timed"]])
     (fast,) = (line for line in text.splitlines() if line.startswith("  fast "))
