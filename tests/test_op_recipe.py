@@ -1,6 +1,6 @@
 """Follow CONTRIBUTING's recipe for an op in a copy of the repository: nine files, and all that tries ops tries it too.
 
-The op is the one in `tests/recipes/op`: the room and the kernel of an L2 norm.
+The op is the one in `tests/example_op`: the room and the kernel of an L2 norm.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-RECIPE = ROOT / "tests" / "recipes" / "op"
+RECIPE = ROOT / "tests" / "example_op"
 EXPORTS = "fastdistill/ops/__init__.py"
 
 
@@ -22,7 +22,7 @@ EXPORTS = "fastdistill/ops/__init__.py"
 def copy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
     """The copy with the op, and the files that were added or changed."""
     tree = tmp_path_factory.mktemp("copy") / "repository"
-    ignored = shutil.ignore_patterns("__pycache__", "recipes", "results", "evidence")
+    ignored = shutil.ignore_patterns("__pycache__", "example_op", "results", "evidence")
     for name in ("fastdistill", "kernels", "benchmarks", "tests"):
         shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=ignored)
     shutil.copytree(ROOT / "benchmarks" / "results", tree / "benchmarks" / "results")

@@ -74,7 +74,7 @@ NOT_REWRITTEN = {
     "fastdistill/method_notes.py": "one file a method",
     "fastdistill/objectives/": "one file a method",
     "fastdistill/ops/": "pairs, the protocol and the table of cases",
-    "fastdistill/samplers.py": "samplers and data sets",
+    "fastdistill/samplers/": "samplers and data sets",
     "fastdistill/train/": "one file a method; samplers and data sets",
     "kernels/": "pairs",
     "tests/objectives/": "one file a method",
