@@ -109,17 +109,30 @@ def load_keys(
 @triton.jit
 def logits(s, IN, at, scale):
     """Return S under the mask, in units of log 2, from s = q kᵀ."""
-    _, _, i, _, n, _ = at
     s *= scale * LOG2_E
     if IN.mask is not None:
-        if IN.mask.ptr.dtype.element_ty == tl.int1:
-            s = tl.where(_load_mask(IN.mask, at, 0), s, float("-inf"))
-        else:
-            mask = _load_mask(IN.mask, at, float("-inf"))
-            # A row of finfo.min is not dead: the change of units must not make it -inf.
-            bias = at_least(mask.to(tl.float32), LOWEST / 2) * LOG2_E
-            s += tl.where((mask == float("-inf")) | (i >= n), float("-inf"), bias)
+        s = under_mask(s, IN.mask, at, True)
     return s
+
+
+@triton.jit
+def under_mask(s, MASK, at, EDGES: tl.constexpr):
+    """Return s, in units of log 2, under a mask: -inf where a bool one is False, or with a float one added.
+
+    With EDGES it is -inf beyond a float mask, too. The forward hides its edges itself: there it would spill registers.
+    """
+    _, _, i, _, n, _ = at
+    if MASK.ptr.dtype.element_ty == tl.int1:
+        return tl.where(load_mask(MASK, at, 0), s, float("-inf"))
+    else:
+        mask = load_mask(MASK, at, float("-inf") if EDGES else 0)
+        # A row of finfo.min is not dead: all its keys weigh the same, and the change of units must not make it -inf. So
+        # such a low value counts as LOWEST / 2, until the forward has an lse, which is finfo.min.
+        bias = at_least(mask.to(tl.float32), LOWEST / 2) * LOG2_E
+        dead = mask == float("-inf")
+        if EDGES:
+            dead = dead | (i >= n)
+        return s + tl.where(dead, float("-inf"), bias)
 
 
 @triton.jit
@@ -242,7 +255,7 @@ def _moved_logits(t, IN, at, scale):
     """Return T, from t = t_q kᵀ + q t_kᵀ."""
     t *= scale
     if IN.t_mask is not None:
-        t += _load_mask(IN.t_mask, at, 0).to(tl.float32)
+        t += load_mask(IN.t_mask, at, 0).to(tl.float32)
     return t
 
 
@@ -254,7 +267,7 @@ def seen(at, low, high):
 
 
 @triton.jit
-def _load_mask(MASK, at, beyond):
+def load_mask(MASK, at, beyond):
     """Load a tile of a mask, or its one row if all queries share it; beyond its edges it is `beyond`."""
     b, h, i, j, n, m = at
     ptrs = MASK.ptr + b.to(tl.int64) * MASK.stride_b + h.to(tl.int64) * MASK.stride_h + j.to(tl.int64) * MASK.stride_d
