@@ -11,7 +11,7 @@ from typing import Any
 
 
 class UnresolvedError(ValueError):
-    """Nothing is where a reference points to; the message says why."""
+    """Error of a reference that points to nothing; the message says why."""
 
 
 def discover(package: str, attribute: str, helpers: Collection[str]) -> dict[str, Any]:

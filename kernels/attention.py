@@ -43,7 +43,7 @@ LIVE = tl.constexpr(0.5)  # a query that sees a key has a rowsum E of 1 or more,
 
 
 class Outputs(NamedTuple):
-    """What the kernel writes, contiguous; o_rest and t_o_rest as `rests` says. None is not wanted."""
+    """Outputs that the kernel writes, contiguous. None is not wanted."""
 
     o: Tensor
     t_o: Tensor | None
@@ -117,7 +117,7 @@ def allocate(
 
 
 class Layout(NamedTuple):
-    """All of a launch that follows from shapes, strides, dtypes and alignments: planned once, and looked up then."""
+    """Layout of a launch: all that follows from shapes, strides, dtypes and alignments; planned once and looked up."""
 
     strides: Strides
     problem: Problem  # without the bounds of packed sequences
@@ -208,7 +208,7 @@ def _lay_out(
 
 @triton.constexpr_function
 def lowest_float(dtype: Any) -> float:
-    """finfo.min of a mask's dtype, as float32; what is wider or no float has that of float32."""
+    """Return finfo.min of a mask's dtype, as float32; what is wider or no float has that of float32."""
     return -3.3895313892515355e38 if dtype == tl.bfloat16 else -3.4028234663852886e38
 
 

@@ -1,4 +1,4 @@
-"""One tile of attention's backward, shared by the kernels for keys and for queries.
+"""Compute one tile of attention's backward, shared by the kernels for keys and for queries.
 
 It is (BLOCK_N, BLOCK_M), or its transpose where BY_KEYS: so the left operand of every matmul into a gradient is what
 has just been computed, and nothing has to be turned around. The statistics of the queries come as a column or,
@@ -22,14 +22,14 @@ LOWEST = tl.constexpr(-3.0e38)  # It lies below every logit but -inf.
 
 
 class Cotangents(NamedTuple):
-    """The cotangents of o and t_o, each (B, H, N, D_V). None is a structural zero."""
+    """Cotangents of o and t_o, each (B, H, N, D_V). None is a structural zero."""
 
     do: Strided | Described | None
     dt_o: Strided | Described | None
 
 
 class Statistics(NamedTuple):
-    """What the tiles need of each query, (B, H, N) in float32: P = exp2(S - lse - rest), all in units of log 2.
+    """Statistics of each query, (B, H, N) in float32: P = exp2(S - lse - rest), all in units of log 2.
 
     rest is None unless a float mask may push lse too far from 0 to hold it. A query that sees no key has lse = inf.
     delta_t is None where no logit moves, or no cotangent asks how.

@@ -27,7 +27,7 @@ MOST_ARGUMENTS = 10
 
 
 class Calls(NamedTuple):
-    """What Python runs from a public function to the launch of its kernel.
+    """Calls that Python runs from a public function to the launch of its kernel.
 
     total: calls, PyTorch's and the standard library's own included. files: those of ours that they are in.
     """

@@ -1,4 +1,4 @@
-"""The counts that say whether the house works stay within their limits; `house_counts.py` prints them."""
+"""Check that the counts that say whether the house works stay within limits; `house_counts.py` prints them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.house_counts import calls_to_the_launch, wide_functions
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["without a graph", "with a graph"])
 def test_a_call_reaches_its_launch_in_few_python_calls(requires_grad: bool) -> None:
-    """Attention's, from the public function; with a graph, autograd's function is a file more."""
+    """Check attention, from the public function; with a graph, autograd's function is a file more."""
     calls = calls_to_the_launch(requires_grad)
     assert calls.total <= 120, calls
     assert len(calls.files) <= (8 if requires_grad else 7), calls

@@ -227,7 +227,7 @@ def test_a_stranger_in_a_room_is_found(module: str, code: str) -> None:
 
 
 def test_a_sampler_or_a_data_set_imports_no_other() -> None:
-    """But what they share, whose names the registries have."""
+    """Check that it imports none, but what they share, whose names the registries have."""
     files = {name: path for name, path in MODULES.items() if layer_of(name) in ("samplers", "data")}
     found = [line for module, path in files.items() for line in neighbours(module, path.read_text(encoding="utf-8"))]
     assert not found, "\n".join(found)
@@ -238,7 +238,7 @@ def test_a_sampler_or_a_data_set_imports_no_other() -> None:
 
 @pytest.mark.parametrize("room", ["activation", "attention", "gated_norm", "linear", "norm", "qk_norm_rope"])
 def test_rooms_have_the_same_files(room: str) -> None:
-    """A newcomer who knows one op finds its way in every other."""
+    """Check that a newcomer who knows one op finds its way in every other."""
     files = {"functions", "op", "eager", "second_order", "reference", "cases"}
     assert files <= {path.stem for path in (ROOT / "fastdistill" / "ops" / room).glob("*.py")}
 

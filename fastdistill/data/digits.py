@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: a set of images that needs no download."""
+"""Provide scikit-learn's handwritten digits, a set of images that needs no download."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastdistill.data.randomness import epoch_rows
 
 
 class Digits:
-    """scikit-learn's 1,797 handwritten digits, (1, 8, 8) in [-1, 1], with their labels.
+    """Digits of scikit-learn: 1,797 handwritten images, (1, 8, 8) in [-1, 1], with their labels.
 
     The split is fixed: within each class, in the order of the file, every sixth image is held out (1,501 train,
     296 held out). It uses no random numbers, so that no library version can change it.

@@ -1,4 +1,4 @@
-"""The protocol of a data set: what the trainer, the samplers and the judges ask of one, and the check that it keeps it.
+"""Protocol of a data set: what the trainer, the samplers and the judges ask of one, and the check that it keeps it.
 
 A set has a shape, classes and batches. Two more attributes may be left out:
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 
 class DataSet(Protocol):
-    """The protocol itself. An instance belongs to one process, and may be shared by all who look at one set there."""
+    """Protocol of a data set. An instance belongs to one process, and all who look at one set there may share it."""
 
     shape: tuple[int, ...]
     """Of a row: (channels, height, width) for images, (n,) for points."""
@@ -47,7 +47,7 @@ class DataSet(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """One training batch, on the device of the network."""
+    """Batch of one training step, on the device of the network."""
 
     x0: Tensor  # (B, ...) data
     x1: Tensor  # (B, ...) noise

@@ -1,4 +1,4 @@
-"""The randomness of a run: streams of random numbers by seed and step, and what is drawn from them.
+"""Randomness of a run: streams of random numbers by seed and step, and what is drawn from them.
 
 Everything random that a training step consumes (which rows, times, noise, dropped labels) is a pure function of
 `(seed, stream, step)`: nothing has to be saved to resume exactly, and a step can be replayed alone.

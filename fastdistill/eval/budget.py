@@ -76,7 +76,7 @@ def whole_budget(config: TrainConfig, cost: Costs, teacher: tuple[TrainConfig, C
 
 
 def _price_of_pairs(config: TrainConfig, method: ReFlow, net: nn.Module) -> tuple[float, float]:
-    """The evaluations and seconds that all pairs take, from those of `TIMED_PAIRS`."""
+    """Return the evaluations and seconds that all pairs take, from those of `TIMED_PAIRS`."""
     dataset, count = config.data.build(), min(TIMED_PAIRS, method.pairs)
     x1 = torch.randn(count, *dataset.shape, generator=generator_at(0, "timed pairs"))
     y = torch.arange(count) % dataset.num_classes if dataset.num_classes else None
