@@ -128,11 +128,6 @@ def unclear(path: str, code: str) -> list[str]:
     return found
 
 
-def is_kernel(node: ast.AST) -> bool:
-    """Return whether a piece of code is a kernel of Triton, or a function that kernels call."""
-    return isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(x) for x in node.decorator_list)
-
-
 def too_big(path: str, code: str) -> list[str]:
     """Return what in a file is longer, or takes more parameters, than the budget of its kind."""
     found = []
