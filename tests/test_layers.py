@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lookup": set(),
     "samplers": {"paths", "times", "lookup"},
     "data": {"lookup"},
-    "objectives": {"paths", "times", "samplers", "jvp", "ops.protocol.compat"},
+    "objectives": {"paths", "times", "samplers", "jvp", "ops.protocol.compat", "lookup"},
     "eval.exact": {"paths"},
     "train": {
         "api",

@@ -10,6 +10,7 @@ from fastdistill.objectives.checks import check_batch, check_positive, check_sha
 from fastdistill.objectives.identities import Jvp, evaluate
 from fastdistill.objectives.meanflow import meanflow
 from fastdistill.objectives.metric import squared
+from fastdistill.objectives.objective import Objective
 from fastdistill.objectives.rows import Metrics, measure
 from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path, expand_time
@@ -88,3 +89,16 @@ def alpha_flow(
         "anchor": torch.where(apart, 0.0, weighted).mean(),
     }
     return loss, measure(loss, residual / expand_time(share, residual), t, s) | {"terms": terms}
+
+
+METHOD = Objective(
+    alpha_flow,
+    "semigroup",
+    ("t", "s"),
+    tangent="none for alpha > 0; at alpha = 0 MeanFlow's, along (w, 1, 0)",
+    formula="s = t: e / ([e] + c), e = ‖u − w‖²; else a e / ([e] + c), "
+    "e = ‖u − [a w + (1−a) u⁻(x_t − Δ w, t − Δ, s)]‖², Δ = a (t−s), a: 1 → 0",
+    sources=("Zhang et al. 2025, arXiv:2510.20771, definition 1",),
+    reduction="sum over elements; t != s in 50 % of the rows (its code also has 75 %)",
+    sampler="average_velocity",
+)

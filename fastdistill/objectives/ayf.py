@@ -8,6 +8,7 @@ from fastdistill.jvp import jvp as fused_jvp
 from fastdistill.objectives.checks import check_batch, check_present, check_share
 from fastdistill.objectives.identities import Jvp, eulerian, eulerian_residual, lagrangian
 from fastdistill.objectives.metric import Weighting, normalise_tangent, squared, weigh
+from fastdistill.objectives.objective import ALONG, AT_THE_END, Objective
 from fastdistill.objectives.rows import Metrics, measure
 from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path, expand_time
@@ -110,3 +111,30 @@ def _pull(u: Tensor, g: Tensor, c: float | None, weighting: Weighting | None, t:
     """The loss whose gradient by u is twice the normalised g, averaged over rows."""
     g = g if c is None else normalise_tangent(g, c)
     return weigh(squared(u - (u - g).detach()), weighting, t, s).mean()
+
+
+EMD = Objective(
+    ayf_emd,
+    "eulerian",
+    ("t", "s"),
+    tangent=ALONG + "; w is the teacher's",
+    formula="‖u − [u − ĝ]‖², g = (u − w) + r (t−s) D_w u, ĝ = g/(‖g‖+c), w = λ v + (1−λ) v_weak",
+    sources=("Sabour et al. 2025, arXiv:2506.14603, theorem 3.2, algorithm 1",),
+    reduction="sum over elements; t != s in all rows",
+    sampler="gamma",
+    needs=frozenset({"teacher"}),
+)
+
+
+LMD = Objective(
+    ayf_lmd,
+    "lagrangian",
+    ("t", "s"),
+    tangent=AT_THE_END + "; no gradient through it",
+    formula="‖u − [u − ĝ]‖², g = u − r (t−s) du/ds − w(f, s), f = x_t − (t−s) u, ĝ = g/(‖g‖+c)",
+    sources=("Sabour et al. 2025, arXiv:2506.14603, AYF-LMD",),
+    reduction="sum over elements; t != s in all rows",
+    sampler="gamma",
+    needs=frozenset({"teacher"}),
+)
+METHOD = (EMD, LMD)

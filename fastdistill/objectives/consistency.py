@@ -10,6 +10,7 @@ from torch import Tensor
 from fastdistill.objectives.checks import check_apart, check_batch, check_deterministic
 from fastdistill.objectives.identities import flow_map
 from fastdistill.objectives.metric import Weighting, row_distance, weigh
+from fastdistill.objectives.objective import Objective
 from fastdistill.objectives.rows import Metrics, measure
 from fastdistill.objectives.solvers import solver_step
 from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows, target_velocity
@@ -90,3 +91,16 @@ def consistency(
     error = row_distance(f, goal, distance, c, perceptual)
     loss = weigh(error if weight is None else weight(t, r) * error, weighting, t, r).mean()
     return loss, measure(loss, (f - goal) / expand_time(t - r, x), t, s)
+
+
+METHOD = Objective(
+    consistency,
+    "semigroup",
+    ("t", "r"),
+    tangent="none",
+    formula="λ(t, r) dist(f(x_t, t, 0), [f⁻(x_r, r, 0)]); x_r by the teacher's flow (CD; Heun, on edm in the noise "
+    "level) or from x0, x1 (CT)",
+    sources=("Song et al. 2023, arXiv:2303.01469, algorithms 2 and 3", "Song and Dhariwal 2024, arXiv:2310.14189"),
+    reduction="l2 and huber sum over elements; s = 0 in all rows",
+    sampler="consistency",
+)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastdistill.objectives.checks import check_batch
 from fastdistill.objectives.critic import Discriminator, gan_generator_loss
+from fastdistill.objectives.objective import INDEPENDENT, Objective
 from fastdistill.objectives.velocity import Guidance, target_velocity
 from fastdistill.paths import LINEAR, Path, convert, expand_time
 from fastdistill.samplers import Net, gamma, intervals
@@ -182,3 +183,19 @@ def _gradient(
 def _noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
     device = like.device if generator is None else generator.device
     return torch.randn(like.shape, generator=generator, device=device, dtype=torch.float32).to(like)
+
+
+METHOD = Objective(
+    dmd,
+    "score",
+    ("t",),
+    tangent="none; gradient through the samples alone",
+    formula="½ ‖G − [G − δ]‖², G = f(x_t, t, 0), x_1 noise alone, "
+    "δ = (x̂0_fake − x̂0_teacher)/mean |G − x̂0_teacher| at x_τ; "
+    "DMD2: + λ softplus(−D(x_τ)), x_t from the generator's own steps",
+    sources=("Yin et al. 2024, arXiv:2311.18828, equations 7 and 8", "Yin et al. 2024 (DMD2), arXiv:2405.14867"),
+    reduction="mean over elements; s = 0 in all rows",
+    sampler="consistency",
+    needs=frozenset({"teacher", "fake"}),
+    paths=INDEPENDENT,
+)

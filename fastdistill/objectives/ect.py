@@ -8,6 +8,7 @@ from torch import Tensor
 from fastdistill.objectives.checks import check_apart, check_batch, check_deterministic, check_keeps_data
 from fastdistill.objectives.identities import flow_map
 from fastdistill.objectives.metric import Weighting, pseudo_huber, weigh
+from fastdistill.objectives.objective import Objective
 from fastdistill.objectives.rows import Metrics, measure
 from fastdistill.paths import LINEAR, Path, expand_time
 from fastdistill.samplers import Net
@@ -60,3 +61,16 @@ def ect(
     gap = path.beta(t) / path.alpha(t) - torch.where(clean, 0.0, path.beta(r) / path.alpha(r))
     loss = weigh(pseudo_huber(residual, c) / gap, weighting, t, r).mean()
     return loss, measure(loss, residual / expand_time(t - r, x), t, s)
+
+
+METHOD = Objective(
+    ect,
+    "semigroup",
+    ("t", "r"),
+    tangent="none",
+    formula="‖f(x_t, t, 0) − [f(x_r, r, 0)]‖ / (σ(t) − σ(r)), σ = β/α, x_t and x_r from the same x0, x1; "
+    "r = 0: ‖f(x_t, t, 0) − x0‖ / σ(t)",
+    sources=("Geng et al. 2025, arXiv:2406.14548, section 3",),
+    reduction="norm of the sum over elements; s = 0 in all rows",
+    sampler="consistency",
+)

@@ -9,6 +9,7 @@ from fastdistill.jvp import jvp as fused_jvp
 from fastdistill.objectives.checks import check_batch, check_positive
 from fastdistill.objectives.identities import Jvp, eulerian, evaluate
 from fastdistill.objectives.metric import adaptive, cosine_distance, squared
+from fastdistill.objectives.objective import Objective
 from fastdistill.objectives.rows import Metrics, measure
 from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path, expand_time
@@ -75,3 +76,16 @@ def facm(
     loss = terms["distillation"] + terms["anchor"]
     metrics = measure(loss, g, t, s, tangent=df_dt)
     return loss, metrics | {"anchor_error": (anchor - w).detach().square().mean(), "terms": terms}
+
+
+METHOD = Objective(
+    facm,
+    "eulerian",
+    ("t",),
+    tangent="D_w F = jvp(F, (x_t, t, 0), (w, 1, 0)); no gradient through it",
+    formula="‖F(x_t, t, t) − w‖² + 1 − cos(F, w) + cos(π(1−t)/2) e/[e + c]^½, "
+    "e = ‖F − ([F] − (1 − (1−t)^p) clamp(g, ±1))‖², g = [F − (w − t D_w F)], F = F(x_t, t, 0)",
+    sources=("Peng et al. 2025, arXiv:2507.03738",),
+    reduction="mean over elements; both s = t and s = 0 in all rows",
+    sampler="consistency",
+)

@@ -7,6 +7,7 @@ from torch import Tensor
 from fastdistill.objectives.checks import check_batch
 from fastdistill.objectives.identities import evaluate
 from fastdistill.objectives.metric import Weighting, WeightOfTime, squared, weigh, weight_of_time
+from fastdistill.objectives.objective import Objective
 from fastdistill.objectives.rows import Metrics, measure
 from fastdistill.paths import LINEAR, Path
 from fastdistill.samplers import Net
@@ -49,3 +50,15 @@ def flow_matching(
     error, w = squared(residual, "mean"), weight_of_time(weight, path, t)
     loss = weigh(error if w is None else w * error, weighting, t, t).mean()
     return loss, measure(loss, residual, t, t)
+
+
+METHOD = Objective(
+    flow_matching,
+    "fm",
+    ("t",),
+    tangent="none",
+    formula="w(t) ‖u(x_t, t, t) − v̂‖²",
+    sources=("Lipman et al. 2023, arXiv:2210.02747, theorem 2",),
+    reduction="mean over elements; s = t in all rows",
+    sampler="euler",
+)

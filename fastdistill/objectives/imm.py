@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastdistill.objectives.checks import check_batch
 from fastdistill.objectives.identities import flow_map
+from fastdistill.objectives.objective import Objective
 from fastdistill.paths import LINEAR, Path, expand_time
 from fastdistill.samplers import Net
 
@@ -147,3 +148,16 @@ def _check_groups(t: Tensor, r: Tensor, s: Tensor, group: int) -> None:
         rows = value.reshape(-1, group)
         if not bool((rows == rows[:, :1]).all()):
             raise ValueError(f"{name}: expected equal times within each group of {group} rows, got different ones")
+
+
+METHOD = Objective(
+    imm,
+    "moment",
+    ("t", "r", "s"),
+    tangent="none",
+    formula="w(t) MMD²(f(x_t, t, s), [f(x_r, r, s)]), kernel exp(−w̃ max(‖·‖, ε)/D), w̃ = 1/(t−s), "
+    "x_r = α_r x0 + (β_r/β_t)(x_t − α_t x0), r = max(s, η⁻¹(η(t) − (η_max − η_min)/2^k)), η = β/α",
+    sources=("Zhou et al. 2025, arXiv:2503.07565, equations 8, 12 and 13, algorithm 1",),
+    reduction="mean over the pairs of a group (V-statistic; U by option) of M = 4 rows; t != s in all rows",
+    sampler="average_velocity",
+)

@@ -9,6 +9,7 @@ from fastdistill.jvp import jvp as fused_jvp
 from fastdistill.objectives.checks import check_batch, check_labels
 from fastdistill.objectives.identities import Jvp, eulerian, eulerian_residual, evaluate
 from fastdistill.objectives.metric import adaptive
+from fastdistill.objectives.objective import Objective
 from fastdistill.objectives.rows import Metrics, measure, pick, split_rows, split_terms
 from fastdistill.objectives.velocity import Autoguidance, Guidance, own_velocity, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path
@@ -87,3 +88,15 @@ def improved_meanflow(
         terms["head"] = adaptive(of_head, p, c).mean()
         loss, extra = loss + terms["head"], {"head_error": of_head.detach().square().mean()}
     return loss, measure(loss, residual, *times, tangent=du_dt, distinct=len(t_far)) | extra | {"terms": terms}
+
+
+METHOD = Objective(
+    improved_meanflow,
+    "eulerian",
+    ("t", "s"),
+    tangent="D_v u = jvp(u, (x_t, t, s), (v, 1, 0)) along the predicted v; no gradient through it",
+    formula="A(p, c) of V − w, V = u + (t−s) [D_v u], v = [u(x_t, t, t)] or a velocity head trained alongside",
+    sources=("Geng et al. 2025, arXiv:2512.02012, algorithm 1, equation 12",),
+    reduction="sum over elements; t != s in 50 % of the rows",
+    sampler="average_velocity",
+)

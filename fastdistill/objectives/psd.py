@@ -8,6 +8,7 @@ from torch import Tensor
 from fastdistill.objectives.checks import check_batch, check_midpoint
 from fastdistill.objectives.identities import evaluate, semigroup_target
 from fastdistill.objectives.metric import Weighting, squared, weigh
+from fastdistill.objectives.objective import Objective
 from fastdistill.objectives.rows import Metrics, measure, pick, split_rows, split_terms
 from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path
@@ -72,3 +73,15 @@ def psd(
     errors = weigh(squared(residual, "mean"), weighting, t, s)
     loss, terms = errors.mean(), split_terms(errors, len(t_far))
     return loss, measure(loss, residual, t, s, distinct=len(t_far)) | {"terms": terms}
+
+
+METHOD = Objective(
+    psd,
+    "semigroup",
+    ("t", "s"),
+    tangent="none",
+    formula="s = t: ‖u(x_t, t, t) − w‖²; else ‖u − [a u⁻(x_t, t, m) + (1−a) u⁻(x_m, m, s)]‖², m = t − a (t−s)",
+    sources=("Boffi et al. 2025, arXiv:2505.18825, proposition 2.3", "Guo et al. 2025, arXiv:2507.16884"),
+    reduction="mean over elements; t != s in 25 % of the rows",
+    sampler="average_velocity",
+)

@@ -12,6 +12,7 @@ from fastdistill.objectives.checks import check_present
 from fastdistill.objectives.continuous import Tangent, regress
 from fastdistill.objectives.identities import Jvp, flow_map
 from fastdistill.objectives.metric import Weighting, squared
+from fastdistill.objectives.objective import FROM_DATA, Objective
 from fastdistill.objectives.rows import Metrics
 from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows
 from fastdistill.paths import LINEAR, Path
@@ -97,3 +98,20 @@ def warm_up(tangent: Tangent, warmup: float) -> Tensor:
     """
     k, r = tangent.k, warmup
     return (1 - r**2 * (1 - k**2)).sqrt() * tangent.pull + k * (r * tangent.turn + tangent.carried)
+
+
+METHOD = Objective(
+    rcm,
+    "eulerian",
+    ("t",),
+    tangent="as scm, another warm-up",
+    formula="‖F − [F + ĝ]‖² + λ ½ ‖G − [G − δ]‖², ĝ = g/(‖g‖+c), G = f(x_1, 1, 0), δ = score_gradient(G); linear "
+    "path: g = (w − F) − t D_w F; trigonometric: g = −cos √(1 − r² sin²) (F − w) − cos sin (r x + dF/dt)",
+    sources=("Zheng et al. 2025, arXiv:2510.08431, section 4.1, algorithm 1; weights and warm-up of its code",),
+    reduction="mean over elements, the tangent's norm over their sum; s = 0 in all rows; λ = 0.02 is the authors' "
+    "100 and 1 of sums without a half",
+    sampler="consistency",
+    needs=frozenset({"score_gradient"}),
+    paths=FROM_DATA,
+    anywhere=("parameterization", "average"),
+)

@@ -8,6 +8,7 @@ from fastdistill.jvp import jvp as fused_jvp
 from fastdistill.objectives.continuous import Tangent, regress
 from fastdistill.objectives.identities import Jvp
 from fastdistill.objectives.metric import Weighting
+from fastdistill.objectives.objective import FROM_DATA, Objective
 from fastdistill.objectives.rows import Metrics
 from fastdistill.objectives.velocity import Autoguidance, Guidance
 from fastdistill.paths import LINEAR, Path
@@ -71,3 +72,18 @@ def warm_up(tangent: Tangent, warmup: float) -> Tensor:
     Source: Lu and Song 2025, arXiv:2410.11081, algorithm 1.
     """
     return tangent.k * (tangent.pull + warmup * (tangent.turn + tangent.carried))
+
+
+METHOD = Objective(
+    scm,
+    "eulerian",
+    ("t",),
+    tangent="D_w u = jvp(u, (x_t, t, 0), (w, 1, 0)), turned into F's inside; no gradient through it",
+    formula="‖F − [F + ĝ]‖², g = k (k (w/W − F) + r (D_w f/W − k (w/W − F))), ĝ = g/(‖g‖+c); linear path: "
+    "g = (w − F) − r t D_w F; trigonometric: g = −cos²(F − w) − r cos sin (x + dF/dt)",
+    sources=("Lu and Song 2025, arXiv:2410.11081, equations 6 and 8, algorithm 1",),
+    reduction="mean over elements, the tangent's norm over their sum; s = 0 in all rows",
+    sampler="consistency",
+    paths=FROM_DATA,
+    anywhere=("parameterization", "average"),
+)

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastdistill.objectives.checks import check_batch, check_halves, check_times
 from fastdistill.objectives.identities import evaluate, semigroup_target
 from fastdistill.objectives.metric import Weighting, squared, weigh
+from fastdistill.objectives.objective import Objective
 from fastdistill.objectives.rows import Metrics, measure, pick, split_rows, split_terms
 from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path
@@ -75,3 +76,16 @@ def shortcut(
     errors = weigh(squared(residual, "mean"), weighting, t, s)
     loss, terms = errors.mean(), split_terms(errors, len(t_far))
     return loss, measure(loss, residual, t, s, distinct=len(t_far)) | {"terms": terms}
+
+
+METHOD = Objective(
+    shortcut,
+    "semigroup",
+    ("t", "delta"),
+    tangent="none",
+    formula="δ = 0: ‖u(x_t, t, t) − w‖²; else ‖u(x_t, t, t−2δ) − [½ (u⁻(x_t, t, t−δ) + u⁻(x′, t−δ, t−2δ))]‖²; "
+    "the finest halves by u⁻(x_t, t, t) and u⁻(x′, t−δ, t−δ)",
+    sources=("Frans et al. 2025, arXiv:2410.12557",),
+    reduction="mean over elements; t != s in 1/8 of the rows",
+    sampler="average_velocity",
+)

@@ -8,6 +8,7 @@ from fastdistill.jvp import jvp as fused_jvp
 from fastdistill.objectives.checks import check_batch
 from fastdistill.objectives.identities import Jvp, evaluate, lagrangian
 from fastdistill.objectives.metric import Weighting, squared, weigh
+from fastdistill.objectives.objective import AT_THE_END, Objective
 from fastdistill.objectives.rows import Metrics, measure
 from fastdistill.objectives.velocity import Autoguidance, Guidance, Number, own_velocity, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path, expand_time
@@ -73,3 +74,15 @@ def tvm(
     loss = terms["distillation"] + terms["anchor"]
     metrics = measure(loss, terminal, t, s, tangent=du_ds)
     return loss, metrics | {"anchor_error": anchor.detach().square().mean(), "terms": terms}
+
+
+METHOD = Objective(
+    tvm,
+    "lagrangian",
+    ("t", "s"),
+    tangent=AT_THE_END + ", with gradient through it",
+    formula="‖∂_s f − [u⁻(f, s, s)]‖² + ‖u(x_s, s, s) − w‖², ∂_s f = u − (t−s) du/ds",
+    sources=("Zhou et al. 2025, arXiv:2511.19797, equations 9, 11 and 12",),
+    reduction="mean over elements; t != s in all rows",
+    sampler="average_velocity",
+)
