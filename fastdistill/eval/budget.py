@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from fastdistill.data import generator_at
-from fastdistill.objectives.reflow import coupled_pairs
+from fastdistill.objectives.reflow import ReFlow, coupled_pairs
+from fastdistill.objectives.scores import ScoreMethod
 from fastdistill.train import TrainConfig
-from fastdistill.train.methods import ReFlow, ScoreMethod
 
 Costs = Mapping[str, float]
 TIMED_PAIRS = 512

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Any, ClassVar
+
 from torch import Tensor
 
 from fastdistill.jvp import jvp as fused_jvp
@@ -10,9 +12,11 @@ from fastdistill.objectives.identities import Jvp, eulerian, eulerian_residual, 
 from fastdistill.objectives.metric import Weighting, normalise_tangent, squared, weigh
 from fastdistill.objectives.objective import ALONG, AT_THE_END, Objective
 from fastdistill.objectives.rows import Metrics, measure
+from fastdistill.objectives.settings import Context, GapTimes, GuidanceSettings, MethodSettings, ramp
 from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path, expand_time
-from fastdistill.samplers import Net
+from fastdistill.samplers import Learnt, Net
+from fastdistill.settings import Bounds, Share, settings
 
 
 def ayf_emd(
@@ -113,6 +117,30 @@ def _pull(u: Tensor, g: Tensor, c: float | None, weighting: Weighting | None, t:
     return weigh(squared(u - (u - g).detach()), weighting, t, s).mean()
 
 
+@settings
+class AYF(MethodSettings):
+    """What AYF's two forms share."""
+
+    times: GapTimes = GapTimes()
+    """The law of both times."""
+    tangent_warmup: Annotated[int, Bounds(ge=0)] = 10_000
+    """Steps over which the network's own tangent enters, up to 99 % of it."""
+    c: Annotated[float | None, Bounds(gt=0)] = 0.1
+    """Of the normalisation, g / (|g| + c); None: none."""
+    guidance: GuidanceSettings = GuidanceSettings()
+    """Guidance of the teacher: autoguidance with a weak teacher, else by labels. AYF draws scales from 1 to 3."""
+    sample_gamma: Share = 0.0
+    """Of the sampler gamma: how much of the noise is new at each step."""
+
+    learns: ClassVar[tuple[Learnt, ...]] = ("map",)
+
+    def draw_times(self, context: Context) -> tuple[Tensor, ...]:
+        return self.times.draw(context)
+
+    def keywords(self, context: Context) -> dict[str, Any]:
+        return super().keywords(context) | {"warmup": ramp(context, self.tangent_warmup, 0.99)}
+
+
 EMD = Objective(
     ayf_emd,
     "eulerian",
@@ -123,6 +151,9 @@ EMD = Objective(
     reduction="sum over elements; t != s in all rows",
     sampler="gamma",
     needs=frozenset({"teacher"}),
+    summary="Align your flow, Eulerian: the flow map from t to s must not change as t moves along the teacher's flow.",
+    place=10,
+    settings=AYF,
 )
 
 
@@ -136,5 +167,8 @@ LMD = Objective(
     reduction="sum over elements; t != s in all rows",
     sampler="gamma",
     needs=frozenset({"teacher"}),
+    summary="Align your flow, Lagrangian: the end of the flow map must move with the teacher's velocity.",
+    place=11,
+    settings=AYF,
 )
 METHOD = (EMD, LMD)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated, ClassVar
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,11 @@ from fastdistill.objectives.identities import flow_map
 from fastdistill.objectives.metric import Weighting, pseudo_huber, weigh
 from fastdistill.objectives.objective import Objective
 from fastdistill.objectives.rows import Metrics, measure
+from fastdistill.objectives.settings import Context, LevelSettings, MethodSettings, Run
 from fastdistill.paths import LINEAR, Path, expand_time
-from fastdistill.samplers import Net
+from fastdistill.samplers import Learnt, Net
+from fastdistill.settings import Bounds, settings
+from fastdistill.times import LogNormalLevel, ect_stage, ect_times
 
 
 def ect(
@@ -63,6 +68,40 @@ def ect(
     return loss, measure(loss, residual / expand_time(t - r, x), t, s)
 
 
+@settings
+class ECT(MethodSettings):
+    """How Easy consistency tuning is trained."""
+
+    q: Annotated[float, Bounds(gt=1)] = 2.0
+    """Each stage divides the relative gap of noise levels by it."""
+    stages: Annotated[int, Bounds(ge=1)] = 8
+    """How many stages, equally long."""
+    levels: LevelSettings = LevelSettings()
+    """The law of the noise levels."""
+    c: Annotated[float, Bounds(gt=0)] = 1e-6
+    """The norm of the difference is smoothed below it."""
+
+    learns: ClassVar[tuple[Learnt, ...]] = ("end",)
+
+    def draw_times(self, context: Context) -> tuple[Tensor, ...]:
+        return ect_times(
+            context.rows,
+            ect_stage(context.step, context.steps, self.stages),
+            q=self.q,
+            law=LogNormalLevel(context.path, self.levels.mean, self.levels.std),
+            generator=context.generator,
+            device=context.device,
+        )
+
+    @property
+    def depends_on_steps(self) -> bool:
+        return self.stages > 1
+
+    def definition(self, run: Run) -> int | None:
+        starts_noisy = float(run.path.beta(torch.zeros((), dtype=torch.float64))) > 0
+        return 2 if starts_noisy else super().definition(run)  # where r = 0 stands for the clean data
+
+
 METHOD = Objective(
     ect,
     "semigroup",
@@ -73,4 +112,8 @@ METHOD = Objective(
     sources=("Geng et al. 2025, arXiv:2406.14548, section 3",),
     reduction="norm of the sum over elements; s = 0 in all rows",
     sampler="consistency",
+    summary="Easy consistency tuning: consistency whose second time starts at the data and draws "
+    "nearer stage by stage.",
+    place=7,
+    settings=ECT,
 )

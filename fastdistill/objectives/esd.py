@@ -13,9 +13,11 @@ from fastdistill.objectives.identities import Jvp, eulerian, eulerian_residual, 
 from fastdistill.objectives.metric import Weighting, squared, weigh
 from fastdistill.objectives.objective import Objective
 from fastdistill.objectives.rows import Metrics, measure, pick, split_rows, split_terms
+from fastdistill.objectives.settings import Run, SelfDistillation
 from fastdistill.objectives.velocity import Autoguidance, Guidance, own_velocity, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path, expand_time
 from fastdistill.samplers import Net
+from fastdistill.settings import settings
 
 Through = Literal["time", "tangent", "nothing"]  # what the gradient of ESD's residual flows through beside u
 
@@ -94,6 +96,18 @@ def esd(
     return loss, measure(loss, residual, t, s, tangent=du_dt, distinct=len(t_far)) | {"terms": terms}
 
 
+@settings
+class ESD(SelfDistillation):
+    """How Eulerian self-distillation is trained."""
+
+    through: Through = "time"
+    """What the gradient flows through beside u: du/dt alone, the whole tangent, or nothing. The first is the authors'
+    choice; the others need less time a step, and the last one less memory too."""
+
+    def definition(self, run: Run) -> int | None:
+        return super().definition(run) if self.through == "nothing" else 2
+
+
 METHOD = Objective(
     esd,
     "eulerian",
@@ -104,4 +118,7 @@ METHOD = Objective(
     sources=("Boffi et al. 2025, arXiv:2505.18825, proposition 2.3",),
     reduction="mean over elements; t != s in 25 % of the rows",
     sampler="average_velocity",
+    summary="Eulerian self-distillation: the map must not change as its start moves along the network's own flow.",
+    place=13,
+    settings=ESD,
 )

@@ -9,6 +9,7 @@ from fastdistill.objectives.identities import evaluate
 from fastdistill.objectives.metric import Weighting, WeightOfTime, squared, weigh, weight_of_time
 from fastdistill.objectives.objective import Objective
 from fastdistill.objectives.rows import Metrics, measure
+from fastdistill.objectives.settings import Instantaneous
 from fastdistill.paths import LINEAR, Path
 from fastdistill.samplers import Net
 
@@ -61,4 +62,7 @@ METHOD = Objective(
     sources=("Lipman et al. 2023, arXiv:2210.02747, theorem 2",),
     reduction="mean over elements; s = t in all rows",
     sampler="euler",
+    summary="Flow matching: the network learns the instantaneous velocity, and sampling integrates it.",
+    place=1,
+    settings=Instantaneous,
 )

@@ -11,6 +11,7 @@ from fastdistill.objectives.identities import Jvp, evaluate, lagrangian
 from fastdistill.objectives.metric import Weighting, squared, weigh
 from fastdistill.objectives.objective import AT_THE_END, Objective
 from fastdistill.objectives.rows import Metrics, measure, pick, split_rows, split_terms
+from fastdistill.objectives.settings import SelfDistillation
 from fastdistill.objectives.velocity import Autoguidance, Guidance, own_velocity, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path, expand_time
 from fastdistill.samplers import Net
@@ -85,4 +86,7 @@ METHOD = Objective(
     sources=("Boffi et al. 2025, arXiv:2505.18825, proposition 2.3",),
     reduction="mean over elements; t != s in 25 % of the rows",
     sampler="average_velocity",
+    summary="Lagrangian self-distillation: the map's end must move with the network's own velocity.",
+    place=14,
+    settings=SelfDistillation,
 )

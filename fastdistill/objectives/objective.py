@@ -34,6 +34,11 @@ class Objective:
         needs: the keywords it can't do without.
         paths: the names of the paths that it fits; None is all.
         anywhere: an option and its value with which it fits every path, where `paths` names some.
+        name: by which it is chosen; the function's, but for a method that shares one with another.
+        summary: its full name, a colon, and what it learns in one line.
+        settings: the class of its settings, a dataclass as `fastdistill.objectives.settings.MethodSettings`.
+        place: where it is listed among all methods: by number, and then by name.
+        recipes: what it changes in a configuration that names these recipes, by their names.
         takes, options: all its keywords, and its own with their defaults, both read from the function.
     """
 
@@ -48,10 +53,16 @@ class Objective:
     needs: frozenset[str] = frozenset()
     paths: frozenset[str] | None = None
     anywhere: tuple[str, Any] | None = None
+    name: str = ""
+    summary: str = ""
+    settings: Any = None
+    place: int = 100
+    recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     takes: frozenset[str] = field(init=False)
     options: Mapping[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or self.function.__name__)
         missing = inspect.Parameter.empty
         parameters = inspect.signature(self.function).parameters.values()
         keywords = {item.name: item.default for item in parameters if item.kind is item.KEYWORD_ONLY}
@@ -64,11 +75,6 @@ class Objective:
             raise ValueError(f"needs: expected keywords of {self.function.__name__}, got {', '.join(sorted(unknown))}")
         if self.anywhere is not None and self.anywhere[0] not in own:
             raise ValueError(f"anywhere: expected an option of {self.function.__name__}, got {self.anywhere[0]!r}")
-
-    @property
-    def name(self) -> str:
-        """Return the name, which is that of the function."""
-        return self.function.__name__
 
     @property
     def two_times(self) -> bool:
@@ -89,5 +95,5 @@ AT_THE_END = "du/ds = jvp(u, (x_t, t, s), (0, 0, 1))"
 
 
 def order(row: Objective) -> tuple[int, str]:
-    """Return the key by which methods are listed: by their identity, then by their name."""
-    return IDENTITIES.index(row.identity), row.name
+    """Return the key by which methods are listed."""
+    return row.place, row.name

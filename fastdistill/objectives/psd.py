@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
 
@@ -10,9 +12,11 @@ from fastdistill.objectives.identities import evaluate, semigroup_target
 from fastdistill.objectives.metric import Weighting, squared, weigh
 from fastdistill.objectives.objective import Objective
 from fastdistill.objectives.rows import Metrics, measure, pick, split_rows, split_terms
+from fastdistill.objectives.settings import Context, SelfDistillation
 from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path
 from fastdistill.samplers import Net
+from fastdistill.settings import settings
 
 
 def psd(
@@ -75,6 +79,21 @@ def psd(
     return loss, measure(loss, residual, t, s, distinct=len(t_far)) | {"terms": terms}
 
 
+@settings
+class PSD(SelfDistillation):
+    """How Progressive self-distillation is trained."""
+
+    meeting: Literal["middle", "uniform"] = "middle"
+    """Where the two jumps meet: half-way, or anywhere."""
+
+    def keywords(self, context: Context) -> dict[str, Any]:
+        midpoint: float | Tensor = 0.5
+        if self.meeting == "uniform":
+            drawn = torch.rand(context.rows, generator=context.generator)
+            midpoint = drawn.clamp(1e-3, 1 - 1e-3).to(context.device)
+        return super().keywords(context) | {"midpoint": midpoint}
+
+
 METHOD = Objective(
     psd,
     "semigroup",
@@ -84,4 +103,7 @@ METHOD = Objective(
     sources=("Boffi et al. 2025, arXiv:2505.18825, proposition 2.3", "Guo et al. 2025, arXiv:2507.16884"),
     reduction="mean over elements; t != s in 25 % of the rows",
     sampler="average_velocity",
+    summary="Progressive self-distillation: a jump must equal two jumps that meet on the way.",
+    place=15,
+    settings=PSD,
 )

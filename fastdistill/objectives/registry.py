@@ -9,8 +9,8 @@ from fastdistill.objectives.objective import Objective, order
 
 # Every other module here is a method.
 HELPERS = frozenset({
-    "adapters", "checks", "continuous", "critic", "identities", "metric", "objective", "registry", "reflow", "rows",
-    "solvers", "velocity",
+    "adapters", "checks", "continuous", "critic", "identities", "metric", "objective", "registry", "rows", "scores",
+    "settings", "solvers", "velocity",
 })  # fmt: skip
 
 
@@ -23,8 +23,10 @@ def collect(found: Mapping[str, Objective | tuple[Objective, ...]]) -> dict[str,
     rows: dict[str, Objective] = {}
     for name, held in found.items():
         for row in held if isinstance(held, tuple) else (held,):
-            if not isinstance(row, Objective):
-                raise ImportError(f"fastdistill.objectives.{name}: expected METHOD to be an Objective, got {row!r:.80}")
+            if not isinstance(row, Objective) or row.settings is None:
+                raise ImportError(
+                    f"fastdistill.objectives.{name}: expected METHOD to be an Objective with settings, got {row!r:.80}"
+                )
             if not row.name.startswith(name) or row.name in rows:
                 raise ImportError(
                     f"fastdistill.objectives.{name}: expected METHOD of a function {name}, got {row.name}"
@@ -33,7 +35,9 @@ def collect(found: Mapping[str, Objective | tuple[Objective, ...]]) -> dict[str,
     return {row.name: row for row in sorted(rows.values(), key=order)}
 
 
-OBJECTIVES: dict[str, Objective] = collect(discover(__package__ or "", "METHOD", HELPERS))
+METHODS: dict[str, Objective] = collect(discover(__package__ or "", "METHOD", HELPERS))
+# Those with a function of their own.
+OBJECTIVES: dict[str, Objective] = {name: row for name, row in METHODS.items() if row.function.__name__ == name}
 
 
 def get(name: str) -> Objective:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastdistill.jvp import jvp as fused_jvp
-from fastdistill.objectives.continuous import Tangent, regress
+from fastdistill.objectives.continuous import ContinuousConsistency, Tangent, regress
 from fastdistill.objectives.identities import Jvp
 from fastdistill.objectives.metric import Weighting
 from fastdistill.objectives.objective import FROM_DATA, Objective
@@ -86,4 +86,8 @@ METHOD = Objective(
     sampler="consistency",
     paths=FROM_DATA,
     anywhere=("parameterization", "average"),
+    summary="Continuous consistency: the limit of neighbouring times, by the tangent along the flow; "
+    "sCD with a teacher.",
+    place=8,
+    settings=ContinuousConsistency,
 )

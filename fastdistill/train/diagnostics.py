@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistill.data import Batch
-from fastdistill.train.methods import MethodSettings
+from fastdistill.objectives.settings import Batch, MethodSettings
 
 SHOWN_ROWS = 5
 
@@ -128,7 +127,7 @@ def why_flat(method: MethodSettings) -> str | None:
             "the loss follows its curriculum: each row's error e counts as a e / (e + c), which is near a whatever e "
             "is, and a falls from 1 to 0 before it ends as MeanFlow's, near 1. Watch raw_error and the samples."
         )
-    if "tangent_warmup" in type(method).model_fields and getattr(method, "c", None) is not None:
+    if hasattr(method, "tangent_warmup") and getattr(method, "c", None) is not None:
         return (
             "the loss stays nearly flat by design: it is the square of a normalised tangent g / (|g| + c), which is "
             "near 1 in a row whatever the error is. Watch raw_error, tangent_norm, and the samples."

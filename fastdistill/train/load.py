@@ -9,12 +9,11 @@ from typing import Any
 
 import tyro
 
+from fastdistill.settings import ConfigError, nearest, short
 from fastdistill.train.checks import check_config
 from fastdistill.train.config import TrainConfig, parse_config, read_yaml
 from fastdistill.train.data_settings import DataSettings
 from fastdistill.train.methods import METHODS
-from fastdistill.train.methods.regression import MEANFLOW_RECIPES
-from fastdistill.train.settings import ConfigError, nearest, short
 
 SHIPPED = Path(__file__).parents[1] / "configs"
 
@@ -75,7 +74,8 @@ def choose_data(data: Any, name: str) -> dict[str, Any]:
 
 def choose_recipe(method: Mapping[str, Any], recipe: str) -> dict[str, Any]:
     """The fields of a method with a named recipe in the place of those that it fills in."""
-    filled = {field for fields in MEANFLOW_RECIPES.values() for field in fields}
+    kind = METHODS.get(str(method.get("name")))
+    filled = {field for fields in (kind.recipes if kind else {}).values() for field in fields}
     return {name: value for name, value in method.items() if name not in filled} | {"recipe": recipe}
 
 
