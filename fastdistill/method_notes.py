@@ -53,7 +53,7 @@ def explain(name: str | None = None) -> str:
         "sampler": f"{objective.sampler}; its network serves {', '.join(serves(method))}",
         "defaults": ", ".join(f"{key}={value}" for key, value in defaults(method).items()),
         "recipe": f"on the ring: {ring_method(name)}",
-        **({"recipes": recipes(method)} if method.recipes else {}),
+        **({"recipes": recipes(method)} if method.presets else {}),
         "sources": "; ".join(objective.sources),
         "code": f"{objective.function.__module__}.{objective.function.__name__}",
         "try": f"fastdistill train ring --method.name {name}"
@@ -135,7 +135,7 @@ def recipes(method: type[MethodSettings]) -> str:
     """The settings that method.recipe fills in by name, in words."""
     named = [
         f"{name}: {', '.join(f'{key}={value}' for key, value in flat(fields).items())}"
-        for name, fields in method.recipes.items()
+        for name, fields in method.presets.items()
     ]
     return f"by method.recipe: {'; '.join(named)}"
 
@@ -150,7 +150,7 @@ def paths(objective: Objective) -> str:
 
 def ring_recipe(name: str) -> dict[str, Any]:
     """What the shipped ring changes for this method; where it names a teacher, training there needs one."""
-    return read_yaml(SHIPPED / "ring.yaml")["methods"].get(name) or {}
+    return METHODS[name].row.recipes.get("ring", {})
 
 
 def ring_method(name: str) -> str:

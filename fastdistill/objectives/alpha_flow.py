@@ -124,6 +124,12 @@ class AlphaFlow(PairedTimes):
     def depends_on_steps(self) -> bool:
         return True
 
+    def why_flat(self) -> str | None:
+        return (
+            "the loss follows its curriculum: each row's error e counts as a e / (e + c), which is near a whatever e "
+            "is, and a falls from 1 to 0 before it ends as MeanFlow's, near 1. Watch raw_error and the samples."
+        )
+
     def alpha(self, context: Context) -> float:
         """1 is flow matching to every s, 0 is MeanFlow."""
         value = 1 / (1 + math.exp(self.gain * (context.step / context.steps - 0.5)))
@@ -139,8 +145,13 @@ METHOD = Objective(
     "e = ‖u − [a w + (1−a) u⁻(x_t − Δ w, t − Δ, s)]‖², Δ = a (t−s), a: 1 → 0",
     sources=("Zhang et al. 2025, arXiv:2510.20771, definition 1",),
     reduction="sum over elements; t != s in 50 % of the rows (its code also has 75 %)",
+    exponent=1.0,
     sampler="average_velocity",
     summary="Alpha-Flow: from flow matching to MeanFlow by a curriculum, through jumps of ever shorter first parts.",
     place=5,
     settings=AlphaFlow,
+    recipes={
+        "ring": {"method": {"times": {"law": "logit_normal", "mean": -0.4, "std": 1.0}, "distinct": 0.75}},
+        "digits": {"method": {"distinct": 0.75}},
+    },
 )

@@ -10,9 +10,16 @@ from fastdistill.jvp import jvp as fused_jvp
 from fastdistill.objectives.checks import check_batch, check_present, check_share
 from fastdistill.objectives.identities import Jvp, eulerian, eulerian_residual, lagrangian
 from fastdistill.objectives.metric import Weighting, normalise_tangent, squared, weigh
-from fastdistill.objectives.objective import ALONG, AT_THE_END, Objective
+from fastdistill.objectives.objective import ALONG, AT_THE_END, Objective, of_normalised
 from fastdistill.objectives.rows import Metrics, measure
-from fastdistill.objectives.settings import Context, GapTimes, GuidanceSettings, MethodSettings, ramp
+from fastdistill.objectives.settings import (
+    Context,
+    GapTimes,
+    GuidanceSettings,
+    MethodSettings,
+    flat_by_normalisation,
+    ramp,
+)
 from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path, expand_time
 from fastdistill.samplers import Learnt, Net
@@ -140,6 +147,9 @@ class AYF(MethodSettings):
     def keywords(self, context: Context) -> dict[str, Any]:
         return super().keywords(context) | {"warmup": ramp(context, self.tangent_warmup, 0.99)}
 
+    def why_flat(self) -> str | None:
+        return flat_by_normalisation(self.c)
+
 
 EMD = Objective(
     ayf_emd,
@@ -149,11 +159,22 @@ EMD = Objective(
     formula="‖u − [u − ĝ]‖², g = (u − w) + r (t−s) D_w u, ĝ = g/(‖g‖+c), w = λ v + (1−λ) v_weak",
     sources=("Sabour et al. 2025, arXiv:2506.14603, theorem 3.2, algorithm 1",),
     reduction="sum over elements; t != s in all rows",
+    exponent=of_normalised,
     sampler="gamma",
     needs=frozenset({"teacher"}),
     summary="Align your flow, Eulerian: the flow map from t to s must not change as t moves along the teacher's flow.",
     place=10,
     settings=AYF,
+    recipes={
+        "ring": {
+            "method": {"tangent_warmup": 500, "times": {"mean": -0.8, "std": 1.0}, "c": None, "sample_gamma": 0.0},
+            "teacher": "runs/ring-flow",
+        },
+        "digits": {
+            "method": {"tangent_warmup": 1000, "times": {"mean": -0.8, "std": 1.0}, "c": None, "sample_gamma": 0.0},
+            "teacher": "runs/digits-flow",
+        },
+    },
 )
 
 
@@ -165,10 +186,21 @@ LMD = Objective(
     formula="‖u − [u − ĝ]‖², g = u − r (t−s) du/ds − w(f, s), f = x_t − (t−s) u, ĝ = g/(‖g‖+c)",
     sources=("Sabour et al. 2025, arXiv:2506.14603, AYF-LMD",),
     reduction="sum over elements; t != s in all rows",
+    exponent=of_normalised,
     sampler="gamma",
     needs=frozenset({"teacher"}),
     summary="Align your flow, Lagrangian: the end of the flow map must move with the teacher's velocity.",
     place=11,
     settings=AYF,
+    recipes={
+        "ring": {
+            "method": {"tangent_warmup": 500, "times": {"mean": -0.8, "std": 1.0}, "sample_gamma": 0.0},
+            "teacher": "runs/ring-flow",
+        },
+        "digits": {
+            "method": {"tangent_warmup": 1000, "times": {"mean": -0.8, "std": 1.0}},
+            "teacher": "runs/digits-flow",
+        },
+    },
 )
 METHOD = (EMD, LMD)

@@ -194,8 +194,13 @@ METHOD = Objective(
     "level) or from x0, x1 (CT)",
     sources=("Song et al. 2023, arXiv:2303.01469, algorithms 2 and 3", "Song and Dhariwal 2024, arXiv:2310.14189"),
     reduction="l2 and huber sum over elements; s = 0 in all rows",
+    exponent=lambda settings: 0.5 if settings["distance"] == "huber" else 0.0,
     sampler="consistency",
     summary="Discrete consistency: neighbours on a trajectory must lead to the same data; CD with a teacher, else CT.",
     place=6,
     settings=Consistency,
+    recipes={
+        "ring": {"method": {"grid": "ict", "intervals": [10, 160]}, "teacher": "runs/ring-flow"},
+        "digits": {"method": {"grid": "ict", "intervals": [10, 160]}, "teacher": "runs/digits-flow"},
+    },
 )

@@ -13,7 +13,14 @@ from fastdistill.objectives.checks import check_after_data, check_batch, check_c
 from fastdistill.objectives.identities import Jvp, eulerian
 from fastdistill.objectives.metric import Weighting, normalise_tangent, squared, weigh
 from fastdistill.objectives.rows import Metrics, measure
-from fastdistill.objectives.settings import ArctanTimes, Context, GuidanceSettings, MethodSettings, ramp
+from fastdistill.objectives.settings import (
+    ArctanTimes,
+    Context,
+    GuidanceSettings,
+    MethodSettings,
+    flat_by_normalisation,
+    ramp,
+)
 from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows, target_velocity
 from fastdistill.paths import Path, expand_time
 from fastdistill.samplers import Learnt, Net
@@ -56,12 +63,12 @@ def regress(
     x1: Tensor,
     t: Tensor,
     *,
-    y: Tensor | None,
     path: Path,
-    teacher: Net | None,
-    weak_teacher: Net | None,
-    guidance: Guidance | Autoguidance | None,
-    weighting: Weighting | None,
+    y: Tensor | None = None,
+    teacher: Net | None = None,
+    weak_teacher: Net | None = None,
+    guidance: Guidance | Autoguidance | None = None,
+    weighting: Weighting | None = None,
     warmup: float,
     parameterization: str,
     c: float | None,
@@ -135,3 +142,6 @@ class ContinuousConsistency(MethodSettings):
 
     def keywords(self, context: Context) -> dict[str, Any]:
         return super().keywords(context) | {"warmup": ramp(context, self.tangent_warmup)}
+
+    def why_flat(self) -> str | None:
+        return flat_by_normalisation(self.c)

@@ -171,10 +171,25 @@ METHOD = Objective(
     "DMD2: + λ softplus(−D(x_τ)), x_t from the generator's own steps",
     sources=("Yin et al. 2024, arXiv:2311.18828, equations 7 and 8", "Yin et al. 2024 (DMD2), arXiv:2405.14867"),
     reduction="mean over elements; s = 0 in all rows",
+    exponent=None,
     sampler="consistency",
     needs=frozenset({"teacher", "fake"}),
     paths=INDEPENDENT,
     summary="Distribution matching: samples move by the difference of two scores, the teacher's and their own.",
     place=18,
     settings=DMD,
+    recipes={
+        "ring": {
+            "method": {"critic": {"updates": 5, "lr": 0.001}},
+            "teacher": "runs/ring-flow",
+            "init_from_teacher": True,
+            "optim": {"lr": 0.0005},
+        },
+        "digits": {
+            "method": {"critic": {"updates": 5, "lr": 0.0005}},
+            "teacher": "runs/digits-flow",
+            "init_from_teacher": False,
+            "optim": {"lr": 0.0002},
+        },
+    },
 )

@@ -111,9 +111,14 @@ METHOD = Objective(
     "r = 0: ‖f(x_t, t, 0) − x0‖ / σ(t)",
     sources=("Geng et al. 2025, arXiv:2406.14548, section 3",),
     reduction="norm of the sum over elements; s = 0 in all rows",
+    exponent=0.5,
     sampler="consistency",
     summary="Easy consistency tuning: consistency whose second time starts at the data and draws "
     "nearer stage by stage.",
     place=7,
     settings=ECT,
+    recipes={
+        "ring": {"method": {"stages": 6}},
+        "digits": {"method": {"stages": 6, "levels": {"mean": 0.0, "std": 2.0}}},
+    },
 )

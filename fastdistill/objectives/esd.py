@@ -121,4 +121,8 @@ METHOD = Objective(
     summary="Eulerian self-distillation: the map must not change as its start moves along the network's own flow.",
     place=13,
     settings=ESD,
+    recipes={
+        "ring": {"method": {"distinct": 0.25}},
+        "digits": {"method": {"distinct": 0.25}},
+    },
 )

@@ -112,8 +112,13 @@ METHOD = Objective(
     "e = ‖F − ([F] − (1 − (1−t)^p) clamp(g, ±1))‖², g = [F − (w − t D_w F)], F = F(x_t, t, 0)",
     sources=("Peng et al. 2025, arXiv:2507.03738",),
     reduction="mean over elements; both s = t and s = 0 in all rows",
+    exponent=0.5,
     sampler="consistency",
     summary="FACM: continuous consistency to s = 0, anchored by flow matching at s = t.",
     place=9,
     settings=FACM,
+    recipes={
+        "ring": {"method": {"times": {"mean": -0.8, "std": 1.6}}, "teacher": "runs/ring-flow"},
+        "digits": {"method": {"times": {"mean": -0.8, "std": 1.6}}, "teacher": "runs/digits-flow"},
+    },
 )

@@ -65,4 +65,8 @@ METHOD = Objective(
     summary="Flow matching: the network learns the instantaneous velocity, and sampling integrates it.",
     place=1,
     settings=Instantaneous,
+    recipes={
+        "ring": {"method": {"times": {"law": "uniform"}}},
+        "digits": {"method": {"times": {"law": "logit_normal", "mean": -0.4, "std": 1.0}}},
+    },
 )

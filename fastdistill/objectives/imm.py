@@ -206,8 +206,13 @@ METHOD = Objective(
     "x_r = α_r x0 + (β_r/β_t)(x_t − α_t x0), r = max(s, η⁻¹(η(t) − (η_max − η_min)/2^k)), η = β/α",
     sources=("Zhou et al. 2025, arXiv:2503.07565, equations 8, 12 and 13, algorithm 1",),
     reduction="mean over the pairs of a group (V-statistic; U by option) of M = 4 rows; t != s in all rows",
+    exponent=None,
     sampler="average_velocity",
     summary="Inductive moment matching: jumps from t and from a little nearer to the data must end in the same law.",
     place=17,
     settings=IMM,
+    recipes={
+        "ring": {"method": {"group": 16, "k": 8}},
+        "digits": {"method": {"group": 4, "k": 7, "a": 1.0, "high": 0.99}},
+    },
 )

@@ -13,7 +13,7 @@ from fastdistill.objectives.identities import Jvp, eulerian, eulerian_residual, 
 from fastdistill.objectives.metric import adaptive
 from fastdistill.objectives.objective import Objective
 from fastdistill.objectives.rows import Metrics, measure, pick, split_rows, split_terms
-from fastdistill.objectives.settings import Context, GuidanceSettings, PairedTimes, Run
+from fastdistill.objectives.settings import Context, GuidanceSettings, PairedTimes, Run, flat_by_weight
 from fastdistill.objectives.velocity import Autoguidance, Guidance, own_velocity, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path
 from fastdistill.samplers import Net
@@ -137,6 +137,9 @@ class ImprovedMeanFlow(PairedTimes):
     def keywords(self, context: Context) -> dict[str, Any]:
         return super().keywords(context) | {"undropped": context.batch.undropped}
 
+    def why_flat(self) -> str | None:
+        return flat_by_weight(self.p)
+
     def definition(self, run: Run) -> int | None:
         # Log-uniform scales, no label at the scale 1; the tangent of a dropped row runs along its label's velocity.
         return 2 if run.label_dropout or self.guidance.active else None
@@ -150,9 +153,14 @@ METHOD = Objective(
     formula="A(p, c) of V − w, V = u + (t−s) [D_v u], v = [u(x_t, t, t)] or a velocity head trained alongside",
     sources=("Geng et al. 2025, arXiv:2512.02012, algorithm 1, equation 12",),
     reduction="sum over elements; t != s in 50 % of the rows",
+    exponent=lambda settings: settings["p"],
     sampler="average_velocity",
     summary="Improved MeanFlow: the tangent follows the network's own velocity, so that the residual "
     "regresses a velocity.",
     place=4,
     settings=ImprovedMeanFlow,
+    recipes={
+        "ring": {"method": {"times": {"law": "logit_normal", "mean": -0.4, "std": 1.0}, "distinct": 0.25, "p": 0.0}},
+        "digits": {"method": {"distinct": 0.75, "p": 0.75}},
+    },
 )

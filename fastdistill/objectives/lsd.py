@@ -89,4 +89,8 @@ METHOD = Objective(
     summary="Lagrangian self-distillation: the map's end must move with the network's own velocity.",
     place=14,
     settings=SelfDistillation,
+    recipes={
+        "ring": {"method": {"distinct": 0.25}},
+        "digits": {"method": {"distinct": 0.25}},
+    },
 )

@@ -14,7 +14,7 @@ from fastdistill.objectives.identities import Jvp, eulerian, eulerian_residual, 
 from fastdistill.objectives.metric import adaptive
 from fastdistill.objectives.objective import ALONG, Objective
 from fastdistill.objectives.rows import Metrics, measure, pick, split_rows, split_terms
-from fastdistill.objectives.settings import GuidanceSettings, PairedTimes
+from fastdistill.objectives.settings import GuidanceSettings, PairedTimes, flat_by_weight
 from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path
 from fastdistill.samplers import Net
@@ -87,7 +87,7 @@ def meanflow(
 
 
 # Of the paper's text, and of the authors' code in PyTorch.
-RECIPES: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "cifar10_paper": {"times": {"law": "logit_normal", "mean": -2.0, "std": 2.0}, "distinct": 0.75, "p": 0.75},
     "cifar10_code": {
         "times": {"law": "logit_normal", "mean": -0.6, "std": 1.6},
@@ -113,7 +113,10 @@ class MeanFlow(PairedTimes):
     guidance: GuidanceSettings = GuidanceSettings()
     """Guidance inside the target, so that sampling needs none."""
 
-    recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = RECIPES
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
+
+    def why_flat(self) -> str | None:
+        return flat_by_weight(self.p)
 
 
 METHOD = Objective(
@@ -124,6 +127,7 @@ METHOD = Objective(
     formula="A(p, c) of Δ = u − [w − (t−s) D_w u];  A(p, c) = e / [e + c]^p, e = ‖Δ‖²",
     sources=("Geng et al. 2025, arXiv:2505.13447, algorithm 1, section 4",),
     reduction="sum over elements; t != s in 25 % of the rows (on CIFAR-10: 75 %)",
+    exponent=lambda settings: settings["p"],
     sampler="average_velocity",
     summary="MeanFlow: the network learns the average velocity, and sampling jumps along it, in one step if wished.",
     place=3,

@@ -30,6 +30,9 @@ class Objective:
         formula: the loss, in plain text; [.] is a stopped gradient.
         sources: papers, and where in them.
         reduction: sum or mean over a row's elements, and which share of the rows has t != s.
+        exponent: the p by which a row is divided by its own error, as [e + c]^p; or a function of the settings that
+            tells. 0 is a plain square, and None no error of single rows. From a teacher any p has the same optimum, and
+            from data p > 0 has another (docs/methods.md).
         sampler: the name of its default sampler in `fastdistill.samplers.SAMPLERS`.
         needs: the keywords it can't do without.
         paths: the names of the paths that it fits; None is all.
@@ -57,6 +60,7 @@ class Objective:
     summary: str = ""
     settings: Any = None
     place: int = 100
+    exponent: float | Callable[[Mapping[str, Any]], float] | None = 0.0
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     takes: frozenset[str] = field(init=False)
     options: Mapping[str, Any] = field(init=False)
@@ -92,6 +96,11 @@ FROM_DATA = frozenset({"linear", "cosine", "trig", "icfm", "ot_cfm", "vp_si", "g
 INDEPENDENT = frozenset(PATHS) - {"ot_cfm"}  # a score is that of x_t given x0 alone
 ALONG = "D_w u = jvp(u, (x_t, t, s), (w, 1, 0)); no gradient through it"
 AT_THE_END = "du/ds = jvp(u, (x_t, t, s), (0, 0, 1))"
+
+
+def of_normalised(settings: Mapping[str, Any]) -> float:
+    """Return the exponent of a loss whose tangent g may be normalised, g / (|g| + c), from a method's settings."""
+    return 0.0 if settings["c"] is None else 0.5
 
 
 def order(row: Objective) -> tuple[int, str]:

@@ -106,4 +106,8 @@ METHOD = Objective(
     summary="Progressive self-distillation: a jump must equal two jumps that meet on the way.",
     place=15,
     settings=PSD,
+    recipes={
+        "ring": {"method": {"distinct": 0.25}},
+        "digits": {"method": {"distinct": 0.25}},
+    },
 )

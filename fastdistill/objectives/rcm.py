@@ -15,7 +15,7 @@ from fastdistill.objectives.continuous import ContinuousConsistency, Tangent, re
 from fastdistill.objectives.dmd import dmd_gradient
 from fastdistill.objectives.identities import Jvp, flow_map
 from fastdistill.objectives.metric import Weighting, squared
-from fastdistill.objectives.objective import FROM_DATA, Objective
+from fastdistill.objectives.objective import FROM_DATA, Objective, of_normalised
 from fastdistill.objectives.rows import Metrics
 from fastdistill.objectives.scores import CriticSettings, ScoreMethod
 from fastdistill.objectives.settings import ArctanTimes, Context, FakeLevels, Levels, Run, SameLevels, ShiftedLevels
@@ -181,6 +181,7 @@ METHOD = Objective(
     sources=("Zheng et al. 2025, arXiv:2510.08431, section 4.1, algorithm 1; weights and warm-up of its code",),
     reduction="mean over elements, the tangent's norm over their sum; s = 0 in all rows; λ = 0.02 is the authors' "
     "100 and 1 of sums without a half",
+    exponent=of_normalised,
     sampler="consistency",
     needs=frozenset({"score_gradient"}),
     paths=FROM_DATA,
@@ -188,4 +189,11 @@ METHOD = Objective(
     summary="rCM: continuous consistency, which covers all modes, and scores of one-step samples, which sharpen them.",
     place=19,
     settings=RCM,
+    recipes={
+        "ring": {"method": {"tangent_warmup": 500, "times": {"mean": -0.8, "std": 1.6}}, "teacher": "runs/ring-flow"},
+        "digits": {
+            "method": {"tangent_warmup": 1000, "times": {"mean": -0.8, "std": 1.6}},
+            "teacher": "runs/digits-flow",
+        },
+    },
 )

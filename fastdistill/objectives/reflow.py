@@ -139,4 +139,14 @@ METHOD = replace(
     ),
     summary="ReFlow: flow matching on pairs of noise and where a teacher's flow takes it, which straightens the flow.",
     settings=ReFlow,
+    recipes={
+        "ring": {
+            "method": {"times": {"law": "uniform"}, "pairs": 20000, "pair_steps": 32},
+            "teacher": "runs/ring-flow",
+        },
+        "digits": {
+            "method": {"times": {"law": "uniform"}, "pairs": 20000, "pair_steps": 16},
+            "teacher": "runs/digits-flow",
+        },
+    },
 )

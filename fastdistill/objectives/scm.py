@@ -8,7 +8,7 @@ from fastdistill.jvp import jvp as fused_jvp
 from fastdistill.objectives.continuous import ContinuousConsistency, Tangent, regress
 from fastdistill.objectives.identities import Jvp
 from fastdistill.objectives.metric import Weighting
-from fastdistill.objectives.objective import FROM_DATA, Objective
+from fastdistill.objectives.objective import FROM_DATA, Objective, of_normalised
 from fastdistill.objectives.rows import Metrics
 from fastdistill.objectives.velocity import Autoguidance, Guidance
 from fastdistill.paths import LINEAR, Path
@@ -83,6 +83,7 @@ METHOD = Objective(
     "g = (w − F) − r t D_w F; trigonometric: g = −cos²(F − w) − r cos sin (x + dF/dt)",
     sources=("Lu and Song 2025, arXiv:2410.11081, equations 6 and 8, algorithm 1",),
     reduction="mean over elements, the tangent's norm over their sum; s = 0 in all rows",
+    exponent=of_normalised,
     sampler="consistency",
     paths=FROM_DATA,
     anywhere=("parameterization", "average"),
@@ -90,4 +91,11 @@ METHOD = Objective(
     "sCD with a teacher.",
     place=8,
     settings=ContinuousConsistency,
+    recipes={
+        "ring": {"method": {"tangent_warmup": 500, "times": {"mean": -0.8, "std": 1.6}}, "teacher": "runs/ring-flow"},
+        "digits": {
+            "method": {"tangent_warmup": 1000, "times": {"mean": -0.8, "std": 1.6}},
+            "teacher": "runs/digits-flow",
+        },
+    },
 )

@@ -125,4 +125,8 @@ METHOD = Objective(
     summary="Shortcut models: a jump must equal two jumps of half its length; the shortest are flow matching.",
     place=12,
     settings=Shortcut,
+    recipes={
+        "ring": {"method": {"distinct": 0.25, "target_ema": 0.99}},
+        "digits": {"method": {"distinct": 0.5, "finest": 16, "target_ema": None}},
+    },
 )

@@ -114,4 +114,8 @@ METHOD = Objective(
     summary="Terminal velocity matching: the velocity with which the map's end moves must be the network's own there.",
     place=16,
     settings=TVM,
+    recipes={
+        "ring": {"method": {"times": {"mean": 0.5, "std": 1.5}}},
+        "digits": {"method": {"times": {"mean": -0.8, "std": 1.0}}},
+    },
 )

@@ -6,7 +6,13 @@ from fastdistill.objectives.settings.base import Decay, MethodSettings, Metrics
 from fastdistill.objectives.settings.context import Batch, Context, Critic, Run, ramp
 from fastdistill.objectives.settings.guidance import GuidanceSettings
 from fastdistill.objectives.settings.samplers import field_of
-from fastdistill.objectives.settings.shared import Instantaneous, PairedTimes, SelfDistillation
+from fastdistill.objectives.settings.shared import (
+    Instantaneous,
+    PairedTimes,
+    SelfDistillation,
+    flat_by_normalisation,
+    flat_by_weight,
+)
 from fastdistill.objectives.settings.times import (
     ArctanTimes,
     FakeLevels,
@@ -48,6 +54,8 @@ __all__ = [
     "Times",
     "UniformTimes",
     "field_of",
+    "flat_by_normalisation",
+    "flat_by_weight",
     "from_pair",
     "ramp",
 ]

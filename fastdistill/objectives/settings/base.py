@@ -59,7 +59,7 @@ class MethodSettings(CommonSettings):
     """Whether its data are noise and where a teacher's flow takes it, rather than data and fresh noise."""
     guides_maps: ClassVar[bool] = False
     """Whether its source guides samples of its map by labels, u_null + scale (u_y - u_null), rather than its target."""
-    recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Fields that a name fills in, where there is a field `recipe` for the name."""
     row: ClassVar[Objective]
     """The method's own, in the class that the trainer makes of it."""
@@ -68,7 +68,7 @@ class MethodSettings(CommonSettings):
     def read(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the fields of a file, with those that a recipe fills in; the file's own hold."""
         recipe = fields.get("recipe")
-        return {**cls.recipes[recipe], **fields} if isinstance(recipe, str) and recipe in cls.recipes else fields
+        return {**cls.presets[recipe], **fields} if isinstance(recipe, str) and recipe in cls.presets else fields
 
     @classmethod
     def needs_teacher(cls) -> bool:
@@ -127,6 +127,10 @@ class MethodSettings(CommonSettings):
 
     def check(self, run: Run) -> None:
         """Raise a ConfigError for what the fields don't allow together, or with the rest of the configuration."""
+
+    def why_flat(self) -> str | None:
+        """Return why its loss, without a learned weight, tells little to whoever watches it; None: it tells enough."""
+        return None
 
     @property
     def depends_on_steps(self) -> bool:

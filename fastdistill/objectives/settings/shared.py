@@ -55,6 +55,27 @@ class PairedTimes(MethodSettings):
         )
 
 
+def flat_by_weight(p: float) -> str | None:
+    """Return why a loss whose rows are divided by their own errors, e / [e + c]^p, tells little; None where it does."""
+    if p < 1:
+        return None
+    return (
+        f"the loss stays nearly flat by design: at p = {p:g} each row's error e is divided by its own size, "
+        "e / (e + c), which is near 1 whatever e is, though its gradient still leads e down. Watch raw_error, "
+        "which has a floor too (the spread of the data's velocities), tangent_norm, and the samples."
+    )
+
+
+def flat_by_normalisation(c: float | None) -> str | None:
+    """Return why a loss of a normalised tangent, g / (|g| + c), tells little; None where there is no such c."""
+    if c is None:
+        return None
+    return (
+        "the loss stays nearly flat by design: it is the square of a normalised tangent g / (|g| + c), which is "
+        "near 1 in a row whatever the error is. Watch raw_error, tangent_norm, and the samples."
+    )
+
+
 @settings
 class SelfDistillation(MethodSettings):
     """What ESD, LSD and PSD share: flow matching on the diagonal, and an identity of the flow map off it.
