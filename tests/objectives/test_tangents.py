@@ -16,7 +16,8 @@ from fastdistill import objectives
 from fastdistill.jvp import jvp
 from fastdistill.objectives import Guidance, adapters
 from fastdistill.paths import LINEAR, Cosine, Path, TrigFlow
-from tests.objectives.cases import EULERIAN, LAGRANGIAN, ROWS, TAUGHT, WIDTH, Jvp, SmallNet, draw_times
+from tests.objectives.cases import ROWS, WIDTH, Jvp, SmallNet, draw_times
+from tests.objectives.collected import EULERIAN, LAGRANGIAN, TAUGHT
 
 THROUGH = ["esd", "lsd", "tvm"]  # gradients flow through the tangent
 
