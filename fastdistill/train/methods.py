@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,13 @@ __all__ = ["METHODS", "Method", "method_class"]
 
 class Named(Checked):
     """What the classes of methods share: each is found by the method's name."""
+
+    row: ClassVar[Objective]
+
+    @classmethod
+    def objective(cls) -> Objective:
+        """Return the row of the registry as it is now: who changes `OBJECTIVES` changes what is trained."""
+        return registry.OBJECTIVES.get(cls.row.name, cls.row)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the fields: no module holds the class."""

@@ -179,7 +179,8 @@ def whitened(path: Path) -> tuple[Gaussian, Tensor, Tensor]:
 
 
 UNGUIDED = {"guidance": None, "weak_teacher": None}
-GUIDED = [name for name in TAUGHT if name != "consistency"]  # whose solver is as exact as its order
+# The solver of consistency is as exact as its order.
+GUIDED = [name for name in TAUGHT if "guidance" in objectives.get(name).takes and name != "consistency"]
 
 
 def guided_gate(

@@ -77,7 +77,9 @@ def evaluate(name: str, driver: Jvp, path: Path = LINEAR, wrap: Callable[..., An
         seen.append(out[1].detach())
         return out
 
-    options: dict[str, Any] = TAUGHT[name] | {"teacher": teacher, "guidance": Guidance(1.5, null=3)}
+    options: dict[str, Any] = TAUGHT[name] | {"teacher": teacher}
+    if "guidance" in objective.takes:
+        options["guidance"] = Guidance(1.5, null=3)
     if name == "rcm":
         options["score_gradient"] = x1.sin()
     inputs = [times[key] for key in objective.times]
