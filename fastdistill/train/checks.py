@@ -18,6 +18,9 @@ import torch.distributed
 from fastdistill import models
 from fastdistill.data import DATASETS, Batch, generator_at
 from fastdistill.objectives.metric import LogVariance
+from fastdistill.objectives.scores import ScoreMethod
+from fastdistill.objectives.settings import Context
+from fastdistill.settings import ConfigError, short
 from fastdistill.train.config import (
     UNNAMED,
     TrainConfig,
@@ -25,14 +28,14 @@ from fastdistill.train.config import (
     model_differences,
     parse_config,
     read_yaml,
+    run_of,
 )
 from fastdistill.train.critic import Critic
 from fastdistill.train.data_settings import changed_fingerprint
 from fastdistill.train.environment import memory_of_machine
-from fastdistill.train.methods import METHODS, Context, ScoreMethod
+from fastdistill.train.methods import METHODS
 from fastdistill.train.perceptual import perceptual_of
 from fastdistill.train.sampling import OWN
-from fastdistill.train.settings import ConfigError, short
 
 TRIAL_ROWS = 4096
 COPIES = 5  # of each weight: itself, its gradient, two moments of the optimiser, its average
@@ -56,7 +59,7 @@ def check_config(config: TrainConfig) -> None:
         raise ConfigError("init_from_teacher: needs `teacher`, the run folder to start from")
     _check_path(config)
     _check_guidance(config, classes)
-    config.method.check(config)
+    config.method.check(run_of(config))
     _check_sampling(config)
     _check_model(config)
     _check_device(config)

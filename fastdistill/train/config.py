@@ -12,9 +12,11 @@ import yaml
 from pydantic import Field, ValidationError
 
 from fastdistill import models, paths
+from fastdistill.objectives.settings import Run
+from fastdistill.settings import ConfigError, nearest, short
 from fastdistill.train.data_settings import ChosenData
 from fastdistill.train.methods import Method
-from fastdistill.train.settings import ConfigError, Settings, explain, nearest, short
+from fastdistill.train.settings import Settings, explain
 from fastdistill.train.yaml_file import load_yaml
 
 MOST = 10**12  # of steps: more than any machine makes
@@ -163,6 +165,17 @@ def parse_config(given: Mapping[str, Any], source: str) -> TrainConfig:
         return TrainConfig.model_validate(given)
     except ValidationError as error:
         raise ConfigError(f"{source}:\n{explain(error, given)}") from error
+
+
+def run_of(config: TrainConfig) -> Run:
+    """Return what a method's own checks may know of the run."""
+    return Run(
+        path=config.path.build(),
+        path_name=config.path.name,
+        rows=config.data.batch,
+        label_dropout=config.data.label_dropout,
+        has_teacher=config.teacher is not None,
+    )
 
 
 def couples(config: TrainConfig) -> bool:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fastdistill.data import generator_at
 from fastdistill.objectives.critic import fake_score_loss, gan_critic_loss
-from fastdistill.train.methods import Context, CriticSettings, Metrics, ScoreMethod
+from fastdistill.objectives.scores import CriticSettings, ScoreMethod
+from fastdistill.objectives.settings import Context, Metrics
 
 
 class Discriminator(nn.Module):

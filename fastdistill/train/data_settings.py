@@ -22,7 +22,8 @@ from pydantic import (
 from fastdistill.data import DATASETS, DataSet, make_data_set
 from fastdistill.data.protocol import try_data_set
 from fastdistill.data.registry import settings_of
-from fastdistill.train.settings import ConfigError, Settings, nearest, short
+from fastdistill.settings import ConfigError, nearest, short
+from fastdistill.train.settings import Settings
 
 
 def _described(maker: object) -> str:

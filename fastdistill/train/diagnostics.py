@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistill.data import Batch
-from fastdistill.train.methods import MethodSettings
+from fastdistill.objectives.settings import Batch, MethodSettings
 
 SHOWN_ROWS = 5
 
@@ -116,24 +115,7 @@ def why_flat(method: MethodSettings) -> str | None:
             "the loss is weighted by a learned variance, exp(-w) e + w: it falls below zero, and says how well the "
             "error is foreseen. Watch raw_error."
         )
-    p = getattr(method, "p", 0.0)
-    if p >= 1:
-        return (
-            f"the loss stays nearly flat by design: at p = {p:g} each row's error e is divided by its own size, "
-            "e / (e + c), which is near 1 whatever e is, though its gradient still leads e down. Watch raw_error, "
-            "which has a floor too (the spread of the data's velocities), tangent_norm, and the samples."
-        )
-    if method.name == "alpha_flow":
-        return (
-            "the loss follows its curriculum: each row's error e counts as a e / (e + c), which is near a whatever e "
-            "is, and a falls from 1 to 0 before it ends as MeanFlow's, near 1. Watch raw_error and the samples."
-        )
-    if "tangent_warmup" in type(method).model_fields and getattr(method, "c", None) is not None:
-        return (
-            "the loss stays nearly flat by design: it is the square of a normalised tangent g / (|g| + c), which is "
-            "near 1 in a row whatever the error is. Watch raw_error, tangent_norm, and the samples."
-        )
-    return None
+    return method.why_flat()
 
 
 def why_no_cosines(method: MethodSettings, terms: Mapping[str, Tensor]) -> str | None:

@@ -9,12 +9,11 @@ from typing import Any
 
 import tyro
 
+from fastdistill.settings import ConfigError, nearest, short
 from fastdistill.train.checks import check_config
 from fastdistill.train.config import TrainConfig, parse_config, read_yaml
 from fastdistill.train.data_settings import DataSettings
 from fastdistill.train.methods import METHODS
-from fastdistill.train.methods.regression import MEANFLOW_RECIPES
-from fastdistill.train.settings import ConfigError, nearest, short
 
 SHIPPED = Path(__file__).parents[1] / "configs"
 
@@ -75,7 +74,8 @@ def choose_data(data: Any, name: str) -> dict[str, Any]:
 
 def choose_recipe(method: Mapping[str, Any], recipe: str) -> dict[str, Any]:
     """The fields of a method with a named recipe in the place of those that it fills in."""
-    filled = {field for fields in MEANFLOW_RECIPES.values() for field in fields}
+    kind = METHODS.get(str(method.get("name")))
+    filled = {field for fields in (kind.presets if kind else {}).values() for field in fields}
     return {name: value for name, value in method.items() if name not in filled} | {"recipe": recipe}
 
 
@@ -91,10 +91,15 @@ def find_config(source: str | Path) -> Path:
 
 
 def take_recipes(given: dict[str, Any], path: Path) -> dict[str, Mapping[str, Any]]:
-    """Remove the section `methods` of a file and return it, checked: a mapping of fields for each method."""
+    """Remove the section `methods` of a file and return it, checked: a mapping of fields for each method.
+
+    In the place of the section may stand the name under which the methods themselves say what they change.
+    """
     recipes = given.pop("methods", None)
     if recipes is None:
         return {}
+    if isinstance(recipes, str):
+        return named_recipes(recipes, path)
     if not isinstance(recipes, Mapping):
         raise ConfigError(f"{path}: methods: expected names of methods, each with its fields, got {short(recipes)}")
     for name, recipe in recipes.items():
@@ -103,6 +108,17 @@ def take_recipes(given: dict[str, Any], path: Path) -> dict[str, Mapping[str, An
         _refuse_no_fields(recipe, f"{path}: methods.{name}")
         _refuse_no_fields((recipe or {}).get("method"), f"{path}: methods.{name}.method")
     return {name: recipe or {} for name, recipe in recipes.items()}
+
+
+def named_recipes(name: str, path: Path) -> dict[str, Mapping[str, Any]]:
+    """Return what each method itself changes in a configuration that names these recipes."""
+    known = {name: None for method in METHODS.values() for name in method.row.recipes}
+    if name not in known:
+        raise ConfigError(
+            f"{path}: methods: expected names of methods, each with its fields, got {short(name)}; those of a shipped "
+            f"configuration are called {' or '.join(known)}"
+        )
+    return {method: kind.row.recipes[name] for method, kind in METHODS.items() if name in kind.row.recipes}
 
 
 def _refuse_no_fields(value: Any, place: str) -> None:

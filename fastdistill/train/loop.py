@@ -21,13 +21,14 @@ from tqdm import tqdm
 
 from fastdistill import couplings
 from fastdistill.data import Batch, DataSet, drop_labels, generator_at
+from fastdistill.objectives.scores import ScoreMethod
+from fastdistill.objectives.settings import Context
 from fastdistill.train.checkpoint import list_checkpoints, save_checkpoint
 from fastdistill.train.checks import check_config, check_one_process, check_teacher
 from fastdistill.train.config import TrainConfig, couples
 from fastdistill.train.diagnostics import attribute, measure, why_flat, why_no_cosines
 from fastdistill.train.files import WriteError, intact, set_aside
 from fastdistill.train.logging import RunLog, peak_memory, save_samples, tell
-from fastdistill.train.methods import Context, ScoreMethod
 from fastdistill.train.pairs import Pairs, make_pairs
 from fastdistill.train.run import begin_run, export_network, open_run
 from fastdistill.train.sampling import sample_grid

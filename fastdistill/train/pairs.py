@@ -18,10 +18,9 @@ from tqdm import tqdm
 
 from fastdistill import paths
 from fastdistill.data import DataSet, epoch_rows, generator_at
-from fastdistill.objectives.reflow import coupled_pairs
+from fastdistill.objectives.reflow import ReFlow, coupled_pairs
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.files import intact, write_checked, writing
-from fastdistill.train.methods import ReFlow
 
 SHARD = 2048
 

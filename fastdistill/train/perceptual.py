@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fastdistill.data import generator_at
 from fastdistill.lookup import UnresolvedError, make
 from fastdistill.objectives.metric import row_distance
+from fastdistill.settings import ConfigError
 from fastdistill.train.config import TrainConfig
-from fastdistill.train.settings import ConfigError
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # distance(a, b) -> one value a row, (B,) or (B, 1, ...)
 

@@ -21,12 +21,12 @@ from torch import nn
 
 import fastdistill
 from fastdistill import models
+from fastdistill.settings import ConfigError, short
 from fastdistill.train.checkpoint import CheckpointError, list_checkpoints, read_newest_checkpoint
 from fastdistill.train.config import TrainConfig, changed_fields, model_arguments, parse_config, read_yaml, to_yaml
 from fastdistill.train.data_settings import changed_fingerprint
 from fastdistill.train.environment import describe_environment
 from fastdistill.train.files import DamagedFileError, verify, write_checked, write_text, writing
-from fastdistill.train.settings import ConfigError, short
 
 SHOWN = 4  # how many settings that differ an error lists
 MOVABLE = ("method.perceptual:",)  # a module of the user's, which config.yaml may be edited to follow

@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-
-class ConfigError(ValueError):
-    """A configuration that can't be run. The message names the field, what was expected and what came."""
-
+from fastdistill.settings import nearest, short
 
 SHOWN = 10  # how many wrong fields an error lists
-
-
-class _Shortener(reprlib.Repr):
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel, self.maxstring, self.maxother = 3, 80, 80
-
-    def repr_int(self, x: int, level: int) -> str:
-        """Python refuses to print a number of thousands of digits."""
-        return repr(x) if x.bit_length() < 200 else f"a whole number of {x.bit_length()} bits"
-
-
-def short(value: object) -> str:
-    """Return the repr of a value, cut to what a message has room for: wrong values may be of any size."""
-    return _Shortener().repr(value)
 
 
 class Settings(BaseModel):
@@ -45,12 +25,6 @@ class Settings(BaseModel):
                 if name not in cls.model_fields:
                     raise ValueError(f"unknown field {short(name)}; {nearest(name, cls.model_fields)}")
         return fields
-
-
-def nearest(name: object, known: Mapping[str, Any]) -> str:
-    """`did you mean 'steps'?`, or the whole list where nothing is near."""
-    close = difflib.get_close_matches(name if isinstance(name, str) and len(name) < 80 else short(name), known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
 
 
 def explain(error: ValidationError, given: Mapping[str, Any]) -> str:

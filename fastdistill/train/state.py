@@ -19,6 +19,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastdistill import models
 from fastdistill.objectives.metric import LogVariance
+from fastdistill.objectives.scores import ScoreMethod
+from fastdistill.settings import ConfigError
 from fastdistill.train.checkpoint import (
     CheckpointError,
     list_checkpoints,
@@ -28,14 +30,12 @@ from fastdistill.train.checkpoint import (
     set_aside_newer,
     step_of,
 )
-from fastdistill.train.config import TrainConfig
+from fastdistill.train.config import TrainConfig, run_of
 from fastdistill.train.critic import Critic
 from fastdistill.train.files import copy_aside, sha256
 from fastdistill.train.logging import tell
-from fastdistill.train.methods import ScoreMethod
 from fastdistill.train.perceptual import perceptual_of
 from fastdistill.train.run import build_network, load_run, load_weights, refuse_foreign_checkpoint
-from fastdistill.train.settings import ConfigError
 
 PARTS = ("net", "ema", "target", "weighting", "velocity_layer", "critic", "optimizer", "scheduler")
 UNCHANGED = {
@@ -83,7 +83,7 @@ def new_state(config: TrainConfig, device: torch.device) -> dict[str, Any]:
         "scheduler": warm_up(optimizer, optim.warmup_steps),
         "device": device,
         "precision": pick_precision(config, device),
-        "definition": method.definition(config),
+        "definition": method.definition(run_of(config)),
         "path": config.path.build(),
         **frozen,
     }

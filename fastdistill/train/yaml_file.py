@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from fastdistill.train.settings import ConfigError, short
+from fastdistill.settings import ConfigError, short
 
 MOST_BYTES, MOST_VALUES, MOST_LEVELS, MOST_DIGITS = 2**20, 10_000, 40, 100
 

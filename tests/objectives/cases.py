@@ -119,38 +119,6 @@ class Gate:
         return error.sqrt().item(), gradient.abs().max().item()
 
 
-# name -> (from the teacher, from data in one point): the keywords of each gate
-TAUGHT: dict[str, dict[str, Any]] = {
-    "meanflow": {},
-    "improved_meanflow": {},
-    "alpha_flow": {"alpha": 0.0},
-    "consistency": {},
-    "scm": {},
-    "facm": {},
-    "ayf_emd": {},
-    "ayf_lmd": {},
-    "shortcut": {"finest": None},  # the finest halves are steps along the velocity, and exact as they get short
-    "esd": {},
-    "lsd": {},
-    "psd": {},
-    "tvm": {},
-    "rcm": {},
-}
-FROM_DATA: dict[str, dict[str, Any]] = {
-    "flow_matching": {},
-    "meanflow": {},
-    "improved_meanflow": {},
-    "alpha_flow": {"alpha": 0.0},
-    "consistency": {},
-    "ect": {"c": 0.1},
-    "scm": {},
-    "facm": {},
-    "tvm": {},
-    "rcm": {},
-}
-EULERIAN = ["meanflow", "improved_meanflow", "alpha_flow", "scm", "facm", "ayf_emd", "esd", "rcm"]
-LAGRANGIAN = ["ayf_lmd", "lsd", "tvm"]
-
 Jvp = Callable[..., Any]
 
 

@@ -6,7 +6,21 @@ import pytest
 import torch
 
 from fastdistill.objectives import alpha_flow, meanflow
-from tests.objectives.cases import SmallNet, assert_same_gradient, gradients, random_batch
+from tests.objectives.cases import WIDTH, SmallNet, assert_same_gradient, gradients, random_batch
+from tests.objectives.descent import Case
+
+TAUGHT = {"alpha_flow": {"alpha": 0.0}}
+FROM_DATA = {"alpha_flow": {"alpha": 0.0}}
+DESCENT = {
+    # The second part of the target is off by (1 - a)^2 d^2 e, as it jumps from t - a d; the loss has a factor a.
+    "alpha-flow": Case(
+        "alpha_flow",
+        lambda g, d: 0.5 * 2 * WIDTH * d**2 * (1 - 0.5**3) * d**2 / 1e-3,
+        taught=False,
+        options={"alpha": 0.5},
+    ),
+    "alpha-flow at 0": Case("alpha_flow", lambda g, d: 2 * WIDTH * d**2 * 3 * d**2 / 1e-3, options={"alpha": 0.0}),
+}
 
 
 def test_at_0_it_is_meanflow() -> None:

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from fastdistill.objectives import ayf_emd, ayf_lmd, flow_matching, meanflow
-from tests.objectives.cases import SmallNet, assert_same_gradient, gradients, random_batch
+from tests.objectives.cases import WIDTH, SmallNet, assert_same_gradient, gradients, random_batch
+from tests.objectives.descent import Case, lagrangian
+
+TAUGHT = {"ayf_emd": {}, "ayf_lmd": {}}
+DESCENT = {
+    "ayf_emd": Case("ayf_emd", lambda g, d: 2 * WIDTH * d**2 * 3 * d**2 / 0.1),
+    "ayf_lmd": Case("ayf_lmd", lambda g, d: 2 * d**2 * lagrangian(g, d) / 0.1),
+}
 
 
 def test_emd_without_normalisation_has_meanflows_gradient_at_p_0() -> None:

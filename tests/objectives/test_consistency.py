@@ -9,7 +9,18 @@ from torch import Tensor
 from fastdistill.objectives import consistency, scm
 from fastdistill.objectives.solvers import solver_step
 from fastdistill.paths import EDM, LINEAR, Cosine, convert
-from tests.objectives.cases import SmallNet, gradients, random_batch
+from tests.objectives.cases import WIDTH, SmallNet, gradients, random_batch
+from tests.objectives.descent import Case
+
+TAUGHT = {"consistency": {}}
+FROM_DATA = {"consistency": {}}
+DESCENT = {
+    # f is off by -theta t^3 e, and its target by -theta r^3 e.
+    "consistency": Case("consistency", lambda g, d: 2 * WIDTH * d**3 * (d**3 - g.times["r"] ** 3)),
+    "consistency from data": Case(
+        "consistency", lambda g, d: 2 * WIDTH * d**3 * (d**3 - g.times["r"] ** 3), taught=False
+    ),
+}
 
 
 def jump(net: SmallNet, x: Tensor, t: Tensor) -> Tensor:

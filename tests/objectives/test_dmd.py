@@ -18,6 +18,37 @@ from fastdistill.objectives.dmd import dmd, dmd_gradient, simulate, surrogate
 from fastdistill.paths import EDM, FM, LINEAR, OTCFM, VE, Cosine, Path
 from fastdistill.samplers import Net
 from fastdistill.times import Constant
+from tests.objectives.cases import WIDTH, Gate, exact_net
+from tests.objectives.descent import Case, ones, state
+
+
+def fake_of_shifted_samples(gate: Gate, theta: float) -> None:
+    """DMD's second network: exact for samples that are off by -theta e."""
+    gate.keywords["fake"] = exact_net(Gaussian(gate.law.mean - theta, gate.law.covariance, gate.path))
+    gate.keywords |= {"levels": Constant(0.5), "generator": torch.Generator().manual_seed(1)}
+
+
+def dmd_slope(gate: Gate, d: Tensor) -> Tensor:
+    """Samples are off by -theta t^3 e, and delta is -theta B e over the row's mean |G - x0_teacher|, B = beta^2 C^-1.
+
+    B e = e - alpha S C^-1 alpha e, the second part being how the teacher's data prediction moves with x = G + alpha e.
+    """
+    tau = torch.full_like(d, 0.5)
+    samples = gate.law.flow_map(state(gate), gate.times["t"], 0 * tau)
+    noise = torch.randn(len(d), WIDTH, generator=torch.Generator().manual_seed(1)).double()
+    x = LINEAR.interpolate(samples, noise, tau)
+
+    def data(x: Tensor) -> Tensor:
+        return x - 0.5 * gate.law.velocity(x, tau)
+
+    pull = ones(gate) - (data(x + 0.5) - data(x))
+    return d**3 * pull.mean(1) / (samples - data(x)).abs().mean(1)
+
+
+DESCENT = {
+    "dmd": Case("dmd", dmd_slope, prepare=fake_of_shifted_samples),
+}
+
 
 PATHS = [pytest.param(path, id=type(path).__name__) for path in (LINEAR, Cosine(), FM(0.1), EDM(0.05, 20.0))]
 COVARIANCE = torch.tensor([[0.5, 0.2], [0.2, 0.3]], dtype=torch.float64)

@@ -4,10 +4,27 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastdistill.objectives import adapters, consistency, ect
 from fastdistill.paths import EDM, FM, LINEAR, VE, Path, carry_time
-from tests.objectives.cases import ROWS, SmallNet, assert_same_gradient, random_batch
+from tests.objectives.cases import ROWS, WIDTH, SmallNet, assert_same_gradient, random_batch
+from tests.objectives.descent import Case
+
+
+def noise_level(t: Tensor) -> Tensor:
+    return t / (1 - t)
+
+
+FROM_DATA = {"ect": {"c": 0.1}}
+DESCENT = {
+    "ect": Case(
+        "ect",
+        lambda g, d: WIDTH * d**3 * (d**3 - g.times["r"] ** 3) / 0.1 / (noise_level(d) - noise_level(g.times["r"])),
+        taught=False,
+        options={"c": 0.1},
+    ),
+}
 
 
 def test_it_is_the_same_loss_on_the_linear_and_on_edms_path() -> None:

@@ -14,7 +14,8 @@ from fastdistill.eval.exact import Gaussian
 from fastdistill.jvp import jvp
 from fastdistill.objectives import Autoguidance, Guidance
 from fastdistill.paths import EDM, FM, ICFM, LINEAR, VE, Cosine, Linear, Path, TrigFlow
-from tests.objectives.cases import EXACT, FROM_DATA, ROWS, TAUGHT, WIDTH, Gate, GuidedGaussians, draw_times
+from tests.objectives.cases import EXACT, ROWS, WIDTH, Gate, GuidedGaussians, draw_times
+from tests.objectives.collected import FROM_DATA, TAUGHT
 
 # The straight and the two trigonometric paths, one that starts away from the data, and one whose data never fade.
 PATHS = [
@@ -178,7 +179,8 @@ def whitened(path: Path) -> tuple[Gaussian, Tensor, Tensor]:
 
 
 UNGUIDED = {"guidance": None, "weak_teacher": None}
-GUIDED = [name for name in TAUGHT if name != "consistency"]  # whose solver is as exact as its order
+# The solver of consistency is as exact as its order.
+GUIDED = [name for name in TAUGHT if "guidance" in objectives.get(name).takes and name != "consistency"]
 
 
 def guided_gate(

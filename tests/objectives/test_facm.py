@@ -8,7 +8,27 @@ import torch
 from torch import Tensor
 
 from fastdistill.objectives import facm, meanflow
-from tests.objectives.cases import SmallNet, assert_same_gradient, gradients, random_batch
+from tests.objectives.cases import WIDTH, Gate, SmallNet, assert_same_gradient, gradients, random_batch
+from tests.objectives.descent import Case, diagonal, state
+
+
+def facm_anchor(gate: Gate, d: Tensor) -> Tensor:
+    """The mean square's 2, and of 1 - cos(w + theta e, w) the square of e's part across w over that of w."""
+    w = gate.law.velocity(state(gate), gate.times["t"])
+    length = w.square().sum(1)
+    return 2 + (WIDTH - w.sum(1).square() / length) / length
+
+
+TAUGHT = {"facm": {}}
+FROM_DATA = {"facm": {}}
+DESCENT = {
+    # Its mean square is (kappa 3 t^2 theta)^2, kappa = 1 - (1 - t)^p, and stands over [c]^(1/2).
+    "facm": Case(
+        "facm",
+        lambda g, d: (0.5 * torch.pi * (1 - d)).cos() * 2 * d**2 * (1 - (1 - d) ** 0.5) * 3 * d**2 / 1e-3**0.5,
+    ),
+    "facm, anchor": Case("facm", facm_anchor, diagonal),
+}
 
 
 def algorithm(net: SmallNet, x0: Tensor, x1: Tensor, t: Tensor, bound: float) -> Tensor:

@@ -11,8 +11,16 @@ from fastdistill.eval.exact import Gaussian
 from fastdistill.objectives import flow_matching
 from fastdistill.paths import Cosine, Linear, Path
 from fastdistill.samplers import Net
+from tests.objectives.descent import Case, diagonal
 
 ROWS, WIDTH = 32, 4
+
+FROM_DATA = {"flow_matching": {}}
+DESCENT = {
+    "flow matching": Case("flow_matching", lambda g, d: 2 + 0 * d, diagonal, taught=False),
+}
+
+
 PATHS = [pytest.param(path, id=type(path).__name__) for path in (Linear(), Cosine())]
 
 

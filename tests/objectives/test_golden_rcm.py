@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fastdistill import objectives
 from fastdistill.objectives import adapters, dmd_gradient
+from fastdistill.objectives.settings import Context
 from fastdistill.paths import LINEAR, Path
 from fastdistill.samplers import Net
-from fastdistill.train.methods import METHODS, Context
+from fastdistill.train.methods import METHODS
 from tests.objectives.golden_cases import NAMES, Golden, agree, agree_in_gradient, agree_in_loss, off
 
 

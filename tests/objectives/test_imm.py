@@ -15,6 +15,29 @@ from fastdistill.objectives.imm import imm, imm_weight, mmd2
 from fastdistill.paths import EDM, FM, ICFM, LINEAR, OTCFM, Cosine, Path
 from fastdistill.samplers import Net
 from fastdistill.times import imm_times
+from tests.objectives.cases import WIDTH, Gate
+from tests.objectives.descent import Case
+
+
+def in_groups(gate: Gate, theta: float) -> None:
+    """IMM's times: equal in groups of four, s < r < t."""
+    gate.times = {name: value[::4].repeat_interleave(4) for name, value in gate.times.items()}
+    gate.times["s"] = 0.5 * gate.times["r"]
+
+
+def imm_slope(gate: Gate, d: Tensor) -> Tensor:
+    """A row's jumps from t and from r end in one point, and are off by -theta d^3 e and -theta (r - s)^3 e.
+
+    Of -2 k(p_j, q_j) / M^2, k = exp(-|p - q| / (d W)), the derivative by theta through p is 2 d^3 |e| / (d W M^2), with
+    theta's sign; the sum over M rows leaves one M. All other pairs add what falls with theta.
+    """
+    return imm_weight(gate.path, gate.times["t"]) * 2 * d**2 * WIDTH**0.5 / (4 * WIDTH)
+
+
+DESCENT = {
+    "imm": Case("imm", imm_slope, taught=False, prepare=in_groups, order=0),
+}
+
 
 PATHS = [pytest.param(path, id=type(path).__name__) for path in (LINEAR, Cosine(), FM(0.1), ICFM(0.2), EDM(0.05, 5.0))]
 ROWS = 600

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from fastdistill.jvp import jvp
 from fastdistill.objectives import Guidance, improved_meanflow, meanflow
-from tests.objectives.cases import ROWS, SmallNet, assert_same_gradient, gradients, random_batch
+from tests.objectives.cases import ROWS, WIDTH, SmallNet, assert_same_gradient, gradients, random_batch
+from tests.objectives.descent import Case, diagonal, share
+
+TAUGHT = {"improved_meanflow": {}}
+FROM_DATA = {"improved_meanflow": {}}
+DESCENT = {
+    "improved meanflow": Case("improved_meanflow", lambda g, d: 2 * WIDTH * d**2 * 3 * d**2 / 1e-2),
+    "improved meanflow, diagonal": Case("improved_meanflow", lambda g, d: 2 * WIDTH * share(g) / 1e-2, diagonal),
+}
 
 
 def test_it_is_meanflow_along_the_networks_own_velocity() -> None:

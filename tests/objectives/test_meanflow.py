@@ -19,6 +19,17 @@ from fastdistill.objectives import Guidance, meanflow
 from fastdistill.paths import LINEAR, Cosine, Linear, Path
 from fastdistill.samplers import Net, average_velocity
 from fastdistill.times import LogitNormal, distinct_rows, pair_times
+from tests.objectives import cases
+from tests.objectives.descent import Case, diagonal, share
+
+TAUGHT = {"meanflow": {}}
+FROM_DATA = {"meanflow": {}}
+DESCENT = {
+    "meanflow": Case("meanflow", lambda g, d: 2 * cases.WIDTH * d**2 * 3 * d**2 / 1e-2),
+    "meanflow from data": Case("meanflow", lambda g, d: 2 * cases.WIDTH * d**2 * 3 * d**2 / 1e-2, taught=False),
+    "meanflow, diagonal": Case("meanflow", lambda g, d: 2 * cases.WIDTH * share(g) / 1e-2, diagonal),
+}
+
 
 EXACT = 1e-10
 ROWS, WIDTH = 64, 4

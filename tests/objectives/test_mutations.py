@@ -15,13 +15,9 @@ from torch import Tensor
 from fastdistill.paths import FM, LINEAR, Cosine, Linear, Path, TrigFlow, expand_time
 from fastdistill.samplers import Net
 from tests.objectives.cases import (
-    EULERIAN,
     EULERIAN_MUTANTS,
     EXACT,
-    FROM_DATA,
-    LAGRANGIAN,
     LAGRANGIAN_MUTANTS,
-    TAUGHT,
     Gate,
     Jvp,
     instantaneous,
@@ -30,6 +26,7 @@ from tests.objectives.cases import (
     reversed_velocity,
     too_far,
 )
+from tests.objectives.collected import EULERIAN, FROM_DATA, LAGRANGIAN, TAUGHT
 
 # What a planted error leaves at the least, over three seeds: residuals of 0.03 and gradients of 1e-4.
 RESIDUAL, GRADIENT = 0.01, 2e-5

@@ -11,7 +11,32 @@ from torch import Tensor
 from fastdistill.jvp import jvp
 from fastdistill.objectives import adapters, dmd_gradient, rcm, scm
 from fastdistill.paths import EDM, LINEAR, Path, TrigFlow
-from tests.objectives.cases import ROWS, WIDTH, SmallNet, assert_same_gradient, exact_net, gaussian_law, random_batch
+from tests.objectives.cases import (
+    ROWS,
+    WIDTH,
+    Gate,
+    SmallNet,
+    assert_same_gradient,
+    exact_net,
+    gaussian_law,
+    random_batch,
+)
+from tests.objectives.descent import Case, first
+
+
+def towards_the_map(gate: Gate, theta: float) -> None:
+    """rCM's score term, pulled back to where the exact map takes the noise."""
+    one = torch.ones(ROWS, dtype=torch.float64)
+    exact = gate.law.flow_map(gate.x1, one, 0 * one)
+    gate.keywords["score_gradient"] = lambda samples, y: samples - exact
+
+
+TAUGHT = {"rcm": {}}
+FROM_DATA = {"rcm": {}}
+DESCENT = {
+    "rcm": Case("rcm", lambda g, d: 2 * d**2 * 3 * d**2 / 0.1),
+    "rcm, score": Case("rcm", lambda g, d: 0.02 + 0 * d, first, prepare=towards_the_map),
+}
 
 
 def test_it_is_the_weighted_sum_of_both_terms() -> None:

@@ -10,6 +10,21 @@ from fastdistill.eval.exact import Gaussian, Ring
 from fastdistill.objectives.reflow import coupled_pairs, straightness
 from fastdistill.paths import LINEAR, OTCFM, Cosine, Path
 from fastdistill.samplers import Net
+from tests.objectives.cases import Gate, exact_net
+from tests.objectives.descent import Case, diagonal
+
+
+def coupled_by_the_flow(gate: Gate, theta: float) -> None:
+    """ReFlow's pairs, and the network that is exact for them: that of the exact transport."""
+    gate.x0, gate.x1 = coupled_pairs(gate.net, gate.x1, None, 1, sampler="average_velocity")
+    gate.net = exact_net(Gaussian(gate.law.mean, gate.law.covariance, OTCFM()))
+    del gate.keywords["teacher"]
+
+
+DESCENT = {
+    "reflow": Case("flow_matching", lambda g, d: 2 + 0 * d, diagonal, prepare=coupled_by_the_flow),
+}
+
 
 MEAN = torch.tensor([0.4, -0.7], dtype=torch.float64)
 COVARIANCE = torch.tensor([[0.5, 0.2], [0.2, 0.3]], dtype=torch.float64)

@@ -13,7 +13,8 @@ from fastdistill import objectives
 from fastdistill.objectives import OBJECTIVES, Autoguidance, Guidance, Objective
 from fastdistill.paths import EDM, ICFM, PATHS, VE
 from fastdistill.samplers import SAMPLERS
-from tests.objectives.cases import FROM_DATA, ROWS, TAUGHT, WIDTH, SmallNet, draw_times
+from tests.objectives.cases import ROWS, WIDTH, SmallNet, draw_times
+from tests.objectives.collected import FROM_DATA, TAUGHT
 
 REGRESSION = [name for name, row in OBJECTIVES.items() if row.identity not in ("moment", "score")]
 ONE_LABEL = torch.zeros(ROWS, dtype=torch.int64)

@@ -10,8 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill.objectives import adapters, ayf_emd, scm
-from fastdistill.paths import TrigFlow
-from tests.objectives.cases import ROWS, SmallNet, assert_same_gradient, random_batch
+from fastdistill.paths import Cosine, TrigFlow
+from tests.objectives.cases import ROWS, Gate, SmallNet, assert_same_gradient, random_batch
+from tests.objectives.descent import Case
+
+
+def scm_on_the_circle(gate: Gate, d: Tensor) -> Tensor:
+    """F = ((k - 1) x + t u) / beta is off by t^3 / beta, g by -k D_w(t phi) / W = -3 t^2 k / W; k = beta' / W."""
+    path, t = gate.path, gate.times["t"]
+    beta, rise = path.beta(t), path.d_beta(t)
+    turning = path.alpha(t) * rise - beta * path.d_alpha(t)
+    return 2 * (t**3 / beta) * (3 * t**2 * rise / turning**2) / 0.1
+
+
+TAUGHT = {"scm": {}}
+FROM_DATA = {"scm": {}}
+DESCENT = {
+    "scm": Case("scm", lambda g, d: 2 * d**2 * 3 * d**2 / 0.1),
+    "scm on the circle": Case("scm", scm_on_the_circle, path=Cosine()),
+    "scm from data": Case("scm", lambda g, d: 2 * d**2 * 3 * d**2 / 0.1, taught=False),
+}
+
 
 STD = 0.5
 

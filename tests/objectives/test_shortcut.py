@@ -9,6 +9,13 @@ from torch import Tensor
 from fastdistill.objectives import flow_matching, psd, shortcut
 from fastdistill.times import dyadic_times
 from tests.objectives.cases import ROWS, SmallNet, assert_same_gradient, random_batch
+from tests.objectives.descent import Case, diagonal, halves, share
+
+TAUGHT = {"shortcut": {"finest": None}}  # the finest halves are steps along the velocity, and exact as they get short
+DESCENT = {
+    "shortcut": Case("shortcut", halves),
+    "shortcut, diagonal": Case("shortcut", lambda g, d: 2 * share(g), diagonal),
+}
 
 
 def test_it_is_psd_at_the_midpoint() -> None:

@@ -16,7 +16,8 @@ from fastdistill import objectives
 from fastdistill.jvp import jvp
 from fastdistill.objectives import Guidance, adapters
 from fastdistill.paths import LINEAR, Cosine, Path, TrigFlow
-from tests.objectives.cases import EULERIAN, LAGRANGIAN, ROWS, TAUGHT, WIDTH, Jvp, SmallNet, draw_times
+from tests.objectives.cases import ROWS, WIDTH, Jvp, SmallNet, draw_times
+from tests.objectives.collected import EULERIAN, LAGRANGIAN, TAUGHT
 
 THROUGH = ["esd", "lsd", "tvm"]  # gradients flow through the tangent
 
@@ -76,7 +77,9 @@ def evaluate(name: str, driver: Jvp, path: Path = LINEAR, wrap: Callable[..., An
         seen.append(out[1].detach())
         return out
 
-    options: dict[str, Any] = TAUGHT[name] | {"teacher": teacher, "guidance": Guidance(1.5, null=3)}
+    options: dict[str, Any] = TAUGHT[name] | {"teacher": teacher}
+    if "guidance" in objective.takes:
+        options["guidance"] = Guidance(1.5, null=3)
     if name == "rcm":
         options["score_gradient"] = x1.sin()
     inputs = [times[key] for key in objective.times]
