@@ -1,4 +1,4 @@
-"""`fastdistill explain [METHOD]`: what a method is, from the registry of objectives and the trainer's settings."""
+"""Explain a method, from the registry of objectives and the trainer's settings: `fastdistill explain [METHOD]`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NEEDED = {
 
 
 def explain(name: str | None = None) -> str:
-    """All about one method, or a table of all of them.
+    """Explain one method, or list all of them in a table.
 
     Args:
         name: a key of `fastdistill.train.methods.METHODS`; None: the table.
@@ -102,7 +102,7 @@ def fields_of(method: type[MethodSettings]) -> list[str]:
 
 
 def needs(method: type[MethodSettings], objective: Objective) -> str:
-    """What must be there before training, in words."""
+    """Say what must be there before training, in words."""
     found = [NEEDED.get(need, need) for need in sorted(objective.needs)]
     if method.has_critic and "teacher" not in objective.needs:
         found.append(NEEDED["teacher"])
@@ -114,7 +114,7 @@ def needs(method: type[MethodSettings], objective: Objective) -> str:
 
 
 def guidance(method: type[MethodSettings]) -> str:
-    """Where guidance comes in, in words."""
+    """Say where guidance comes in, in words."""
     if "guidance" in fields_of(method):
         return "learnt: inside the velocity that it follows, as method.guidance"
     if method.guides_maps or set(method.learns) == {"velocity"}:
@@ -127,12 +127,12 @@ def guidance(method: type[MethodSettings]) -> str:
 
 
 def weights() -> str:
-    """The weights of the times that can be chosen by name, in words."""
+    """Name the weights of the times that can be chosen by name, in words."""
     return "; ".join(f"{name} = {meaning}" for name, meaning in WEIGHTS.items())
 
 
 def recipes(method: type[MethodSettings]) -> str:
-    """The settings that method.recipe fills in by name, in words."""
+    """Name the settings that method.recipe fills in by name, in words."""
     named = [
         f"{name}: {', '.join(f'{key}={value}' for key, value in flat(fields).items())}"
         for name, fields in method.presets.items()
@@ -141,7 +141,7 @@ def recipes(method: type[MethodSettings]) -> str:
 
 
 def paths(objective: Objective) -> str:
-    """The names of the paths that it fits, in words."""
+    """Name the paths that it fits, in words."""
     if objective.paths is None:
         return "any"
     anywhere = "" if objective.anywhere is None else "; any with {}={}".format(*objective.anywhere)
@@ -149,12 +149,12 @@ def paths(objective: Objective) -> str:
 
 
 def ring_recipe(name: str) -> dict[str, Any]:
-    """What the shipped ring changes for this method; where it names a teacher, training there needs one."""
+    """Return what the shipped ring changes for this method; where it names a teacher, training there needs one."""
     return METHODS[name].row.recipes.get("ring", {})
 
 
 def ring_method(name: str) -> str:
-    """The settings of the method in that recipe, which take the place of its defaults."""
+    """Return the settings of the method in that recipe, which take the place of its defaults."""
     shipped = read_yaml(SHIPPED / "ring.yaml")["method"]
     changed = flat(shipped if shipped["name"] == name else ring_recipe(name).get("method", {}))
     return ", ".join(f"{key}={value}" for key, value in changed.items() if key != "name") or "the defaults"
@@ -166,7 +166,7 @@ def serves(method: type[MethodSettings]) -> list[str]:
 
 
 def defaults(method: type[MethodSettings]) -> dict[str, Any]:
-    """The trainer's settings of a method that aren't off by default, by dotted name."""
+    """Return the trainer's settings of a method that aren't off by default, by dotted name."""
     values = flat(METHODS[method.row.name]().model_dump(mode="json"))
     shared = {"name", "sampler", "sample_guidance", *map(field_of, PARAMETERS)}
     return {name: value for name, value in values.items() if value is not None and name not in shared}

@@ -1,4 +1,4 @@
-"""alpha-Flow: from trajectory flow matching (alpha = 1) to MeanFlow (alpha = 0), without a jvp on the way."""
+"""Train alpha-Flow: from trajectory flow matching (alpha = 1) to MeanFlow (alpha = 0), without a jvp on the way."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def alpha_flow(
     distinct_rows: int | None = None,
     jvp: Jvp = fused_jvp,
 ) -> tuple[Tensor, Metrics]:
-    """The loss a e / ([e] + c), e = ||u - [a w + (1 - a) u_target(x - D w, t - D, s)]||^2, a = alpha, D = a (t - s).
+    """Return a e / ([e] + c), e = ||u - [a w + (1 - a) u_target(x - D w, t - D, s)]||^2, a = alpha, D = a (t - s).
 
     alpha goes from 1, where all (t, s) regress w, to 0, where it is MeanFlow; the paper takes a sigmoid of the step,
     clamped: below 0.005 it is 0. At alpha = 0 the residual is that of its limit, by one jvp along (w, 1, 0), and the
@@ -98,7 +98,7 @@ def alpha_flow(
 
 @settings
 class AlphaFlow(PairedTimes):
-    """How Alpha-Flow is trained."""
+    """Settings of alpha-Flow's training."""
 
     distinct: Share = 0.5
     """Share of the rows with s != t; the others are plain flow matching."""
@@ -131,7 +131,7 @@ class AlphaFlow(PairedTimes):
         )
 
     def alpha(self, context: Context) -> float:
-        """1 is flow matching to every s, 0 is MeanFlow."""
+        """Return alpha: 1 is flow matching to every s, 0 is MeanFlow."""
         value = 1 / (1 + math.exp(self.gain * (context.step / context.steps - 0.5)))
         return 1.0 if value > 1 - self.snap else 0.0 if value < self.snap else value
 

@@ -43,7 +43,7 @@ def ayf_emd(
     c: float | None = 0.1,
     jvp: Jvp = fused_jvp,
 ) -> tuple[Tensor, Metrics]:
-    """The loss ||u - [u - g / (||g|| + c)]||^2, g = (u - w) + warmup (t - s) D_w u, averaged over rows.
+    """Return the loss ||u - [u - g / (||g|| + c)]||^2, g = (u - w) + warmup (t - s) D_w u, averaged over rows.
 
     w is the teacher's velocity, guided by `Autoguidance(scale, interval)` with the weak teacher (a (B,) scale, lambda ~
     U[1, 3] in the paper, reaches the network as `g`) or by labels; the tangent runs along it. Errors are summed over
@@ -93,7 +93,7 @@ def ayf_lmd(
     c: float | None = 0.1,
     jvp: Jvp = fused_jvp,
 ) -> tuple[Tensor, Metrics]:
-    """The loss ||u - [u - g / (||g|| + c)]||^2, g = u - warmup (t - s) du/ds - w(f, s), averaged over rows.
+    """Return the loss ||u - [u - g / (||g|| + c)]||^2, g = u - warmup (t - s) du/ds - w(f, s), averaged over rows.
 
     At warmup 1, g = d/ds f - w(f, s): the gradient is sign(s - t) w' (df/dtheta)^T g with w' = 1 / (t - s). w is the
     teacher's velocity where the map ends, so it costs an evaluation after the network's, and the tangent is (0, 0, 1).
@@ -119,14 +119,14 @@ def ayf_lmd(
 
 
 def _pull(u: Tensor, g: Tensor, c: float | None, weighting: Weighting | None, t: Tensor, s: Tensor) -> Tensor:
-    """The loss whose gradient by u is twice the normalised g, averaged over rows."""
+    """Return the loss whose gradient by u is twice the normalised g, averaged over rows."""
     g = g if c is None else normalise_tangent(g, c)
     return weigh(squared(u - (u - g).detach()), weighting, t, s).mean()
 
 
 @settings
 class AYF(MethodSettings):
-    """What AYF's two forms share."""
+    """Settings that AYF's two forms share."""
 
     times: GapTimes = GapTimes()
     """The law of both times."""

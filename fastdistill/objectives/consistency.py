@@ -45,7 +45,7 @@ def consistency(
     weight: Callable[[Tensor, Tensor], Tensor] | None = None,
     solver: str | Solver = "heun",
 ) -> tuple[Tensor, Metrics]:
-    """The loss lambda(t, r) dist(f(x_t, t, 0), [f_target(x_r, r, 0)]), averaged over rows, and its metrics.
+    """Return the loss lambda(t, r) dist(f(x_t, t, 0), [f_target(x_r, r, 0)]), averaged over rows, and its metrics.
 
     With a teacher (consistency distillation) x_r is one step of its flow from x_t; without (consistency training) it
     shares x0 and x1 with x_t, which is right to first order in t - r. All rows go to s = 0; none is split off.
@@ -100,7 +100,7 @@ def consistency(
 
 @settings
 class Consistency(MethodSettings):
-    """How Discrete consistency is trained."""
+    """Settings of discrete consistency's training."""
 
     distance: Literal["l2", "huber", "lpips"] = "huber"
     """Between the two ends; lpips is that of `perceptual`."""
@@ -148,7 +148,7 @@ class Consistency(MethodSettings):
         return self.grid != "fixed"
 
     def points(self, context: Context) -> int:
-        """The times on the grid in this step."""
+        """Return how many times are on the grid in this step."""
         start, end = self.intervals
         if self.grid == "fixed":
             return end + 1
@@ -159,7 +159,7 @@ class Consistency(MethodSettings):
         return super().keywords(context) | {"weight": self.weight(context.path)}
 
     def weight(self, path: Path) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """lambda(t, r) of the objective."""
+        """Return lambda(t, r) of the objective."""
         if self.gap == "level":
             return lambda t, r: (1 / (level_of_time(path, t) - level_of_time(path, r))).to(t.dtype)
         return None if self.gap is None else lambda t, r: 1 / (t - r)

@@ -1,4 +1,4 @@
-"""What sCM and rCM share: the network as F, the derivative of f along the flow in parts, and the regression on it."""
+"""Share between sCM and rCM the network as F, the derivative of f along the flow in parts, and the regression on it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Tangent:
 
     @property
     def rate(self) -> Tensor:
-        """D_w f / W."""
+        """Return D_w f / W."""
         return self.pull + self.turn + self.carried
 
 
@@ -109,7 +109,7 @@ def _tangent_of(path: Path, form: str, x: Tensor, time: Tensor, w: Tensor, u: Te
 
 
 def _turning(path: Path, t: Tensor) -> Tensor:
-    """W, with which the pair (x, v) turns into (x0, x1)."""
+    """Return W, with which the pair (x, v) turns into (x0, x1)."""
     return path.alpha(t) * path.d_beta(t) - path.beta(t) * path.d_alpha(t)
 
 
@@ -120,7 +120,7 @@ def _derivative(schedule: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
 
 @settings
 class ContinuousConsistency(MethodSettings):
-    """What sCM and rCM share."""
+    """Settings that sCM and rCM share."""
 
     times: ArctanTimes = ArctanTimes()
     """The law of the training times t."""

@@ -41,7 +41,7 @@ def dmd(
     backward_simulation: Sequence[float] | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The loss (1/2) ||G - [G - delta]||^2 on samples G = f(x_t, t, 0), whose gradient by G is delta, and its metrics.
+    """Return (1/2) ||G - [G - delta]||^2 on samples G = f(x_t, t, 0), whose gradient by G is delta, and its metrics.
 
     delta is that of `dmd_gradient`. DMD2 is this with `gan` and, for several steps, `backward_simulation`.
 
@@ -102,7 +102,7 @@ def dmd_gradient(
     path: Path = LINEAR,
     guidance: Guidance | None = None,
 ) -> Tensor:
-    """delta = (x0_fake - x0_teacher) / mean |G - x0_teacher| on samples G, detached, of their shape.
+    """Return delta = (x0_fake - x0_teacher) / mean |G - x0_teacher| on samples G, detached, of their shape.
 
     Both are data predictions at x_tau, G noised to tau; the mean is over the elements of a row. x0_fake - x0_teacher
     is beta^2 / alpha times the difference of the scores of the samples and of the data; on the linear path
@@ -117,7 +117,7 @@ def dmd_gradient(
 
 
 def surrogate(samples: Tensor, delta: Tensor) -> Tensor:
-    """(1/2) ||G - [G - delta]||^2, averaged over rows and elements: a loss whose gradient by G is delta / numel."""
+    """Return (1/2) ||G - [G - delta]||^2, a mean over rows and elements, whose gradient by G is delta / numel."""
     return 0.5 * (samples - (samples - delta).detach()).square().mean()
 
 
@@ -133,7 +133,7 @@ def _gradient(
     path: Path,
     guidance: Guidance | None,
 ) -> tuple[Tensor, Tensor]:
-    """delta, and the difference that it normalises."""
+    """Return delta, and the difference that it normalises."""
     for name, network in (("teacher", teacher), ("fake", fake)):
         if network is None:
             raise ValueError(f"{name}: expected a network, which matching of scores needs, got None")
@@ -152,7 +152,7 @@ def _noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 @settings
 class DMD(ScoreMethod):
-    """How Distribution matching is trained."""
+    """Settings of distribution matching's training."""
 
     guidance: GuidanceSettings = GuidanceSettings()
     """Guidance of the teacher."""

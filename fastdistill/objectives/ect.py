@@ -32,7 +32,7 @@ def ect(
     weighting: Weighting | None = None,
     c: float = 1e-6,
 ) -> tuple[Tensor, Metrics]:
-    """The loss ||f(x_t, t, 0) - [f(x_r, r, 0)]|| / (sigma(t) - sigma(r)), averaged over rows, and its metrics.
+    """Return ||f(x_t, t, 0) - [f(x_r, r, 0)]|| / (sigma(t) - sigma(r)), averaged over rows, and its metrics.
 
     Both states share x0 and x1. sigma = beta / alpha is the noise level, so that the loss is the same on every path, of
     which the paper's own is "edm". The norm is over all elements of a row (summed squares, not squared after), smoothed
@@ -70,7 +70,7 @@ def ect(
 
 @settings
 class ECT(MethodSettings):
-    """How Easy consistency tuning is trained."""
+    """Settings of easy consistency tuning's training."""
 
     q: Annotated[float, Bounds(gt=1)] = 2.0
     """Each stage divides the relative gap of noise levels by it."""

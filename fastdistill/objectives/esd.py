@@ -40,7 +40,7 @@ def esd(
     distinct_rows: int | None = None,
     jvp: Jvp = fused_jvp,
 ) -> tuple[Tensor, Metrics]:
-    """The loss ||u(x_t, t, t) - w||^2 on rows with s = t, ||u - [v - (t - s) D_v u]||^2 on the others.
+    """Return ||u(x_t, t, t) - w||^2 on rows with s = t, ||u - [v - (t - s) D_v u]||^2 on the others.
 
     v = u(x_t, t, t) is the own diagonal, without the data's noise that MeanFlow's w has, and never with a gradient.
     D_v u = du/dt + (du/dx) v has one in part, by `through`. Averaged over elements and rows.
@@ -98,7 +98,7 @@ def esd(
 
 @settings
 class ESD(SelfDistillation):
-    """How Eulerian self-distillation is trained."""
+    """Settings of Eulerian self-distillation's training."""
 
     through: Through = "time"
     """What the gradient flows through beside u: du/dt alone, the whole tangent, or nothing. The first is the authors'

@@ -36,7 +36,7 @@ def facm(
     clamp: float = 1.0,
     jvp: Jvp = fused_jvp,
 ) -> tuple[Tensor, Metrics]:
-    """The loss L_FM(F(x_t, t, t), w) + cos(pi (1 - t) / 2) e / [e + c]^(1/2), averaged over rows, and its metrics.
+    """Return L_FM(F(x_t, t, t), w) + cos(pi (1 - t) / 2) e / [e + c]^(1/2), averaged over rows, and its metrics.
 
     F is the network: its consistency condition is (t, 0), where it is the average velocity to the data, its
     flow-matching condition (t, t). With (F, DF) at (t, 0), one jvp along (w, 1, 0),
@@ -84,7 +84,7 @@ def facm(
 
 @settings
 class FACM(MethodSettings):
-    """How FACM is trained."""
+    """Settings of FACM's training."""
 
     times: ArctanTimes = ArctanTimes(mean=-0.8, std=1.6)
     """The law of the training times t."""

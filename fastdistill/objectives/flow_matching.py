@@ -25,7 +25,7 @@ def flow_matching(
     weighting: Weighting | None = None,
     weight: WeightOfTime = None,
 ) -> tuple[Tensor, Metrics]:
-    """The loss E w(t) ||u(x_t, t, t) - v_hat||^2, averaged over rows and elements, and its metrics.
+    """Return the loss E w(t) ||u(x_t, t, t) - v_hat||^2, averaged over rows and elements, and its metrics.
 
     For each t the minimiser is the marginal velocity v = E[v_hat | x_t], so that any w > 0 keeps the optimum of a
     network of unlimited capacity; w only spends capacity and gradient variance across noise levels.

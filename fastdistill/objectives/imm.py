@@ -38,7 +38,7 @@ def imm(
     a: float = 2.0,
     b: float = 4.0,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The loss E w(t) MMD^2(f(x_t, t, s), [f(x_r, r, s)]) over groups of rows, and its metrics.
+    """Return the loss E w(t) MMD^2(f(x_t, t, s), [f(x_r, r, s)]) over groups of rows, and its metrics.
 
     The bracket has no gradient. x_r = alpha_r x0 + (beta_r / beta_t) (x_t - alpha_t x0), DDIM's step with the true
     data, so that x_t and x_r share their noise. A group is a sample of each law, and MMD^2 is that of `mmd2`.
@@ -88,7 +88,7 @@ def imm(
 
 
 def mmd2(p: Tensor, q: Tensor, sharpness: Tensor, statistic: Statistic = "v", eps: float = 1e-8) -> Tensor:
-    """The squared maximum mean discrepancy of samples p, q (G, M, D), a group each: (G,).
+    """Return the squared maximum mean discrepancy of samples p, q (G, M, D), a group each: (G,).
 
     The mean over pairs of k(p, p') + k(q, q') - 2 k(p, q'), with Laplace's kernel
     k(a, b) = exp(-sharpness max(||a - b||, eps) / D), sharpness (G,).
@@ -118,7 +118,7 @@ def mmd2(p: Tensor, q: Tensor, sharpness: Tensor, statistic: Statistic = "v", ep
 
 
 def imm_weight(path: Path, t: Tensor, a: float = 2.0, b: float = 4.0) -> Tensor:
-    """IMM's weight (1/2) sigmoid(b - l) (-dl/dt) alpha^a / (alpha^2 + beta^2), with l = log(alpha^2 / beta^2); (B,).
+    """Return IMM's weight (1/2) sigmoid(b - l) (-dl/dt) alpha^a / (alpha^2 + beta^2), l = log(alpha^2 / beta^2); (B,).
 
     Written so that it is finite for all t in [0, 1], for a >= 1.
     Source: Zhou et al. 2025 (IMM), arXiv:2503.07565, equation 13.
@@ -155,7 +155,7 @@ def _check_groups(t: Tensor, r: Tensor, s: Tensor, group: int) -> None:
 
 @settings
 class IMM(MethodSettings):
-    """How Inductive moment matching is trained."""
+    """Settings of inductive moment matching's training."""
 
     group: Annotated[int, Bounds(ge=1, le=4096)] = 4
     """Rows that share their times and are compared as a sample of one law; it divides data.batch."""

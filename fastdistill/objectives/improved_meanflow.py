@@ -39,7 +39,7 @@ def improved_meanflow(
     distinct_rows: int | None = None,
     jvp: Jvp = fused_jvp,
 ) -> tuple[Tensor, Metrics]:
-    """The loss A(p, c) of V - w with V = u + (t - s) [du/dt], plus that of the velocity head, averaged over rows.
+    """Return the loss A(p, c) of V - w with V = u + (t - s) [du/dt], plus the velocity head's, averaged over rows.
 
     The tangent runs along the *predicted* velocity, so that V is a function of x_t alone and its regression is a true
     one: the noise of v_hat is in the target only. Their mean is one velocity, which the network meets at its solution;
@@ -116,7 +116,7 @@ class ImprovedGuidance(GuidanceSettings):
 
 @settings
 class ImprovedMeanFlow(PairedTimes):
-    """How Improved MeanFlow is trained."""
+    """Settings of improved MeanFlow's training."""
 
     distinct: Share = 0.5
     """Share of the rows with s != t, which pay for a tangent; the others are plain flow matching."""

@@ -34,7 +34,7 @@ def lsd(
     distinct_rows: int | None = None,
     jvp: Jvp = fused_jvp,
 ) -> tuple[Tensor, Metrics]:
-    """The loss ||u(x_t, t, t) - w||^2 on rows with s = t, ||d/ds f(x_t, t, s) - [u(f, s, s)]||^2 on the others.
+    """Return ||u(x_t, t, t) - w||^2 on rows with s = t, ||d/ds f(x_t, t, s) - [u(f, s, s)]||^2 on the others.
 
     d/ds f = u - (t - s) du/ds by one jvp along (0, 0, 1), and gradients flow through that derivative: `jvp` is called
     with tangent_grad=True. Averaged over elements and rows.

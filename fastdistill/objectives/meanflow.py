@@ -38,7 +38,7 @@ def meanflow(
     distinct_rows: int | None = None,
     jvp: Jvp = fused_jvp,
 ) -> tuple[Tensor, Metrics]:
-    """The loss A(p, c) of u - [w - (t - s) du/dt], averaged over rows, and its metrics.
+    """Return the loss A(p, c) of u - [w - (t - s) du/dt], averaged over rows, and its metrics.
 
     du/dt is the derivative along the flow, one jvp of u at (x_t, t, s) along (w, 1, 0); the bracket has no gradient.
     Only rows with s != t go through the jvp: elsewhere the residual is u - w, one plain forward.
@@ -100,7 +100,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @settings
 class MeanFlow(PairedTimes):
-    """How MeanFlow is trained."""
+    """Settings of MeanFlow's training."""
 
     recipe: Literal["cifar10_paper", "cifar10_code"] | None = None
     """Fill times, end_times, distinct and p as the paper has them for CIFAR-10, both times LN(-2, 2), or as the

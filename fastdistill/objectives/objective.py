@@ -1,4 +1,4 @@
-"""What a method says of itself in its file: what it regresses, what it needs, its formula, reductions, sources."""
+"""Say of a method, in its file, what it regresses, what it needs, its formula, reductions and sources."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IDENTITIES = ("fm", "eulerian", "lagrangian", "semigroup", "moment", "score")
 
 @dataclass(frozen=True)
 class Objective:
-    """A method and what it needs.
+    """Objective of a method and what it needs.
 
     Args:
         function: called as function(net, x0, x1, *times, y=y, ...) -> (loss, metrics).
@@ -82,12 +82,12 @@ class Objective:
 
     @property
     def two_times(self) -> bool:
-        """Whether it takes a second time after t."""
+        """Return whether it takes a second time after t."""
         return len(self.times) > 1
 
     @property
     def takes_teacher(self) -> bool:
-        """Whether it takes the keyword `teacher`."""
+        """Return whether it takes the keyword `teacher`."""
         return "teacher" in self.takes
 
 

@@ -36,7 +36,7 @@ def psd(
     midpoint: Tensor | float = 0.5,
     distinct_rows: int | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """The loss ||u(x_t, t, t) - w||^2 on rows with s = t, ||u - [a u(x_t, t, m) + (1 - a) u(x_m, m, s)]||^2 on others.
+    """Return ||u(x_t, t, t) - w||^2 where s = t, ||u - [a u(x_t, t, m) + (1 - a) u(x_m, m, s)]||^2 elsewhere.
 
     m = t - a (t - s) and x_m = f(x_t, t, m): the semigroup's residual over t - s. Averaged over elements and rows.
 
@@ -81,7 +81,7 @@ def psd(
 
 @settings
 class PSD(SelfDistillation):
-    """How Progressive self-distillation is trained."""
+    """Settings of progressive self-distillation's training."""
 
     meeting: Literal["middle", "uniform"] = "middle"
     """Where the two jumps meet: half-way, or anywhere."""

@@ -1,4 +1,4 @@
-"""rCM: continuous consistency with a score term on the network's own samples."""
+"""Train rCM: continuous consistency with a score term on the network's own samples."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def rcm(
     score_weight: float = 0.02,
     jvp: Jvp = fused_jvp,
 ) -> tuple[Tensor, Metrics]:
-    """The loss ||F - [F + g / (||g|| + c)]||^2 + score_weight ||G - [G - delta]||^2 / 2 at G = f(beta(1) x1, 1, 0).
+    """Return ||F - [F + g / (||g|| + c)]||^2 + score_weight ||G - [G - delta]||^2 / 2 at G = f(beta(1) x1, 1, 0).
 
     The first term is that of `scm` but for its warm-up, see `warm_up`. In the second, of one-step samples G, delta is a
     direction that raises the divergence from the data's law, such as DMD's difference of the fake and the real
@@ -108,7 +108,7 @@ def warm_up(tangent: Tangent, warmup: float) -> Tensor:
 
 @settings
 class ConsistentCriticSettings(CriticSettings):
-    """The same with rCM's defaults: four updates, as of its five steps one is the student's."""
+    """Settings of the critic with rCM's defaults: four updates, as of its five steps one is the student's."""
 
     updates: Annotated[int, Bounds(ge=1)] = 4
     """Its updates in each training step, that is, for each update of the generator."""
@@ -120,7 +120,7 @@ class ConsistentCriticSettings(CriticSettings):
 
 @settings
 class RCM(ContinuousConsistency, ScoreMethod):
-    """How rCM is trained."""
+    """Settings of rCM's training."""
 
     times: ArctanTimes = ArctanTimes(mean=-0.8, std=1.6)
     """The law of the training times t."""
@@ -154,7 +154,7 @@ class RCM(ContinuousConsistency, ScoreMethod):
         return given | ({"score_weight": 0.0} if context.step < self.starts else {})
 
     def score_gradient(self, context: Context, samples: Tensor, y: Tensor | None) -> Tensor:
-        """The direction in which samples (B, ...) leave the data's law, by the teacher's score and their own."""
+        """Return the direction in which samples (B, ...) leave the data's law, by the teacher's score and their own."""
         assert context.critic is not None and context.teacher is not None
         noise = torch.randn(samples.shape, generator=context.generator).to(samples)
         tau = self.critic.levels.sampler(context.path)(len(samples), context.generator, samples.device)

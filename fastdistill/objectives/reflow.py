@@ -35,7 +35,7 @@ def coupled_pairs(
     null: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Pairs (x0, x1): unit noise x1 (B, ...) and where the teacher's flow takes it, without gradient.
+    """Make pairs (x0, x1): unit noise x1 (B, ...) and where the teacher's flow takes it, without gradient.
 
     Args:
         teacher: called as teacher(x, t=t, s=s, y=y).
@@ -61,7 +61,7 @@ def straightness(
     scale: float = 1.0,
     null: int | None = None,
 ) -> Tensor:
-    """S = the integral over t of E ||(x_1 - x_0) - v(x_t, t)||^2 along the flow of `net` from unit noise x1 (B, ...).
+    """Return the integral over t of E ||(x_1 - x_0) - v(x_t, t)||^2 along the flow of `net` from noise x1 (B, ...).
 
     0 where all trajectories are straight and run at constant speed, so that one step of Euler is exact. The norm is a
     sum over elements; the mean is over rows. By Heun's method, of which x_1 - x_0 is the mean slope: a scalar, float64.
@@ -88,7 +88,7 @@ def straightness(
 
 @settings
 class ReFlow(Instantaneous):
-    """How ReFlow is trained."""
+    """Settings of ReFlow's training."""
 
     pairs: Annotated[int, Bounds(ge=1, le=10**8)] = 20_000
     """How many pairs are made, once, before training."""
@@ -123,7 +123,7 @@ class ReFlow(Instantaneous):
 
 
 def _is_straight(path: Path) -> bool:
-    """Whether a pair's state moves at constant velocity from (almost) the data to pure noise."""
+    """Return whether a pair's state moves at constant velocity from (almost) the data to pure noise."""
     start, end = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
     rates = [(f(end) - f(start) - d(end)).abs() for f, d in ((path.alpha, path.d_alpha), (path.beta, path.d_beta))]
     return float(path.alpha(end)) < 1e-12 and max(map(float, rates)) < 1e-12

@@ -1,4 +1,4 @@
-"""All methods by name, found by being there: each file of this package but the helpers holds what it is."""
+"""Find all methods by name, each by being there: each file of this package but the helpers holds what it is."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ OBJECTIVES: dict[str, Objective] = {name: row for name, row in METHODS.items() i
 
 
 def get(name: str) -> Objective:
-    """The objective called `name`; ValueError lists the names there are."""
+    """Return the objective called `name`; the ValueError of another lists the names there are."""
     if name not in OBJECTIVES:
         raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {name!r}")
     return OBJECTIVES[name]

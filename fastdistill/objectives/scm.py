@@ -1,4 +1,4 @@
-"""sCM: continuous consistency, with tangent normalisation and warm-up."""
+"""Train sCM: continuous consistency, with tangent normalisation and warm-up."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def scm(
     c: float | None = 0.1,
     jvp: Jvp = fused_jvp,
 ) -> tuple[Tensor, Metrics]:
-    """The loss ||F - [F + g]||^2, averaged over elements and rows, g being f(x_t, t, 0)'s normalised rate on the flow.
+    """Return the loss ||F - [F + g]||^2, a mean over elements and rows, g being f's normalised rate on the flow.
 
     With k = beta' / W and W = alpha beta' - beta alpha', F is defined by f = k x - beta F, and
         g = k (k (w / W - F) + warmup (D_w f / W - k (w / W - F))),  then  g / (||g|| + c).

@@ -1,4 +1,4 @@
-"""What the methods share that train a second network, the score of their own samples."""
+"""Share what the methods have in common that train a second network, the score of their own samples."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fastdistill.settings import Bounds, ConfigError, settings, short
 
 @settings
 class CriticSettings:
-    """The network of the samples' own score, which starts as the teacher and trains beside the generator."""
+    """Settings of the samples' own score, whose network starts as the teacher and trains beside the generator."""
 
     updates: Annotated[int, Bounds(ge=1, le=10_000)] = 5
     """Its updates in each training step, that is, for each update of the generator."""
@@ -52,7 +52,7 @@ class CriticSettings:
 
     @property
     def trained_levels(self) -> Levels:
-        """The law at which the second network is trained."""
+        """Return the law at which the second network is trained."""
         return self.levels if isinstance(self.fake_levels, SameLevels) else self.fake_levels
 
     def check(self) -> None:
@@ -65,7 +65,7 @@ class CriticSettings:
 
 @settings
 class ScoreMethod(MethodSettings):
-    """What the methods share that train a fake score."""
+    """Settings that the methods share that train a fake score."""
 
     critic: CriticSettings = CriticSettings()
     """The second network and its training."""
@@ -101,7 +101,7 @@ class ScoreMethod(MethodSettings):
 
     @property
     def starts(self) -> int:
-        """The step at which scores begin to take part; until then the second network stays as it is."""
+        """Return the step at which scores begin to take part; until then the second network stays as it is."""
         return 0
 
     def definition(self, run: Run) -> int | None:
@@ -109,17 +109,17 @@ class ScoreMethod(MethodSettings):
 
     @property
     def simulated_times(self) -> tuple[float, ...] | None:
-        """The times of backward simulation, where it takes part."""
+        """Return the times of backward simulation, where it takes part."""
         return self.generator_times if self.backward_simulation and len(self.generator_times) > 1 else None
 
     def draw_starts(self, context: Context, generator: torch.Generator) -> Tensor:
-        """Times (B,) of the generator's own, each with the same probability."""
+        """Draw times (B,) of the generator's own, each with the same probability."""
         times = torch.tensor(self.generator_times)
         return times[torch.randint(len(times), (context.rows,), generator=generator)].to(context.device)
 
     @torch.no_grad()
     def draw_samples(self, context: Context, generator: torch.Generator) -> Tensor:
-        """Samples (B, ...) of the generator as it is, from fresh noise, for the batch's labels."""
+        """Draw samples (B, ...) of the generator as it is, from fresh noise, for the batch's labels."""
         batch = context.batch
         x1 = torch.randn(batch.x1.shape, generator=generator).to(context.device)
         t = self.draw_starts(context, generator)
@@ -158,7 +158,7 @@ def simulate(
     path: Path = LINEAR,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The generator's own states at t (B,) on its way from noise x1 (B, ...) by jumps to 0 and renoising.
+    """Return the generator's own states at t (B,) on its way from noise x1 (B, ...) by jumps to 0 and renoising.
 
     Args:
         times: falling, 1 first and 0 left out; every t is one of them. On a GPU, where that isn't read, a row with

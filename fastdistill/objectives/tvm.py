@@ -36,7 +36,7 @@ def tvm(
     factor: Number = 1.0,
     jvp: Jvp = fused_jvp,
 ) -> tuple[Tensor, Metrics]:
-    """The loss ||d/ds f(x_t, t, s) - [u_target(f, s, s)]||^2 + ||u(x_s, s, s) - w||^2, a mean over elements and rows.
+    """Return ||d/ds f(x_t, t, s) - [u_target(f, s, s)]||^2 + ||u(x_s, s, s) - w||^2, a mean over elements and rows.
 
     d/ds f = u - (t - s) du/ds by one jvp along (0, 0, 1), and gradients flow through that derivative: `jvp` is called
     with tangent_grad=True. x_s is on the path at s with the same x0 and x1, and w is the velocity there. Every row has
@@ -82,7 +82,7 @@ def tvm(
 
 @settings
 class TVM(MethodSettings):
-    """How Terminal velocity matching is trained."""
+    """Settings of terminal velocity matching's training."""
 
     times: GapTimes = GapTimes()
     """The law of both times."""

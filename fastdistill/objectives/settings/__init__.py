@@ -1,4 +1,4 @@
-"""What a method is to a trainer: its settings, plain dataclasses, and what it does with one training step."""
+"""Describe a method to a trainer: its settings, plain dataclasses, and what it does with one training step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a method is to a trainer: settings, the times it draws, the call of its objective, what it learns.
+"""Describe a method to a trainer: settings, the times it draws, the call of its objective, what it learns.
 
 A method's settings are one small class. Its fields carry the names of its objective's keywords, so that the base class
 can pass them on: what is left to write are the times.
@@ -46,7 +46,7 @@ class CommonSettings:
 
 @settings
 class MethodSettings(CommonSettings):
-    """What the trainer asks of every method. A subclass gives its fields, and `draw_times`."""
+    """Settings that the trainer asks of every method. A subclass gives its fields, and `draw_times`."""
 
     sample_guidance: Annotated[float, Bounds(ge=0)] = 1.0
     """Guidance scale of samples, where the network can still be guided; 1 is none. Any other takes two evaluations."""
@@ -72,7 +72,7 @@ class MethodSettings(CommonSettings):
 
     @classmethod
     def needs_teacher(cls) -> bool:
-        """Whether it can't do without one."""
+        """Return whether it can't do without a teacher."""
         return cls.makes_pairs or cls.has_critic or "teacher" in cls.objective().needs
 
     @classmethod
@@ -81,18 +81,18 @@ class MethodSettings(CommonSettings):
         return cls.row
 
     def loss(self, context: Context) -> tuple[Tensor, Metrics]:
-        """The objective on one batch, at times drawn from the step's generator."""
+        """Return the objective on one batch, at times drawn from the step's generator."""
         batch, objective = context.batch, self.objective()
         times = self.draw_times(context)
         given = {name: value for name, value in self.keywords(context).items() if name in objective.takes}
         return objective.function(context.net, batch.x0, batch.x1, *times, y=batch.y, path=context.path, **given)
 
     def draw_times(self, context: Context) -> tuple[Tensor, ...]:
-        """The times of a batch, in the order in which the objective takes them."""
+        """Draw the times of a batch, in the order in which the objective takes them."""
         raise TypeError(f"{type(self).__name__} draws no times")
 
     def keywords(self, context: Context) -> dict[str, Any]:
-        """Keywords for the objective, of which those are passed that it takes: fields by their names, and the context.
+        """Return the keywords that the objective takes: fields by their names, and parts of the context.
 
         A subclass adds what it computes from the step.
         """
@@ -105,15 +105,15 @@ class MethodSettings(CommonSettings):
         return given
 
     def sample_times(self, steps: int) -> Steps:
-        """What the sampler walks in so many steps: equal ones, or the times themselves, falling to 0."""
+        """Return what the sampler walks in so many steps: equal ones, or the times themselves, falling to 0."""
         return steps
 
     def has_learnt(self, steps: int) -> bool:
-        """Whether it learnt all times at which so many steps start; others are possible, and no measure of it."""
+        """Return whether sampling in `steps` steps starts only at times that were trained."""
         return True
 
     def sampler_for(self, sampler: str, steps: int) -> str:
-        """The name of the sampler that does what `sampler` means in so many steps, for a network of this method."""
+        """Return the name of the sampler that does what `sampler` means in so many steps, for this method's network."""
         return sampler
 
     def definition(self, run: Run) -> int | None:
@@ -134,16 +134,16 @@ class MethodSettings(CommonSettings):
 
     @property
     def depends_on_steps(self) -> bool:
-        """Whether it has a curriculum over the whole run, which another number of steps would move."""
+        """Return whether it has a curriculum over the whole run, which another number of steps would move."""
         return False
 
     @property
     def guidance_settings(self) -> GuidanceSettings | None:
-        """The guidance of its target, where it has one."""
+        """Return the guidance of its target, where it has one."""
         guidance = getattr(self, "guidance", None)
         return guidance if isinstance(guidance, GuidanceSettings) else None
 
     @property
     def conditions_on_guidance(self) -> bool:
-        """Whether the network is told a scale of guidance."""
+        """Return whether the network is told a scale of guidance."""
         return self.guidance_settings is not None and self.guidance_settings.scale_to is not None

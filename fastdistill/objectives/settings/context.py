@@ -1,4 +1,4 @@
-"""What a method may look at: the parts of one training step, and the run that its settings must fit."""
+"""Describe to a method the parts of one training step, and the run that its settings must fit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastdistill.samplers import Net
 
 
 class Batch(Protocol):
-    """A training batch, on the device of the network."""
+    """Batch of one training step, on the device of the network."""
 
     @property
     def x0(self) -> Tensor:
@@ -44,7 +44,7 @@ class Batch(Protocol):
 
 
 class Critic(Protocol):
-    """The second network of the methods that train a score."""
+    """Critic: the second network of the methods that train a score."""
 
     fake: nn.Module
     """The score of the generator's own samples, as a velocity."""
@@ -57,7 +57,7 @@ class Critic(Protocol):
 
 @dataclass(frozen=True)
 class Run:
-    """What a method's own checks may know of the run's other settings."""
+    """Run as a method's own checks may know it, by its other settings."""
 
     path: Path
     path_name: str
@@ -71,7 +71,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Context:
-    """All that a method may look at in one training step."""
+    """Context of one training step: all that a method may look at."""
 
     net: nn.Module
     batch: Batch
@@ -98,20 +98,20 @@ class Context:
 
     @property
     def rows(self) -> int:
-        """Rows in the batch."""
+        """Return the number of rows in the batch."""
         return len(self.batch.x0)
 
     @property
     def velocity_head(self) -> Net | None:
-        """The network with the velocity head's last layer in the place of its own; None where there is no head."""
+        """Return the network with the velocity head's last layer in place of its own; None where there is no head."""
         return None if self.velocity_layer is None else partial(self.net, last_layer=self.velocity_layer)
 
     @property
     def device(self) -> torch.device:
-        """Where the batch lies."""
+        """Return where the batch lies."""
         return self.batch.x0.device
 
 
 def ramp(context: Context, steps: int, limit: float = 1.0) -> float:
-    """A warm-up factor that grows linearly from 0 to `limit` over the first `steps` steps; 0 steps: `limit` at once."""
+    """Return a warm-up factor that grows linearly from 0 to `limit` over `steps` steps; with 0, `limit` at once."""
     return limit if steps == 0 else min(limit, context.step / steps)

@@ -27,18 +27,18 @@ class GuidanceSettings:
 
     @property
     def active(self) -> bool:
-        """Whether the target differs from the plain velocity."""
+        """Return whether the target differs from the plain velocity."""
         return self.scale != 1 or self.kappa != 0 or self.scale_to is not None
 
     def draw_scale(self, context: Context) -> float | Tensor:
-        """The scale of all rows, or (B,) of each."""
+        """Draw the scale of all rows, or (B,) of each."""
         if self.scale_to is None:
             return self.scale
         share = torch.rand(context.rows, generator=context.generator).to(context.device)
         return self.scale + (self.scale_to - self.scale) * share
 
     def build(self, context: Context) -> Guidance | Autoguidance | None:
-        """The objective's argument."""
+        """Build the objective's argument."""
         if context.weak_teacher is not None:
             return Autoguidance(self.draw_scale(context), self.interval)
         if not self.active:

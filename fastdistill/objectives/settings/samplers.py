@@ -1,4 +1,4 @@
-"""The settings of a run's sampler, which follow from the samplers' specifications: `sampler`, and one a parameter."""
+"""Derive the settings of a run's sampler from the samplers' specifications: `sampler`, and one a parameter."""
 
 from __future__ import annotations
 

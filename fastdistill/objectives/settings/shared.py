@@ -1,4 +1,4 @@
-"""What several methods share that draw times alike."""
+"""Share the settings of methods that draw times alike."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastdistill.times import pair_times, triangle_times
 
 @settings
 class Instantaneous(MethodSettings):
-    """What flow matching on data and on pairs share."""
+    """Settings that flow matching on data and on pairs share."""
 
     times: Times = LogitNormalTimes()
     """The law of the training times t."""
@@ -34,7 +34,7 @@ class Instantaneous(MethodSettings):
 
 @settings
 class PairedTimes(MethodSettings):
-    """What the methods share whose times are the larger and the smaller of two draws."""
+    """Settings that the methods share whose times are the larger and the smaller of two draws."""
 
     times: Times = LogitNormalTimes()
     """The law of both draws, or of the first where `end_times` is given; t is the larger of the two, s the smaller."""
@@ -78,7 +78,7 @@ def flat_by_normalisation(c: float | None) -> str | None:
 
 @settings
 class SelfDistillation(MethodSettings):
-    """What ESD, LSD and PSD share: flow matching on the diagonal, and an identity of the flow map off it.
+    """Settings that ESD, LSD and PSD share: flow matching on the diagonal, and an identity of the flow map off it.
 
     Both the anchor's share and the weight matter: on the ring they diverge with 75 % of the rows off the diagonal, and
     with a learned weight, which grows without bound where the identity holds almost exactly.

@@ -15,7 +15,7 @@ from fastdistill.times import ArctanLogNormal, KarrasLevel, LogitNormal, Shifted
 
 @settings
 class LogitNormalTimes:
-    """sigmoid(N(mean, std²)): most draws in the middle."""
+    """Law of times sigmoid(N(mean, std²)): most draws lie in the middle."""
 
     law: Literal["logit_normal"] = "logit_normal"
     mean: float = -0.4
@@ -24,7 +24,7 @@ class LogitNormalTimes:
     """Of the normal."""
 
     def sampler(self) -> TimeSampler:
-        """The law to draw from."""
+        """Return the law to draw from."""
         return LogitNormal(self.mean, self.std)
 
 
@@ -35,7 +35,7 @@ class UniformTimes:
     law: Literal["uniform"] = "uniform"
 
     def sampler(self) -> TimeSampler:
-        """The law to draw from."""
+        """Return the law to draw from."""
         return Uniform()
 
 
@@ -53,7 +53,7 @@ class KarrasLevels:
     """The greatest share."""
 
     def sampler(self, path: Path) -> TimeSampler:
-        """The law to draw from."""
+        """Return the law to draw from."""
         return KarrasLevel(path, self.low, self.high)
 
 
@@ -66,7 +66,7 @@ class ShiftedLevels:
     """A larger one draws more noise."""
 
     def sampler(self, path: Path) -> TimeSampler:
-        """The law to draw from."""
+        """Return the law to draw from."""
         return ShiftedLevel(path, self.shift)
 
 
@@ -81,13 +81,13 @@ class TimeLevels:
     """The greatest time."""
 
     def sampler(self, path: Path) -> TimeSampler:
-        """The law to draw from."""
+        """Return the law to draw from."""
         return Uniform(self.low, self.high)
 
 
 @settings
 class SameLevels:
-    """Those of the law beside it."""
+    """Levels of the law beside it."""
 
     law: Literal["same"] = "same"
 
@@ -105,7 +105,7 @@ def from_pair(given: Any) -> Any:
 
 @settings
 class LevelSettings:
-    """A log-normal law of noise levels beta / alpha."""
+    """Log-normal law of noise levels beta / alpha."""
 
     mean: float = -1.1
     """Of the logarithm."""
@@ -115,7 +115,7 @@ class LevelSettings:
 
 @settings
 class ArctanTimes:
-    """t = (2 / pi) atan(e^N(mean, std²) / sigma_data)."""
+    """Law of times t = (2 / pi) atan(e^N(mean, std²) / sigma_data)."""
 
     mean: float = -1.0
     """Of the normal; a lower one draws times nearer to the data."""
@@ -125,13 +125,13 @@ class ArctanTimes:
     """The scale of the data."""
 
     def draw(self, context: Context) -> Tensor:
-        """Times (B,)."""
+        """Draw times (B,)."""
         return ArctanLogNormal(self.mean, self.std, self.sigma_data)(context.rows, context.generator, context.device)
 
 
 @settings
 class GapTimes:
-    """t - s = sigmoid(N(mean, std²)), s uniform below 1 - (t - s)."""
+    """Law of gaps t - s = sigmoid(N(mean, std²)), s uniform below 1 - (t - s)."""
 
     mean: float = -0.8
     """Of the normal; a lower one draws shorter jumps."""
@@ -139,6 +139,6 @@ class GapTimes:
     """Of the normal."""
 
     def draw(self, context: Context, distinct: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Times (t, s), each (B,); the first share `distinct` of the rows has s < t."""
+        """Draw times (t, s), each (B,); the first share `distinct` of the rows has s < t."""
         gap = LogitNormal(self.mean, self.std)
         return gap_times(context.rows, gap, distinct, generator=context.generator, device=context.device)
