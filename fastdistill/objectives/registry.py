@@ -18,7 +18,7 @@ def collect(found: Mapping[str, Objective | tuple[Objective, ...]]) -> dict[str,
     """Return methods by name, in the order in which they are listed, from what the files hold as METHOD.
 
     Raises:
-        ImportError: it is no row, or none of its rows has a name of its own that begins with its file's.
+        ImportError: one of them is no row, has no settings, or has another's name or one that its file's doesn't begin.
     """
     rows: dict[str, Objective] = {}
     for name, held in found.items():

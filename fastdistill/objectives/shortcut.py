@@ -40,8 +40,9 @@ def shortcut(
     """Return the loss of jumps by their halves on rows with delta > 0, and of flow matching on the others.
 
     The two are ||u(x_t, t, t - 2 delta) - [(u(x_t, t, t - delta) + u(x', t - delta, t - 2 delta)) / 2]||^2 and
-    ||u(x_t, t, t) - w||^2, averaged over elements and rows. x' is where the first half ends. The error is one of velocities, which is the flow map's over (2 delta)^2. The paper
-    splits off 1/8 of the rows and draws delta from powers of two down to 1/128 (`fastdistill.times`), t from multiples.
+    ||u(x_t, t, t) - w||^2, averaged over elements and rows; x' is where the first half ends. The error is one of
+    velocities, which is the flow map's over (2 delta)^2. The paper splits off 1/8 of the rows and draws delta from
+    powers of two down to 1/128 (`fastdistill.times`), t from multiples.
     Halves of the finest length, delta = 1 / finest, are no target of a longer jump, so that no row would train them:
     they are steps along the velocity, u(x_t, t, t) and u(x', t - delta, t - delta), as in the paper's code.
 

@@ -17,7 +17,7 @@ from fastdistill.train.settings import Settings
 
 
 class Checked(Settings):
-    """What all checked classes share: the plain class may have a say in what a file's fields mean."""
+    """Base of all checked classes: the plain class may have a say in what a file's fields mean."""
 
     plain: ClassVar[type]
 

@@ -1,4 +1,4 @@
-"""The settings of a run's data set: its name, the batch, and whatever fields the set declares for itself."""
+"""Define the settings of a run's data set: its name, the batch, and whatever fields the set declares for itself."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NAMES = "; ".join(f"{name}: {_described(maker)}" for name, maker in DATASETS.ite
 
 
 class DataSettings(Settings):
-    """What is learnt. A set may declare more fields, which then stand here too."""
+    """Data that is learnt. A set may declare more fields, which then stand here too."""
 
     name: str = Field(
         description=f"{NAMES}. Or package.module:attribute of a set of your own, with () behind it where that has to "

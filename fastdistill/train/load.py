@@ -1,4 +1,4 @@
-"""A configuration from a YAML file, or a shipped name, and the command line; checked as a whole."""
+"""Load a configuration from a YAML file, or a shipped name, and the command line; check it as a whole."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHIPPED = Path(__file__).parents[1] / "configs"
 
 
 def shipped_configs() -> list[str]:
-    """The names of the configurations that come with fastdistill."""
+    """Return the names of the configurations that come with fastdistill."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
@@ -73,14 +73,14 @@ def choose_data(data: Any, name: str) -> dict[str, Any]:
 
 
 def choose_recipe(method: Mapping[str, Any], recipe: str) -> dict[str, Any]:
-    """The fields of a method with a named recipe in the place of those that it fills in."""
+    """Put the fields of a named recipe in the place of those that it fills in."""
     kind = METHODS.get(str(method.get("name")))
     filled = {field for fields in (kind.presets if kind else {}).values() for field in fields}
     return {name: value for name, value in method.items() if name not in filled} | {"recipe": recipe}
 
 
 def find_config(source: str | Path) -> Path:
-    """The file of a configuration, given by path or by shipped name."""
+    """Find the file of a configuration, given by path or by shipped name."""
     with suppress(OSError, ValueError):  # of a name that no file can have
         for path in (Path(source), SHIPPED / f"{source}.yaml"):
             if path.is_file():
@@ -127,7 +127,7 @@ def _refuse_no_fields(value: Any, place: str) -> None:
 
 
 def take_option(overrides: Sequence[str], option: str) -> tuple[str | None, list[str]]:
-    """The last value of `--option value` or `--option=value`, and the arguments without it."""
+    """Return the last value of `--option value` or `--option=value`, and the arguments without it."""
     value, rest, arguments = None, [], iter(overrides)
     for argument in arguments:
         if argument == option:
@@ -142,7 +142,7 @@ def take_option(overrides: Sequence[str], option: str) -> tuple[str | None, list
 
 
 def choose_method(given: Mapping[str, Any], name: str, recipes: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a file with another method in place of its own: the file's recipe for it, else its defaults."""
+    """Put another method in place of a file's own: the file's recipe for it, else its defaults."""
     if name not in METHODS:
         expected = ", ".join(METHODS)
         raise ConfigError(f"method.name: expected one of {expected}, got {short(name)}; {nearest(name, METHODS)}")

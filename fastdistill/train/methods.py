@@ -1,4 +1,4 @@
-"""How each objective is trained and sampled: one class of settings a method, `METHODS` by name, and their union."""
+"""Make the checked settings of each method: one class a method, `METHODS` by name, and their union."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["METHODS", "Method", "method_class"]
 
 
 class Named(Checked):
-    """What the classes of methods share: each is found by the method's name."""
+    """Base of the classes of methods: each is found by the method's name."""
 
     row: ClassVar[Objective]
 

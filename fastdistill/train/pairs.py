@@ -46,7 +46,7 @@ class Pairs:
 def make_pairs(
     config: TrainConfig, teacher: nn.Module, path_of_teacher: paths.Path, digest: str, dataset: DataSet, run: Path
 ) -> Pairs:
-    """The pairs of a run: read where they are whole, made where not.
+    """Make the pairs of a run, or read them where they are whole.
 
     Args:
         config: of a run of ReFlow.

@@ -1,4 +1,4 @@
-"""A perceptual distance of the user's own, by the name that a configuration gives it: imported, and tried."""
+"""Import and try a perceptual distance of the user's own, by the name that a configuration gives it."""
 
 from __future__ import annotations
 

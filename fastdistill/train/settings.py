@@ -1,4 +1,4 @@
-"""The base of every settings class, and its errors in words: which field, what was expected, what came."""
+"""Define the base of every settings class, and its errors in words: which field, what was expected, what came."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHOWN = 10  # how many wrong fields an error lists
 
 
 class Settings(BaseModel):
-    """A frozen group of typed settings. A field that it doesn't know is an error that suggests the nearest one."""
+    """Settings: a frozen, typed group. A field that it doesn't know is an error that suggests the nearest one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -28,7 +28,7 @@ class Settings(BaseModel):
 
 
 def explain(error: ValidationError, given: Mapping[str, Any]) -> str:
-    """One line a problem, each led by the dotted name of the field as it stands in what was given."""
+    """Explain each problem in a line, led by the dotted name of the field as it stands in what was given."""
     problems = error.errors(include_url=False)
     lines = [_explain_one(problem, given) for problem in problems[:SHOWN]]
     return "\n".join([*lines, *[f"and {len(problems) - SHOWN} more"] * (len(problems) > SHOWN)])
@@ -54,7 +54,7 @@ def _explain_one(problem: Mapping[str, Any], given: Mapping[str, Any]) -> str:
 
 
 def _place(loc: tuple[int | str, ...], given: Any, is_missing: bool) -> str:
-    """The dotted name of a place, without the tags that pydantic adds for the kinds of a union."""
+    """Return the dotted name of a place, without the tags that pydantic adds for the kinds of a union."""
     parts = []
     for depth, part in enumerate(loc):
         absent = isinstance(given, Mapping) and part not in given

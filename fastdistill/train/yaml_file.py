@@ -54,7 +54,7 @@ def _read_text(path: Path) -> str:
 
 
 def _refuse_deep(text: str, path: Path) -> None:
-    """By the parser's events, which come one after the other: whatever builds values calls itself at each level."""
+    """Refuse deep nesting by the parser's events, one by one: what builds values calls itself at each level."""
     levels = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         levels += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fastdistill import objectives
 from fastdistill.objectives import OBJECTIVES, Autoguidance, Guidance, Objective
+from fastdistill.objectives.registry import collect
 from fastdistill.paths import EDM, ICFM, PATHS, VE
 from fastdistill.samplers import SAMPLERS
 from tests.objectives.cases import ROWS, WIDTH, SmallNet, draw_times
@@ -186,3 +188,17 @@ def test_an_unknown_objective_or_row_is_refused() -> None:
         Objective(objectives.meanflow, "eulerian", ("t", "s"), **texts, needs=frozenset({"fake"}))
     with pytest.raises(ValueError, match=r"^anywhere: expected an option of meanflow, got 'parameterization'"):
         Objective(objectives.meanflow, "eulerian", ("t", "s"), **texts, anywhere=("parameterization", "average"))
+
+
+def test_a_file_that_holds_no_whole_method_is_refused() -> None:
+    row = OBJECTIVES["esd"]
+    bad: list[tuple[Any, str]] = [
+        (objectives.esd, "expected METHOD to be an Objective with settings, got <function"),
+        (replace(row, settings=None), "expected METHOD to be an Objective with settings, got Objective"),
+        (OBJECTIVES["psd"], "expected METHOD of a function esd, got psd"),
+        ((row, row), "expected METHOD of a function esd, got esd"),
+    ]
+    assert list(collect({"esd": row})) == ["esd"]
+    for held, said in bad:
+        with pytest.raises(ImportError, match=rf"^fastdistill\.objectives\.esd: {said}"):
+            collect({"esd": held})
