@@ -1,4 +1,4 @@
-"""What the test files of the methods say of each: its gates, and its cases of descent; the tests of all run on them.
+"""Collect what the methods' test files say of each, its gates and its cases of descent, for the tests of all.
 
 TAUGHT     name -> keywords of the gate with the exact teacher
 FROM_DATA  name -> keywords of the gate with data in one point

@@ -1,4 +1,4 @@
-"""What tier 1 of signs is made of: a network a little beside the exact solution is brought back to it by descent.
+"""Build tier 1, of signs: a network a little beside the exact solution is brought back to it by descent.
 
 At the exact solution residual and gradient vanish whatever the sign of the loss, and whichever side of a difference the
 gradient flows through. Here the network is u + theta phi, u exact and phi one direction, and the loss's gradient by
@@ -44,7 +44,7 @@ def first(t: Tensor, s: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """A method with a direction, and what its gradient by theta is.
+    """Case of a method with a direction, and what its gradient by theta is.
 
     Args:
         name: of the method. slope: the gradient over theta, (B,) by row, whose mean is expected; of the gate and d.
@@ -63,20 +63,20 @@ class Case:
     order: int = 1
 
     def gate(self, theta: float) -> Gate:
-        """The same gate, but for `prepare`, at each call."""
+        """Return the same gate, but for `prepare`, at each call."""
         torch.manual_seed(0)
         gate = Gate(self.name, self.path, self.taught, self.options)
         self.prepare(gate, theta)
         return gate
 
     def expected(self, theta: float) -> float:
-        """The gradient at theta."""
+        """Return the gradient at theta."""
         gate = self.gate(theta)
         d = gate.times["t"] - (gate.times["s"] if {"s", "delta"} & set(gate.objective.times) else 0)
         return (THETA if self.order else 1.0) * (1 if theta > 0 else -1) * self.slope(gate, d).mean().item()
 
     def loss(self, theta: Tensor, target: float | None = None, **keywords: Any) -> Tensor:
-        """The loss at theta; with `target` a network at that theta takes the target's part."""
+        """Return the loss at theta; with `target` a network at that theta takes the target's part."""
         gate = self.gate(THETA if theta > 0 else -THETA)
         if target is not None:
             keywords["target"] = moved(gate.net, torch.tensor(target, dtype=torch.float64), self.direction)
@@ -84,12 +84,12 @@ class Case:
         return gate.objective.function(net, gate.x0, gate.x1, *times, **(gate.keywords | keywords))[0]
 
     def gradient(self, theta: float, **keywords: Any) -> float:
-        """The gradient that a trainer would follow."""
+        """Return the gradient that a trainer would follow."""
         leaf = torch.tensor(theta, dtype=torch.float64, requires_grad=True)
         return torch.autograd.grad(self.loss(leaf, **keywords), leaf)[0].item()
 
     def derivative(self, theta: float, prediction: bool = True, target: bool = True) -> float:
-        """Of the loss's value, by differences, while the prediction moves alone, or the target, or both as one."""
+        """Return the derivative of the loss's value while the prediction moves alone, or the target, or both as one."""
 
         def value(step: float) -> float:
             moving = torch.tensor(theta + step * prediction, dtype=torch.float64)
@@ -99,7 +99,7 @@ class Case:
 
 
 def moved(net: Net, theta: Tensor, direction: Direction) -> Net:
-    """u + theta phi."""
+    """Return u + theta phi."""
 
     def changed(x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
         return net(x, t=t, s=s, y=y) + theta * direction(t, s)[:, None] * torch.ones_like(x)
@@ -108,7 +108,7 @@ def moved(net: Net, theta: Tensor, direction: Direction) -> Net:
 
 
 def descends(case: Case, gradient: Callable[[float], float]) -> bool:
-    """Whether the gradient is the expected one on either side of the exact solution, where it points away from it."""
+    """Return whether the gradient is the expected one on either side of the exact solution, and points away from it."""
     expected = {theta: case.expected(theta) for theta in (-THETA, THETA)}
     assert expected[-THETA] < 0 < expected[THETA]
     return all(abs(gradient(theta) - value) < TOLERANCE * abs(value) for theta, value in expected.items())
@@ -126,19 +126,19 @@ def state(gate: Gate) -> Tensor:
 
 
 def share(gate: Gate) -> Tensor:
-    """1 in rows with s = t, and 0 elsewhere."""
+    """Return 1 in rows with s = t, and 0 elsewhere."""
     return (gate.times["t"] == gate.times["s"]).to(gate.x1)
 
 
 def turn(gate: Gate, d: Tensor) -> Tensor:
-    """(e, (dv/dx) e) of the exact velocity where the jump ends: how it changes when the end is moved."""
+    """Return (e, (dv/dx) e) of the exact velocity where the jump ends: how it changes when the end is moved."""
     t, s = gate.times["t"], gate.times["s"]
     end = gate.law.flow_map(state(gate), t, s)
     return (gate.law.velocity(end + 1, s) - gate.law.velocity(end, s)).sum(1)
 
 
 def halves(gate: Gate, d: Tensor) -> Tensor:
-    """Two jumps of d / 2 as the target, a mean over elements, in all rows.
+    """Return two jumps of d / 2 as the target, a mean over elements, in all rows.
 
     phi is d^2 e in the prediction and d^2/4 e in both halves of the target; the second starts where the first ends,
     off by -theta d^3/8 e, which adds half of that times du/dx = (1 - J) / (d/2), J = df/dx of the second half. In all
@@ -151,7 +151,7 @@ def halves(gate: Gate, d: Tensor) -> Tensor:
 
 
 def lagrangian(gate: Gate, d: Tensor) -> Tensor:
-    """(e, residual) over theta: u - d du/ds is off by 3 theta d^2 e, and the map by -theta d^3 e.
+    """Return (e, residual) over theta: u - d du/ds is off by 3 theta d^2 e, and the map by -theta d^3 e.
 
     The velocity where it ends, which is subtracted, is then off by -theta d^3 (dv/dx) e.
     """

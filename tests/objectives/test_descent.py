@@ -18,7 +18,7 @@ EACH = pytest.mark.parametrize("case", DESCENT.values(), ids=DESCENT)
 
 
 def some(*names: str) -> pytest.MarkDecorator:
-    """These cases."""
+    """Return these cases."""
     return pytest.mark.parametrize("case", [DESCENT[name] for name in names], ids=names)
 
 
@@ -44,14 +44,14 @@ TWO_EVALUATIONS = some("alpha-flow", "consistency", "consistency from data", "ec
 
 @TWO_EVALUATIONS
 def test_a_prediction_swapped_with_its_target_is_found(case: Case) -> None:
-    """The gradient is that of the loss's value by the prediction while the target is held, and not the other one."""
+    """Check that the gradient is the loss's by the prediction while the target is held, and not the other one."""
     assert descends(case, partial(case.derivative, target=False))
     assert not descends(case, partial(case.derivative, prediction=False))
 
 
 @some("meanflow", "meanflow from data", "improved meanflow", "esd, through nothing")
 def test_a_gradient_through_the_bracket_instead_is_found(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """[u] - (w - d D_w u), where u - [w - d D_w u] is meant."""
+    """Check [u] - (w - d D_w u), where u - [w - d D_w u] is meant."""
 
     def swapped(u: Tensor, du_dt: Tensor, w: Tensor, t: Tensor, s: Tensor) -> Tensor:
         return u.detach() - (w - (t - s)[:, None] * du_dt)
@@ -63,7 +63,7 @@ def test_a_gradient_through_the_bracket_instead_is_found(case: Case, monkeypatch
 
 @some("scm", "scm on the circle", "rcm", "ayf_emd", "ayf_lmd")
 def test_a_pull_the_wrong_way_is_found(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """F - [F - g] for F - [F + g], which is also what swapping both sides makes of it."""
+    """Check F - [F - g] for F - [F + g], which is also what swapping both sides makes of it."""
     continuous = case.name in ("scm", "rcm")
     function = objectives.continuous.regress if continuous else objectives.get(case.name).function
     module = sys.modules[function.__module__]
@@ -72,7 +72,7 @@ def test_a_pull_the_wrong_way_is_found(case: Case, monkeypatch: pytest.MonkeyPat
 
 
 def test_scores_in_each_others_place_are_found() -> None:
-    """DMD's teacher for its fake."""
+    """Check DMD's teacher for its fake."""
     case, (fake, teacher) = DESCENT["dmd"], ("fake", "teacher")
 
     def gradient(theta: float) -> float:
@@ -88,5 +88,5 @@ STOPS_NOTHING_ALONG_PHI = ("esd", "esd, through the tangent")
 
 @some(*(name for name, case in DESCENT.items() if case.direction is jump and name not in STOPS_NOTHING_ALONG_PHI))
 def test_a_lost_stop_gradient_is_found(case: Case) -> None:
-    """The derivative of the loss's value is another number for every other method."""
+    """Check that the derivative of the loss's value is another number for every other method."""
     assert not descends(case, case.derivative)

@@ -28,7 +28,7 @@ def test_esd_off_the_diagonal_is_meanflow_with_its_own_velocity_as_teacher() -> 
 
 
 def esd_by_hand(net: SmallNet, carrier: SmallNet, x: Tensor, t: Tensor, s: Tensor, through: str) -> Tensor:
-    """The residual u - v + (t - s) (du/dt + (du/dx) v) by PyTorch's own derivatives; v and (du/dx) v of `carrier`."""
+    """Return u - v + (t - s) (du/dt + (du/dx) v) by PyTorch's own derivatives; v and (du/dx) v of `carrier`."""
     v = carrier(x, t, t).detach()
     zero, one = torch.zeros_like(x), torch.ones_like(t)
     u, by_time = torch.func.jvp(net, (x, t, s), (zero, one, 0 * one))
@@ -44,7 +44,7 @@ def esd_by_hand(net: SmallNet, carrier: SmallNet, x: Tensor, t: Tensor, s: Tenso
 @pytest.mark.parametrize("with_target", [False, True], ids=["own", "target"])
 @pytest.mark.parametrize("through", ["time", "tangent", "nothing"])
 def test_esd_keeps_the_gradient_that_it_says(through: str, with_target: bool) -> None:
-    """A target gives v, and (du/dx) v too where that has no gradient while du/dt has one."""
+    """Check that a target gives v, and (du/dx) v too where that has no gradient while du/dt has one."""
     net, (x0, x1, times) = SmallNet(), random_batch()
     target = SmallNet() if with_target else None
     t, s, x = times["t"], times["r"], (1 - times["t"])[:, None] * x0 + times["t"][:, None] * x1

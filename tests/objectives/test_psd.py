@@ -16,7 +16,7 @@ DESCENT = {
 
 
 def test_psd_meets_at_the_midpoint_of_each_row() -> None:
-    """A midpoint by row is that number's in each of them, and rows with s = t have none."""
+    """Check that a midpoint by row is that number's in each of them, and that rows with s = t have none."""
     net, (x0, x1, times) = SmallNet(), random_batch()
     t, s = times["t"], times["s"]
     midpoint = torch.where(torch.arange(ROWS) % 2 == 0, 0.25, 0.6).double()

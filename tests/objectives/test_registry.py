@@ -1,4 +1,4 @@
-"""The table of methods: complete, true to the functions, and refused by name where something is missing."""
+"""Check the table of methods: complete, true to the functions, and refused by name where something is missing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ONE_LABEL = torch.zeros(ROWS, dtype=torch.int64)
 
 
 def run(name: str, **keywords: Any) -> tuple[Tensor, dict[str, Any]]:
-    """The method on random rows, with what it needs unless it is among the keywords."""
+    """Run the method on random rows, with what it needs unless it is among the keywords."""
     objective, times = objectives.get(name), draw_times()
     for key in [key for key in times if key in keywords]:
         times[key] = keywords.pop(key)
@@ -34,7 +34,7 @@ def run(name: str, **keywords: Any) -> tuple[Tensor, dict[str, Any]]:
 
 
 def test_every_regression_method_has_its_gates() -> None:
-    """Tier 0 and tier 1 are parametrised over these tables."""
+    """Check the tables over which tier 0 and tier 1 are parametrised."""
     assert set(REGRESSION) == set(TAUGHT) | set(FROM_DATA)
     assert {name for name in REGRESSION if "teacher" in OBJECTIVES[name].takes} == set(TAUGHT)
 
@@ -71,7 +71,7 @@ def test_metrics_are_detached_scalars_and_rows(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in REGRESSION if "distinct_rows" in OBJECTIVES[name].takes])
 def test_counted_rows_agree_with_found_rows(name: str) -> None:
-    """Sorted so that the rows with s != t lead, as the laws of times arrange them."""
+    """Check rows sorted so that those with s != t lead, as the laws of times arrange them."""
     times = draw_times()
     order = (times["s"] == times["t"]).to(torch.int8).argsort(stable=True)
     net, keywords = SmallNet(), {key: value[order] for key, value in times.items() if key in OBJECTIVES[name].times}
@@ -86,7 +86,7 @@ def test_counted_rows_agree_with_found_rows(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in REGRESSION if "weighting" in OBJECTIVES[name].takes])
 def test_learned_weight_enters_the_loss(name: str) -> None:
-    """A constant log-variance a turns a loss without anchor into exp(-a) loss + a; the score term is not weighed."""
+    """Check that a constant log-variance a turns a loss into exp(-a) loss + a; the score term is not weighed."""
     net, seeds, losses = SmallNet(), [], []
     for weighting in (None, lambda t, s: torch.full_like(t, 0.7)):
         torch.manual_seed(7)
@@ -101,7 +101,7 @@ def test_learned_weight_enters_the_loss(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in REGRESSION if "target" in OBJECTIVES[name].takes])
 def test_target_stands_on_the_stopped_side(name: str) -> None:
-    """Another target changes the loss and gets no gradient; the network itself as target changes nothing."""
+    """Check that another target changes the loss and gets no gradient, and that the network itself changes nothing."""
     net, other, losses = SmallNet(), SmallNet(), []
     options: dict[str, Any] = {"alpha": 0.5} if name == "alpha_flow" else {}
     for target in (None, net, other):

@@ -18,7 +18,7 @@ DESCENT = {
 
 
 def test_tvm_asks_its_average_for_both_velocities_of_guidance() -> None:
-    """w = v_hat + (scale - 1) (v_hat - u*(x_s, s, s, null)), and the student is asked without a label nowhere."""
+    """Check w = v_hat + (scale - 1) (v_hat - u*(x_s, s, s, null)); the student is asked without a label nowhere."""
     net, target, (x0, x1, times) = SmallNet(), SmallNet(), random_batch()
     t, s, y, null = times["t"], times["r"], torch.arange(ROWS) % 3, torch.full((ROWS,), 3)
 
