@@ -311,9 +311,9 @@ def run_report(args: argparse.Namespace) -> int:
 
 def run_doctor(args: argparse.Namespace) -> int:
     """Print what there is."""
-    from fastdistill.train.doctor import report
+    from fastdistill.train.doctor import describe_machine
 
-    print(report())
+    print(describe_machine())
     return 0
 
 

@@ -40,7 +40,7 @@ from fastdistill.train import (
 from fastdistill.train.files import write_text
 from fastdistill.train.loop import make_batch, train_step
 from fastdistill.train.methods import METHODS
-from fastdistill.train.pairs import Pairs
+from fastdistill.train.reflow_pairs import ReflowPairs
 from fastdistill.train.run import refuse_foreign_folder
 from fastdistill.train.sampling import OWN
 from fastdistill.train.state import new_state, pick_device
@@ -231,7 +231,7 @@ def measure_cost(config: TrainConfig) -> dict[str, float]:
         dataset: Any = config.data.build()
         if config.method.makes_pairs:
             batch = make_batch(dataset, config, 0, state["device"])
-            dataset = Pairs(dataset.num_classes, batch.x0, batch.x1, batch.y)
+            dataset = ReflowPairs(dataset.num_classes, batch.x0, batch.x1, batch.y)
         train_step(state, config, dataset, config.out)  # the optimiser's own state appears
         peak = 0
         for step in (1, _last_step(config)):

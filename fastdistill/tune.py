@@ -44,7 +44,7 @@ Tensors = Sequence[Tensor | None]
 Results = tuple[Pairs, Sequence[Tensor | None]]  # outputs and residuals
 
 
-class Case(NamedTuple):
+class CallKind(NamedTuple):
     """Describe a kind of call that gets a config of its own; the fields are those of `kernels.configs.Entry`."""
 
     kernel: str
@@ -80,17 +80,17 @@ class Runner(Protocol):
     arch: int
     where: str
 
-    def fitting(self, case: Case, candidates: Sequence[Config]) -> list[Config]:
+    def fitting(self, case: CallKind, candidates: Sequence[Config]) -> list[Config]:
         """Return the candidates that compile, fit the GPU's memories, and don't spill."""
 
-    def milliseconds(self, case: Case, config: Config) -> float:
+    def milliseconds(self, case: CallKind, config: Config) -> float:
         """Return the time of a call."""
 
-    def fault(self, case: Case, config: Config) -> str | None:
+    def fault(self, case: CallKind, config: Config) -> str | None:
         """Describe what is wrong with the results, or return None."""
 
 
-def call_of(case: Case, device: str, batch: int, heads: int = HEADS, seed: int = 0) -> Call:
+def call_of(case: CallKind, device: str, batch: int, heads: int = HEADS, seed: int = 0) -> Call:
     """Draw random arguments: causal for a band; a float mask for a mask, with a tangent if the case has one."""
     generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
 
@@ -114,7 +114,7 @@ def results_of(call: Call, implementation: Any, grad: bool = True) -> Results:
     return results
 
 
-def gradients_of(case: Case, call: Call, results: Results, implementation: Any, of_mask: bool = False) -> Tensors:
+def gradients_of(case: CallKind, call: Call, results: Results, implementation: Any, of_mask: bool = False) -> Tensors:
     """Return the gradients that the case's kernel computes, of the sum of o and, where anything moves, that of t_o."""
     (outputs, (o_rest, t_o_rest)), inputs = results, call.inputs
     if not case.tangents:
@@ -126,7 +126,7 @@ def gradients_of(case: Case, call: Call, results: Results, implementation: Any, 
     return flat(implementation.attention_backward(cotangents, inputs, saved, **call.options, needs=needs))
 
 
-def candidates(case: Case, shared_kib: int = 227) -> list[Config]:
+def candidates(case: CallKind, shared_kib: int = 227) -> list[Config]:
     """Return the configs whose tiles should fit registers and shared memory, the largest tiles first."""
     narrow = case.dtype == torch.float32 or case.d > 128  # For these, tiles of 64 rows are large.
     kept, streamed = ((16, 32, 64), (16, 32, 64)) if narrow else ((64, 128), (32, 64, 128))
@@ -141,7 +141,7 @@ def candidates(case: Case, shared_kib: int = 227) -> list[Config]:
     return sorted(found, key=lambda config: -config.block_n * config.block_m)[:MOST_CANDIDATES]
 
 
-def _plausible(case: Case, rows: int, columns: int, warps: int, stages: int, stream: int, shared_kib: int) -> bool:
+def _plausible(case: CallKind, rows: int, columns: int, warps: int, stages: int, stream: int, shared_kib: int) -> bool:
     """Return whether the tiles fit: `rows` accumulate while `columns` pass in `stages`, or both pass with `stream`."""
     mixed, width = bool(case.tangents), -(-case.d // 16) * 16
     accumulators = (2 if case.kernel == "backward_kv" else 1) * (1 + mixed)
@@ -152,7 +152,7 @@ def _plausible(case: Case, rows: int, columns: int, warps: int, stages: int, str
 
 
 def tune(
-    cases: Sequence[Case], runner: Runner, path: Path, *, again: bool = False, budget: float = float("inf"),
+    cases: Sequence[CallKind], runner: Runner, path: Path, *, again: bool = False, budget: float = float("inf"),
     report: Callable[[str], None] = print,
 ) -> list[Entry]:  # fmt: skip
     """Add the fastest config of each case to the file, one by one; known cases are left out unless `again`."""
@@ -176,7 +176,7 @@ def tune(
     return list(known.values())
 
 
-def _fastest(case: Case, runner: Runner) -> tuple[Entry | None, str]:
+def _fastest(case: CallKind, runner: Runner) -> tuple[Entry | None, str]:
     """Return the entry of the fastest config whose results are right, and a line about it."""
     started = time.monotonic()
     place = case.entry(runner.arch, configs.INTERPRETED)
@@ -221,7 +221,7 @@ def compiling() -> Iterator[list[Any]]:
         jit.run = run
 
 
-def compiled(case: Case, arch: int, config: Config, *, costliest: bool = False, packed: bool = False) -> list[Any]:
+def compiled(case: CallKind, arch: int, config: Config, *, costliest: bool = False, packed: bool = False) -> list[Any]:
     """Compile what a case launches, for the GPU for which Triton compiles; `packed` takes packed sequences.
 
     `costliest` adds all that a call with these tangents and this mask may have.
@@ -243,7 +243,7 @@ def compiled(case: Case, arch: int, config: Config, *, costliest: bool = False, 
     return kernels if case.kernel == "forward" else kernels[1:]  # The first kernel is the pre-pass over rows.
 
 
-def _problem(case: Case, arch: int, config: Config) -> str | None:
+def _problem(case: CallKind, arch: int, config: Config) -> str | None:
     """Return why a config can't be used on this GPU, or None; a process of its own fills Triton's cache."""
     try:
         for kernel in compiled(case, arch, config):
@@ -285,7 +285,7 @@ def _pool(jobs: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
 
 
-def _problem_alone(case: Case, arch: int, config: Config) -> str | None:
+def _problem_alone(case: CallKind, arch: int, config: Config) -> str | None:
     with _pool(1) as pool:
         try:
             return pool.submit(_problem, case, arch, config).result()
@@ -301,9 +301,9 @@ class GPU:
         self.where = f"{torch.cuda.get_device_name()}, triton {triton.__version__}"
         self._jobs = jobs
         self._pool = _pool(jobs)
-        self._ready: tuple[Case | None, Any] = (None, None)
+        self._ready: tuple[CallKind | None, Any] = (None, None)
 
-    def fitting(self, case: Case, candidates: Sequence[Config]) -> list[Config]:
+    def fitting(self, case: CallKind, candidates: Sequence[Config]) -> list[Config]:
         """Return the candidates that compile, fit the GPU's memories, and don't spill."""
         tasks = [(case, self.arch, config) for config in candidates]
         try:
@@ -313,7 +313,7 @@ class GPU:
             problems = [_problem_alone(*task) for task in tasks]
         return [config for config, problem in zip(candidates, problems) if problem is None]
 
-    def milliseconds(self, case: Case, config: Config) -> float:
+    def milliseconds(self, case: CallKind, config: Config) -> float:
         """Return the median time of a call."""
         if self._ready[0] != case:
             call = call_of(case, "cuda", batch=max(1, TOKENS // case.length))
@@ -324,7 +324,7 @@ class GPU:
                 return statistics.median(cuda_times(lambda: results_of(call, attention, grad=False)))
             return statistics.median(cuda_times(lambda: gradients_of(case, call, results, attention)))
 
-    def fault(self, case: Case, config: Config) -> str | None:
+    def fault(self, case: CallKind, config: Config) -> str | None:
         """Describe where the results differ from the torch implementation, on partial tiles; or return None."""
         case = case._replace(length=min(case.length, 336))  # 16 divides this length, so Triton compiles nothing anew.
         call = call_of(case, "cuda", batch=2, seed=1)
@@ -348,10 +348,10 @@ def difference(actual: Tensors, expected: Tensors, largest: float) -> str | None
     return None
 
 
-def cases_of(args: argparse.Namespace) -> list[Case]:
+def cases_of(args: argparse.Namespace) -> list[CallKind]:
     """Return the cases of the command line: with and without tangents, the forward and both halves of the backward."""
     return [
-        Case(kernel, DTYPES[dtype], d, tangents, mask, length)
+        CallKind(kernel, DTYPES[dtype], d, tangents, mask, length)
         for dtype, d, length, mask, kernel in itertools.product(
             args.dtypes, args.head_dims, args.lengths, args.masks, args.kernels
         )

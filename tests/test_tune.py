@@ -12,9 +12,9 @@ from fastdistill import tune
 from fastdistill.kernels import configs
 from fastdistill.kernels.configs import Config
 from fastdistill.ops.attention import eager
-from fastdistill.tune import Case
+from fastdistill.tune import CallKind
 
-CASE = Case("forward", torch.bfloat16, 72, "qkv", "none", 1024)
+CASE = CallKind("forward", torch.bfloat16, 72, "qkv", "none", 1024)
 CASES = [CASE._replace(length=length) for length in (256, 1024, 4096)]
 FASTEST = Config(64, 64, 4, 3)
 
@@ -27,19 +27,19 @@ class MadeUpGPU:
 
     def __init__(self, wrong: Sequence[Config] = (), killed_at: int = 99) -> None:
         self.wrong, self.killed_at = wrong, killed_at
-        self.timed: list[Case] = []
+        self.timed: list[CallKind] = []
 
-    def fitting(self, case: Case, candidates: Sequence[Config]) -> list[Config]:
+    def fitting(self, case: CallKind, candidates: Sequence[Config]) -> list[Config]:
         return [config for config in candidates if config.block_n < 128]
 
-    def milliseconds(self, case: Case, config: Config) -> float:
+    def milliseconds(self, case: CallKind, config: Config) -> float:
         if case not in self.timed:
             self.timed.append(case)
         if len(self.timed) == self.killed_at:
             raise KeyboardInterrupt
         return 1.0 if config == FASTEST else 2.0 + config.num_stages
 
-    def fault(self, case: Case, config: Config) -> str | None:
+    def fault(self, case: CallKind, config: Config) -> str | None:
         return "result 1 is off" if config in self.wrong else None
 
 
@@ -150,7 +150,7 @@ def test_what_is_known_can_be_added_to_a_table(path: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("mask", configs.MASKS)
 def test_the_calls_that_it_times_are_calls(kernel: str, mask: str) -> None:
     """Check that their arguments are an implementation's, and that each kernel's gradients are asked for alone."""
-    case = Case(kernel, torch.float32, 8, "qkm" if mask == "mask" else "qk", mask, 24)
+    case = CallKind(kernel, torch.float32, 8, "qkm" if mask == "mask" else "qk", mask, 24)
     call = tune.call_of(case, "cpu", batch=2, heads=2)
     results = tune.results_of(call, eager)
     assert all(x is not None for pair in results[0] for x in pair)
@@ -174,5 +174,5 @@ def test_candidates_are_few_and_fit() -> None:
     for kernel in configs.KERNELS:
         for d in (8, 64, 72, 128, 256):
             for dtype in (torch.bfloat16, torch.float32):
-                found = tune.candidates(Case(kernel, dtype, d, "qkv", "none", 1024))
+                found = tune.candidates(CallKind(kernel, dtype, d, "qkv", "none", 1024))
                 assert 1 <= len(found) <= 24, (kernel, d, dtype)

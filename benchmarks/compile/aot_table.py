@@ -35,7 +35,7 @@ from fastdistill.benchmarks.compile import op_kernels
 from fastdistill.benchmarks.run.environment import RESULTS
 from fastdistill.kernels import activation, attention, attention_backward, configs, norm, norm_backward, qk_norm_rope
 from fastdistill.kernels.configs import Config
-from fastdistill.tune import Case
+from fastdistill.tune import CallKind
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # KiB that a program may have; sm_80's results also serve 8.6, 8.9 and 12.x.
@@ -79,7 +79,7 @@ class Task(NamedTuple):
         packed: takes packed sequences, which the kernels load by pointers, with sm_80's configs on every GPU.
     """
 
-    case: Case
+    case: CallKind
     arch: int
     config: Any
     packed: bool = False
@@ -215,7 +215,7 @@ def shipped(archs: Sequence[int] = configs.ARCHITECTURES) -> list[Task]:
         also = [d for d in ALSO if configs.nearest(entry._replace(d=d), configs.shipped()) == entry]
         for d in (entry.d, *(also if (entry.arch, entry.bits) == (90, 16) else ())):
             dtype = torch.float32 if entry.bits == 32 else torch.bfloat16
-            case = Case(entry.kernel, dtype, d, entry.tangents, entry.mask, 1024)
+            case = CallKind(entry.kernel, dtype, d, entry.tangents, entry.mask, 1024)
             tasks[Task(case, entry.arch, entry.config)] = None
             if entry.arch == 80 and entry.bits == 16 and entry.mask == "none" and d in PACKED:
                 tasks[Task(case, 90, entry.config, packed=True)] = None

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastdistill.kernels.configs import NormConfig
 from fastdistill.ops.protocol.cases import Dims, PublicOp, Sizes, every_case
 from fastdistill.ops.protocol.dual_op import DualOp
-from fastdistill.tune import Case
+from fastdistill.tune import CallKind
 
 BACKWARD = "_backward"
 KERNELS = Path(__file__).parents[2] / "kernels"
@@ -56,17 +56,17 @@ def kernels() -> list[str]:
     return [name + suffix for name in _rows() for suffix in ("", BACKWARD)]
 
 
-def cases() -> Iterator[tuple[Case, NormConfig]]:
+def cases() -> Iterator[tuple[CallKind, NormConfig]]:
     """Yield every case, and the config of its first launch."""
     for name in kernels():
         for sizes in _rows()[name.removesuffix(BACKWARD)][0].compiled:
-            case = Case(name, torch.bfloat16, _width(sizes), "", "none", sizes["N"])
+            case = CallKind(name, torch.bfloat16, _width(sizes), "", "none", sizes["N"])
             options = launches(case)[0].options
             width = options.get("BLOCK_C") or 2 * options["HALF"]
             yield case, NormConfig(options["ROWS"], width, options["num_warps"])
 
 
-def launches(case: Case) -> list[Launched]:
+def launches(case: CallKind) -> list[Launched]:
     """Return the launches of a case, one or more."""
     found: list[Launched] = []
 
@@ -78,7 +78,7 @@ def launches(case: Case) -> list[Launched]:
     return found
 
 
-def compiled(case: Case) -> list[Any]:
+def compiled(case: CallKind) -> list[Any]:
     """Return its kernels, for the architecture that Triton compiles for now."""
     run, found = triton.runtime.jit.JITFunction.run, list[Any]()
 
@@ -96,7 +96,7 @@ def _instead_of_launching(run: Callable[..., Any]) -> Iterator[None]:
         yield
 
 
-def _call(case: Case) -> None:
+def _call(case: CallKind) -> None:
     """Call the Triton implementation of a case's forward or backward on tensors without memory."""
     backward = case.kernel.endswith(BACKWARD)
     op, inputs, attrs = captured(case)
@@ -111,7 +111,7 @@ def _call(case: Case) -> None:
     op.backward(cotangents, inputs, saved, attrs, needs)
 
 
-def captured(case: Case) -> Call:
+def captured(case: CallKind) -> Call:
     """Return what the op of a case hands to the dispatcher, with Triton asked for."""
     row, variant = _rows()[case.kernel.removesuffix(BACKWARD)]
     (chosen,) = [sizes for sizes in row.compiled if _width(sizes) == case.d]
@@ -150,7 +150,7 @@ def _width(sizes: Sizes) -> int:
 def family(kernel: str) -> str:
     """Return the kernels' module that a name in the table belongs to: that of its op's dispatcher op."""
     row, _ = _rows()[kernel.removesuffix(BACKWARD)]
-    case = Case(kernel, torch.bfloat16, _width(row.compiled[0]), "", "none", row.compiled[0]["N"])
+    case = CallKind(kernel, torch.bfloat16, _width(row.compiled[0]), "", "none", row.compiled[0]["N"])
     return captured(case).op.name
 
 

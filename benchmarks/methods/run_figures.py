@@ -16,7 +16,7 @@ from fastdistill import samplers
 from fastdistill.data import Digits, generator_at
 from fastdistill.eval.exact import Ring
 from fastdistill.eval.figures import FAINT, INK, tile
-from fastdistill.eval.ring import compare, exact_flow
+from fastdistill.eval.ring import exact_flow, score_points
 from fastdistill.train import load_run
 from fastdistill.train.sampling import NUMBERS, OWN, draw, generate
 
@@ -75,7 +75,7 @@ def draw_ring_methods(runs: Mapping[str, Path], count: int = 700) -> Figure:
                 continue
             x = draw(net, config, x1, None, number)
             dots(axes, x, s=1.6, c=modes_of(exact), linewidths=0, alpha=0.8)
-            distance = f"{compare(x, exact, 0.0)['sliced_wasserstein']:.2f}"
+            distance = f"{score_points(x, exact, 0.0)['sliced_wasserstein']:.2f}"
             box = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.8}
             axes.text(0, 0, distance, ha="center", va="center", fontsize=6.5, color=INK, bbox=box)
     return figure

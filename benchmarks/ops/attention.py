@@ -25,7 +25,7 @@ from fastdistill.benchmarks.ops.memory import free_bytes
 from fastdistill.benchmarks.ops.timed_op import (
     PEER,
     Dual,
-    DualOp,
+    OpForms,
     Provider,
     Tensors,
     TimedCase,
@@ -79,7 +79,7 @@ def _math() -> Any:
     return sdpa_kernel(SDPBackend.MATH)
 
 
-def _common(op: DualOp, device: torch.device) -> list[Provider]:
+def _common(op: OpForms, device: torch.device) -> list[Provider]:
     def too_large(case: TimedCase) -> str | None:
         return matrices_too_large(case, device)
 
@@ -173,7 +173,7 @@ def _last(name: str, x: Tensor) -> Tensor:
     return last_tokens(name, x) if name == "q" else x[-1:, -1:]
 
 
-ATTENTION = DualOp(
+ATTENTION = OpForms(
     name="attention",
     primals=("q", "k", "v"),
     moving=("q", "k", "v"),

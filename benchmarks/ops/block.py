@@ -24,7 +24,7 @@ from fastdistill.benchmarks.ops.common_providers import (
 from fastdistill.benchmarks.ops.timed_op import (
     PEER,
     Dual,
-    DualOp,
+    OpForms,
     Provider,
     Tensors,
     TimedCase,
@@ -99,7 +99,7 @@ NORMS_WRITTEN_OUT = _with(torch_functions.namespace(torch_functions.WRITTEN_OUT)
 DECOMPOSED = _with(torch_functions.namespace(torch_functions.DECOMPOSED))
 
 
-def _common(op: DualOp, device: torch.device) -> list[Provider]:
+def _common(op: OpForms, device: torch.device) -> list[Provider]:
     def too_large(case: TimedCase) -> str | None:
         return matrices_too_large(case.resized(m=case.size("n"), d=64), device)
 
@@ -118,7 +118,7 @@ def _common(op: DualOp, device: torch.device) -> list[Provider]:
     ]
 
 
-BLOCK = DualOp(
+BLOCK = OpForms(
     name="block",
     primals=("x", "c", *PARAMETERS),
     moving=("x", "c"),

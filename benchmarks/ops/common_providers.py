@@ -15,7 +15,7 @@ from fastdistill.benchmarks.ops.timed_op import (
     OURS,
     PEER,
     Dual,
-    DualOp,
+    OpForms,
     Point,
     Provider,
     Run,
@@ -36,7 +36,7 @@ Context = Callable[[], AbstractContextManager[Any]]
 Refusal = Callable[[TimedCase], str | None]
 
 
-def common_providers(op: DualOp, device: torch.device) -> list[Provider]:
+def common_providers(op: OpForms, device: torch.device) -> list[Provider]:
     """Return our implementations, PyTorch's forward mode, the same compiled, finite differences, and the floor."""
     return [
         *ours(op, device),
@@ -48,7 +48,7 @@ def common_providers(op: DualOp, device: torch.device) -> list[Provider]:
     ]
 
 
-def ours(op: DualOp, device: torch.device) -> list[Provider]:
+def ours(op: OpForms, device: torch.device) -> list[Provider]:
     """Return a provider of the explicit pair for each implementation."""
     return [
         dual_provider(

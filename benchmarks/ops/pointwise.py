@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdistill.benchmarks.ops import packages
 from fastdistill.benchmarks.ops.common_providers import common_providers, plain_floor
-from fastdistill.benchmarks.ops.timed_op import Dual, DualOp, Provider, Tensors, TimedCase, few, last_tokens
+from fastdistill.benchmarks.ops.timed_op import Dual, OpForms, Provider, Tensors, TimedCase, few, last_tokens
 from fastdistill.ops.protocol.cases import Dims, PublicOp, Sizes, every_case
 
 EPS = 1e-6
@@ -30,7 +30,7 @@ def shape_of(row: PublicOp, sizes: Sizes) -> dict[str, int]:
     return {LETTERS[letter]: sizes[letter] for letter in LETTERS if letter in used}
 
 
-def _timed(row: PublicOp, variant: str) -> DualOp:
+def _timed(row: PublicOp, variant: str) -> OpForms:
     names = list(row.shapes(row.counted))
     angles = [name for name, x in row.variant(variant, row.counted)[1].items() if isinstance(x, Tensor)]
     like = [next(name for name in names if row.tensors[name] == dims) for dims in row.outputs.values()]
@@ -66,7 +66,7 @@ def _timed(row: PublicOp, variant: str) -> DualOp:
         lengths = {name: few(case.size(name), SMALL) for name in ("n", "m") if name in case.shape}
         return case.resized(batch=min(2, case.size("batch")), **lengths)
 
-    return DualOp(
+    return OpForms(
         name=f"{row.name}_{variant}".removesuffix("_"),
         primals=(*names, *angles),
         moving=tuple(name for name in names if name not in row.parameters),

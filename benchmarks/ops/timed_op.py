@@ -189,7 +189,7 @@ def workload(dual: Dual, mode: str, point: Point) -> Run:
 
 
 @dataclass(frozen=True)
-class DualOp:
+class OpForms:
     """Describe an op with one function of its primals, in the forms that the generic providers need.
 
     Args:
@@ -221,7 +221,7 @@ class DualOp:
     pair: Callable[..., Dual]
     flops: Callable[[TimedCase, bool], float | None]
     small: Callable[[TimedCase], TimedCase]
-    common: Callable[[DualOp, torch.device], list[Provider]]
+    common: Callable[[OpForms, torch.device], list[Provider]]
     more: Callable[[torch.device], list[Provider]] = field(default=lambda device: [])
     constants: tuple[str, ...] = ()
     last: Callable[[str, Tensor], Tensor] | None = None

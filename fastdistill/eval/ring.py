@@ -96,7 +96,7 @@ def evaluate_network(
         started = time.perf_counter()
         x = draw(net, config, x1.to(device), None, number, how, seed=seed).cpu()
         seconds = time.perf_counter() - started
-        rows[str(number)] = compare(x, exact_samples(config, number, count=count, how=how, seed=seed), seconds)
+        rows[str(number)] = score_points(x, exact_samples(config, number, count=count, how=how, seed=seed), seconds)
     return rows
 
 
@@ -128,10 +128,10 @@ def exact_rows(
     rows = {}
     for number in steps:
         exact = exact_samples(config, number, count=count, how=how, seed=seed)
-        rows[f"exact map {number}"] = compare(exact, exact, 0.0)
+        rows[f"exact map {number}"] = score_points(exact, exact, 0.0)
         if how.adds_noise:
             of = " ".join([how.spec.name, *(f"{value:g}" for value in how.parameters.values())])
-            rows[f"exact map by {of}, against the flow {number}"] = compare(exact, flow, 0.0)
+            rows[f"exact map by {of}, against the flow {number}"] = score_points(exact, flow, 0.0)
     return rows
 
 
@@ -147,9 +147,9 @@ def references(steps: Sequence[int], *, count: int = 4096, path: Path = LINEAR, 
     for number in steps:
         started = time.perf_counter()
         x = samplers.euler(ring.velocity, path.prior(x1.double()), number)
-        rows[f"euler {number}"] = compare(x, exact, time.perf_counter() - started)
+        rows[f"euler {number}"] = score_points(x, exact, time.perf_counter() - started)
     data, _ = ring.sample(count, generator_at(seed, "fresh data"))
-    return rows | {"data": compare(data, exact, 0.0)}
+    return rows | {"data": score_points(data, exact, 0.0)}
 
 
 def exact_flow(x1: Tensor, path: Path = LINEAR) -> Tensor:
@@ -198,7 +198,7 @@ def _exact_by(
     return samplers.sample(sampler, net, x1, times, path=path, generator=generator, **options).double()
 
 
-def compare(x: Tensor, exact: Tensor, seconds: float) -> Row:
+def score_points(x: Tensor, exact: Tensor, seconds: float) -> Row:
     """Return one row: points x (N, 2) that took `seconds` to make, against where the exact map ends."""
     x = x.double()
     return {

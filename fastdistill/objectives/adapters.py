@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill.objectives.checks import check_one_end
+from fastdistill.objectives.batch_checks import check_one_end
 from fastdistill.paths import Path, TrigFlow, carry_average_velocity, convert, expand_time
 from fastdistill.samplers import Net
 

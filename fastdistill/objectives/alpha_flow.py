@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from fastdistill.jvp import jvp as fused_jvp
-from fastdistill.objectives.checks import check_batch, check_positive, check_share
+from fastdistill.objectives.batch_checks import check_batch, check_positive, check_share
 from fastdistill.objectives.identities import Jvp, evaluate
 from fastdistill.objectives.meanflow import meanflow
 from fastdistill.objectives.metric import squared
 from fastdistill.objectives.objective import Objective
-from fastdistill.objectives.rows import Metrics, measure
+from fastdistill.objectives.rows import Metrics, batch_metrics
 from fastdistill.objectives.settings import Context, GuidanceSettings, PairedTimes, Run
 from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path, expand_time
@@ -93,7 +93,7 @@ def alpha_flow(
         "distillation": torch.where(apart, weighted, 0.0).mean(),
         "anchor": torch.where(apart, 0.0, weighted).mean(),
     }
-    return loss, measure(loss, residual / expand_time(share, residual), t, s) | {"terms": terms}
+    return loss, batch_metrics(loss, residual / expand_time(share, residual), t, s) | {"terms": terms}
 
 
 @settings

@@ -7,11 +7,11 @@ from typing import Annotated, Any, ClassVar
 from torch import Tensor
 
 from fastdistill.jvp import jvp as fused_jvp
-from fastdistill.objectives.checks import check_batch, check_present, check_share
+from fastdistill.objectives.batch_checks import check_batch, check_present, check_share
 from fastdistill.objectives.identities import Jvp, eulerian, eulerian_residual, lagrangian
 from fastdistill.objectives.metric import Weighting, normalise_tangent, squared, weigh
 from fastdistill.objectives.objective import ALONG, AT_THE_END, Objective, of_normalised
-from fastdistill.objectives.rows import Metrics, measure
+from fastdistill.objectives.rows import Metrics, batch_metrics
 from fastdistill.objectives.settings import (
     Context,
     GapTimes,
@@ -73,7 +73,7 @@ def ayf_emd(
     u, du_dt = eulerian(net, x, t, s, w, y=y, g=rows, jvp=jvp)
     g = eulerian_residual(u, du_dt, w, t, s, warmup).detach()
     loss = _pull(u, g, c, weighting, t, s)
-    return loss, measure(loss, eulerian_residual(u, du_dt, w, t, s), t, s, tangent=du_dt)
+    return loss, batch_metrics(loss, eulerian_residual(u, du_dt, w, t, s), t, s, tangent=du_dt)
 
 
 def ayf_lmd(
@@ -115,7 +115,7 @@ def ayf_lmd(
     f = x - d * now
     w = target_velocity(net, f, None, s, y=y, teacher=teacher, weak_teacher=weak_teacher, guidance=guidance)
     loss = _pull(u, now - warmup * d * du_ds - w, c, weighting, t, s)
-    return loss, measure(loss, now - d * du_ds - w, t, s, tangent=du_ds)
+    return loss, batch_metrics(loss, now - d * du_ds - w, t, s, tangent=du_ds)
 
 
 def _pull(u: Tensor, g: Tensor, c: float | None, weighting: Weighting | None, t: Tensor, s: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fastdistill.objectives.checks import check_apart, check_batch, check_deterministic
+from fastdistill.objectives.batch_checks import check_apart, check_batch, check_deterministic
 from fastdistill.objectives.identities import flow_map
 from fastdistill.objectives.metric import Weighting, row_distance, weigh
 from fastdistill.objectives.objective import Objective
-from fastdistill.objectives.rows import Metrics, measure
+from fastdistill.objectives.rows import Metrics, batch_metrics
 from fastdistill.objectives.settings import Context, GuidanceSettings, LevelSettings, MethodSettings, Run
 from fastdistill.objectives.solvers import has_finite_level, solver_step
 from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows, target_velocity
@@ -95,7 +95,7 @@ def consistency(
     f = flow_map(net, x, t, s, y, g)
     error = row_distance(f, goal, distance, c, perceptual)
     loss = weigh(error if weight is None else weight(t, r) * error, weighting, t, r).mean()
-    return loss, measure(loss, (f - goal) / expand_time(t - r, x), t, s)
+    return loss, batch_metrics(loss, (f - goal) / expand_time(t - r, x), t, s)
 
 
 @settings

@@ -9,10 +9,16 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fastdistill.objectives.checks import check_after_data, check_batch, check_choice, check_share, check_starts_at_data
+from fastdistill.objectives.batch_checks import (
+    check_after_data,
+    check_batch,
+    check_choice,
+    check_share,
+    check_starts_at_data,
+)
 from fastdistill.objectives.identities import Jvp, eulerian
 from fastdistill.objectives.metric import Weighting, normalise_tangent, squared, weigh
-from fastdistill.objectives.rows import Metrics, measure
+from fastdistill.objectives.rows import Metrics, batch_metrics
 from fastdistill.objectives.settings import (
     ArctanTimes,
     Context,
@@ -91,7 +97,7 @@ def regress(
         direction = normalise_tangent(direction, c)
     error = squared(tangent.f_net - (tangent.f_net + direction).detach(), "mean")
     loss = weigh(error, weighting, t, s).mean()
-    return loss, measure(loss, tangent.k * tangent.rate, t, s, tangent=du_dt)
+    return loss, batch_metrics(loss, tangent.k * tangent.rate, t, s, tangent=du_dt)
 
 
 def _tangent_of(path: Path, form: str, x: Tensor, time: Tensor, w: Tensor, u: Tensor, du_dt: Tensor) -> Tangent:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill.objectives.checks import check_batch
+from fastdistill.objectives.batch_checks import check_batch
 from fastdistill.objectives.critic import Discriminator, gan_generator_loss
 from fastdistill.objectives.objective import INDEPENDENT, Objective
 from fastdistill.objectives.scores import ScoreMethod, generator_input, simulate

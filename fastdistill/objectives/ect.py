@@ -7,11 +7,11 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from fastdistill.objectives.checks import check_apart, check_batch, check_deterministic, check_keeps_data
+from fastdistill.objectives.batch_checks import check_apart, check_batch, check_deterministic, check_keeps_data
 from fastdistill.objectives.identities import flow_map
 from fastdistill.objectives.metric import Weighting, pseudo_huber, weigh
 from fastdistill.objectives.objective import Objective
-from fastdistill.objectives.rows import Metrics, measure
+from fastdistill.objectives.rows import Metrics, batch_metrics
 from fastdistill.objectives.settings import Context, LevelSettings, MethodSettings, Run
 from fastdistill.paths import LINEAR, Path, expand_time
 from fastdistill.samplers import Learnt, Net
@@ -65,7 +65,7 @@ def ect(
     residual = flow_map(net, x, t, s, y) - goal
     gap = path.beta(t) / path.alpha(t) - torch.where(clean, 0.0, path.beta(r) / path.alpha(r))
     loss = weigh(pseudo_huber(residual, c) / gap, weighting, t, r).mean()
-    return loss, measure(loss, residual / expand_time(t - r, x), t, s)
+    return loss, batch_metrics(loss, residual / expand_time(t - r, x), t, s)
 
 
 @settings

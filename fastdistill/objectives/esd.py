@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fastdistill.jvp import jvp as fused_jvp
-from fastdistill.objectives.checks import check_batch, check_choice
+from fastdistill.objectives.batch_checks import check_batch, check_choice
 from fastdistill.objectives.identities import Jvp, eulerian, eulerian_residual, evaluate
 from fastdistill.objectives.metric import Weighting, squared, weigh
 from fastdistill.objectives.objective import Objective
-from fastdistill.objectives.rows import Metrics, measure, pick, split_rows, split_terms
+from fastdistill.objectives.rows import Metrics, batch_metrics, pick, split_rows, split_terms
 from fastdistill.objectives.settings import Run, SelfDistillation
 from fastdistill.objectives.velocity import Autoguidance, Guidance, own_velocity, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path, expand_time
@@ -93,7 +93,7 @@ def esd(
     residual, t, s = torch.cat(parts), torch.cat((t_far, t_near)), torch.cat((s_far, t_near))
     errors = weigh(squared(residual, "mean"), weighting, t, s)
     loss, terms = errors.mean(), split_terms(errors, len(t_far))
-    return loss, measure(loss, residual, t, s, tangent=du_dt, distinct=len(t_far)) | {"terms": terms}
+    return loss, batch_metrics(loss, residual, t, s, tangent=du_dt, distinct=len(t_far)) | {"terms": terms}
 
 
 @settings

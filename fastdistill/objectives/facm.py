@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fastdistill.jvp import jvp as fused_jvp
-from fastdistill.objectives.checks import check_batch, check_positive
+from fastdistill.objectives.batch_checks import check_batch, check_positive
 from fastdistill.objectives.identities import Jvp, eulerian, evaluate
 from fastdistill.objectives.metric import adaptive, cosine_distance, squared
 from fastdistill.objectives.objective import Objective
-from fastdistill.objectives.rows import Metrics, measure
+from fastdistill.objectives.rows import Metrics, batch_metrics
 from fastdistill.objectives.settings import ArctanTimes, Context, GuidanceSettings, MethodSettings
 from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path, expand_time
@@ -78,7 +78,7 @@ def facm(
         "anchor": anchor_loss.mean(),
     }
     loss = terms["distillation"] + terms["anchor"]
-    metrics = measure(loss, g, t, s, tangent=df_dt)
+    metrics = batch_metrics(loss, g, t, s, tangent=df_dt)
     return loss, metrics | {"anchor_error": (anchor - w).detach().square().mean(), "terms": terms}
 
 

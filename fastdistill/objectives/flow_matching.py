@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastdistill.objectives.checks import check_batch
+from fastdistill.objectives.batch_checks import check_batch
 from fastdistill.objectives.identities import evaluate
 from fastdistill.objectives.metric import Weighting, WeightOfTime, squared, weigh, weight_of_time
 from fastdistill.objectives.objective import Objective
-from fastdistill.objectives.rows import Metrics, measure
+from fastdistill.objectives.rows import Metrics, batch_metrics
 from fastdistill.objectives.settings import Instantaneous
 from fastdistill.paths import LINEAR, Path
 from fastdistill.samplers import Net
@@ -50,7 +50,7 @@ def flow_matching(
     residual = evaluate(net, path.interpolate(x0, x1, t), t, t, y) - path.velocity(x0, x1, t)
     error, w = squared(residual, "mean"), weight_of_time(weight, path, t)
     loss = weigh(error if w is None else w * error, weighting, t, t).mean()
-    return loss, measure(loss, residual, t, t)
+    return loss, batch_metrics(loss, residual, t, t)
 
 
 METHOD = Objective(

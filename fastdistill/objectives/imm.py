@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fastdistill.objectives.checks import check_batch
+from fastdistill.objectives.batch_checks import check_batch
 from fastdistill.objectives.identities import flow_map
 from fastdistill.objectives.objective import Objective
 from fastdistill.objectives.settings import Context, MethodSettings, Run

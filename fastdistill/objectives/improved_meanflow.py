@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fastdistill.jvp import jvp as fused_jvp
-from fastdistill.objectives.checks import check_batch, check_labels
+from fastdistill.objectives.batch_checks import check_batch, check_labels
 from fastdistill.objectives.identities import Jvp, eulerian, eulerian_residual, evaluate
 from fastdistill.objectives.metric import adaptive
 from fastdistill.objectives.objective import Objective
-from fastdistill.objectives.rows import Metrics, measure, pick, split_rows, split_terms
+from fastdistill.objectives.rows import Metrics, batch_metrics, pick, split_rows, split_terms
 from fastdistill.objectives.settings import Context, GuidanceSettings, PairedTimes, Run, flat_by_weight
 from fastdistill.objectives.velocity import Autoguidance, Guidance, own_velocity, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path
@@ -91,7 +91,7 @@ def improved_meanflow(
         of_head = evaluate(velocity_head, x, t, t, y, g) - w
         terms["head"] = adaptive(of_head, p, c).mean()
         loss, extra = loss + terms["head"], {"head_error": of_head.detach().square().mean()}
-    return loss, measure(loss, residual, *times, tangent=du_dt, distinct=len(t_far)) | extra | {"terms": terms}
+    return loss, batch_metrics(loss, residual, *times, tangent=du_dt, distinct=len(t_far)) | extra | {"terms": terms}
 
 
 @settings

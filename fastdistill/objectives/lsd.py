@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from fastdistill.jvp import jvp as fused_jvp
-from fastdistill.objectives.checks import check_batch
+from fastdistill.objectives.batch_checks import check_batch
 from fastdistill.objectives.identities import Jvp, evaluate, lagrangian
 from fastdistill.objectives.metric import Weighting, squared, weigh
 from fastdistill.objectives.objective import AT_THE_END, Objective
-from fastdistill.objectives.rows import Metrics, measure, pick, split_rows, split_terms
+from fastdistill.objectives.rows import Metrics, batch_metrics, pick, split_rows, split_terms
 from fastdistill.objectives.settings import SelfDistillation
 from fastdistill.objectives.velocity import Autoguidance, Guidance, own_velocity, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path, expand_time
@@ -74,7 +74,7 @@ def lsd(
     residual, t, s = torch.cat(parts), torch.cat((t_far, t_near)), torch.cat((s_far, t_near))
     errors = weigh(squared(residual, "mean"), weighting, t, s)
     loss, terms = errors.mean(), split_terms(errors, len(t_far))
-    return loss, measure(loss, residual, t, s, tangent=du_ds, distinct=len(t_far)) | {"terms": terms}
+    return loss, batch_metrics(loss, residual, t, s, tangent=du_ds, distinct=len(t_far)) | {"terms": terms}
 
 
 METHOD = Objective(

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fastdistill.jvp import jvp as fused_jvp
-from fastdistill.objectives.checks import check_batch
+from fastdistill.objectives.batch_checks import check_batch
 from fastdistill.objectives.identities import Jvp, eulerian, eulerian_residual, evaluate
 from fastdistill.objectives.metric import adaptive
 from fastdistill.objectives.objective import ALONG, Objective
-from fastdistill.objectives.rows import Metrics, measure, pick, split_rows, split_terms
+from fastdistill.objectives.rows import Metrics, batch_metrics, pick, split_rows, split_terms
 from fastdistill.objectives.settings import GuidanceSettings, PairedTimes, flat_by_weight
 from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path
@@ -83,7 +83,7 @@ def meanflow(
     residual, times = torch.cat(parts), (torch.cat((t_far, t_near)), torch.cat((s_far, t_near)))
     errors = adaptive(residual, p, c)
     loss, terms = errors.mean(), split_terms(errors, len(t_far))
-    return loss, measure(loss, residual, *times, tangent=du_dt, distinct=len(t_far)) | {"terms": terms}
+    return loss, batch_metrics(loss, residual, *times, tangent=du_dt, distinct=len(t_far)) | {"terms": terms}
 
 
 # Of the paper's text, and of the authors' code in PyTorch.

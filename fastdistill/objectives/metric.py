@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastdistill.objectives.checks import check_choice, check_positive, check_present
+from fastdistill.objectives.batch_checks import check_choice, check_positive, check_present
 from fastdistill.paths import Path
 
 Reduce = Literal["sum", "mean"]

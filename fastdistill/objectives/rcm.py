@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.jvp import jvp as fused_jvp
-from fastdistill.objectives.checks import check_present
+from fastdistill.objectives.batch_checks import check_present
 from fastdistill.objectives.continuous import ContinuousConsistency, Tangent, regress
 from fastdistill.objectives.dmd import dmd_gradient
 from fastdistill.objectives.identities import Jvp, flow_map

@@ -9,7 +9,7 @@ from fastdistill.objectives.objective import Objective, order
 
 # Every other module here is a method.
 HELPERS = frozenset({
-    "adapters", "checks", "continuous", "critic", "identities", "metric", "objective", "registry", "rows", "scores",
+    "adapters", "batch_checks", "continuous", "critic", "identities", "metric", "objective", "registry", "rows", "scores",
     "settings", "solvers", "velocity",
 })  # fmt: skip
 

@@ -48,7 +48,7 @@ def split_terms(errors: Tensor, distinct: int) -> dict[str, Tensor]:
     }
 
 
-def measure(
+def batch_metrics(
     loss: Tensor,
     residual: Tensor,
     t: Tensor,

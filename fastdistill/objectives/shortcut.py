@@ -7,11 +7,11 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from fastdistill.objectives.checks import check_batch, check_halves, check_times
+from fastdistill.objectives.batch_checks import check_batch, check_halves, check_times
 from fastdistill.objectives.identities import evaluate, semigroup_target
 from fastdistill.objectives.metric import Weighting, squared, weigh
 from fastdistill.objectives.objective import Objective
-from fastdistill.objectives.rows import Metrics, measure, pick, split_rows, split_terms
+from fastdistill.objectives.rows import Metrics, batch_metrics, pick, split_rows, split_terms
 from fastdistill.objectives.settings import Context, Decay, GuidanceSettings, MethodSettings, Run
 from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path
@@ -81,7 +81,7 @@ def shortcut(
     residual, t, s = torch.cat(parts), torch.cat((t_far, t_near)), torch.cat((s_far, t_near))
     errors = weigh(squared(residual, "mean"), weighting, t, s)
     loss, terms = errors.mean(), split_terms(errors, len(t_far))
-    return loss, measure(loss, residual, t, s, distinct=len(t_far)) | {"terms": terms}
+    return loss, batch_metrics(loss, residual, t, s, distinct=len(t_far)) | {"terms": terms}
 
 
 @settings

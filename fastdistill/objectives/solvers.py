@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastdistill.objectives.checks import check_choice
+from fastdistill.objectives.batch_checks import check_choice
 from fastdistill.paths import Path, convert, expand_time
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # velocity(x, t)

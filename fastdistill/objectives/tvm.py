@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from fastdistill.jvp import jvp as fused_jvp
-from fastdistill.objectives.checks import check_batch
+from fastdistill.objectives.batch_checks import check_batch
 from fastdistill.objectives.identities import Jvp, evaluate, lagrangian
 from fastdistill.objectives.metric import Weighting, squared, weigh
 from fastdistill.objectives.objective import AT_THE_END, Objective
-from fastdistill.objectives.rows import Metrics, measure
+from fastdistill.objectives.rows import Metrics, batch_metrics
 from fastdistill.objectives.settings import Context, Decay, GapTimes, GuidanceSettings, MethodSettings, Run
 from fastdistill.objectives.velocity import Autoguidance, Guidance, Number, own_velocity, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path, expand_time
@@ -76,7 +76,7 @@ def tvm(
         "anchor": (factor**2 * squared(anchor, "mean")).mean(),
     }
     loss = terms["distillation"] + terms["anchor"]
-    metrics = measure(loss, terminal, t, s, tangent=du_ds)
+    metrics = batch_metrics(loss, terminal, t, s, tangent=du_ds)
     return loss, metrics | {"anchor_error": anchor.detach().square().mean(), "terms": terms}
 
 

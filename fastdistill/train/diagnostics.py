@@ -13,7 +13,7 @@ from fastdistill.objectives.settings import Batch, MethodSettings
 SHOWN_ROWS = 5
 
 
-def measure(
+def diagnose(
     rows: Mapping[str, Tensor] | None, terms: Mapping[str, Tensor], net: nn.Module, bins: int, gradients: bool
 ) -> dict[str, Tensor]:
     """Return the diagnostics of one step, as scalars by name.

@@ -9,7 +9,7 @@ import fastdistill as fd
 from fastdistill.train.environment import describe_environment
 
 
-def report() -> str:
+def describe_machine() -> str:
     """Return the text of `fastdistill doctor`. Runs each implementation once on a small input; downloads nothing."""
     found = describe_environment()
     gpu, packages = found["gpu"], found["packages"]

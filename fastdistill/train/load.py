@@ -10,7 +10,7 @@ from typing import Any
 import tyro
 
 from fastdistill.settings import ConfigError, nearest, short
-from fastdistill.train.checks import check_config
+from fastdistill.train.combinations import check_config
 from fastdistill.train.config import TrainConfig, parse_config, read_yaml
 from fastdistill.train.data_settings import DataSettings
 from fastdistill.train.methods import METHODS

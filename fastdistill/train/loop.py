@@ -24,12 +24,12 @@ from fastdistill.data import Batch, DataSet, drop_labels, generator_at
 from fastdistill.objectives.scores import ScoreMethod
 from fastdistill.objectives.settings import Context
 from fastdistill.train.checkpoint import list_checkpoints, save_checkpoint
-from fastdistill.train.checks import check_config, check_one_process, check_teacher
+from fastdistill.train.combinations import check_config, check_one_process, check_teacher
 from fastdistill.train.config import TrainConfig, couples
-from fastdistill.train.diagnostics import attribute, measure, why_flat, why_no_cosines
+from fastdistill.train.diagnostics import attribute, diagnose, why_flat, why_no_cosines
 from fastdistill.train.files import WriteError, intact, set_aside
 from fastdistill.train.logging import RunLog, peak_memory, save_samples, tell
-from fastdistill.train.pairs import Pairs, make_pairs
+from fastdistill.train.reflow_pairs import ReflowPairs, make_pairs
 from fastdistill.train.run import begin_run, export_network, open_run
 from fastdistill.train.sampling import sample_grid
 from fastdistill.train.state import new_state, pick_device, resume, set_aside_what_is_left, snapshot
@@ -93,7 +93,7 @@ def naming_files(run: Path) -> Iterator[None]:
 def run_steps(state: dict[str, Any], config: TrainConfig, run: Path) -> None:
     """Run all steps from `state["step"]` to `config.steps`, with what happens once in a while between them."""
     data = config.data.build()
-    dataset: DataSet | Pairs = data
+    dataset: DataSet | ReflowPairs = data
     if config.method.makes_pairs:
         dataset = make_pairs(config, state["teacher"], state["teacher_path"], state["teacher_sha256"], data, run)
     if (reason := why_flat(config.method)) is not None:
@@ -132,7 +132,9 @@ def run_steps(state: dict[str, Any], config: TrainConfig, run: Path) -> None:
                 restart_clock(state)
 
 
-def train_step(state: dict[str, Any], config: TrainConfig, dataset: DataSet | Pairs, run: Path) -> dict[str, Tensor]:
+def train_step(
+    state: dict[str, Any], config: TrainConfig, dataset: DataSet | ReflowPairs, run: Path
+) -> dict[str, Tensor]:
     """Make one update. Raises NonFiniteError before any of it is saved; of the loss, before weights are touched."""
     net, optimizer, step = state["net"], state["optimizer"], state["step"]
     context = make_context(state, config, make_batch(dataset, config, step, state["device"]))
@@ -145,7 +147,7 @@ def train_step(state: dict[str, Any], config: TrainConfig, dataset: DataSet | Pa
     rows, terms = metrics.pop("rows", None), metrics.pop("terms", {})
     looked_at = is_looked_at(config, step + 1)
     if looked_at:
-        metrics |= measure(rows, terms, net, config.diagnostics.bins, config.diagnostics.gradients)
+        metrics |= diagnose(rows, terms, net, config.diagnostics.bins, config.diagnostics.gradients)
         first = step + 1 == config.diagnostics.every
         if config.diagnostics.gradients and first and (reason := why_no_cosines(config.method, terms)) is not None:
             tell(reason)
@@ -212,10 +214,10 @@ def mixed_precision(state: dict[str, Any]) -> torch.autocast:
     return torch.autocast(state["device"].type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
-def make_batch(dataset: DataSet | Pairs, config: TrainConfig, step: int, device: torch.device) -> Batch:
+def make_batch(dataset: DataSet | ReflowPairs, config: TrainConfig, step: int, device: torch.device) -> Batch:
     """Make the batch of a step. All of it is drawn on the CPU: the same numbers whatever the device."""
     seed, size = config.seed, config.data.batch
-    if isinstance(dataset, Pairs):
+    if isinstance(dataset, ReflowPairs):
         x0, x1, y = dataset.batch(seed, step, size)
     else:
         x0, y = dataset.batch(seed, step, size)

@@ -13,7 +13,7 @@ from fastdistill.benchmarks.ops.timed_op import (
     FLOOR,
     OURS,
     Dual,
-    DualOp,
+    OpForms,
     Provider,
     Run,
     Tensors,
@@ -57,9 +57,9 @@ def wrong(name: str = "wrong") -> Provider:
     return dual_provider(name, OURS, squares(off=1.001))
 
 
-def op_of(*providers: Provider, last: int | None = None) -> DualOp:
+def op_of(*providers: Provider, last: int | None = None) -> OpForms:
     """Return the op with these providers; its `last` numbers are compared at the size that is timed."""
-    return DualOp(
+    return OpForms(
         name="square",
         primals=("x",),
         moving=("x",),

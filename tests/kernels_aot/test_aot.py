@@ -17,7 +17,7 @@ from fastdistill.benchmarks.compile import aot_table
 from fastdistill.benchmarks.compile.aot_table import Resources, Task
 from fastdistill.kernels import configs
 from fastdistill.kernels.configs import Config
-from fastdistill.tune import Case
+from fastdistill.tune import CallKind
 
 RECORDED_WITH, RECORDED_SOURCES, RECORDED = aot_table.recorded()
 STALE = "the kernels have changed since benchmarks/results/aot.json was written: `make aot` writes it anew"
@@ -29,7 +29,7 @@ def shipped(kernel: str, arch: int, d: int, tangents: str, mask: str = "none", b
     wanted = configs.Entry(kernel, arch, bits, d, tangents, mask, None, configs.INTERPRETED, None)
     entry = configs.nearest(wanted, configs.shipped())
     assert entry is not None
-    return Task(Case(kernel, dtype, d, entry.tangents, entry.mask, 1024), arch, entry.config)
+    return Task(CallKind(kernel, dtype, d, entry.tangents, entry.mask, 1024), arch, entry.config)
 
 
 @cache
@@ -61,7 +61,7 @@ SHARP = [
     shipped("forward", 80, 64, "qkvm", "mask", bits=32),
     shipped("backward_q", 90, 256, "qkv"),
     shipped("backward_q", 80, 128, "qkvm", "mask", bits=32),
-    Task(Case("layer_norm", torch.bfloat16, 8192, "", "none", 8192), 90, configs.norm_config(8192, 8192)),
+    Task(CallKind("layer_norm", torch.bfloat16, 8192, "", "none", 8192), 90, configs.norm_config(8192, 8192)),
 ]
 
 

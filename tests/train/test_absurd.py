@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fastdistill import cli
-from fastdistill.train import ConfigError, checks, load_config, train
-from fastdistill.train.checks import check_config
+from fastdistill.train import ConfigError, combinations, load_config, train
+from fastdistill.train.combinations import check_config
 from fastdistill.train.config import parse_config
 from fastdistill.train.methods import METHODS
 from tests.train.absurd import NUMBERS, OTHERS, all_places, planted
@@ -73,7 +73,7 @@ def test_an_absurd_line_is_refused_in_a_line(
     line: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Check that it names field or file, before anything is built or made, on a machine of 8 GiB."""
-    monkeypatch.setattr(checks, "memory_of_machine", lambda: 2**33)
+    monkeypatch.setattr(combinations, "memory_of_machine", lambda: 2**33)
     replaced = line.split(":")[0]
     rest = [f"{name}: {value}" for name, value in FIELDS.items() if name != replaced]
     path = tmp_path / "c.yaml"

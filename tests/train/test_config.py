@@ -11,7 +11,7 @@ import yaml
 from fastdistill import models
 from fastdistill.data import DATASETS
 from fastdistill.train import ConfigError, TrainConfig, load_config, shipped_configs
-from fastdistill.train.checks import check_config
+from fastdistill.train.combinations import check_config
 from fastdistill.train.config import changed_fields, model_arguments, to_yaml
 from tests.train.conftest import MakeConfig, tiny_fields
 

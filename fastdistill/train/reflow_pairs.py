@@ -25,7 +25,7 @@ from fastdistill.train.files import intact, write_checked, writing
 SHARD = 2048
 
 
-class Pairs:
+class ReflowPairs:
     """Coupled pairs (x0, x1), with labels where the data has them.
 
     Args:
@@ -45,7 +45,7 @@ class Pairs:
 
 def make_pairs(
     config: TrainConfig, teacher: nn.Module, path_of_teacher: paths.Path, digest: str, dataset: DataSet, run: Path
-) -> Pairs:
+) -> ReflowPairs:
     """Make the pairs of a run, or read them where they are whole.
 
     Args:
@@ -93,14 +93,14 @@ def _make_shard(
     return {"x0": x0.cpu().contiguous(), "x1": x1} | ({} if y is None else {"y": y})
 
 
-def _read(num_classes: int, files: list[Path]) -> Pairs:
+def _read(num_classes: int, files: list[Path]) -> ReflowPairs:
     parts: dict[str, list[Tensor]] = {}
     for path in files:
         with safetensors.safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118, it is no mapping
                 parts.setdefault(key, []).append(file.get_tensor(key))
     whole: dict[str, Any] = {key: torch.cat(tensors) for key, tensors in parts.items()}
-    return Pairs(num_classes, whole["x0"], whole["x1"], whole.get("y"))
+    return ReflowPairs(num_classes, whole["x0"], whole["x1"], whole.get("y"))
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fastdistill.train import ConfigError, load_config, train
-from fastdistill.train.checks import check_config, check_teacher
+from fastdistill.train.combinations import check_config, check_teacher
 from fastdistill.train.load import choose_method
 from fastdistill.train.methods import METHODS
 from tests.train.conftest import MakeConfig
