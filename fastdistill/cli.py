@@ -1,4 +1,4 @@
-"""The command line: train, sample, eval, explain, compare, demo, bench, report, doctor.
+"""Run the command line: train, sample, eval, explain, compare, demo, bench, report, doctor.
 
 A mistake of the user's ends in one message and status 2, a diverged run in one message and status 1; anything else is
 a bug and shows its traceback. What is heavy is imported by the command that needs it, so that help is quick.
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of every command; each stores the function that runs it as `command`."""
+    """Build the parser of every command; each stores the function that runs it as `command`."""
     parser = argparse.ArgumentParser(
         prog="fastdistill",
         description="Train one-step and few-step generators, sample from them and measure them.",
@@ -259,7 +259,7 @@ def run_compare(args: argparse.Namespace) -> int:
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    """The whole promise in one command."""
+    """Show the whole promise in one command."""
     from fastdistill import demo
 
     demo.main(args.out)
@@ -362,7 +362,7 @@ def _naming_options() -> Iterator[None]:
 
 
 def _status_of(error: Exception) -> int | None:
-    """The exit status of an error that a message explains fully; None for a bug."""
+    """Return the exit status of an error that a message explains fully; None for a bug."""
     from fastdistill.train import CheckpointError, ConfigError, NonFiniteError
 
     if isinstance(error, ConfigError | CheckpointError):
@@ -371,12 +371,12 @@ def _status_of(error: Exception) -> int | None:
 
 
 def _is_want_of_memory(error: Exception) -> bool:
-    """Whether torch, on a GPU or not, or Python itself found no room for something."""
+    """Return whether torch, on a GPU or not, or Python itself found no room for something."""
     return isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:
-    """The type of an argument: a whole number from `minimum` up, of no more digits than torch can count to."""
+    """Make the type of an argument: a whole number from `minimum` up, of no more digits than torch can count to."""
 
     def parse(text: str) -> int:
         if not (text.lstrip("-").isdecimal() and len(text) < 16) or int(text) < minimum:

@@ -25,6 +25,7 @@ from fastdistill.eval.evaluate import evaluate
 from fastdistill.eval.judges import Judge, judge_maker_of, judged, make_judge
 from fastdistill.eval.records import describe_machine, read_metrics
 from fastdistill.models import count_parameters
+from fastdistill.settings import nearest
 from fastdistill.testing import MemoryRecorder
 from fastdistill.train import (
     ConfigError,
@@ -42,7 +43,6 @@ from fastdistill.train.methods import METHODS
 from fastdistill.train.pairs import Pairs
 from fastdistill.train.run import refuse_foreign_folder
 from fastdistill.train.sampling import OWN
-from fastdistill.train.settings import nearest
 from fastdistill.train.state import new_state, pick_device
 
 TEACHER = "flow_matching"  # a method of the comparison like any other, and whom the others follow
@@ -289,7 +289,7 @@ def describe_method(config: TrainConfig) -> dict[str, Any]:
         "teacher": config.teacher is not None,
         "second_network": config.method.has_critic,
         "path": config.path.name,
-        "method": config.method.model_dump(mode="json"),
+        "method": config.model_dump(mode="json")["method"],
         "learning_rate": config.optim.lr,
     }
 

@@ -117,7 +117,7 @@ def describe_run(config: TrainConfig) -> str:
     net, _ = load_run(config.out, device="cpu")  # The network is frozen, so none of its parameters counts as trainable.
     parameters = sum(parameter.numel() for parameter in net.parameters())
     optim = config.optim
-    method = config.method
+    method: Any = config.method
     if method.name == "meanflow":
         scale, own = (
             method.guidance.scale,

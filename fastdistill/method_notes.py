@@ -1,19 +1,19 @@
-"""`fastdistill explain [METHOD]`: what a method is, from the registry of objectives and the trainer's settings."""
+"""Explain a method, from the registry of objectives and the trainer's settings: `fastdistill explain [METHOD]`."""
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
 from typing import Any
 
 from fastdistill.objectives import Objective
 from fastdistill.objectives.metric import WEIGHTS
+from fastdistill.objectives.settings import MethodSettings, field_of
 from fastdistill.samplers import PARAMETERS, SPECS, Sampler
+from fastdistill.settings import ConfigError, nearest
 from fastdistill.train.config import flat, read_yaml
 from fastdistill.train.load import SHIPPED
-from fastdistill.train.methods import METHODS, MethodSettings
-from fastdistill.train.methods.regression import MEANFLOW_RECIPES
-from fastdistill.train.sampler_settings import field_of
-from fastdistill.train.settings import ConfigError, nearest
+from fastdistill.train.methods import METHODS
 
 WIDTH = 100
 NEEDED = {
@@ -25,7 +25,7 @@ NEEDED = {
 
 
 def explain(name: str | None = None) -> str:
-    """All about one method, or a table of all of them.
+    """Explain one method, or list all of them in a table.
 
     Args:
         name: a key of `fastdistill.train.methods.METHODS`; None: the table.
@@ -49,12 +49,12 @@ def explain(name: str | None = None) -> str:
         "needs": needs(method, objective),
         "takes": ", ".join(sorted(objective.takes)),
         "guidance": guidance(method),
-        **({"weight": weights()} if "weight" in method.model_fields else {}),
+        **({"weight": weights()} if "weight" in fields_of(method) else {}),
         "sampler": f"{objective.sampler}; its network serves {', '.join(serves(method))}",
         "defaults": ", ".join(f"{key}={value}" for key, value in defaults(method).items()),
         "recipe": f"on the ring: {ring_method(name)}",
-        **({"recipes": recipes()} if "recipe" in method.model_fields else {}),
-        "sources": "; ".join((*method.own_sources, *objective.sources)),
+        **({"recipes": recipes(method)} if method.presets else {}),
+        "sources": "; ".join(objective.sources),
         "code": f"{objective.function.__module__}.{objective.function.__name__}",
         "try": f"fastdistill train ring --method.name {name}"
         + " --teacher runs/ring-flow" * (method.needs_teacher() or "teacher" in ring_recipe(name)),
@@ -96,8 +96,13 @@ def _aligned(rows: list[list[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+def fields_of(method: type[MethodSettings]) -> list[str]:
+    """Return the names of the settings of a method."""
+    return [field.name for field in dataclasses.fields(method)]
+
+
 def needs(method: type[MethodSettings], objective: Objective) -> str:
-    """What must be there before training, in words."""
+    """Say what must be there before training, in words."""
     found = [NEEDED.get(need, need) for need in sorted(objective.needs)]
     if method.has_critic and "teacher" not in objective.needs:
         found.append(NEEDED["teacher"])
@@ -109,8 +114,8 @@ def needs(method: type[MethodSettings], objective: Objective) -> str:
 
 
 def guidance(method: type[MethodSettings]) -> str:
-    """Where guidance comes in, in words."""
-    if "guidance" in method.model_fields:
+    """Say where guidance comes in, in words."""
+    if "guidance" in fields_of(method):
         return "learnt: inside the velocity that it follows, as method.guidance"
     if method.guides_maps or set(method.learns) == {"velocity"}:
         what = "jumps" if method.guides_maps else "velocity"
@@ -122,21 +127,21 @@ def guidance(method: type[MethodSettings]) -> str:
 
 
 def weights() -> str:
-    """The weights of the times that can be chosen by name, in words."""
+    """Name the weights of the times that can be chosen by name, in words."""
     return "; ".join(f"{name} = {meaning}" for name, meaning in WEIGHTS.items())
 
 
-def recipes() -> str:
-    """The settings that method.recipe fills in by name, in words."""
+def recipes(method: type[MethodSettings]) -> str:
+    """Name the settings that method.recipe fills in by name, in words."""
     named = [
         f"{name}: {', '.join(f'{key}={value}' for key, value in flat(fields).items())}"
-        for name, fields in MEANFLOW_RECIPES.items()
+        for name, fields in method.presets.items()
     ]
     return f"by method.recipe: {'; '.join(named)}"
 
 
 def paths(objective: Objective) -> str:
-    """The names of the paths that it fits, in words."""
+    """Name the paths that it fits, in words."""
     if objective.paths is None:
         return "any"
     anywhere = "" if objective.anywhere is None else "; any with {}={}".format(*objective.anywhere)
@@ -144,12 +149,12 @@ def paths(objective: Objective) -> str:
 
 
 def ring_recipe(name: str) -> dict[str, Any]:
-    """What the shipped ring changes for this method; where it names a teacher, training there needs one."""
-    return read_yaml(SHIPPED / "ring.yaml")["methods"].get(name) or {}
+    """Return what the shipped ring changes for this method; where it names a teacher, training there needs one."""
+    return METHODS[name].row.recipes.get("ring", {})
 
 
 def ring_method(name: str) -> str:
-    """The settings of the method in that recipe, which take the place of its defaults."""
+    """Return the settings of the method in that recipe, which take the place of its defaults."""
     shipped = read_yaml(SHIPPED / "ring.yaml")["method"]
     changed = flat(shipped if shipped["name"] == name else ring_recipe(name).get("method", {}))
     return ", ".join(f"{key}={value}" for key, value in changed.items() if key != "name") or "the defaults"
@@ -161,15 +166,15 @@ def serves(method: type[MethodSettings]) -> list[str]:
 
 
 def defaults(method: type[MethodSettings]) -> dict[str, Any]:
-    """The trainer's settings of a method that aren't off by default, by dotted name."""
-    values = flat(method(name=method.model_fields["name"].default).model_dump(mode="json"))
+    """Return the trainer's settings of a method that aren't off by default, by dotted name."""
+    values = flat(METHODS[method.row.name]().model_dump(mode="json"))
     shared = {"name", "sampler", "sample_guidance", *map(field_of, PARAMETERS)}
     return {name: value for name, value in values.items() if value is not None and name not in shared}
 
 
 def summary_of(method: type[MethodSettings]) -> str:
-    """The first line of a method's docstring, without its name."""
-    return (method.__doc__ or "").strip().splitlines()[0].partition(": ")[2]
+    """Return what a method learns, in one line."""
+    return method.row.summary.partition(": ")[2]
 
 
 def _short_needs(method: type[MethodSettings]) -> set[str]:

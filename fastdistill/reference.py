@@ -1,4 +1,4 @@
-"""The specifications of all ops in one place: plain PyTorch, differentiable in both modes, what tests hold to be true.
+"""Gather the specifications of all ops: plain PyTorch, differentiable in both modes, what tests hold to be true.
 
 Each stands in the room of its op, `fastdistill/ops/<op>/reference.py`; this gathers them under their names.
 """

@@ -68,7 +68,7 @@ class Case(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The arguments that forward and backward share: pairs of primal and tangent, then the rest by name."""
+    """Arguments that forward and backward share: pairs of primal and tangent, then the rest by name."""
 
     inputs: Sequence[Pair]
     options: dict[str, Any]

@@ -29,7 +29,7 @@ PDF_0 = tl.constexpr(1 / math.sqrt(2 * math.pi))
 
 
 class Strided(NamedTuple):
-    """A tensor as the kernels receive it: rows of columns, the rows numbered over all other dimensions."""
+    """Tensor as the kernels receive it: rows of columns, the rows numbered over all other dimensions."""
 
     ptr: Any
     row_strides: tuple[int, ...]
@@ -37,7 +37,7 @@ class Strided(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What a kernel reads. None is left out: a factor of one, a tangent or a cotangent of zero."""
+    """Inputs that a kernel reads. None is left out: a factor of one, a tangent or a cotangent of zero."""
 
     x: Any
     t_x: Any
@@ -48,14 +48,14 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What the forward writes, contiguous. None is not wanted."""
+    """Outputs that the forward writes, contiguous. None is not wanted."""
 
     y: Tensor
     t_y: Tensor | None
 
 
 class Gradients(NamedTuple):
-    """What the backward writes, contiguous, in the order of the inputs' pairs. None is not wanted."""
+    """Gradients that the backward writes, contiguous, in the order of the inputs' pairs. None is not wanted."""
 
     dx: Tensor | None
     dt_x: Tensor | None

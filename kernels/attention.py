@@ -20,7 +20,7 @@ from . import configs
 from .attention_arguments import Inputs, Strides, check, precision, strides_of, use_descriptors, with_descriptors
 from .attention_backward import attention_backward
 from .attention_bands import Problem, band, first_row, live_between, live_tiles, locate, problem_of, sequences, visible
-from .attention_tile import LOG2_E, LOWEST
+from .attention_tile import LOG2_E, LOWEST, load_mask, under_mask
 from .launch import FUSION, Launch, Pairs
 from .tiles import (
     Strided,
@@ -43,7 +43,7 @@ LIVE = tl.constexpr(0.5)  # a query that sees a key has a rowsum E of 1 or more,
 
 
 class Outputs(NamedTuple):
-    """What the kernel writes, contiguous; o_rest and t_o_rest as `rests` says. None is not wanted."""
+    """Outputs that the kernel writes, contiguous. None is not wanted."""
 
     o: Tensor
     t_o: Tensor | None
@@ -117,7 +117,7 @@ def allocate(
 
 
 class Layout(NamedTuple):
-    """All of a launch that follows from shapes, strides, dtypes and alignments: planned once, and looked up then."""
+    """Layout of a launch: all that follows from shapes, strides, dtypes and alignments; planned once and looked up."""
 
     strides: Strides
     problem: Problem  # without the bounds of packed sequences
@@ -208,7 +208,7 @@ def _lay_out(
 
 @triton.constexpr_function
 def lowest_float(dtype: Any) -> float:
-    """finfo.min of a mask's dtype, as float32; what is wider or no float has that of float32."""
+    """Return finfo.min of a mask's dtype, as float32; what is wider or no float has that of float32."""
     return -3.3895313892515355e38 if dtype == tl.bfloat16 else -3.4028234663852886e38
 
 
@@ -240,7 +240,7 @@ def _attention_kernel(
     inverse = 1 / at_least(e_dot, LIVE)
     lse = (m + tl.log2(at_least(e_sum, LIVE))) * LN_2
     if IN.mask is not None:
-        lse = tl.where(lse < LOWEST / 2.1, lowest_float(IN.mask.ptr.dtype.element_ty), lse)  # See `_add_mask`.
+        lse = tl.where(lse < LOWEST / 2.1, lowest_float(IN.mask.ptr.dtype.element_ty), lse)  # See `under_mask`.
     lse = tl.where(e_sum < LIVE, float("-inf"), lse)
     first = first_row(P, b, h, first_n + start_n)
     rows, live_n = first + tl.arange(0, BLOCK_N), start_n + tl.arange(0, BLOCK_N) < N
@@ -270,7 +270,6 @@ def _sweep(
     b, h, row, N, first_m, M, low, high = at
     h_kv, start_n = h // P.group, row * BLOCK_N
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    live_n = offs_n < N
     begin, whole_begin, whole_end, end = visible(start_n, low, high, M, BLOCK_N, BLOCK_M)
     listed, first, last = None, begin // BLOCK_M, tl.cdiv(end, BLOCK_M)
     if TILES is not None:
@@ -289,6 +288,7 @@ def _sweep(
             start_m = tl.load(listed + i) * BLOCK_M
         offs_m = start_m + tl.arange(0, BLOCK_M)
         live_m = offs_m < M
+        tile = (b, h, offs_n[:, None], offs_m[None, :], N, M)
         k = load_tile(IN.k, b, h_kv, first_m, start_m, M, BLOCK_M, D, UNIT, STREAM)  # (BLOCK_M, D)
         zero = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         if HELD:
@@ -300,7 +300,7 @@ def _sweep(
             s, t = add_crosses(zero, zero, q, k, t_q, t_k, False, PRECISION, D, STREAM)
         unit = scale * LOG2_E
         if IN.mask is not None:
-            s = _add_mask(s * unit, IN.mask, b, h, offs_n, live_n, offs_m, live_m)
+            s = under_mask(s * unit, IN.mask, tile, False)
             unit = 1.0
         if (start_m < whole_begin) | (start_m >= whole_end):
             seen = live_m[None, :]
@@ -326,7 +326,7 @@ def _sweep(
                     t = add_cross(t, q, t_k, False, PRECISION)
             t_unit = scale
             if IN.t_mask is not None:
-                t = t * scale + _load_mask(IN.t_mask, b, h, offs_n, live_n, offs_m, live_m).to(tl.float32)
+                t = t * scale + load_mask(IN.t_mask, tile, 0).to(tl.float32)
                 t_unit = 1.0
             z = t * t_unit - rho[:, None]
             step = tl.sum(e * z, 1) / at_least(e_sum, LIVE)
@@ -348,26 +348,3 @@ def _sweep(
             t_v = load_tile(IN.t_v, b, h_kv, first_m, start_m, M, BLOCK_M, D_V, UNIT, STREAM)  # (BLOCK_M, D_V)
             a, _ = add_pair(a, (), e_low, None, t_v, None, PRECISION, D_V, STREAM)
     return m, e_sum, e_dot, h_dot, rho, o, a
-
-
-@triton.jit
-def _add_mask(s, MASK, b, h, offs_n, live_n, offs_m, live_m):
-    """Return s, in units of log 2, under a mask: -inf where a bool one is False, or with a float one added."""
-    mask = _load_mask(MASK, b, h, offs_n, live_n, offs_m, live_m)
-    if MASK.ptr.dtype.element_ty == tl.int1:
-        return tl.where(mask, s, float("-inf"))
-    else:
-        # A row of finfo.min is not dead: all its keys weigh the same, and the change of units must not make it -inf. So
-        # such a low value counts as LOWEST / 2, until the kernel has an lse, which is finfo.min.
-        bias = at_least(mask.to(tl.float32), LOWEST / 2) * LOG2_E
-        return s + tl.where(mask == float("-inf"), float("-inf"), bias)
-
-
-@triton.jit
-def _load_mask(MASK, b, h, offs_n, live_n, offs_m, live_m):
-    """Load (BLOCK_N, BLOCK_M) of a mask, or (1, BLOCK_M) if all queries share a row; zero beyond its edges."""
-    row = MASK.ptr + b.to(tl.int64) * MASK.stride_b + h.to(tl.int64) * MASK.stride_h
-    ptrs, live = row + offs_m.to(tl.int64)[None, :] * MASK.stride_d, live_m[None, :]
-    if MASK.stride_n is not None:
-        ptrs, live = ptrs + offs_n.to(tl.int64)[:, None] * MASK.stride_n, live & live_n[:, None]
-    return tl.load(ptrs, mask=live, other=0)

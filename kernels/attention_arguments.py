@@ -16,7 +16,7 @@ from .tiles import Described, Strided, describable, described, stride_unit, stri
 
 
 class Inputs(NamedTuple):
-    """What the kernels read: (B, H, N or M, D) each, masks (B, H, N, M). None is a structural zero."""
+    """Inputs that the kernels read: (B, H, N or M, D) each, masks (B, H, N, M). None is a structural zero."""
 
     q: Strided | Described
     k: Strided | Described
@@ -46,7 +46,7 @@ def precision(dtype: torch.dtype) -> str:
 
 
 class Strides(NamedTuple):
-    """How the inputs lie in memory, in the order of `Inputs`: the fields of `Strided` but for the pointer.
+    """Strides of the inputs, in the order of `Inputs`: the fields of `Strided` but for the pointer.
 
     The strides of rows are in units of `unit` elements, those of masks in elements. A row of a mask that all queries
     share has the stride None: then it is loaded once a tile, and not once a query.

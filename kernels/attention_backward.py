@@ -1,4 +1,4 @@
-"""Both backwards of attention, through the output alone and through its tangent as well, without atomics.
+"""Compute both backwards of attention, through the output alone and through its tangent as well, without atomics.
 
 Three kernels: statistics of each query, then the gradients of keys and values, then those of queries and masks.
 README.md derives them under "Backward", in the symbols used here.
@@ -38,7 +38,7 @@ WIDEST_OF_FOUR, WIDEST_OF_TWO, WIDEST_MASKED = 64, 128, 96
 
 
 class Gradients(NamedTuple):
-    """What the kernels write, contiguous. None is not wanted."""
+    """Gradients that the kernels write, contiguous. None is not wanted."""
 
     dq: Tensor | None
     dk: Tensor | None
@@ -51,7 +51,7 @@ class Gradients(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What a backward has to do: tensors without those that no cotangent asks about, and the gradients to write."""
+    """Task of a backward: tensors without those that no cotangent asks about, and the gradients to write."""
 
     primals: tuple[Tensor, Tensor, Tensor, Tensor | None]
     tangents: tuple[Tensor | None, ...]

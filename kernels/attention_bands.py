@@ -1,4 +1,4 @@
-"""Which query meets which key: packed sequences, bands (causal, sliding windows) and the live tiles of masks.
+"""Say which query meets which key: packed sequences, bands (causal, sliding windows) and the live tiles of masks.
 
 README.md says more under "Masks, bands and packed sequences".
 """
@@ -18,7 +18,7 @@ UNLIMITED = tl.constexpr(1 << 30)  # It is longer than any sequence, and twice i
 
 
 class Problem(NamedTuple):
-    """A launch's extent. n queries and m keys are those of the longest sequence where sequences are packed.
+    """Problem of a launch. n queries and m keys are those of the longest sequence where sequences are packed.
 
     Query i sees the keys from i + shift - left to i + shift + right; None is no limit on that side. A head of q has
     `rows` rows, those of all sequences.
@@ -36,7 +36,7 @@ class Problem(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The live tiles of a mask: the others hide all they cover.
+    """Tiles of a mask that are live: the others hide all they cover.
 
     `live` lists the live tiles of each row of tiles, in order; `before` says how many of them come before each tile,
     and how many there are. The strides are in rows of tiles.

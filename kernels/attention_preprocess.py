@@ -1,4 +1,4 @@
-"""The pre-pass of attention's backward: the statistics of each query that the tiles need, from its o and t_o."""
+"""Compute the statistics of each query that the tiles of attention's backward need, from its o and t_o."""
 
 # mypy: allow-untyped-defs
 
@@ -18,7 +18,7 @@ FAR = tl.constexpr(1024.0)  # Beyond this |lse|, float32 holds too few of its di
 
 
 class Saved(NamedTuple):
-    """What the forward left, and the cotangents of its statistics."""
+    """Results that the forward left, and the cotangents of its statistics."""
 
     o: Strided
     t_o: Strided | None

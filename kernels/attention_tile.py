@@ -1,4 +1,4 @@
-"""One tile of attention's backward, shared by the kernels for keys and for queries.
+"""Compute one tile of attention's backward, shared by the kernels for keys and for queries.
 
 It is (BLOCK_N, BLOCK_M), or its transpose where BY_KEYS: so the left operand of every matmul into a gradient is what
 has just been computed, and nothing has to be turned around. The statistics of the queries come as a column or,
@@ -22,14 +22,14 @@ LOWEST = tl.constexpr(-3.0e38)  # It lies below every logit but -inf.
 
 
 class Cotangents(NamedTuple):
-    """The cotangents of o and t_o, each (B, H, N, D_V). None is a structural zero."""
+    """Cotangents of o and t_o, each (B, H, N, D_V). None is a structural zero."""
 
     do: Strided | Described | None
     dt_o: Strided | Described | None
 
 
 class Statistics(NamedTuple):
-    """What the tiles need of each query, (B, H, N) in float32: P = exp2(S - lse - rest), all in units of log 2.
+    """Statistics of each query, (B, H, N) in float32: P = exp2(S - lse - rest), all in units of log 2.
 
     rest is None unless a float mask may push lse too far from 0 to hold it. A query that sees no key has lse = inf.
     delta_t is None where no logit moves, or no cotangent asks how.
@@ -109,17 +109,30 @@ def load_keys(
 @triton.jit
 def logits(s, IN, at, scale):
     """Return S under the mask, in units of log 2, from s = q kᵀ."""
-    _, _, i, _, n, _ = at
     s *= scale * LOG2_E
     if IN.mask is not None:
-        if IN.mask.ptr.dtype.element_ty == tl.int1:
-            s = tl.where(_load_mask(IN.mask, at, 0), s, float("-inf"))
-        else:
-            mask = _load_mask(IN.mask, at, float("-inf"))
-            # A row of finfo.min is not dead: the change of units must not make it -inf.
-            bias = at_least(mask.to(tl.float32), LOWEST / 2) * LOG2_E
-            s += tl.where((mask == float("-inf")) | (i >= n), float("-inf"), bias)
+        s = under_mask(s, IN.mask, at, True)
     return s
+
+
+@triton.jit
+def under_mask(s, MASK, at, EDGES: tl.constexpr):
+    """Return s, in units of log 2, under a mask: -inf where a bool one is False, or with a float one added.
+
+    With EDGES it is -inf beyond a float mask, too. The forward hides its edges itself: there it would spill registers.
+    """
+    _, _, i, _, n, _ = at
+    if MASK.ptr.dtype.element_ty == tl.int1:
+        return tl.where(load_mask(MASK, at, 0), s, float("-inf"))
+    else:
+        mask = load_mask(MASK, at, float("-inf") if EDGES else 0)
+        # A row of finfo.min is not dead: all its keys weigh the same, and the change of units must not make it -inf. So
+        # such a low value counts as LOWEST / 2, until the forward has an lse, which is finfo.min.
+        bias = at_least(mask.to(tl.float32), LOWEST / 2) * LOG2_E
+        dead = mask == float("-inf")
+        if EDGES:
+            dead = dead | (i >= n)
+        return s + tl.where(dead, float("-inf"), bias)
 
 
 @triton.jit
@@ -242,7 +255,7 @@ def _moved_logits(t, IN, at, scale):
     """Return T, from t = t_q kᵀ + q t_kᵀ."""
     t *= scale
     if IN.t_mask is not None:
-        t += _load_mask(IN.t_mask, at, 0).to(tl.float32)
+        t += load_mask(IN.t_mask, at, 0).to(tl.float32)
     return t
 
 
@@ -254,7 +267,7 @@ def seen(at, low, high):
 
 
 @triton.jit
-def _load_mask(MASK, at, beyond):
+def load_mask(MASK, at, beyond):
     """Load a tile of a mask, or its one row if all queries share it; beyond its edges it is `beyond`."""
     b, h, i, j, n, m = at
     ptrs = MASK.ptr + b.to(tl.int64) * MASK.stride_b + h.to(tl.int64) * MASK.stride_h + j.to(tl.int64) * MASK.stride_d

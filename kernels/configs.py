@@ -1,4 +1,4 @@
-"""How the kernels are launched: tile sizes, warps and pipeline stages.
+"""Choose how the kernels are launched: tile sizes, warps and pipeline stages.
 
 Attention's configs are a table, configs.json: an entry for each kernel, architecture, width of operands, head dim,
 tangent set, kind of mask and length. It needn't have every entry: `attention_config` takes the one that is nearest and
@@ -28,7 +28,7 @@ SHIPPED = Path(__file__).with_name("configs.json")
 
 
 class Config(NamedTuple):
-    """One launch of an attention kernel: tiles of BLOCK_N queries by BLOCK_M keys.
+    """Configuration of a launch of an attention kernel: tiles of BLOCK_N queries by BLOCK_M keys.
 
     stream: how many columns of a row the matmuls load at a time; 0 is all of them, once, to be held.
     """
@@ -40,13 +40,13 @@ class Config(NamedTuple):
     stream: int = 0
 
     def options(self) -> dict[str, int]:
-        """What a launch is told of it."""
+        """Return what a launch is told of it."""
         blocks = {"BLOCK_N": self.block_n, "BLOCK_M": self.block_m, "STREAM": self.stream}
         return {**blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 class NormConfig(NamedTuple):
-    """One launch of the norm kernel: ROWS rows of BLOCK_C channels."""
+    """Configuration of a launch of the norm kernel: ROWS rows of BLOCK_C channels."""
 
     rows: int
     block_c: int
@@ -54,7 +54,7 @@ class NormConfig(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A line of the table.
+    """Line of the table.
 
     bits: of an element of q. d: the head dim, and the widest that the config fits. tangents: letters of `TANGENTS`, ""
     for plain attention and for the backward without any cotangent of a tangent. log2_length: see `bucket`; None is any.
@@ -73,7 +73,7 @@ class Entry(NamedTuple):
 
 
 class ConfigFileError(ValueError):
-    """A file of configs that can't be read."""
+    """Error of a file of configs that can't be read."""
 
 
 INTERPRETER = 0  # the architecture of a CPU
@@ -96,7 +96,7 @@ def forced(arch: int, chosen: dict[str, Config]) -> Iterator[None]:
 
 
 def arch_of(device: torch.device) -> int:
-    """The rows of the table that serve a device: sm_90 those of 9.x, sm_100 those of 10.x, sm_80 all others.
+    """Return which rows of the table serve a device: sm_90 those of 9.x, sm_100 those of 10.x, sm_80 all others.
 
     So sm_80's configs keep to the 99 KiB of shared memory that 8.6, 8.9 and 12.x have.
     """
@@ -111,14 +111,14 @@ def _arch_of_gpu(index: int | None) -> int:
 
 
 def bucket(length: int) -> int:
-    """log2 of a length, rounded to the nearest."""
+    """Return log2 of a length, rounded to the nearest."""
     return (2 * max(length, 1) ** 2).bit_length() - 1 >> 1
 
 
 def attention_config(
     kernel: str, arch: int, dtype: torch.dtype, d: int, tangents: str, mask: str, length: int
 ) -> Config:
-    """The config for heads of width `d` (the larger of that of the keys and that of the values).
+    """Return the config for heads of width `d` (the larger of that of the keys and that of the values).
 
     tangents: the letters of those that there are, as in `Entry`. mask: one of `MASKS`. length: of the rows that the
     programs share out, queries in "forward" and "backward_q", keys in "backward_kv".
@@ -140,7 +140,7 @@ def _nearest(kernel: str, arch: int, bits: int, d: int, tangents: str, mask: str
 
 
 def nearest(wanted: Entry, *tables: Iterable[Entry]) -> Entry | None:
-    """The entry that fits and wastes least: of the narrowest heads, then the fewest tangents, then the simplest mask.
+    """Return the entry that fits and wastes least: the narrowest heads, then the fewest tangents, the simplest mask.
 
     Of several such it is one of the first table before one of the second, then a measured one, of the nearest length.
     """
@@ -168,19 +168,19 @@ def _fits(wanted: Entry, entry: Entry) -> bool:
 
 @lru_cache
 def shipped() -> tuple[Entry, ...]:
-    """The table that comes with the package."""
+    """Return the table that comes with the package."""
     return read(SHIPPED)
 
 
 @lru_cache
 def users() -> tuple[Entry, ...]:
-    """What was tuned on this GPU with this version of Triton, if anything."""
+    """Return what was tuned on this GPU with this version of Triton, if anything."""
     path = cache_path()
     return read(path) if path is not None and path.exists() else ()
 
 
 def cache_path() -> Path | None:
-    """The user's file for the current GPU and this version of Triton; None without a GPU."""
+    """Return the user's file for the current GPU and this version of Triton; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdistill"
@@ -195,7 +195,7 @@ def reload() -> None:
 
 
 def read(path: Path) -> tuple[Entry, ...]:
-    """The entries of a file; ConfigFileError, with the remedy, where it is damaged."""
+    """Read the entries of a file; raise ConfigFileError, with the remedy, where it is damaged."""
     try:
         return tuple(map(_parse, json.loads(path.read_text(encoding="utf-8"))))
     except (ValueError, TypeError, KeyError) as error:
@@ -216,7 +216,7 @@ def _parse(line: dict[str, Any]) -> Entry:
 
 
 def write(path: Path, entries: Sequence[Entry]) -> None:
-    """Entries as a file, a line each; whoever reads meanwhile sees the old file or the new one."""
+    """Write entries as a file, a line each; whoever reads meanwhile sees the old file or the new one."""
     lines = ",\n".join(json.dumps(entry._asdict()) for entry in sorted(entries, key=_order))
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}")
@@ -230,14 +230,14 @@ def _order(entry: Entry) -> tuple[Any, ...]:
 
 
 def norm_config(length: int, width: int) -> NormConfig:
-    """Whole rows, about 2048 elements and 16 a thread; several short rows share a program, of one sample only."""
+    """Return whole rows, about 2048 elements and 16 a thread; short rows of one sample share a program."""
     block_c = 1 << (width - 1).bit_length()
     rows = min(max(1, 2048 // block_c), 16, 1 << (length - 1).bit_length())
     return NormConfig(rows, block_c, num_warps=min(16, max(1, rows * block_c // 512)))
 
 
 def norm_sums_fit(width: int, sums: int, residual: bool) -> bool:
-    """Whether the norms' backward has registers for whole rows beside running sums of `sums` gradients."""
+    """Return whether the norms' backward has registers for whole rows beside running sums of `sums` gradients."""
     if width <= 2048:
         return sums <= 6
     if width <= 4096:
@@ -246,14 +246,14 @@ def norm_sums_fit(width: int, sums: int, residual: bool) -> bool:
 
 
 def norm_backward_config(batch: int, length: int, width: int, sums: int) -> tuple[NormConfig, int]:
-    """A launch of the norms' backward on whole rows, and how many steps a program takes."""
+    """Return a launch of the norms' backward on whole rows, and how many steps a program takes."""
     block_c = 1 << (width - 1).bit_length()
     rows = min(max(1, 2048 // block_c), 16, 1 << (length - 1).bit_length())
     return _backward_tile(batch, length, rows, block_c, sums)
 
 
 def norm_columns_config(batch: int, length: int, width: int, sums: int) -> tuple[NormConfig, int]:
-    """A launch that sums columns whose rows' statistics are known, so that it need not hold whole rows."""
+    """Return a launch that sums columns whose rows' statistics are known, so that it need not hold whole rows."""
     rows, per_thread = (16, 8) if sums <= 6 else (8, 4)
     rows = min(rows, 1 << (length - 1).bit_length())
     return _backward_tile(batch, length, rows, min(128, 1 << (width - 1).bit_length()), sums, per_thread)
@@ -262,7 +262,7 @@ def norm_columns_config(batch: int, length: int, width: int, sums: int) -> tuple
 def _backward_tile(
     batch: int, length: int, rows: int, block_c: int, sums: int, per_thread: int = 8
 ) -> tuple[NormConfig, int]:
-    """So many elements a thread, and about 512 programs where there is something to sum."""
+    """Return a tile of so many elements a thread, and steps for about 512 programs where there is something to sum."""
     tiles = -(-length // rows)
     steps = min(tiles, max(1, batch * tiles // 512), 64) if sums else 1
     return NormConfig(rows, block_c, num_warps=min(16, max(1, rows * block_c // (32 * per_thread)))), steps

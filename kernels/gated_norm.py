@@ -1,4 +1,4 @@
-"""The step between two blocks, r = x + gate∘h and a norm of r, in the norms' own kernels: see `load_rows`.
+"""Compute r = x + gate∘h and a norm of r, the step between two blocks, in the norms' own kernels: see `load_rows`.
 
 Each input is read once and each output is written once, in both directions. README.md has the formulas.
 """

@@ -49,12 +49,12 @@ def mend() -> None:
 
 
 def _values(bits: Any) -> Any:
-    """The float32 numbers that bfloat16 patterns stand for; both are NumPy arrays."""
+    """Return the float32 numbers that bfloat16 patterns stand for; both are NumPy arrays."""
     return (bits.astype("uint32") << 16).view("float32")
 
 
 def _rounded(x: Any) -> Any:
-    """The bfloat16 patterns of float32 numbers, to nearest even; NaN stays NaN."""
+    """Return the bfloat16 patterns of float32 numbers, to nearest even; NaN stays NaN."""
     bits = x.view("uint32")
     nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return (nearest * (x == x) + 0x7FC0 * (x != x)).astype("uint16")

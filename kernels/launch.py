@@ -25,7 +25,7 @@ Pairs = Sequence[tuple[Any, Tensor | None]]  # (primal, tangent) of each argumen
 
 
 class Launch(NamedTuple):
-    """`kernel[grid](*args, **options)`."""
+    """Launch of a kernel: `kernel[grid](*args, **options)`."""
 
     grid: tuple[int, ...]
     args: tuple[Any, ...]

@@ -1,4 +1,4 @@
-"""What the kernels can take, once: the ops ask before they choose, without loading Triton."""
+"""Say once what the kernels can take: the ops ask before they choose, without loading Triton."""
 
 from __future__ import annotations
 

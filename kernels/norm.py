@@ -23,7 +23,7 @@ __all__ = ["Outputs", "allocate", "norm_backward", "norm_forward", "plan", "run"
 
 
 class Outputs(NamedTuple):
-    """What the kernel writes, contiguous. None is not wanted."""
+    """Outputs that the kernel writes, contiguous. None is not wanted."""
 
     y: Tensor
     t_y: Tensor | None

@@ -1,4 +1,4 @@
-"""The backward passes of the norms: gradients of rows and of their tangents, of parameters and of modulation.
+"""Compute the norms' gradients: of rows and of their tangents, of parameters and of modulation.
 
 README.md derives the formulas under "The norms' backward", in the symbols used here.
 """
@@ -41,7 +41,7 @@ SUMMED = ("weight", "bias", "scale", "shift", "gate")
 
 
 class Cotangents(NamedTuple):
-    """Of the modulated y and its tangent, and of r = x + gate∘h and its tangent. None is zero."""
+    """Cotangents of the modulated y and its tangent, and of r = x + gate∘h and its tangent. None is zero."""
 
     dy: Any
     dt_y: Any
@@ -50,7 +50,7 @@ class Cotangents(NamedTuple):
 
 
 class RowGradients(NamedTuple):
-    """What the kernel writes, contiguous. None is not wanted."""
+    """Gradients of rows that the kernel writes, contiguous. None is not wanted."""
 
     dx: Tensor | None
     dt_x: Tensor | None
@@ -59,7 +59,7 @@ class RowGradients(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Of each row, (B, T) float32. The last three pass from a launch that has whole rows to one that hasn't."""
+    """Statistics of each row, (B, T) float32. The last three pass from a launch with whole rows to one without."""
 
     mean: Tensor | None
     rstd: Tensor
@@ -69,7 +69,7 @@ class Statistics(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Where gradients go that are sums over rows, in the order of `SUMMED`, primals first. None is not wanted."""
+    """Sums over rows: where these gradients go, in the order of `SUMMED`, primals first. None is not wanted."""
 
     dweight: Tensor | None = None
     dbias: Tensor | None = None
@@ -84,7 +84,7 @@ class Sums(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The launches, in order, and what they write: rows, and by name the sums over a program's rows, or rows to sum."""
+    """Plan of the launches, in order, and what they write: rows, and by name the sums over a program's rows."""
 
     launches: list[Launch]
     rows: RowGradients

@@ -1,4 +1,4 @@
-"""What both directions of the norms share: how tensors reach the kernels, and the rules by which pairs combine.
+"""Share between the norms' directions how tensors reach the kernels, and the rules by which pairs combine.
 
 A pair is a primal tile and its tangent; a tangent of None is zero, and leaves out its loads and sums.
 """
@@ -19,7 +19,7 @@ from .limits import WIDEST_ROW
 
 
 class Strided(NamedTuple):
-    """A (B, T, C) tensor as the kernel receives it."""
+    """Tensor (B, T, C) as the kernel receives it."""
 
     ptr: Any
     stride_b: int
@@ -28,7 +28,7 @@ class Strided(NamedTuple):
 
 
 class StridedRow(NamedTuple):
-    """A (B, 1, C) tensor, loaded once for all rows of a program. The kernel tells it by its length."""
+    """Tensor (B, 1, C), loaded once for all rows of a program. The kernel tells it by its length."""
 
     ptr: Any
     stride_b: int
@@ -39,7 +39,7 @@ Source = Strided | StridedRow
 
 
 class Inputs(NamedTuple):
-    """What the kernels read. None is left out: a factor of one, an addend of zero, a tangent of zero.
+    """Inputs that the kernels read. None is left out: a factor of one, an addend of zero, a tangent of zero.
 
     The rows to normalise are x, or x + gate∘h where there is an h.
     """

@@ -1,4 +1,4 @@
-"""A norm of each head of queries and keys, then rotary embedding, with tangents and both backwards: one launch for all.
+"""Normalise each head of queries and keys and turn it, with tangents and both backward passes, in one launch.
 
 README.md derives the formulas under "Queries and keys", in the symbols used here.
 """
@@ -38,14 +38,14 @@ from .tiles import stride_unit
 
 
 class Outputs(NamedTuple):
-    """What the forward writes of queries or of keys, contiguous. None is not wanted."""
+    """Outputs that the forward writes of queries or of keys, contiguous. None is not wanted."""
 
     y: Tensor
     t_y: Tensor | None
 
 
 class Gradients(NamedTuple):
-    """What the backward writes of queries or of keys, contiguous; the last four as a row of sums for each program."""
+    """Gradients that the backward writes of queries or of keys, contiguous; the last four as sums for each program."""
 
     dx: Tensor | None
     dt_x: Tensor | None
@@ -56,7 +56,7 @@ class Gradients(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What the kernels are told besides tensors: norm is "rms", "layer" or "none"; see `load_halves` for the others."""
+    """Options of the kernels: norm is "rms", "layer" or "none"; see `load_halves` for the others."""
 
     norm: str
     eps: float

@@ -1,4 +1,4 @@
-"""What both directions of `qk_norm_rope` share: how tensors reach the kernels, and the rules for a head's two halves.
+"""Share between the directions of `qk_norm_rope` how tensors reach the kernels, and the rules for a head's halves.
 
 A row, the channels of one head of one token, is held as a pair (u, v) of tiles (ROWS, HALF): entry i of u and of v turn
 together. None instead of a pair is zero, and leaves out its loads and sums.
@@ -21,14 +21,14 @@ from .tiles import strided
 
 
 class Channels(NamedTuple):
-    """A (D,) tensor."""
+    """Tensor (D,) as the kernel receives it."""
 
     ptr: Any
     stride: int
 
 
 class Angles(NamedTuple):
-    """cos and sin, (B or 1, L, D/2) each and both of the same strides. No tensors stand for no rotation."""
+    """Angles as cos and sin, (B or 1, L, D/2) each and both of the same strides. No tensors are no rotation."""
 
     cos: Any
     sin: Any
@@ -38,7 +38,7 @@ class Angles(NamedTuple):
 
 
 class Side(NamedTuple):
-    """What the kernels read of queries, or of keys: rows are heads of tokens of samples, heads numbered fastest."""
+    """Side that the kernels read, queries or keys: rows are heads of tokens of samples, heads numbered fastest."""
 
     x: Any
     t_x: Any

@@ -20,7 +20,7 @@ REST = tl.constexpr(256.0)  # This factor keeps what rounding took from a small 
 
 
 class Strided(NamedTuple):
-    """A 4-D tensor as a kernel receives it: pointer, then strides, all but the last in units of UNIT elements."""
+    """Tensor of 4 dimensions as a kernel receives it: pointer, then strides, all but the last in units of UNIT."""
 
     ptr: Any
     stride_b: int
@@ -30,7 +30,7 @@ class Strided(NamedTuple):
 
 
 class Described(NamedTuple):
-    """A 4-D tensor as a kernel receives it for the copy engine (TMA) of GPUs from 9.0 on: a descriptor a part."""
+    """Tensor of 4 dimensions as a kernel receives it for the copy engine (TMA) of GPUs from 9.0, by parts."""
 
     parts: tuple[TensorDescriptor, ...]
 

@@ -31,7 +31,7 @@ def mend(version: str = triton.__version__) -> None:
 
 
 def _mend_values(core: Any) -> None:
-    """Tuples with a None in them, and the types of nested constants."""
+    """Make tuples with a None in them possible, and keep the types of nested constants."""
     from triton.compiler.code_generator import ASTFunction
 
     type_of_values, deserialize = core._type_for_tuple_values, ASTFunction.deserialize
@@ -57,7 +57,7 @@ def _mend_values(core: Any) -> None:
 
 
 def _mend_returns(core: Any) -> None:
-    """None as a result: it was to become a tensor, as numbers do."""
+    """Allow None as a result, which was to become a tensor as numbers do."""
     from triton.compiler.code_generator import CodeGenerator
 
     visit_return = CodeGenerator.visit_Return
@@ -80,7 +80,7 @@ def _mend_returns(core: Any) -> None:
 
 
 def _mend_launches() -> None:
-    """Where a descriptor is in a tuple, all that is in tuples is launched as arguments of their own."""
+    """Launch all that is in tuples as arguments of their own where a descriptor is in a tuple."""
     from triton.backends.nvidia import driver
 
     make_launcher, wrap = driver.make_launcher, driver.wrap_handle_tensordesc
@@ -103,7 +103,7 @@ def _mend_launches() -> None:
 
 
 def _leaves(values: tuple[Any, ...], signature: tuple[Any, ...]) -> Iterator[Any]:
-    """The values, one by one, of all tuples that the signature has."""
+    """Yield the values, one by one, of all tuples that the signature has."""
     for value, kind in zip(values, signature, strict=True):
         if isinstance(kind, tuple):
             yield from _leaves(value, kind)

@@ -1,4 +1,4 @@
-"""Print the counts that say whether the house works: calls to a launch, files that a change touches, wide functions.
+"""Print the counts that say whether the house works: calls to a launch, wide functions, circles of imports.
 
     python -m tests.house_counts
 
@@ -11,8 +11,9 @@ import ast
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -21,13 +22,14 @@ from unittest import mock
 import torch
 
 import fastdistill as fd
+from tests.test_layers import MODULES, imports
 
 ROOT = Path(__file__).parents[1]
 MOST_ARGUMENTS = 10
 
 
 class Calls(NamedTuple):
-    """What Python runs from a public function to the launch of its kernel.
+    """Calls that Python runs from a public function to the launch of its kernel.
 
     total: calls, PyTorch's and the standard library's own included. files: those of ours that they are in.
     """
@@ -121,6 +123,29 @@ def _arguments(node: ast.FunctionDef) -> int:
     return len(of.posonlyargs) + len(of.args) - method + needed
 
 
+def imports_of_modules() -> dict[str, set[str]]:
+    """Return the modules that each module of the package imports: at its top, in functions, and for type checkers."""
+    found = {}
+    for module, path in MODULES.items():
+        named = imports(ast.parse(path.read_text(encoding="utf-8")), module, path.name == "__init__.py")
+        found[module] = {name for _, name in named if name in MODULES and name != module}
+    return found
+
+
+def import_circles(imported: Mapping[str, set[str]]) -> list[list[str]]:
+    """Return circles of imports, so many that without one import of each there are none; each begins where it ends."""
+    left, found = {module: set(names) for module, names in imported.items()}, []
+    while True:
+        try:
+            TopologicalSorter(left).prepare()
+        except CycleError as error:
+            circle = error.args[1][::-1]
+            found.append(circle)
+            left[circle[0]].discard(circle[1])
+        else:
+            return found
+
+
 def main() -> None:
     """Print all counts."""
     for requires_grad in (False, True):
@@ -130,6 +155,7 @@ def main() -> None:
             f"Python calls from the public attention to the launch, {graph}: {calls.total} in {len(calls.files)} files"
         )
         print("".join(f"    {path}\n" for path in calls.files), end="")
+    print("circles of imports:", import_circles(imports_of_modules()) or "none")
     print("functions with more than ten arguments:", wide_functions() or "none")
 
 

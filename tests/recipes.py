@@ -1,4 +1,4 @@
-"""What the tests of recipes share: the code that CONTRIBUTING.md shows, and a copy of the package to put it into."""
+"""Share between the tests of recipes the code that CONTRIBUTING.md shows, and a copy of the package for it."""
 
 from __future__ import annotations
 

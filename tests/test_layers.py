@@ -32,9 +32,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "couplings": set(),
     "times": {"paths"},
     "lookup": set(),
+    "settings": set(),
     "samplers": {"paths", "times", "lookup"},
     "data": {"lookup"},
-    "objectives": {"paths", "times", "samplers", "jvp", "ops.protocol.compat"},
+    "objectives": {"paths", "times", "samplers", "jvp", "ops.protocol.compat", "lookup", "settings"},
     "eval.exact": {"paths"},
     "train": {
         "api",
@@ -49,10 +50,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "eval.exact",
         "data",
         "lookup",
+        "settings",
     },
     "eval": {"api", "models", "paths", "times", "samplers", "objectives", "train", "eval.exact", "data", "lookup"},
-    "method_notes": {"objectives", "samplers", "train"},
-    "compare": {"models", "testing", "train", "eval", "data"},
+    "method_notes": {"objectives", "samplers", "settings", "train"},
+    "compare": {"models", "testing", "settings", "train", "eval", "data"},
     "demo": {"api", "models", "paths", "times", "samplers", "train", "eval", "eval.exact", "data"},
     "tune": {"kernels", "ops"},
     "benchmarks.ops": {"api", "reference", "testing", "ops", "models", "objectives"},
@@ -227,7 +229,7 @@ def test_a_stranger_in_a_room_is_found(module: str, code: str) -> None:
 
 
 def test_a_sampler_or_a_data_set_imports_no_other() -> None:
-    """But what they share, whose names the registries have."""
+    """Check that it imports none, but what they share, whose names the registries have."""
     files = {name: path for name, path in MODULES.items() if layer_of(name) in ("samplers", "data")}
     found = [line for module, path in files.items() for line in neighbours(module, path.read_text(encoding="utf-8"))]
     assert not found, "\n".join(found)
@@ -238,7 +240,7 @@ def test_a_sampler_or_a_data_set_imports_no_other() -> None:
 
 @pytest.mark.parametrize("room", ["activation", "attention", "gated_norm", "linear", "norm", "qk_norm_rope"])
 def test_rooms_have_the_same_files(room: str) -> None:
-    """A newcomer who knows one op finds its way in every other."""
+    """Check that a newcomer who knows one op finds its way in every other."""
     files = {"functions", "op", "eager", "second_order", "reference", "cases"}
     assert files <= {path.stem for path in (ROOT / "fastdistill" / "ops" / room).glob("*.py")}
 
@@ -262,6 +264,9 @@ def test_rooms_have_the_same_files(room: str) -> None:
         ("fastdistill.objectives.meanflow", "from fastdistill.ops import rms_norm", "objectives may import"),
         ("fastdistill.objectives.meanflow", "import fastdistill as fd", "objectives may import"),
         ("fastdistill.objectives.meanflow", "from ..models.dit import DiT", "objectives may import"),
+        ("fastdistill.objectives.meanflow", "from fastdistill.train import TrainConfig", "objectives may import"),
+        ("fastdistill.objectives.settings.base", "from pydantic import Field", "uses torch alone"),
+        ("fastdistill.settings", "from fastdistill.train.settings import Settings", "no other layer"),
         ("fastdistill.samplers", "from fastdistill import train", "samplers may import"),
         ("fastdistill.samplers.euler", "def f():\n    from fastdistill.data import Ring", "samplers may import"),
         ("fastdistill.samplers.adaptive", "import scipy", "uses torch alone"),
@@ -304,6 +309,22 @@ q = torch.ones(1, 1, 3, 4)
 print(torch.func.jvp(lambda q: fd.scaled_dot_product_attention(q, q, q), (q,), (q,))[1].shape)
 """
     assert fresh_python(code) == "torch.Size([1, 1, 3, 4])"
+
+
+def test_objectives_need_no_package_of_an_extra() -> None:
+    """Check that their settings are plain: without pydantic each method can be called, and draws times."""
+    code = """
+import sys
+for name in ("pydantic", "yaml", "tyro", "scipy"):
+    sys.modules[name] = None
+import torch
+from fastdistill.objectives import OBJECTIVES, flow_matching
+from fastdistill.objectives.settings import Instantaneous
+x = torch.ones(3, 2)
+t = Instantaneous(name="flow_matching").times.sampler()(3, torch.Generator())
+print(len(OBJECTIVES), flow_matching(lambda x, t, s, y: 0 * x + 1, x, 0 * x, t)[0].item())
+"""
+    assert fresh_python(code).endswith(" 4.0")
 
 
 def test_import_loads_nothing_heavy() -> None:

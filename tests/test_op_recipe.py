@@ -20,7 +20,7 @@ EXPORTS = "fastdistill/ops/__init__.py"
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
-    """The copy with the op, and the files that were added or changed."""
+    """Return the copy with the op, and the files that were added or changed."""
     tree = tmp_path_factory.mktemp("copy") / "repository"
     ignored = shutil.ignore_patterns("__pycache__", "example_op", "results", "evidence")
     for name in ("fastdistill", "kernels", "benchmarks", "tests"):
@@ -60,7 +60,7 @@ def test_an_op_is_nine_files(copy: tuple[Path, set[str]]) -> None:
 
 
 def test_its_room_is_tried_like_every_other(copy: tuple[Path, set[str]]) -> None:
-    """Under all transforms, by PyTorch's judges, in every dtype, and in its layer."""
+    """Check it under all transforms, by PyTorch's judges, in every dtype, and in its layer."""
     tests = ("test_vmap.py", "test_gradcheck.py", "test_native.py", "test_forward_over_reverse.py", "test_accuracy.py")
     files = [f"tests/ops/{name}" for name in tests]
     said = run(
@@ -87,7 +87,7 @@ def test_its_kernels_are_tried_and_compiled(copy: tuple[Path, set[str]]) -> None
 
 
 def test_it_is_counted_and_benchmarked(copy: tuple[Path, set[str]]) -> None:
-    """Its parity is judged before a time is taken, by the suite that it is in by being there."""
+    """Check that its parity is judged before a time is taken, by the suite that it is in by being there."""
     code = "from fastdistill.benchmarks.count.op_problems import NAMES; print('l2_norm' in NAMES)"
     assert run(copy[0], "-c", code).strip() == "True"
     bench = [

@@ -1,4 +1,4 @@
-"""The kernels of the ops whose rows in the rooms' `cases.py` name sizes to compile at: every one, forward and backward.
+"""Compile the kernels, forward and backward, of the ops whose rows in the rooms' `cases.py` name sizes for it.
 
 An op's public pair says what it hands to the dispatcher, of tensors without memory; its Triton implementation is then
 called with that, and each launch is written down, or compiled, instead of made. Every tensor has a tangent, parameters
@@ -29,7 +29,7 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 
 
 class Call(NamedTuple):
-    """What a public op hands to the dispatcher."""
+    """Call of an op that a public function hands to the dispatcher."""
 
     op: DualOp
     inputs: Sequence[Any]
@@ -37,7 +37,7 @@ class Call(NamedTuple):
 
 
 class Launched(NamedTuple):
-    """A launch that was written down: the kernel, its arguments and its options."""
+    """Launch that was written down: the kernel, its arguments and its options."""
 
     kernel: Any
     args: tuple[Any, ...]

@@ -1,4 +1,4 @@
-"""What an op and a DiT block cost on memory: kernels launched and bytes moved, by torch.func.jvp and by ours.
+"""Count what an op and a DiT block cost on memory: kernels launched and bytes moved, by torch.func.jvp and by ours.
 
     OMP_NUM_THREADS=1 python -m fastdistill.benchmarks.count.launches  # a minute on a CPU: results/launches.json, .md
 
@@ -40,7 +40,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class ComparedOp(NamedTuple):
-    """An op as a function of the tensors that have tangents in a network, in plain PyTorch and as ours.
+    """Op as a function of the tensors that have tangents in a network, in plain PyTorch and as ours.
 
     shapes: of these tensors. parameters: bytes of the tensors without a tangent, which are read as well.
     """
@@ -53,7 +53,7 @@ class ComparedOp(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Of a DiT's tensors."""
+    """Sizes of a DiT's tensors."""
 
     batch: int = 16
     tokens: int = TOKENS
@@ -97,19 +97,19 @@ def draw(case: ComparedOp, dtype: torch.dtype, device: str) -> tuple[Tensors, Te
 
 
 def pushed(op: Op, primals: Tensors, tangents: Tensors) -> Tensors:
-    """Outputs, then their tangents."""
+    """Return outputs, then their tangents."""
     out, t_out = torch.func.jvp(op, primals, tangents)[:2]
     return (*out, *t_out)
 
 
 def pulled(results: Tensors, primals: Tensors, tangents: Tensors) -> Callable[[], Tensors]:
-    """The backward of outputs and tangents, to all inputs and all tangents."""
+    """Return the backward of outputs and tangents, to all inputs and all tangents."""
     cotangents = tuple(torch.ones_like(z) for z in results)
     return lambda: torch.autograd.grad(results, (*primals, *tangents), cotangents, retain_graph=True)
 
 
 def count_ops(dtype_name: str, device: str, sizes: Sizes, clock: Clock | None = None) -> list[dict[str, Any]]:
-    """A row for each op, way and direction, timed if there is a clock."""
+    """Count a row for each op, way and direction, timed if there is a clock."""
     dtype, rows = DTYPES[dtype_name], []
     for name, case in compared_ops(sizes, dtype, device).items():
         primals, tangents = draw(case, dtype, device)
@@ -144,7 +144,7 @@ def count_ops(dtype_name: str, device: str, sizes: Sizes, clock: Clock | None = 
 
 
 def speed(run: Callable[[], Tensors], least: int, clock: Clock) -> dict[str, float]:
-    """On a GPU: the median time, GB/s as if the floor's bytes had been moved, and the kernels that really ran."""
+    """Measure on a GPU the median time, GB/s of the floor's bytes, and the kernels that really ran."""
     timed = clock.warm_up(run)
     seconds = statistics.median(clock.sample(timed) for _ in range(20))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
@@ -155,7 +155,7 @@ def speed(run: Callable[[], Tensors], least: int, clock: Clock) -> dict[str, flo
 
 
 def block_ways(rope: bool, sizes: Sizes, device: str) -> dict[str, tuple[Callable[[], Any], str]]:
-    """A DiT block amid a network, with its tangent: the run and the implementation of each way."""
+    """Return the run and the implementation of each way of a DiT block with its tangent, amid a network."""
     torch.manual_seed(0)
     batch, tokens, width, heads = sizes
     block = DiTBlock(width, heads, RATIO, qk_norm=rope).to(device)
@@ -187,7 +187,7 @@ def block_ways(rope: bool, sizes: Sizes, device: str) -> dict[str, tuple[Callabl
 
 
 def count_blocks(sizes: Sizes, device: str) -> list[dict[str, Any]]:
-    """Kernels of a block under bfloat16 autocast, with float32 parameters, by kind."""
+    """Count the kernels of a block under bfloat16 autocast, with float32 parameters, by kind."""
     rows = []
     for rope in (False, True):
         for way, (run, impl) in block_ways(rope, sizes, device).items():
@@ -206,7 +206,7 @@ def count_blocks(sizes: Sizes, device: str) -> list[dict[str, Any]]:
 
 
 def tables(rows: Sequence[dict[str, Any]], blocks: Sequence[dict[str, Any]], copy: float | None, sizes: Sizes) -> str:
-    """Both tables, and what the numbers mean."""
+    """Return both tables, and what the numbers mean."""
     bandwidth = "GB/s: not yet measured." if copy is None else f"GB/s: of a copy, {copy:.0f}."
     size = f"{sizes.tokens} tokens of width {sizes.width}"
     legend = (

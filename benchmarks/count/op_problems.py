@@ -1,4 +1,4 @@
-"""Every op of the torch path at a small size, and a network under `fd.jvp`: what the counting benchmarks run.
+"""Pose every op of the torch path at a small size, and a network under `fd.jvp`, for the counting benchmarks.
 
 The ops and their variants are the rows of the rooms' `cases.py`. Every problem runs in three modes:
 
@@ -25,7 +25,7 @@ PairFunction = Callable[..., tuple[Any, Any]]
 
 
 class Problem(NamedTuple):
-    """An op on its inputs.
+    """Problem of an op on its inputs.
 
     pair: (primals, tangents, tangent_grad) -> (out, t_out), each a tensor or a tuple of them.
     primals, tangents: float32, in the same order and of the same shapes; a parameter has the tangent None.

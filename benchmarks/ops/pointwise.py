@@ -1,4 +1,4 @@
-"""The ops that are bound by memory, timed at the sizes of the models that their rows in the rooms' `cases.py` name."""
+"""Time the ops that are bound by memory, at the sizes of the models that their rows in the rooms' `cases.py` name."""
 
 from __future__ import annotations
 

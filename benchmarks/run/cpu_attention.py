@@ -75,7 +75,7 @@ FULL: dict[str, Any] = {"window": (-1, -1), "lower_right": False, "cu_seqlens": 
 
 
 def eager_forward(primals: Tensors, tangents: Tensors) -> Tensors:
-    """The implementation itself."""
+    """Run the implementation itself."""
     inputs = [*paired(primals, tangents), ABSENT]
     ((o, t_o), _), _ = eager.attention_forward(inputs, **FULL, scale=primals[0].shape[-1] ** -0.5)
     assert t_o is not None
@@ -83,7 +83,7 @@ def eager_forward(primals: Tensors, tangents: Tensors) -> Tensors:
 
 
 def eager_training(primals: Tensors, tangents: Tensors) -> Tensors:
-    """Its forward, and its primal backward."""
+    """Run its forward, and its primal backward."""
     o, t_o = eager_forward(primals, tangents)
     scale, needs = primals[0].shape[-1] ** -0.5, [*[(True, False)] * 3, (False, False)]
     cotangents, inputs = [Pair(torch.ones_like(o)), ABSENT], [*map(Pair, primals), ABSENT]

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from fastdistill.data import generator_at
-from fastdistill.objectives.reflow import coupled_pairs
+from fastdistill.objectives.reflow import ReFlow, coupled_pairs
+from fastdistill.objectives.scores import ScoreMethod
 from fastdistill.train import TrainConfig
-from fastdistill.train.methods import ReFlow, ScoreMethod
+from fastdistill.train.methods import METHODS
 
 Costs = Mapping[str, float]
 TIMED_PAIRS = 512
@@ -76,7 +77,7 @@ def whole_budget(config: TrainConfig, cost: Costs, teacher: tuple[TrainConfig, C
 
 
 def _price_of_pairs(config: TrainConfig, method: ReFlow, net: nn.Module) -> tuple[float, float]:
-    """The evaluations and seconds that all pairs take, from those of `TIMED_PAIRS`."""
+    """Return the evaluations and seconds that all pairs take, from those of `TIMED_PAIRS`."""
     dataset, count = config.data.build(), min(TIMED_PAIRS, method.pairs)
     x1 = torch.randn(count, *dataset.shape, generator=generator_at(0, "timed pairs"))
     y = torch.arange(count) % dataset.num_classes if dataset.num_classes else None
@@ -94,14 +95,9 @@ def exponent(settings: Mapping[str, Any]) -> str:
     With a teacher any p has the same optimum; with data p > 0 has another one (docs/methods.md).
     """
     method = settings["method"]
-    name = method["name"]
-    if name in ("meanflow", "improved_meanflow"):
-        return f"{method['p']:g}"
-    if name == "alpha_flow":
-        return "1"
-    norms = name in ("ect", "facm") or (name == "consistency" and method.get("distance") == "huber")
-    normalised = name in ("scm", "rcm", "ayf_emd", "ayf_lmd") and method.get("c") is not None
-    return "0.5" if norms or normalised else "-" if name in ("imm", "dmd") else "0"
+    p = METHODS[method["name"]].row.exponent
+    p = p(method) if callable(p) else p
+    return "-" if p is None else f"{p:g}"
 
 
 def distinct_share(settings: Mapping[str, Any]) -> str:
@@ -109,4 +105,4 @@ def distinct_share(settings: Mapping[str, Any]) -> str:
     method = settings["method"]
     if "distinct" in method:
         return f"{100 * method['distinct']:.0f} %"
-    return "0 %" if method["name"] in ("flow_matching", "reflow") else "100 %"
+    return "0 %" if METHODS[method["name"]].row.identity == "fm" else "100 %"

@@ -1,4 +1,4 @@
-"""How good generated digits are: measured against the real ones, beside references that give a number its meaning.
+"""Measure how good generated digits are, against the real ones and beside references that give a number its meaning.
 
 A distance alone says little, so the same is measured of resampled training digits (`bootstrap`: what copying them would
 give), of unseen real digits (`held_out`), of one Gaussian a class (`class_gaussian`, which no network should lose to in

@@ -1,4 +1,4 @@
-"""The pictures of the report, as PNG bytes: grids of digits, distances against steps, training curves."""
+"""Draw the pictures of the report, as PNG bytes: grids of digits, distances against steps, training curves."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ STYLE: dict[str, Any] = {"color": INK, "fontsize": 9}
 
 
 def draw_panel(images: Tensor, scale: int = 4) -> bytes:
-    """Images (rows * 10, 1, 8, 8) in [-1, 1] as one grid, ten a row, dark on light; each pixel a square."""
+    """Draw images (rows * 10, 1, 8, 8) in [-1, 1] as one grid, ten a row, dark on light; each pixel a square."""
     return _png_of(tile(images, CLASSES, scale))
 
 
 def draw_headline(groups: Mapping[str, Mapping[str, Tensor]], frechet: Mapping[str, Mapping[str, float]]) -> bytes:
-    """One line of twenty digits for each sampler and number of steps, all from the same noise, with its distance.
+    """Draw one line of twenty digits for each sampler and number of steps, all from the same noise.
 
     Args:
         groups: {"teacher": {"1": images, ...}, "meanflow": {...}, "real": {"": images}}; images as in `draw_panel`.
@@ -56,7 +56,7 @@ def draw_headline(groups: Mapping[str, Mapping[str, Tensor]], frechet: Mapping[s
 
 
 def draw_distances(frechet: Mapping[str, Mapping[str, float]], references: Mapping[str, float]) -> bytes:
-    """Fréchet distance against the number of steps, both logarithmic, with the references as lines."""
+    """Draw the Fréchet distance against the number of steps, both logarithmic, with the references as lines."""
     figure = Figure(figsize=(6.4, 3.3), dpi=160, layout="constrained", facecolor="white")
     axes = figure.add_subplot(xscale="log", yscale="log")
     tidy(axes, "steps", "Fréchet distance")
@@ -80,7 +80,7 @@ def draw_distances(frechet: Mapping[str, Mapping[str, float]], references: Mappi
 
 
 def draw_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
-    """The metrics of each run against its steps: loss, raw error and tangent norm, one panel each."""
+    """Draw the metrics of each run against its steps: loss, raw error and tangent norm, one panel each."""
     figure = Figure(figsize=(10, 2.7), dpi=160, layout="constrained", facecolor="white")
     panels = {"loss": "loss", "raw_error": "raw error, a pixel", "tangent_norm": "norm of du/dt, a pixel"}
     for place, (metric, title) in enumerate(panels.items(), start=1):
@@ -98,7 +98,7 @@ def draw_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
 
 
 def tidy(axes: Axes, x: str, y: str) -> None:
-    """Axes with names and with little ink."""
+    """Give axes names and little ink."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#c9c9c3")
     axes.tick_params(colors=FAINT, labelsize=8, color="#c9c9c3")
@@ -107,7 +107,7 @@ def tidy(axes: Axes, x: str, y: str) -> None:
 
 
 def tile(images: Tensor, columns: int, scale: int) -> Any:
-    """Gray levels (H, W) uint8 as a numpy array, ink dark on white, a gap of a pixel's width between images."""
+    """Return gray levels (H, W) uint8 as a numpy array, ink dark on white, a pixel's width between images."""
     ink = ((1 - images.float().cpu().clamp(-1, 1)) * 127.5).round().byte()
     ink = ink.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     ink = torch.nn.functional.pad(ink, (0, scale, 0, scale), value=255)
@@ -122,7 +122,7 @@ def _png_of(pixels: Any) -> bytes:
 
 
 def png_of_figure(figure: Figure) -> bytes:
-    """A figure as the bytes of a PNG file."""
+    """Return a figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -15,7 +15,7 @@ from fastdistill.train.sampling import Sampling
 
 
 class Judge(Protocol):
-    """The protocol of a judge. A data set names what makes it, which is called with a folder and the data set.
+    """Protocol of a judge. A data set names what makes it, which is called with a folder and the data set.
 
     The folder is where it may keep what is slow to make, such as a classifier. What makes a judge, e.g. its class, has
     the attribute `headline`. Four more may be left out:

@@ -1,4 +1,4 @@
-"""How close a network comes to the flow map of the eight-Gaussian ring, which is known exactly.
+"""Measure how close a network comes to the flow map of the eight-Gaussian ring, which is known exactly.
 
 Each number is held against what is exact for its own sampler: the exact map, through the same sampler, at the same
 times, from the same noise, with the same fresh noise on the way. So the exact map has no error whatever the sampler,

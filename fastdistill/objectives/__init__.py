@@ -38,13 +38,17 @@ from fastdistill.objectives.improved_meanflow import improved_meanflow
 from fastdistill.objectives.lsd import lsd
 from fastdistill.objectives.meanflow import meanflow
 from fastdistill.objectives.metric import LogVariance
+from fastdistill.objectives.objective import Objective
 from fastdistill.objectives.psd import psd
 from fastdistill.objectives.rcm import rcm
-from fastdistill.objectives.registry import OBJECTIVES, Objective, get
+from fastdistill.objectives.registry import OBJECTIVES, get
 from fastdistill.objectives.scm import scm
 from fastdistill.objectives.shortcut import shortcut
 from fastdistill.objectives.tvm import tvm
 from fastdistill.objectives.velocity import Autoguidance, Guidance
+
+# A method that isn't named above is an attribute all the same, and hides its module.
+globals().update({name: row.function for name, row in OBJECTIVES.items()})
 
 __all__ = [
     "OBJECTIVES",

@@ -26,7 +26,7 @@ Keywords = dict[str, Any]
 
 
 def gap_conditioned(net: Callable[..., Tensor]) -> Net:
-    """From net(x, t=t, h=t - s, y=y), as most MeanFlow code conditions.
+    """Adapt net(x, t=t, h=t - s, y=y), as most MeanFlow code conditions.
 
     Equivalent to: lambda x, t, s, y: net(x, t=t, h=t - s, y=y).
     """
@@ -34,7 +34,7 @@ def gap_conditioned(net: Callable[..., Tensor]) -> Net:
 
 
 def reversed_time(net: Net) -> Net:
-    """From a network whose time 0 is noise and 1 data, and whose velocity is that of rising time.
+    """Adapt a network whose time 0 is noise and 1 data, and whose velocity is that of rising time.
 
     Equivalent to: lambda x, t, s, y: -net(x, t=1 - t, s=1 - s, y=y).
     """
@@ -42,7 +42,7 @@ def reversed_time(net: Net) -> Net:
 
 
 def scaled_time(net: Net, factor: float) -> Net:
-    """From a network whose times are `factor` times ours, e.g. 1000 for diffusion steps; u stays by our time.
+    """Adapt a network whose times are `factor` times ours, e.g. 1000 for diffusion steps; u stays by our time.
 
     Equivalent to: lambda x, t, s, y: net(x, t=factor * t, s=factor * s, y=y).
     """
@@ -50,7 +50,7 @@ def scaled_time(net: Net, factor: float) -> Net:
 
 
 def one_time(net: Callable[..., Tensor]) -> Net:
-    """From net(x, t=t, y=y), which knows no s: a velocity field as a teacher, or a consistency network for s = 0.
+    """Adapt net(x, t=t, y=y), which knows no s: a velocity field as a teacher, or a consistency network for s = 0.
 
     Equivalent to: lambda x, t, s, y: net(x, t=t, y=y).
     """
@@ -58,7 +58,7 @@ def one_time(net: Callable[..., Tensor]) -> Net:
 
 
 def signed_time(net: Callable[..., Tensor]) -> Net:
-    """From FACM's network of one time, net(x, c=c, y=y): c = t leads to s = 0, and c = -t is the velocity at s = t.
+    """Adapt FACM's network of one time, net(x, c=c, y=y): c = t leads to s = 0, and c = -t is the velocity at t.
 
     At s = 0 the tangent along (w, 1, 0) is the network's along (w, 1). In the published code's time the data are at 1,
     and 1 - c stands for c: such a network is `signed_time(lambda x, c, **rest: -net(x, 1 - c, **rest))`.
@@ -79,7 +79,7 @@ def signed_time(net: Callable[..., Tensor]) -> Net:
 
 
 def predicts(net: Net, prediction: str, path: Path) -> Net:
-    """From a network that predicts "x0", "x1", "v" or "score" on the path; see the module's docstring for s < t.
+    """Adapt a network that predicts "x0", "x1", "v" or "score" on the path; see the module's docstring for s < t.
 
     "v" is the path's velocity as a prediction of the pair: for s < t it is then no average velocity, and s = 0 gives
     the consistency function f = x0-prediction, on each path that starts at the data.
@@ -98,7 +98,7 @@ def predicts(net: Net, prediction: str, path: Path) -> Net:
 
 
 def trigflow(net: Net, path: TrigFlow) -> Net:
-    """From sCM's network F(x / sigma_data, angle), with f = cos(a) x - sin(a) sigma_data F, a = pi t / 2.
+    """Adapt sCM's network F(x / sigma_data, angle), with f = cos(a) x - sin(a) sigma_data F, a = pi t / 2.
 
     The network is called with the scaled state and angles for t and s.
 
@@ -114,7 +114,7 @@ def trigflow(net: Net, path: TrigFlow) -> Net:
 
 
 def edm(net: Callable[..., Tensor], path: Path, sigma_data: float = 0.5) -> Net:
-    """From EDM's raw network, net(c_in x, noise=log(sigma) / 4, y=y), on any path; sigma = beta / alpha.
+    """Adapt EDM's raw network, net(c_in x, noise=log(sigma) / 4, y=y), on any path; sigma = beta / alpha.
 
     The data prediction is c_skip x + c_out net(...), with the state x of the variance-exploding path, ours over alpha.
     t with alpha = 0 or beta = 0 have no finite noise level: their result is not a number.
@@ -134,7 +134,7 @@ def edm(net: Callable[..., Tensor], path: Path, sigma_data: float = 0.5) -> Net:
 
 
 def on_path(net: Net, source: Path, target: Path) -> Net:
-    """From a network on the path `source` to one on `target`, by a change of time and scale that keeps its flow map.
+    """Adapt a network on the path `source` to `target`, by a change of time and scale that keeps its flow map.
 
     Equivalent to: `fastdistill.paths.carry_average_velocity` with y and g passed on.
     """
@@ -147,5 +147,5 @@ def on_path(net: Net, source: Path, target: Path) -> Net:
 
 
 def with_scale(net: Net, scale: float) -> Net:
-    """A network that embeds the guidance scale, at one fixed scale: net(x, t=t, s=s, y=y, g=scale)."""
+    """Fix the scale of a network that embeds the guidance scale: net(x, t=t, s=s, y=y, g=scale)."""
     return lambda x, t, s, **rest: net(x, t=t, s=s, **(rest | {"g": torch.full_like(t, scale)}))

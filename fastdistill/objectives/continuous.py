@@ -1,9 +1,10 @@
-"""What sCM and rCM share: the network as F, the derivative of f along the flow in parts, and the regression on it."""
+"""Share between sCM and rCM the network as F, the derivative of f along the flow in parts, and the regression on it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -12,9 +13,18 @@ from fastdistill.objectives.checks import check_after_data, check_batch, check_c
 from fastdistill.objectives.identities import Jvp, eulerian
 from fastdistill.objectives.metric import Weighting, normalise_tangent, squared, weigh
 from fastdistill.objectives.rows import Metrics, measure
+from fastdistill.objectives.settings import (
+    ArctanTimes,
+    Context,
+    GuidanceSettings,
+    MethodSettings,
+    flat_by_normalisation,
+    ramp,
+)
 from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows, target_velocity
 from fastdistill.paths import Path, expand_time
-from fastdistill.samplers import Net
+from fastdistill.samplers import Learnt, Net
+from fastdistill.settings import Bounds, settings
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,7 @@ class Tangent:
 
     @property
     def rate(self) -> Tensor:
-        """D_w f / W."""
+        """Return D_w f / W."""
         return self.pull + self.turn + self.carried
 
 
@@ -53,12 +63,12 @@ def regress(
     x1: Tensor,
     t: Tensor,
     *,
-    y: Tensor | None,
     path: Path,
-    teacher: Net | None,
-    weak_teacher: Net | None,
-    guidance: Guidance | Autoguidance | None,
-    weighting: Weighting | None,
+    y: Tensor | None = None,
+    teacher: Net | None = None,
+    weak_teacher: Net | None = None,
+    guidance: Guidance | Autoguidance | None = None,
+    weighting: Weighting | None = None,
     warmup: float,
     parameterization: str,
     c: float | None,
@@ -99,10 +109,39 @@ def _tangent_of(path: Path, form: str, x: Tensor, time: Tensor, w: Tensor, u: Te
 
 
 def _turning(path: Path, t: Tensor) -> Tensor:
-    """W, with which the pair (x, v) turns into (x0, x1)."""
+    """Return W, with which the pair (x, v) turns into (x0, x1)."""
     return path.alpha(t) * path.d_beta(t) - path.beta(t) * path.d_alpha(t)
 
 
 def _derivative(schedule: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     # In reverse mode, so that it also works inside a driver of forward mode and under no_grad.
     return torch.func.grad(lambda t: schedule(t).sum())(t)
+
+
+@settings
+class ContinuousConsistency(MethodSettings):
+    """Settings that sCM and rCM share."""
+
+    times: ArctanTimes = ArctanTimes()
+    """The law of the training times t."""
+    tangent_warmup: Annotated[int, Bounds(ge=0)] = 10_000
+    """Steps over which the network's own tangent enters; until then the target is nearer to the velocity."""
+    parameterization: Literal["velocity", "average"] = "velocity"
+    """What is regressed: sCM's F, on paths that start at the data, or the average velocity, on any."""
+    c: Annotated[float | None, Bounds(gt=0)] = 0.1
+    """Of the tangent's normalisation, g / (|g| + c); None: none."""
+    learned_weight: bool = True
+    """Weigh the times by a learned variance."""
+    guidance: GuidanceSettings = GuidanceSettings()
+    """Guidance of the teacher."""
+
+    learns: ClassVar[tuple[Learnt, ...]] = ("end",)
+
+    def draw_times(self, context: Context) -> tuple[Tensor, ...]:
+        return (self.times.draw(context),)
+
+    def keywords(self, context: Context) -> dict[str, Any]:
+        return super().keywords(context) | {"warmup": ramp(context, self.tangent_warmup)}
+
+    def why_flat(self) -> str | None:
+        return flat_by_normalisation(self.c)

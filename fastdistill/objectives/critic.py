@@ -1,4 +1,4 @@
-"""What trains beside a generator of DMD: the network of its samples' own score, and a discriminator.
+"""Train what stands beside a generator of DMD: the network of its samples' own score, and a discriminator.
 
 Both learn from samples without gradient, several times for each step of the generator.
 """
@@ -21,7 +21,7 @@ Discriminator = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # discriminat
 def fake_score_loss(
     fake: Net, samples: Tensor, noise: Tensor, tau: Tensor, *, y: Tensor | None = None, path: Path = LINEAR
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The denoising loss of the fake-score network: flow matching on the generator's samples, detached here.
+    """Return the denoising loss of the fake-score network: flow matching on the generator's samples, detached.
 
     Equivalent to:
         flow_matching(fake, samples.detach(), noise, tau, y=y, path=path)
@@ -44,7 +44,7 @@ def gan_critic_loss(
     y: Tensor | None = None,
     path: Path = LINEAR,
 ) -> Tensor:
-    """The discriminator's loss softplus(D(samples)) + softplus(-D(x0)), both noised alike to tau; a scalar.
+    """Return the discriminator's loss softplus(D(samples)) + softplus(-D(x0)), both noised alike to tau; a scalar.
 
     Args:
         x0, samples, noise: (B, ...); no gradient reaches the samples. tau: (B,).
@@ -59,7 +59,7 @@ def gan_critic_loss(
 def gan_generator_loss(
     gan: Discriminator, samples: Tensor, noise: Tensor, tau: Tensor, *, y: Tensor | None = None, path: Path = LINEAR
 ) -> Tensor:
-    """The generator's loss softplus(-D(samples)), samples noised to tau; a scalar with gradient by the samples.
+    """Return the generator's loss softplus(-D(samples)), samples noised to tau; a scalar with gradient by them.
 
     Source: Goodfellow et al. 2014, arXiv:1406.2661, section 3 (the non-saturating form).
     """

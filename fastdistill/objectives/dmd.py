@@ -14,9 +14,13 @@ from torch import Tensor
 
 from fastdistill.objectives.checks import check_batch
 from fastdistill.objectives.critic import Discriminator, gan_generator_loss
+from fastdistill.objectives.objective import INDEPENDENT, Objective
+from fastdistill.objectives.scores import ScoreMethod, generator_input, simulate
+from fastdistill.objectives.settings import Context, GuidanceSettings
 from fastdistill.objectives.velocity import Guidance, target_velocity
 from fastdistill.paths import LINEAR, Path, convert, expand_time
-from fastdistill.samplers import Net, gamma, intervals
+from fastdistill.samplers import Net
+from fastdistill.settings import settings
 from fastdistill.times import KarrasLevel, TimeSampler
 
 
@@ -37,7 +41,7 @@ def dmd(
     backward_simulation: Sequence[float] | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The loss (1/2) ||G - [G - delta]||^2 on samples G = f(x_t, t, 0), whose gradient by G is delta, and its metrics.
+    """Return (1/2) ||G - [G - delta]||^2 on samples G = f(x_t, t, 0), whose gradient by G is delta, and its metrics.
 
     delta is that of `dmd_gradient`. DMD2 is this with `gan` and, for several steps, `backward_simulation`.
 
@@ -98,7 +102,7 @@ def dmd_gradient(
     path: Path = LINEAR,
     guidance: Guidance | None = None,
 ) -> Tensor:
-    """delta = (x0_fake - x0_teacher) / mean |G - x0_teacher| on samples G, detached, of their shape.
+    """Return delta = (x0_fake - x0_teacher) / mean |G - x0_teacher| on samples G, detached, of their shape.
 
     Both are data predictions at x_tau, G noised to tau; the mean is over the elements of a row. x0_fake - x0_teacher
     is beta^2 / alpha times the difference of the scores of the samples and of the data; on the linear path
@@ -113,49 +117,11 @@ def dmd_gradient(
 
 
 def surrogate(samples: Tensor, delta: Tensor) -> Tensor:
-    """(1/2) ||G - [G - delta]||^2, averaged over rows and elements: a loss whose gradient by G is delta / numel."""
+    """Return (1/2) ||G - [G - delta]||^2, a mean over rows and elements, whose gradient by G is delta / numel."""
     return 0.5 * (samples - (samples - delta).detach()).square().mean()
 
 
-def generator_input(path: Path, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-    """Return the states (B, ...) that a generator starts from at t (B,): x_t, but for t = 1 the sampler's own prior.
-
-    They differ on the paths whose data never fade, such as EDM, where x_1 = x0 + sigma x1 would tell the generator x0.
-    """
-    return torch.where(expand_time(t == 1, x0), path.prior(x1), path.interpolate(x0, x1, t))
-
-
 @torch.no_grad()
-def simulate(
-    net: Net,
-    x1: Tensor,
-    t: Tensor,
-    times: Sequence[float],
-    *,
-    y: Tensor | None = None,
-    path: Path = LINEAR,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """The generator's own states at t (B,) on its way from noise x1 (B, ...) by jumps to 0 and renoising.
-
-    Args:
-        times: falling, 1 first and 0 left out; every t is one of them. On a GPU, where that isn't read, a row with
-            another t becomes NaN.
-    """
-    if not times or times[0] != 1:
-        raise ValueError(f"backward_simulation: expected falling times that start at 1, got {list(times)}")
-    x = path.prior(x1)
-    states, found = torch.full_like(x, torch.nan), torch.zeros_like(t, dtype=torch.bool)
-    for start, end in intervals([*times, 0.0]):
-        here = (t - start).abs() < 1e-6
-        states, found = torch.where(expand_time(here, x), x, states), found | here
-        if end > 0:
-            x = gamma(net, x, [start, end], y, gamma=1.0, path=path, generator=generator)
-    if t.is_cpu and not bool(found.all()):
-        raise ValueError(f"t: expected times among {list(times)}, got {t[~found][0].item()}")
-    return states
-
-
 @torch.no_grad()
 def _gradient(
     samples: Tensor,
@@ -167,7 +133,7 @@ def _gradient(
     path: Path,
     guidance: Guidance | None,
 ) -> tuple[Tensor, Tensor]:
-    """delta, and the difference that it normalises."""
+    """Return delta, and the difference that it normalises."""
     for name, network in (("teacher", teacher), ("fake", fake)):
         if network is None:
             raise ValueError(f"{name}: expected a network, which matching of scores needs, got None")
@@ -182,3 +148,48 @@ def _gradient(
 def _noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
     device = like.device if generator is None else generator.device
     return torch.randn(like.shape, generator=generator, device=device, dtype=torch.float32).to(like)
+
+
+@settings
+class DMD(ScoreMethod):
+    """Settings of distribution matching's training."""
+
+    guidance: GuidanceSettings = GuidanceSettings()
+    """Guidance of the teacher."""
+
+    def draw_times(self, context: Context) -> tuple[Tensor, ...]:
+        return (self.draw_starts(context, context.generator),)
+
+
+METHOD = Objective(
+    dmd,
+    "score",
+    ("t",),
+    tangent="none; gradient through the samples alone",
+    formula="½ ‖G − [G − δ]‖², G = f(x_t, t, 0), x_1 noise alone, "
+    "δ = (x̂0_fake − x̂0_teacher)/mean |G − x̂0_teacher| at x_τ; "
+    "DMD2: + λ softplus(−D(x_τ)), x_t from the generator's own steps",
+    sources=("Yin et al. 2024, arXiv:2311.18828, equations 7 and 8", "Yin et al. 2024 (DMD2), arXiv:2405.14867"),
+    reduction="mean over elements; s = 0 in all rows",
+    exponent=None,
+    sampler="consistency",
+    needs=frozenset({"teacher", "fake"}),
+    paths=INDEPENDENT,
+    summary="Distribution matching: samples move by the difference of two scores, the teacher's and their own.",
+    place=18,
+    settings=DMD,
+    recipes={
+        "ring": {
+            "method": {"critic": {"updates": 5, "lr": 0.001}},
+            "teacher": "runs/ring-flow",
+            "init_from_teacher": True,
+            "optim": {"lr": 0.0005},
+        },
+        "digits": {
+            "method": {"critic": {"updates": 5, "lr": 0.0005}},
+            "teacher": "runs/digits-flow",
+            "init_from_teacher": False,
+            "optim": {"lr": 0.0002},
+        },
+    },
+)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Annotated, ClassVar
+
 import torch
 from torch import Tensor
 
 from fastdistill.objectives.checks import check_apart, check_batch, check_deterministic, check_keeps_data
 from fastdistill.objectives.identities import flow_map
 from fastdistill.objectives.metric import Weighting, pseudo_huber, weigh
+from fastdistill.objectives.objective import Objective
 from fastdistill.objectives.rows import Metrics, measure
+from fastdistill.objectives.settings import Context, LevelSettings, MethodSettings, Run
 from fastdistill.paths import LINEAR, Path, expand_time
-from fastdistill.samplers import Net
+from fastdistill.samplers import Learnt, Net
+from fastdistill.settings import Bounds, settings
+from fastdistill.times import LogNormalLevel, ect_stage, ect_times
 
 
 def ect(
@@ -26,7 +32,7 @@ def ect(
     weighting: Weighting | None = None,
     c: float = 1e-6,
 ) -> tuple[Tensor, Metrics]:
-    """The loss ||f(x_t, t, 0) - [f(x_r, r, 0)]|| / (sigma(t) - sigma(r)), averaged over rows, and its metrics.
+    """Return ||f(x_t, t, 0) - [f(x_r, r, 0)]|| / (sigma(t) - sigma(r)), averaged over rows, and its metrics.
 
     Both states share x0 and x1. sigma = beta / alpha is the noise level, so that the loss is the same on every path, of
     which the paper's own is "edm". The norm is over all elements of a row (summed squares, not squared after), smoothed
@@ -60,3 +66,59 @@ def ect(
     gap = path.beta(t) / path.alpha(t) - torch.where(clean, 0.0, path.beta(r) / path.alpha(r))
     loss = weigh(pseudo_huber(residual, c) / gap, weighting, t, r).mean()
     return loss, measure(loss, residual / expand_time(t - r, x), t, s)
+
+
+@settings
+class ECT(MethodSettings):
+    """Settings of easy consistency tuning's training."""
+
+    q: Annotated[float, Bounds(gt=1)] = 2.0
+    """Each stage divides the relative gap of noise levels by it."""
+    stages: Annotated[int, Bounds(ge=1)] = 8
+    """How many stages, equally long."""
+    levels: LevelSettings = LevelSettings()
+    """The law of the noise levels."""
+    c: Annotated[float, Bounds(gt=0)] = 1e-6
+    """The norm of the difference is smoothed below it."""
+
+    learns: ClassVar[tuple[Learnt, ...]] = ("end",)
+
+    def draw_times(self, context: Context) -> tuple[Tensor, ...]:
+        return ect_times(
+            context.rows,
+            ect_stage(context.step, context.steps, self.stages),
+            q=self.q,
+            law=LogNormalLevel(context.path, self.levels.mean, self.levels.std),
+            generator=context.generator,
+            device=context.device,
+        )
+
+    @property
+    def depends_on_steps(self) -> bool:
+        return self.stages > 1
+
+    def definition(self, run: Run) -> int | None:
+        starts_noisy = float(run.path.beta(torch.zeros((), dtype=torch.float64))) > 0
+        return 2 if starts_noisy else super().definition(run)  # where r = 0 stands for the clean data
+
+
+METHOD = Objective(
+    ect,
+    "semigroup",
+    ("t", "r"),
+    tangent="none",
+    formula="‖f(x_t, t, 0) − [f(x_r, r, 0)]‖ / (σ(t) − σ(r)), σ = β/α, x_t and x_r from the same x0, x1; "
+    "r = 0: ‖f(x_t, t, 0) − x0‖ / σ(t)",
+    sources=("Geng et al. 2025, arXiv:2406.14548, section 3",),
+    reduction="norm of the sum over elements; s = 0 in all rows",
+    exponent=0.5,
+    sampler="consistency",
+    summary="Easy consistency tuning: consistency whose second time starts at the data and draws "
+    "nearer stage by stage.",
+    place=7,
+    settings=ECT,
+    recipes={
+        "ring": {"method": {"stages": 6}},
+        "digits": {"method": {"stages": 6, "levels": {"mean": 0.0, "std": 2.0}}},
+    },
+)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated, ClassVar
+
 import torch
 from torch import Tensor
 
@@ -9,10 +11,13 @@ from fastdistill.jvp import jvp as fused_jvp
 from fastdistill.objectives.checks import check_batch, check_positive
 from fastdistill.objectives.identities import Jvp, eulerian, evaluate
 from fastdistill.objectives.metric import adaptive, cosine_distance, squared
+from fastdistill.objectives.objective import Objective
 from fastdistill.objectives.rows import Metrics, measure
+from fastdistill.objectives.settings import ArctanTimes, Context, GuidanceSettings, MethodSettings
 from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path, expand_time
-from fastdistill.samplers import Net
+from fastdistill.samplers import Learnt, Net
+from fastdistill.settings import Bounds, settings
 
 
 def facm(
@@ -31,7 +36,7 @@ def facm(
     clamp: float = 1.0,
     jvp: Jvp = fused_jvp,
 ) -> tuple[Tensor, Metrics]:
-    """The loss L_FM(F(x_t, t, t), w) + cos(pi (1 - t) / 2) e / [e + c]^(1/2), averaged over rows, and its metrics.
+    """Return L_FM(F(x_t, t, t), w) + cos(pi (1 - t) / 2) e / [e + c]^(1/2), averaged over rows, and its metrics.
 
     F is the network: its consistency condition is (t, 0), where it is the average velocity to the data, its
     flow-matching condition (t, t). With (F, DF) at (t, 0), one jvp along (w, 1, 0),
@@ -75,3 +80,45 @@ def facm(
     loss = terms["distillation"] + terms["anchor"]
     metrics = measure(loss, g, t, s, tangent=df_dt)
     return loss, metrics | {"anchor_error": (anchor - w).detach().square().mean(), "terms": terms}
+
+
+@settings
+class FACM(MethodSettings):
+    """Settings of FACM's training."""
+
+    times: ArctanTimes = ArctanTimes(mean=-0.8, std=1.6)
+    """The law of the training times t."""
+    p: Annotated[float, Bounds(gt=0)] = 0.5
+    """Exponent of the share 1 - (1 - t)^p of the tangent that a target takes."""
+    c: Annotated[float, Bounds(gt=0)] = 1e-3
+    """Offset of the distillation term's weight, in units of the error averaged over a row."""
+    clamp: Annotated[float, Bounds(gt=0)] = 1.0
+    """Bound of each element of the tangent's part."""
+    guidance: GuidanceSettings = GuidanceSettings()
+    """Guidance inside the velocity."""
+
+    learns: ClassVar[tuple[Learnt, ...]] = ("velocity", "end")
+
+    def draw_times(self, context: Context) -> tuple[Tensor, ...]:
+        return (self.times.draw(context),)
+
+
+METHOD = Objective(
+    facm,
+    "eulerian",
+    ("t",),
+    tangent="D_w F = jvp(F, (x_t, t, 0), (w, 1, 0)); no gradient through it",
+    formula="‖F(x_t, t, t) − w‖² + 1 − cos(F, w) + cos(π(1−t)/2) e/[e + c]^½, "
+    "e = ‖F − ([F] − (1 − (1−t)^p) clamp(g, ±1))‖², g = [F − (w − t D_w F)], F = F(x_t, t, 0)",
+    sources=("Peng et al. 2025, arXiv:2507.03738",),
+    reduction="mean over elements; both s = t and s = 0 in all rows",
+    exponent=0.5,
+    sampler="consistency",
+    summary="FACM: continuous consistency to s = 0, anchored by flow matching at s = t.",
+    place=9,
+    settings=FACM,
+    recipes={
+        "ring": {"method": {"times": {"mean": -0.8, "std": 1.6}}, "teacher": "runs/ring-flow"},
+        "digits": {"method": {"times": {"mean": -0.8, "std": 1.6}}, "teacher": "runs/digits-flow"},
+    },
+)

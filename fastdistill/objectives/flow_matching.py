@@ -7,7 +7,9 @@ from torch import Tensor
 from fastdistill.objectives.checks import check_batch
 from fastdistill.objectives.identities import evaluate
 from fastdistill.objectives.metric import Weighting, WeightOfTime, squared, weigh, weight_of_time
+from fastdistill.objectives.objective import Objective
 from fastdistill.objectives.rows import Metrics, measure
+from fastdistill.objectives.settings import Instantaneous
 from fastdistill.paths import LINEAR, Path
 from fastdistill.samplers import Net
 
@@ -23,7 +25,7 @@ def flow_matching(
     weighting: Weighting | None = None,
     weight: WeightOfTime = None,
 ) -> tuple[Tensor, Metrics]:
-    """The loss E w(t) ||u(x_t, t, t) - v_hat||^2, averaged over rows and elements, and its metrics.
+    """Return the loss E w(t) ||u(x_t, t, t) - v_hat||^2, averaged over rows and elements, and its metrics.
 
     For each t the minimiser is the marginal velocity v = E[v_hat | x_t], so that any w > 0 keeps the optimum of a
     network of unlimited capacity; w only spends capacity and gradient variance across noise levels.
@@ -49,3 +51,22 @@ def flow_matching(
     error, w = squared(residual, "mean"), weight_of_time(weight, path, t)
     loss = weigh(error if w is None else w * error, weighting, t, t).mean()
     return loss, measure(loss, residual, t, t)
+
+
+METHOD = Objective(
+    flow_matching,
+    "fm",
+    ("t",),
+    tangent="none",
+    formula="w(t) ‖u(x_t, t, t) − v̂‖²",
+    sources=("Lipman et al. 2023, arXiv:2210.02747, theorem 2",),
+    reduction="mean over elements; s = t in all rows",
+    sampler="euler",
+    summary="Flow matching: the network learns the instantaneous velocity, and sampling integrates it.",
+    place=1,
+    settings=Instantaneous,
+    recipes={
+        "ring": {"method": {"times": {"law": "uniform"}}},
+        "digits": {"method": {"times": {"law": "logit_normal", "mean": -0.4, "std": 1.0}}},
+    },
+)

@@ -1,4 +1,4 @@
-"""The three identities of a flow map, as the parts that residuals are built from.
+"""Compute the three identities of a flow map, as the parts that residuals are built from.
 
 The network is the average velocity u(x, t, s) from t to s <= t; its flow map is f(x, t, s) = x - (t - s) u. With
 d = t - s and w the velocity that is followed, the exact u satisfies, on every path,
@@ -28,12 +28,12 @@ Jvp = Callable[..., Any]  # jvp(fn, primals, tangents) -> (out, t_out), None bei
 
 
 def evaluate(net: Net, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None, g: Tensor | None = None) -> Tensor:
-    """u(x, t, s), the network called by name; `g` (B,) is passed on only where there is one: most don't take it."""
+    """Return u(x, t, s), the network called by name; `g` (B,) is passed on only where there is one."""
     return net(x, t=t, s=s, y=y) if g is None else net(x, t=t, s=s, y=y, g=g)
 
 
 def flow_map(net: Net, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None, g: Tensor | None = None) -> Tensor:
-    """f(x, t, s) = x - (t - s) u(x, t, s), shape (B, ...)."""
+    """Return f(x, t, s) = x - (t - s) u(x, t, s), shape (B, ...)."""
     return x - expand_time(t - s, x) * evaluate(net, x, t, s, y, g)
 
 
@@ -50,7 +50,7 @@ def eulerian(
     time: float | None = 1.0,
     tangent_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """u(x, t, s) and D_w u, both (B, ...): how u changes while (x, t) moves along w and s stays.
+    """Return u(x, t, s) and D_w u, both (B, ...): how u changes while (x, t) moves along w and s stays.
 
     Args:
         w, time: the two parts of the direction; None leaves one out, for the other part of D_w u alone.
@@ -64,7 +64,7 @@ def eulerian(
 
 
 def eulerian_residual(u: Tensor, du_dt: Tensor, w: Tensor, t: Tensor, s: Tensor, warmup: float = 1.0) -> Tensor:
-    """u - [w - warmup (t - s) du_dt], (B, ...); the bracket has no gradient. It is -D_w f at warmup 1.
+    """Return u - [w - warmup (t - s) du_dt], (B, ...), no gradient in the bracket; -D_w f at warmup 1.
 
     At warmup 0 it is flow matching; raising it from 0 to 1 brings in the network's own tangent by degrees.
     """
@@ -82,7 +82,7 @@ def lagrangian(
     jvp: Jvp,
     tangent_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """u(x, t, s) and its derivative by the end time s, both (B, ...).
+    """Return u(x, t, s) and its derivative by the end time s, both (B, ...).
 
     The flow map's own is d/ds f = u - (t - s) du/ds.
 
@@ -108,7 +108,7 @@ def semigroup_target(
     g: Tensor | None = None,
     least: float = 0.0,
 ) -> Tensor:
-    """The average velocity from t to s by two jumps of `net` that meet at m = t - fraction (t - s); (B, ...).
+    """Return the average velocity from t to s by two jumps of `net` that meet at m = t - fraction (t - s); (B, ...).
 
     It is fraction u(x, t, m) + (1 - fraction) u(f(x, t, m), m, s): the semigroup identity, divided by t - s. In the
     state's dtype, so that a network of lower precision loses nothing in the sum.

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fastdistill.objectives.checks import check_batch
 from fastdistill.objectives.identities import flow_map
+from fastdistill.objectives.objective import Objective
+from fastdistill.objectives.settings import Context, MethodSettings, Run
 from fastdistill.paths import LINEAR, Path, expand_time
-from fastdistill.samplers import Net
+from fastdistill.samplers import Learnt, Net, Steps
+from fastdistill.settings import Bounds, ConfigError, settings
+from fastdistill.times import imm_times
 
 Statistic = Literal["v", "u"]
 
@@ -34,7 +38,7 @@ def imm(
     a: float = 2.0,
     b: float = 4.0,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The loss E w(t) MMD^2(f(x_t, t, s), [f(x_r, r, s)]) over groups of rows, and its metrics.
+    """Return the loss E w(t) MMD^2(f(x_t, t, s), [f(x_r, r, s)]) over groups of rows, and its metrics.
 
     The bracket has no gradient. x_r = alpha_r x0 + (beta_r / beta_t) (x_t - alpha_t x0), DDIM's step with the true
     data, so that x_t and x_r share their noise. A group is a sample of each law, and MMD^2 is that of `mmd2`.
@@ -84,7 +88,7 @@ def imm(
 
 
 def mmd2(p: Tensor, q: Tensor, sharpness: Tensor, statistic: Statistic = "v", eps: float = 1e-8) -> Tensor:
-    """The squared maximum mean discrepancy of samples p, q (G, M, D), a group each: (G,).
+    """Return the squared maximum mean discrepancy of samples p, q (G, M, D), a group each: (G,).
 
     The mean over pairs of k(p, p') + k(q, q') - 2 k(p, q'), with Laplace's kernel
     k(a, b) = exp(-sharpness max(||a - b||, eps) / D), sharpness (G,).
@@ -114,7 +118,7 @@ def mmd2(p: Tensor, q: Tensor, sharpness: Tensor, statistic: Statistic = "v", ep
 
 
 def imm_weight(path: Path, t: Tensor, a: float = 2.0, b: float = 4.0) -> Tensor:
-    """IMM's weight (1/2) sigmoid(b - l) (-dl/dt) alpha^a / (alpha^2 + beta^2), with l = log(alpha^2 / beta^2); (B,).
+    """Return IMM's weight (1/2) sigmoid(b - l) (-dl/dt) alpha^a / (alpha^2 + beta^2), l = log(alpha^2 / beta^2); (B,).
 
     Written so that it is finite for all t in [0, 1], for a >= 1.
     Source: Zhou et al. 2025 (IMM), arXiv:2503.07565, equation 13.
@@ -147,3 +151,68 @@ def _check_groups(t: Tensor, r: Tensor, s: Tensor, group: int) -> None:
         rows = value.reshape(-1, group)
         if not bool((rows == rows[:, :1]).all()):
             raise ValueError(f"{name}: expected equal times within each group of {group} rows, got different ones")
+
+
+@settings
+class IMM(MethodSettings):
+    """Settings of inductive moment matching's training."""
+
+    group: Annotated[int, Bounds(ge=1, le=4096)] = 4
+    """Rows that share their times and are compared as a sample of one law; it divides data.batch."""
+    statistic: Literal["v", "u"] = "v"
+    """v: biased, never negative; u: unbiased."""
+    a: Annotated[float, Bounds(ge=1)] = 2.0
+    """Of the weight, see fastdistill.objectives.imm."""
+    b: float = 4.0
+    """Of the weight."""
+    k: Annotated[float, Bounds(ge=0)] = 12.0
+    """The second time r lies 2^-k of the range of noise levels nearer to the data."""
+    low: Annotated[float, Bounds(ge=0, lt=1)] = 0.0
+    """The least time."""
+    high: Annotated[float, Bounds(gt=0, le=1)] = 0.994
+    """The greatest time, below 1 so that the noise level is finite; samples start there, from the path's noise."""
+    sharpness: Annotated[float | None, Bounds(gt=0)] = None
+    """Of the kernel's exponent; None: 1 / (t - s)."""
+
+    learns: ClassVar[tuple[Learnt, ...]] = ("map",)
+    guides_maps: ClassVar[bool] = True
+
+    def draw_times(self, context: Context) -> tuple[Tensor, ...]:
+        return imm_times(
+            context.rows,
+            self.group,
+            path=context.path,
+            k=self.k,
+            low=self.low,
+            high=self.high,
+            generator=context.generator,
+            device=context.device,
+        )
+
+    def sample_times(self, steps: int) -> Steps:
+        return [self.high * (1 - step / steps) for step in range(steps + 1)]
+
+    def check(self, run: Run) -> None:
+        if run.rows % self.group:
+            raise ConfigError(f"method.group: expected a divisor of data.batch, {run.rows}, got {self.group}")
+
+
+METHOD = Objective(
+    imm,
+    "moment",
+    ("t", "r", "s"),
+    tangent="none",
+    formula="w(t) MMD²(f(x_t, t, s), [f(x_r, r, s)]), kernel exp(−w̃ max(‖·‖, ε)/D), w̃ = 1/(t−s), "
+    "x_r = α_r x0 + (β_r/β_t)(x_t − α_t x0), r = max(s, η⁻¹(η(t) − (η_max − η_min)/2^k)), η = β/α",
+    sources=("Zhou et al. 2025, arXiv:2503.07565, equations 8, 12 and 13, algorithm 1",),
+    reduction="mean over the pairs of a group (V-statistic; U by option) of M = 4 rows; t != s in all rows",
+    exponent=None,
+    sampler="average_velocity",
+    summary="Inductive moment matching: jumps from t and from a little nearer to the data must end in the same law.",
+    place=17,
+    settings=IMM,
+    recipes={
+        "ring": {"method": {"group": 16, "k": 8}},
+        "digits": {"method": {"group": 4, "k": 7, "a": 1.0, "high": 0.99}},
+    },
+)

@@ -9,7 +9,9 @@ from fastdistill.jvp import jvp as fused_jvp
 from fastdistill.objectives.checks import check_batch
 from fastdistill.objectives.identities import Jvp, evaluate, lagrangian
 from fastdistill.objectives.metric import Weighting, squared, weigh
+from fastdistill.objectives.objective import AT_THE_END, Objective
 from fastdistill.objectives.rows import Metrics, measure, pick, split_rows, split_terms
+from fastdistill.objectives.settings import SelfDistillation
 from fastdistill.objectives.velocity import Autoguidance, Guidance, own_velocity, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path, expand_time
 from fastdistill.samplers import Net
@@ -32,7 +34,7 @@ def lsd(
     distinct_rows: int | None = None,
     jvp: Jvp = fused_jvp,
 ) -> tuple[Tensor, Metrics]:
-    """The loss ||u(x_t, t, t) - w||^2 on rows with s = t, ||d/ds f(x_t, t, s) - [u(f, s, s)]||^2 on the others.
+    """Return ||u(x_t, t, t) - w||^2 on rows with s = t, ||d/ds f(x_t, t, s) - [u(f, s, s)]||^2 on the others.
 
     d/ds f = u - (t - s) du/ds by one jvp along (0, 0, 1), and gradients flow through that derivative: `jvp` is called
     with tangent_grad=True. Averaged over elements and rows.
@@ -73,3 +75,22 @@ def lsd(
     errors = weigh(squared(residual, "mean"), weighting, t, s)
     loss, terms = errors.mean(), split_terms(errors, len(t_far))
     return loss, measure(loss, residual, t, s, tangent=du_ds, distinct=len(t_far)) | {"terms": terms}
+
+
+METHOD = Objective(
+    lsd,
+    "lagrangian",
+    ("t", "s"),
+    tangent=AT_THE_END + ", with gradient through it",
+    formula="s = t: ‖u(x_t, t, t) − w‖²; else ‖∂_s f − [u(f, s, s)]‖², ∂_s f = u − (t−s) du/ds",
+    sources=("Boffi et al. 2025, arXiv:2505.18825, proposition 2.3",),
+    reduction="mean over elements; t != s in 25 % of the rows",
+    sampler="average_velocity",
+    summary="Lagrangian self-distillation: the map's end must move with the network's own velocity.",
+    place=14,
+    settings=SelfDistillation,
+    recipes={
+        "ring": {"method": {"distinct": 0.25}},
+        "digits": {"method": {"distinct": 0.25}},
+    },
+)

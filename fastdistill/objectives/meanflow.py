@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
 import torch
 from torch import Tensor
 
@@ -9,10 +12,13 @@ from fastdistill.jvp import jvp as fused_jvp
 from fastdistill.objectives.checks import check_batch
 from fastdistill.objectives.identities import Jvp, eulerian, eulerian_residual, evaluate
 from fastdistill.objectives.metric import adaptive
+from fastdistill.objectives.objective import ALONG, Objective
 from fastdistill.objectives.rows import Metrics, measure, pick, split_rows, split_terms
+from fastdistill.objectives.settings import GuidanceSettings, PairedTimes, flat_by_weight
 from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path
 from fastdistill.samplers import Net
+from fastdistill.settings import Bounds, settings
 
 
 def meanflow(
@@ -32,7 +38,7 @@ def meanflow(
     distinct_rows: int | None = None,
     jvp: Jvp = fused_jvp,
 ) -> tuple[Tensor, Metrics]:
-    """The loss A(p, c) of u - [w - (t - s) du/dt], averaged over rows, and its metrics.
+    """Return the loss A(p, c) of u - [w - (t - s) du/dt], averaged over rows, and its metrics.
 
     du/dt is the derivative along the flow, one jvp of u at (x_t, t, s) along (w, 1, 0); the bracket has no gradient.
     Only rows with s != t go through the jvp: elsewhere the residual is u - w, one plain forward.
@@ -78,3 +84,52 @@ def meanflow(
     errors = adaptive(residual, p, c)
     loss, terms = errors.mean(), split_terms(errors, len(t_far))
     return loss, measure(loss, residual, *times, tangent=du_dt, distinct=len(t_far)) | {"terms": terms}
+
+
+# Of the paper's text, and of the authors' code in PyTorch.
+PRESETS: dict[str, dict[str, Any]] = {
+    "cifar10_paper": {"times": {"law": "logit_normal", "mean": -2.0, "std": 2.0}, "distinct": 0.75, "p": 0.75},
+    "cifar10_code": {
+        "times": {"law": "logit_normal", "mean": -0.6, "std": 1.6},
+        "end_times": {"law": "logit_normal", "mean": -4.0, "std": 1.6},
+        "distinct": 0.75,
+        "p": 0.75,
+    },
+}
+
+
+@settings
+class MeanFlow(PairedTimes):
+    """Settings of MeanFlow's training."""
+
+    recipe: Literal["cifar10_paper", "cifar10_code"] | None = None
+    """Fill times, end_times, distinct and p as the paper has them for CIFAR-10, both times LN(-2, 2), or as the
+    authors' code has them, LN(-0.6, 1.6) and LN(-4, 1.6); 75 % of the rows have s != t and p is 0.75 in both. Any of
+    these that a file gives beside it holds; on the command line a recipe replaces the file's."""
+    p: Annotated[float, Bounds(ge=0)] = 1.0
+    """Exponent of the adaptive weight; 0 is the plain square."""
+    c: Annotated[float, Bounds(gt=0)] = 1e-2
+    """Offset of the adaptive weight, in units of the error summed over a row."""
+    guidance: GuidanceSettings = GuidanceSettings()
+    """Guidance inside the target, so that sampling needs none."""
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
+
+    def why_flat(self) -> str | None:
+        return flat_by_weight(self.p)
+
+
+METHOD = Objective(
+    meanflow,
+    "eulerian",
+    ("t", "s"),
+    tangent=ALONG,
+    formula="A(p, c) of Δ = u − [w − (t−s) D_w u];  A(p, c) = e / [e + c]^p, e = ‖Δ‖²",
+    sources=("Geng et al. 2025, arXiv:2505.13447, algorithm 1, section 4",),
+    reduction="sum over elements; t != s in 25 % of the rows (on CIFAR-10: 75 %)",
+    exponent=lambda settings: settings["p"],
+    sampler="average_velocity",
+    summary="MeanFlow: the network learns the average velocity, and sampling jumps along it, in one step if wished.",
+    place=3,
+    settings=MeanFlow,
+)

@@ -1,4 +1,4 @@
-"""How an objective measures its residual: row errors, weights of t, and what keeps a tangent in bounds.
+"""Measure an objective's residual: row errors, weights of t, and what keeps a tangent in bounds.
 
 Every function says whether it sums or averages over the elements of a row; batches are always averaged.
 """
@@ -20,14 +20,14 @@ WeightOfTime = str | Callable[[Tensor], Tensor] | None
 
 
 def squared(residual: Tensor, reduce: Reduce = "sum") -> Tensor:
-    """||residual||^2 of each row, summed or averaged over its elements; (B,)."""
+    """Return ||residual||^2 of each row, summed or averaged over its elements; (B,)."""
     check_choice("reduce", reduce, ("sum", "mean"))
     squares = residual.square().flatten(1)
     return squares.sum(1) if reduce == "sum" else squares.mean(1)
 
 
 def adaptive(residual: Tensor, p: float, c: float, reduce: Reduce = "sum") -> Tensor:
-    """A(p, c): the row errors e = ||residual||^2, summed (or averaged) over a row's elements, as e / [e + c]^p; (B,).
+    """Return A(p, c): the row errors e = ||residual||^2, summed (or averaged) over elements, as e / [e + c]^p; (B,).
 
     The denominator carries no gradient. p = 0 is the plain sum of squares; p = 1 gives rows of every error nearly the
     same gradient norm, and a value near 1 whatever the error: watch the raw error instead. c is in units of e,
@@ -43,7 +43,7 @@ def adaptive(residual: Tensor, p: float, c: float, reduce: Reduce = "sum") -> Te
 
 
 def pseudo_huber(residual: Tensor, c: float) -> Tensor:
-    """sqrt(||residual||^2 + c^2) - c of each row, the square summed over its elements; (B,).
+    """Return sqrt(||residual||^2 + c^2) - c of each row, the square summed over its elements; (B,).
 
     Quadratic below c, then linear: of a noisy target it finds a smoothed median, and not the mean. c > 0, so that its
     gradient exists at zero; iCT takes 0.00054 sqrt(elements).
@@ -56,7 +56,7 @@ def pseudo_huber(residual: Tensor, c: float) -> Tensor:
 def row_distance(
     a: Tensor, b: Tensor, name: str, c: float, perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
 ) -> Tensor:
-    """How far a is from b in each row, (B,).
+    """Return how far a is from b in each row, (B,).
 
     Args:
         name: "l2", the sum of squares; "huber", `pseudo_huber` with c; "lpips", the user's own network `perceptual`.
@@ -76,12 +76,12 @@ def row_distance(
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
-    """1 - the cosine of the angle between a and b, each row being one vector; (B,)."""
+    """Return 1 - the cosine of the angle between a and b, each row being one vector; (B,)."""
     return 1 - nn.functional.cosine_similarity(a.flatten(1), b.flatten(1), dim=1)
 
 
 def normalise_tangent(g: Tensor, c: float = 0.1) -> Tensor:
-    """g / (||g|| + c), the norm being that of a whole row: a row's pull on the network is then below 1.
+    """Return g / (||g|| + c), the norm being that of a whole row: a row's pull on the network is then below 1.
 
     Of a noisy g (from data) the mean of the result vanishes elsewhere than that of g: this moves the optimum.
 
@@ -93,7 +93,7 @@ def normalise_tangent(g: Tensor, c: float = 0.1) -> Tensor:
 
 
 def weigh(error: Tensor, weighting: Weighting | None, t: Tensor, s: Tensor) -> Tensor:
-    """exp(-a) error + a with a = weighting(t, s), (B,): every (t, s) then counts alike, whatever its error's size.
+    """Return exp(-a) error + a with a = weighting(t, s), (B,): every (t, s) then counts alike, however large its error.
 
     At its optimum a is the logarithm of the expected error at (t, s). None leaves the error as it is.
     Source: Kendall and Gal 2017, arXiv:1703.04977, equation 8; Karras et al. 2024 (EDM2), arXiv:2312.02696.
@@ -107,7 +107,7 @@ def weigh(error: Tensor, weighting: Weighting | None, t: Tensor, s: Tensor) -> T
 
 
 class LogVariance(nn.Module):
-    """A learned log-variance a(t, s) for `weigh`: random Fourier features of both times and one linear layer.
+    """Log-variance a(t, s) learned for `weigh`: random Fourier features of both times and one linear layer.
 
     It starts at 0, where `weigh` leaves the error as it is. Never part of the sampled network; train it with the same
     optimizer.
@@ -128,7 +128,7 @@ class LogVariance(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, t: Tensor, s: Tensor) -> Tensor:
-        """a(t, s), shape (B,), in the dtype of the weights."""
+        """Return a(t, s), shape (B,), in the dtype of the weights."""
         times = torch.stack((t, s), 1).to(self.frequencies)
         return self.linear(torch.cos(times @ self.frequencies + self.phases)).squeeze(1)
 
@@ -145,7 +145,7 @@ WEIGHTS: dict[str, str] = {
 
 
 def weight_of_time(weight: WeightOfTime, path: Path, t: Tensor) -> Tensor | None:
-    """w(t), shape (B,): by a name of `WEIGHTS` or the caller's own function; None is 1.
+    """Return w(t), shape (B,), by a name of `WEIGHTS` or the caller's own function; None is 1.
 
     For each t the minimiser is the marginal velocity, so that any w > 0 keeps the optimum of a network of unlimited
     capacity; w only spends capacity and gradient variance across noise levels. To draw t from a density p(t) is the

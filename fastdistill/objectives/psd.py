@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
 
 from fastdistill.objectives.checks import check_batch, check_midpoint
 from fastdistill.objectives.identities import evaluate, semigroup_target
 from fastdistill.objectives.metric import Weighting, squared, weigh
+from fastdistill.objectives.objective import Objective
 from fastdistill.objectives.rows import Metrics, measure, pick, split_rows, split_terms
+from fastdistill.objectives.settings import Context, SelfDistillation
 from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path
 from fastdistill.samplers import Net
+from fastdistill.settings import settings
 
 
 def psd(
@@ -31,7 +36,7 @@ def psd(
     midpoint: Tensor | float = 0.5,
     distinct_rows: int | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """The loss ||u(x_t, t, t) - w||^2 on rows with s = t, ||u - [a u(x_t, t, m) + (1 - a) u(x_m, m, s)]||^2 on others.
+    """Return ||u(x_t, t, t) - w||^2 where s = t, ||u - [a u(x_t, t, m) + (1 - a) u(x_m, m, s)]||^2 elsewhere.
 
     m = t - a (t - s) and x_m = f(x_t, t, m): the semigroup's residual over t - s. Averaged over elements and rows.
 
@@ -72,3 +77,37 @@ def psd(
     errors = weigh(squared(residual, "mean"), weighting, t, s)
     loss, terms = errors.mean(), split_terms(errors, len(t_far))
     return loss, measure(loss, residual, t, s, distinct=len(t_far)) | {"terms": terms}
+
+
+@settings
+class PSD(SelfDistillation):
+    """Settings of progressive self-distillation's training."""
+
+    meeting: Literal["middle", "uniform"] = "middle"
+    """Where the two jumps meet: half-way, or anywhere."""
+
+    def keywords(self, context: Context) -> dict[str, Any]:
+        midpoint: float | Tensor = 0.5
+        if self.meeting == "uniform":
+            drawn = torch.rand(context.rows, generator=context.generator)
+            midpoint = drawn.clamp(1e-3, 1 - 1e-3).to(context.device)
+        return super().keywords(context) | {"midpoint": midpoint}
+
+
+METHOD = Objective(
+    psd,
+    "semigroup",
+    ("t", "s"),
+    tangent="none",
+    formula="s = t: ‖u(x_t, t, t) − w‖²; else ‖u − [a u⁻(x_t, t, m) + (1−a) u⁻(x_m, m, s)]‖², m = t − a (t−s)",
+    sources=("Boffi et al. 2025, arXiv:2505.18825, proposition 2.3", "Guo et al. 2025, arXiv:2507.16884"),
+    reduction="mean over elements; t != s in 25 % of the rows",
+    sampler="average_velocity",
+    summary="Progressive self-distillation: a jump must equal two jumps that meet on the way.",
+    place=15,
+    settings=PSD,
+    recipes={
+        "ring": {"method": {"distinct": 0.25}},
+        "digits": {"method": {"distinct": 0.25}},
+    },
+)

@@ -1,21 +1,28 @@
-"""rCM: continuous consistency with a score term on the network's own samples."""
+"""Train rCM: continuous consistency with a score term on the network's own samples."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fastdistill.jvp import jvp as fused_jvp
 from fastdistill.objectives.checks import check_present
-from fastdistill.objectives.continuous import Tangent, regress
+from fastdistill.objectives.continuous import ContinuousConsistency, Tangent, regress
+from fastdistill.objectives.dmd import dmd_gradient
 from fastdistill.objectives.identities import Jvp, flow_map
 from fastdistill.objectives.metric import Weighting, squared
+from fastdistill.objectives.objective import FROM_DATA, Objective, of_normalised
 from fastdistill.objectives.rows import Metrics
+from fastdistill.objectives.scores import CriticSettings, ScoreMethod
+from fastdistill.objectives.settings import ArctanTimes, Context, FakeLevels, Levels, Run, SameLevels, ShiftedLevels
 from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows
 from fastdistill.paths import LINEAR, Path
-from fastdistill.samplers import Net
+from fastdistill.samplers import Learnt, Net
+from fastdistill.settings import Bounds, ConfigError, settings
 
 ScoreGradient = Tensor | Callable[[Tensor, Tensor | None], Tensor]
 
@@ -39,7 +46,7 @@ def rcm(
     score_weight: float = 0.02,
     jvp: Jvp = fused_jvp,
 ) -> tuple[Tensor, Metrics]:
-    """The loss ||F - [F + g / (||g|| + c)]||^2 + score_weight ||G - [G - delta]||^2 / 2 at G = f(beta(1) x1, 1, 0).
+    """Return ||F - [F + g / (||g|| + c)]||^2 + score_weight ||G - [G - delta]||^2 / 2 at G = f(beta(1) x1, 1, 0).
 
     The first term is that of `scm` but for its warm-up, see `warm_up`. In the second, of one-step samples G, delta is a
     direction that raises the divergence from the data's law, such as DMD's difference of the fake and the real
@@ -97,3 +104,96 @@ def warm_up(tangent: Tangent, warmup: float) -> Tensor:
     """
     k, r = tangent.k, warmup
     return (1 - r**2 * (1 - k**2)).sqrt() * tangent.pull + k * (r * tangent.turn + tangent.carried)
+
+
+@settings
+class ConsistentCriticSettings(CriticSettings):
+    """Settings of the critic with rCM's defaults: four updates, as of its five steps one is the student's."""
+
+    updates: Annotated[int, Bounds(ge=1)] = 4
+    """Its updates in each training step, that is, for each update of the generator."""
+    levels: Levels = ShiftedLevels()
+    """The law of the noise levels at which the scores are compared. Two numbers: times uniform between them."""
+    fake_levels: FakeLevels = SameLevels()
+    """The law at which the second network is trained; same: that of `levels`."""
+
+
+@settings
+class RCM(ContinuousConsistency, ScoreMethod):
+    """Settings of rCM's training."""
+
+    times: ArctanTimes = ArctanTimes(mean=-0.8, std=1.6)
+    """The law of the training times t."""
+    tangent_warmup: Annotated[int, Bounds(ge=0)] = 1000
+    """Steps of the tangent's warm-up; only after them do scores take part, and does the second network train."""
+    learned_weight: bool = False
+    """Weigh the times by a learned variance; the authors don't, as next to it the score term has no say."""
+    critic: ConsistentCriticSettings = ConsistentCriticSettings()
+    """The second network and its training."""
+    score_weight: Annotated[float, Bounds(ge=0)] = 0.02
+    """Of the score term, by means; the authors' weights, 100 and 1 of sums without a half, are 0.02."""
+
+    learns: ClassVar[tuple[Learnt, ...]] = ("end",)
+
+    @property
+    def starts(self) -> int:
+        return self.tangent_warmup
+
+    def has_learnt(self, steps: int) -> bool:
+        return True  # its continuous consistency knows all times
+
+    def check(self, run: Run) -> None:
+        super().check(run)
+        if self.generator_times != (1.0,):
+            raise ConfigError("method.generator_times: rcm makes its samples in one step, so expected [1]")
+        if self.critic.gan:
+            raise ConfigError("method.critic.gan: rcm has no discriminator; expected False, or method.name dmd")
+
+    def keywords(self, context: Context) -> dict[str, Any]:
+        given = super().keywords(context) | {"score_gradient": partial(self.score_gradient, context)}
+        return given | ({"score_weight": 0.0} if context.step < self.starts else {})
+
+    def score_gradient(self, context: Context, samples: Tensor, y: Tensor | None) -> Tensor:
+        """Return the direction in which samples (B, ...) leave the data's law, by the teacher's score and their own."""
+        assert context.critic is not None and context.teacher is not None
+        noise = torch.randn(samples.shape, generator=context.generator).to(samples)
+        tau = self.critic.levels.sampler(context.path)(len(samples), context.generator, samples.device)
+        guidance = self.guidance.build(context)
+        return dmd_gradient(
+            samples,
+            noise,
+            tau,
+            teacher=context.teacher,
+            fake=context.critic.fake,
+            y=y,
+            path=context.path,
+            guidance=guidance if isinstance(guidance, Guidance) else None,
+        )
+
+
+METHOD = Objective(
+    rcm,
+    "eulerian",
+    ("t",),
+    tangent="as scm, another warm-up",
+    formula="‖F − [F + ĝ]‖² + λ ½ ‖G − [G − δ]‖², ĝ = g/(‖g‖+c), G = f(x_1, 1, 0), δ = score_gradient(G); linear "
+    "path: g = (w − F) − t D_w F; trigonometric: g = −cos √(1 − r² sin²) (F − w) − cos sin (r x + dF/dt)",
+    sources=("Zheng et al. 2025, arXiv:2510.08431, section 4.1, algorithm 1; weights and warm-up of its code",),
+    reduction="mean over elements, the tangent's norm over their sum; s = 0 in all rows; λ = 0.02 is the authors' "
+    "100 and 1 of sums without a half",
+    exponent=of_normalised,
+    sampler="consistency",
+    needs=frozenset({"score_gradient"}),
+    paths=FROM_DATA,
+    anywhere=("parameterization", "average"),
+    summary="rCM: continuous consistency, which covers all modes, and scores of one-step samples, which sharpen them.",
+    place=19,
+    settings=RCM,
+    recipes={
+        "ring": {"method": {"tangent_warmup": 500, "times": {"mean": -0.8, "std": 1.6}}, "teacher": "runs/ring-flow"},
+        "digits": {
+            "method": {"tangent_warmup": 1000, "times": {"mean": -0.8, "std": 1.6}},
+            "teacher": "runs/digits-flow",
+        },
+    },
+)

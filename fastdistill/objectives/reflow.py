@@ -7,13 +7,17 @@ the next teacher; k rounds are k-rectified flow. To distil into one step, flow m
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from fastdistill.objectives.flow_matching import METHOD as FLOW_MATCHING
+from fastdistill.objectives.settings import Context, Instantaneous, Run
 from fastdistill.paths import LINEAR, Path
 from fastdistill.samplers import Net, Steps, guided, intervals, sample
+from fastdistill.settings import Bounds, ConfigError, settings
 
 DETERMINISTIC = ("euler", "heun", "adaptive", "average_velocity")
 
@@ -31,7 +35,7 @@ def coupled_pairs(
     null: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Pairs (x0, x1): unit noise x1 (B, ...) and where the teacher's flow takes it, without gradient.
+    """Make pairs (x0, x1): unit noise x1 (B, ...) and where the teacher's flow takes it, without gradient.
 
     Args:
         teacher: called as teacher(x, t=t, s=s, y=y).
@@ -57,7 +61,7 @@ def straightness(
     scale: float = 1.0,
     null: int | None = None,
 ) -> Tensor:
-    """S = the integral over t of E ||(x_1 - x_0) - v(x_t, t)||^2 along the flow of `net` from unit noise x1 (B, ...).
+    """Return the integral over t of E ||(x_1 - x_0) - v(x_t, t)||^2 along the flow of `net` from noise x1 (B, ...).
 
     0 where all trajectories are straight and run at constant speed, so that one step of Euler is exact. The norm is a
     sum over elements; the mean is over rows. By Heun's method, of which x_1 - x_0 is the mean slope: a scalar, float64.
@@ -80,3 +84,69 @@ def straightness(
         energy = energy.to(x.device) + (t - s) * 0.5 * (v.square() + v_end.square()).flatten(1).sum(1).mean()
         length += t - s
     return energy - chord.square().flatten(1).sum(1).mean() / length
+
+
+@settings
+class ReFlow(Instantaneous):
+    """Settings of ReFlow's training."""
+
+    pairs: Annotated[int, Bounds(ge=1, le=10**8)] = 20_000
+    """How many pairs are made, once, before training."""
+    pair_steps: Annotated[int, Bounds(ge=1, le=10_000)] = 32
+    """Steps of Heun's method for each, two evaluations a step."""
+    pair_guidance: Annotated[float, Bounds(ge=0)] = 1.0
+    """Classifier-free guidance scale of the teacher while it makes them."""
+    distil: bool = False
+    """Train at t = 1 alone: the last round, whose network makes one step and no more. Needs sample_steps 1."""
+
+    makes_pairs: ClassVar[bool] = True
+
+    def has_learnt(self, steps: int) -> bool:
+        return steps == 1 or not self.distil
+
+    def check(self, run: Run) -> None:
+        if self.distil and self.sample_steps != 1:
+            raise ConfigError(
+                f"method.sample_steps: with method.distil the network knows t = 1 alone, so expected 1, got "
+                f"{self.sample_steps}"
+            )
+        if self.distil and not _is_straight(run.path):
+            raise ConfigError(
+                f"method.distil: its one step follows the velocity at t = 1, which leads from pure noise to the data "
+                f"on a straight path alone; expected path.name linear, fm or icfm, got {run.path_name}"
+            )
+
+    def draw_times(self, context: Context) -> tuple[Tensor, ...]:
+        if self.distil:
+            return (torch.ones(context.rows, device=context.device),)
+        return super().draw_times(context)
+
+
+def _is_straight(path: Path) -> bool:
+    """Return whether a pair's state moves at constant velocity from (almost) the data to pure noise."""
+    start, end = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    rates = [(f(end) - f(start) - d(end)).abs() for f, d in ((path.alpha, path.d_alpha), (path.beta, path.d_beta))]
+    return float(path.alpha(end)) < 1e-12 and max(map(float, rates)) < 1e-12
+
+
+METHOD = replace(
+    FLOW_MATCHING,
+    name="reflow",
+    place=2,
+    sources=(
+        "Liu et al. 2023 (rectified flow), arXiv:2209.03003, algorithm 1; pairs by objectives.reflow.coupled_pairs",
+        *FLOW_MATCHING.sources,
+    ),
+    summary="ReFlow: flow matching on pairs of noise and where a teacher's flow takes it, which straightens the flow.",
+    settings=ReFlow,
+    recipes={
+        "ring": {
+            "method": {"times": {"law": "uniform"}, "pairs": 20000, "pair_steps": 32},
+            "teacher": "runs/ring-flow",
+        },
+        "digits": {
+            "method": {"times": {"law": "uniform"}, "pairs": 20000, "pair_steps": 16},
+            "teacher": "runs/digits-flow",
+        },
+    },
+)

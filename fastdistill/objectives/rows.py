@@ -1,4 +1,4 @@
-"""The rows of a batch: the split into s != t and s = t, and what an objective reports of each row."""
+"""Split a batch's rows into s != t and s = t, and report what an objective says of each row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Index = slice | Tensor
 
 
 def split_rows(t: Tensor, s: Tensor, distinct_rows: int | None) -> tuple[Index, Index]:
-    """Indices of the rows with s != t and of those with s = t.
+    """Return the indices of the rows with s != t and of those with s = t.
 
     Args:
         distinct_rows: the number of leading rows with s != t, as `fastdistill.times.pair_times` arranges them; the
@@ -27,17 +27,17 @@ def split_rows(t: Tensor, s: Tensor, distinct_rows: int | None) -> tuple[Index, 
 
 
 def pick(rows: Index, *values: Tensor | None) -> tuple[Any, ...]:
-    """The same rows of each tensor; None stays None."""
+    """Return the same rows of each tensor; None stays None."""
     return tuple(None if value is None else value[rows] for value in values)
 
 
 def mean_square(x: Tensor) -> Tensor:
-    """The mean square of each row's elements, (B,)."""
+    """Return the mean square of each row's elements, (B,)."""
     return x.square().flatten(1).mean(1)
 
 
 def split_terms(errors: Tensor, distinct: int) -> dict[str, Tensor]:
-    """The two terms whose sum is `errors.mean()`, scalars with their graph: rows with s != t, and their anchor.
+    """Return the two terms whose sum is `errors.mean()`, with their graph: rows with s != t, and their anchor.
 
     Args:
         errors: (B,), weighted, the `distinct` rows with s != t first.
@@ -57,7 +57,7 @@ def measure(
     tangent: Tensor | None = None,
     distinct: int | None = None,
 ) -> Metrics:
-    """The metrics that all objectives share, detached.
+    """Return the metrics that all objectives share, detached.
 
     Args:
         residual: (B, ...), before any weight; t and s (B,) in its order.

@@ -1,13 +1,14 @@
-"""sCM: continuous consistency, with tangent normalisation and warm-up."""
+"""Train sCM: continuous consistency, with tangent normalisation and warm-up."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from fastdistill.jvp import jvp as fused_jvp
-from fastdistill.objectives.continuous import Tangent, regress
+from fastdistill.objectives.continuous import ContinuousConsistency, Tangent, regress
 from fastdistill.objectives.identities import Jvp
 from fastdistill.objectives.metric import Weighting
+from fastdistill.objectives.objective import FROM_DATA, Objective, of_normalised
 from fastdistill.objectives.rows import Metrics
 from fastdistill.objectives.velocity import Autoguidance, Guidance
 from fastdistill.paths import LINEAR, Path
@@ -31,7 +32,7 @@ def scm(
     c: float | None = 0.1,
     jvp: Jvp = fused_jvp,
 ) -> tuple[Tensor, Metrics]:
-    """The loss ||F - [F + g]||^2, averaged over elements and rows, g being f(x_t, t, 0)'s normalised rate on the flow.
+    """Return the loss ||F - [F + g]||^2, a mean over elements and rows, g being f's normalised rate on the flow.
 
     With k = beta' / W and W = alpha beta' - beta alpha', F is defined by f = k x - beta F, and
         g = k (k (w / W - F) + warmup (D_w f / W - k (w / W - F))),  then  g / (||g|| + c).
@@ -71,3 +72,30 @@ def warm_up(tangent: Tangent, warmup: float) -> Tensor:
     Source: Lu and Song 2025, arXiv:2410.11081, algorithm 1.
     """
     return tangent.k * (tangent.pull + warmup * (tangent.turn + tangent.carried))
+
+
+METHOD = Objective(
+    scm,
+    "eulerian",
+    ("t",),
+    tangent="D_w u = jvp(u, (x_t, t, 0), (w, 1, 0)), turned into F's inside; no gradient through it",
+    formula="‖F − [F + ĝ]‖², g = k (k (w/W − F) + r (D_w f/W − k (w/W − F))), ĝ = g/(‖g‖+c); linear path: "
+    "g = (w − F) − r t D_w F; trigonometric: g = −cos²(F − w) − r cos sin (x + dF/dt)",
+    sources=("Lu and Song 2025, arXiv:2410.11081, equations 6 and 8, algorithm 1",),
+    reduction="mean over elements, the tangent's norm over their sum; s = 0 in all rows",
+    exponent=of_normalised,
+    sampler="consistency",
+    paths=FROM_DATA,
+    anywhere=("parameterization", "average"),
+    summary="Continuous consistency: the limit of neighbouring times, by the tangent along the flow; "
+    "sCD with a teacher.",
+    place=8,
+    settings=ContinuousConsistency,
+    recipes={
+        "ring": {"method": {"tangent_warmup": 500, "times": {"mean": -0.8, "std": 1.6}}, "teacher": "runs/ring-flow"},
+        "digits": {
+            "method": {"tangent_warmup": 1000, "times": {"mean": -0.8, "std": 1.6}},
+            "teacher": "runs/digits-flow",
+        },
+    },
+)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
 from fastdistill.objectives.checks import check_batch, check_halves, check_times
 from fastdistill.objectives.identities import evaluate, semigroup_target
 from fastdistill.objectives.metric import Weighting, squared, weigh
+from fastdistill.objectives.objective import Objective
 from fastdistill.objectives.rows import Metrics, measure, pick, split_rows, split_terms
+from fastdistill.objectives.settings import Context, Decay, GuidanceSettings, MethodSettings, Run
 from fastdistill.objectives.velocity import Autoguidance, Guidance, scale_rows, target_velocity
 from fastdistill.paths import LINEAR, Path
 from fastdistill.samplers import Net
+from fastdistill.settings import Bounds, Share, settings
+from fastdistill.times import dyadic_times
 
 
 def shortcut(
@@ -31,11 +37,12 @@ def shortcut(
     finest: int | None = 128,
     distinct_rows: int | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """The loss ||u(x_t, t, t - 2 delta) - [(u(x_t, t, t - delta) + u(x', t - delta, t - 2 delta)) / 2]||^2 on rows with
-    delta > 0, and ||u(x_t, t, t) - w||^2 on the others; averaged over elements and rows.
+    """Return the loss of jumps by their halves on rows with delta > 0, and of flow matching on the others.
 
-    x' is where the first half ends. The error is one of velocities, which is the flow map's over (2 delta)^2. The paper
-    splits off 1/8 of the rows and draws delta from powers of two down to 1/128 (`fastdistill.times`), t from multiples.
+    The two are ||u(x_t, t, t - 2 delta) - [(u(x_t, t, t - delta) + u(x', t - delta, t - 2 delta)) / 2]||^2 and
+    ||u(x_t, t, t) - w||^2, averaged over elements and rows; x' is where the first half ends. The error is one of
+    velocities, which is the flow map's over (2 delta)^2. The paper splits off 1/8 of the rows and draws delta from
+    powers of two down to 1/128 (`fastdistill.times`), t from multiples.
     Halves of the finest length, delta = 1 / finest, are no target of a longer jump, so that no row would train them:
     they are steps along the velocity, u(x_t, t, t) and u(x', t - delta, t - delta), as in the paper's code.
 
@@ -75,3 +82,52 @@ def shortcut(
     errors = weigh(squared(residual, "mean"), weighting, t, s)
     loss, terms = errors.mean(), split_terms(errors, len(t_far))
     return loss, measure(loss, residual, t, s, distinct=len(t_far)) | {"terms": terms}
+
+
+@settings
+class Shortcut(MethodSettings):
+    """Settings of shortcut models' training."""
+
+    distinct: Share = 0.125
+    """Share of the rows with jumps; the others are plain flow matching."""
+    finest: Annotated[int, Bounds(ge=2)] = 128
+    """Steps of the finest grid, a power of 2. The steps of that grid are made with the velocity."""
+    target_ema: Decay | None = 0.999
+    """Decay of the averaged network that makes the two jumps; None: the network itself, detached."""
+    guidance: GuidanceSettings = GuidanceSettings()
+    """Guidance inside the velocity."""
+
+    def draw_times(self, context: Context) -> tuple[Tensor, ...]:
+        return dyadic_times(
+            context.rows, self.distinct, finest=self.finest, generator=context.generator, device=context.device
+        )
+
+    def sampler_for(self, sampler: str, steps: int) -> str:
+        # No row trains jumps of the finest length or below: as in training, these are steps along the velocity.
+        return "euler" if sampler == "average_velocity" and steps >= self.finest else sampler
+
+    def has_learnt(self, steps: int) -> bool:
+        return steps & (steps - 1) == 0 and steps <= self.finest
+
+    def definition(self, run: Run) -> int | None:
+        return 2  # the finest halves are made with the velocity
+
+
+METHOD = Objective(
+    shortcut,
+    "semigroup",
+    ("t", "delta"),
+    tangent="none",
+    formula="δ = 0: ‖u(x_t, t, t) − w‖²; else ‖u(x_t, t, t−2δ) − [½ (u⁻(x_t, t, t−δ) + u⁻(x′, t−δ, t−2δ))]‖²; "
+    "the finest halves by u⁻(x_t, t, t) and u⁻(x′, t−δ, t−δ)",
+    sources=("Frans et al. 2025, arXiv:2410.12557",),
+    reduction="mean over elements; t != s in 1/8 of the rows",
+    sampler="average_velocity",
+    summary="Shortcut models: a jump must equal two jumps of half its length; the shortest are flow matching.",
+    place=12,
+    settings=Shortcut,
+    recipes={
+        "ring": {"method": {"distinct": 0.25, "target_ema": 0.99}},
+        "digits": {"method": {"distinct": 0.5, "finest": 16, "target_ema": None}},
+    },
+)

@@ -1,4 +1,4 @@
-"""One step of a teacher's flow from t to r, for consistency distillation.
+"""Take one step of a teacher's flow from t to r, for consistency distillation.
 
 A step in the noise level sigma = beta / alpha moves y = x / alpha = x0 + sigma x1 along its slope dy/dsigma, which is
 the prediction of the noise x1: Karras's solvers, and on the path "edm" those of the official code. A step in time moves

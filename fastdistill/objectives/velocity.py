@@ -1,4 +1,4 @@
-"""The one velocity w that a recipe follows: its target and its tangent direction alike.
+"""Compute the one velocity w that a recipe follows: its target and its tangent direction alike.
 
 Guidance belongs in here and nowhere else: a recipe that guides its target but not its tangent has another solution.
 The velocity comes from data (v_hat stands for its mean), from a teacher, or from the student's own diagonal u(x, t, t).
@@ -55,12 +55,12 @@ class Guidance:
 
     @property
     def scale(self) -> Number:
-        """The effective guidance scale, omega / (1 - kappa); 1 is no guidance."""
+        """Return the effective guidance scale, omega / (1 - kappa); 1 is no guidance."""
         return self.omega / (1 - self.kappa)
 
     @classmethod
     def improved(cls, scale: Number, null: int, interval: tuple[float, float] = (0.0, 1.0)) -> Guidance:
-        """Guidance at `scale` >= 1 as improved MeanFlow writes it: w = v_hat + (1 - 1/scale) (u(y) - u(null)).
+        """Guide at `scale` >= 1 as improved MeanFlow writes it: w = v_hat + (1 - 1/scale) (u(y) - u(null)).
 
         Equivalent to: Guidance(omega=1, kappa=1 - 1/scale, ...).
         Source: Geng et al. 2025 (improved MeanFlow), arXiv:2512.02012, section 4.2.
@@ -92,7 +92,7 @@ class Autoguidance:
 
 
 def scale_rows(guidance: Guidance | Autoguidance | None) -> Tensor | None:
-    """The (B,) scales that the student has to be told as `g`; None where all rows have one scale."""
+    """Return the (B,) scales that the student has to be told as `g`; None where all rows have one scale."""
     scale = None if guidance is None else guidance.scale
     return scale if isinstance(scale, Tensor) and scale.ndim else None
 
@@ -109,7 +109,7 @@ def target_velocity(
     weak_teacher: Net | None = None,
     guidance: Guidance | Autoguidance | None = None,
 ) -> Tensor:
-    """The velocity w at (x, t), shape and dtype of x, without gradient.
+    """Return the velocity w at (x, t), shape and dtype of x, without gradient.
 
     Args:
         net: the student, or its average; evaluated only for guidance from data.
@@ -143,7 +143,7 @@ def target_velocity(
 
 @torch.no_grad()
 def own_velocity(net: Net, x: Tensor, t: Tensor, *, y: Tensor | None = None, g: Tensor | None = None) -> Tensor:
-    """The network's own instantaneous velocity u(x, t, t), shape and dtype of x, without gradient."""
+    """Return the network's own instantaneous velocity u(x, t, t), shape and dtype of x, without gradient."""
     return evaluate(net, x, t, t, y, g).to(x.dtype)
 
 
@@ -167,7 +167,7 @@ def _check_sources(
 
 
 def _pair(net: Net, x: Tensor, t: Tensor, y: Tensor, null: int, g: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The instantaneous velocities with labels y and with no label, from one call on the doubled batch.
+    """Return the instantaneous velocities with labels y and with no label, by one call on the doubled batch.
 
     Without a label there is nothing to guide, so that the network is asked at the scale 1 there.
     """
@@ -183,12 +183,12 @@ def _state(v_hat: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _column(value: Number, x: Tensor) -> Number:
-    """A number, or (B,) values shaped to broadcast against x."""
+    """Return a number, or (B,) values shaped to broadcast against x."""
     return expand_time(value.to(x), x) if isinstance(value, Tensor) else value
 
 
 def _all(value: Number, fits: object) -> bool:
-    """Whether a number fits, or all of a tensor's do; tensors are read on the CPU only."""
+    """Return whether a number fits, or all of a tensor's do; tensors are read on the CPU only."""
     assert callable(fits)
     if isinstance(value, Tensor):
         return not value.is_cpu or bool(fits(value).all())

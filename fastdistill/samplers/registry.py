@@ -1,4 +1,4 @@
-"""All samplers by name, found by being there, and the one function that calls any of them."""
+"""Find all samplers by name, each by being there, and call any of them by one function."""
 
 from __future__ import annotations
 

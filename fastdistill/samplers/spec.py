@@ -1,4 +1,4 @@
-"""What a sampler says of itself, beside its code: what it needs of a network, what it costs, which numbers it takes."""
+"""Say of a sampler, beside its code, what it needs of a network, what it costs and which numbers it takes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LEARNT: tuple[Learnt, ...] = ("velocity", "map", "end")
 
 @dataclass(frozen=True)
 class Parameter:
-    """A number that a sampler takes by keyword; settings, options of the command line and checks follow from it."""
+    """Number that a sampler takes by keyword; settings, options of the command line and checks follow from it."""
 
     default: float
     """Taken where nobody gives another; a whole number here means that only whole numbers are allowed."""
@@ -36,7 +36,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Sampler:
-    """The specification of one sampler, which its file holds as `SPEC`.
+    """Specification of one sampler, which its file holds as `SPEC`.
 
     A sampler of velocities is called as function(velocity, x, steps), any other as function(net, x, steps, y, g=g); one
     that renoises gets path and generator too, and all get their parameters, each by keyword.

@@ -1,4 +1,4 @@
-"""What samplers share: the times that they walk, a jump along a flow map, and fresh noise on the way back."""
+"""Share between samplers the times that they walk, a jump along a flow map, and fresh noise on the way back."""
 
 from __future__ import annotations
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from fastdistill.settings import ConfigError
 from fastdistill.train.checkpoint import CheckpointError
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.load import load_config, shipped_configs
 from fastdistill.train.loop import NonFiniteError, train
 from fastdistill.train.run import load_run
 from fastdistill.train.sampling import generate
-from fastdistill.train.settings import ConfigError
 
 __all__ = [
     "CheckpointError",

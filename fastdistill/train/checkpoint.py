@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastdistill.settings import ConfigError
 from fastdistill.train.files import (
     CheckpointError,
     DamagedFileError,
@@ -17,7 +18,6 @@ from fastdistill.train.files import (
     write_checked,
     writing,
 )
-from fastdistill.train.settings import ConfigError
 
 __all__ = [
     "CheckpointError",

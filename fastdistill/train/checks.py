@@ -1,4 +1,4 @@
-"""What a configuration can't be: combinations of fields that each are allowed, refused before anything is built.
+"""Refuse combinations of fields that each are allowed, before anything is built.
 
 What a method takes and needs is read from its row in `fastdistill.objectives.OBJECTIVES`; each message says what would
 work.
@@ -18,6 +18,9 @@ import torch.distributed
 from fastdistill import models
 from fastdistill.data import DATASETS, Batch, generator_at
 from fastdistill.objectives.metric import LogVariance
+from fastdistill.objectives.scores import ScoreMethod
+from fastdistill.objectives.settings import Context
+from fastdistill.settings import ConfigError, short
 from fastdistill.train.config import (
     UNNAMED,
     TrainConfig,
@@ -25,14 +28,14 @@ from fastdistill.train.config import (
     model_differences,
     parse_config,
     read_yaml,
+    run_of,
 )
 from fastdistill.train.critic import Critic
 from fastdistill.train.data_settings import changed_fingerprint
 from fastdistill.train.environment import memory_of_machine
-from fastdistill.train.methods import METHODS, Context, ScoreMethod
+from fastdistill.train.methods import METHODS
 from fastdistill.train.perceptual import perceptual_of
 from fastdistill.train.sampling import OWN
-from fastdistill.train.settings import ConfigError, short
 
 TRIAL_ROWS = 4096
 COPIES = 5  # of each weight: itself, its gradient, two moments of the optimiser, its average
@@ -56,7 +59,7 @@ def check_config(config: TrainConfig) -> None:
         raise ConfigError("init_from_teacher: needs `teacher`, the run folder to start from")
     _check_path(config)
     _check_guidance(config, classes)
-    config.method.check(config)
+    config.method.check(run_of(config))
     _check_sampling(config)
     _check_model(config)
     _check_device(config)
@@ -80,7 +83,7 @@ def _check_places(config: TrainConfig) -> None:
 
 
 def _check_teachers(config: TrainConfig) -> None:
-    """A teacher where the method needs one, and none where it has no use for it, not even as a start."""
+    """Check for a teacher where the method needs one, and for none where it has no use for it, not even as a start."""
     method, objective = config.method, config.method.objective()
     for role in ("teacher", "weak_teacher"):
         given, what = getattr(config, role) is not None, role.replace("_", " ")
@@ -143,7 +146,7 @@ def _check_guidance(config: TrainConfig, classes: int) -> None:
 
 
 def _check_sampling(config: TrainConfig) -> None:
-    """The run's own sampler must fit what its network learns: else it would stop at its first samples."""
+    """Check that the run's own sampler fits what its network learns: else it would stop at its first samples."""
     try:
         OWN.resolve(config, config.method.sample_steps)
     except ConfigError as error:
@@ -183,7 +186,7 @@ def _check_model(config: TrainConfig) -> None:
 
 
 def _refuse_too_large(config: TrainConfig, weights: int, arguments: dict[str, Any]) -> None:
-    """What surely doesn't fit is refused by name, before the system kills whatever it likes for want of memory."""
+    """Refuse by name what surely doesn't fit, before the system kills whatever it likes for want of memory."""
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     memory = torch.cuda.get_device_properties(0).total_memory if on_gpu else memory_of_machine()
     needed = 4 * COPIES * weights
@@ -286,7 +289,7 @@ def check_teacher(config: TrainConfig) -> None:
 
 
 def _how_to_do_without(config: TrainConfig, role: str) -> str:
-    """The command that trains the teacher, where it is the shipped one, and the option that drops it, where one can."""
+    """Return the command that trains the teacher, where it is the shipped one, or the option that drops it."""
     run, method = getattr(config, role), config.method
     shipped = f"{config.data.name}-flow"
     advice = f" (fastdistill train {shipped})" if run == Path("runs") / shipped else ""
@@ -336,7 +339,7 @@ def _check_one_teacher(config: TrainConfig, role: str) -> None:
 
 
 def describe_path(config: TrainConfig) -> str:
-    """A path's name and the numbers that were given for it, e.g. `fm (sigma 0.1)`."""
+    """Return a path's name and the numbers that were given for it, e.g. `fm (sigma 0.1)`."""
     numbers = config.path.model_dump(exclude={"name"}, exclude_none=True)
     return config.path.name + (
         f" ({', '.join(f'{name} {value:g}' for name, value in numbers.items())})" * bool(numbers)

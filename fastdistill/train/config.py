@@ -1,4 +1,4 @@
-"""The configuration of a run: its fields and what they mean. See load.py for reading one, checks.py for its checks."""
+"""Define the configuration of a run: its fields and what they mean. See load.py for reading one, checks.py for more."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import yaml
 from pydantic import Field, ValidationError
 
 from fastdistill import models, paths
+from fastdistill.objectives.settings import Run
+from fastdistill.settings import ConfigError, nearest, short
 from fastdistill.train.data_settings import ChosenData
 from fastdistill.train.methods import Method
-from fastdistill.train.settings import ConfigError, Settings, explain, nearest, short
+from fastdistill.train.settings import Settings, explain
 from fastdistill.train.yaml_file import load_yaml
 
 MOST = 10**12  # of steps: more than any machine makes
@@ -23,7 +25,7 @@ UNNAMED = frozenset({"gaussian"})  # paths that a configuration can't name: they
 
 
 class ModelSettings(Settings):
-    """The network: a preset, with any of its sizes changed. Channels and classes follow from the data."""
+    """Network: a preset, with any of its sizes changed. Channels and classes follow from the data."""
 
     preset: str
     """A name of fastdistill.models.PRESETS."""
@@ -41,7 +43,7 @@ class ModelSettings(Settings):
 
 
 class PathSettings(Settings):
-    """The probability path from data to noise: a name, and the numbers that it takes."""
+    """Probability path from data to noise: a name, and the numbers that it takes."""
 
     name: str = "linear"
     """A name of fastdistill.paths.PATHS."""
@@ -57,7 +59,7 @@ class PathSettings(Settings):
     """Of edm: the warp of the noise levels."""
 
     def build(self) -> paths.Path:
-        """The path itself; ConfigError names what doesn't fit."""
+        """Build the path itself; ConfigError names what doesn't fit."""
         known = {name: None for name in paths.PATHS if name not in UNNAMED}
         if self.name not in known:
             raise ConfigError(
@@ -85,7 +87,7 @@ class OptimSettings(Settings):
 
 
 class LogSettings(Settings):
-    """What a run writes, and how often. Changing these never changes the weights."""
+    """Log: what a run writes, and how often. Changing these never changes the weights."""
 
     log_every: Count = 50
     """Steps between lines of metrics.jsonl and TensorBoard points."""
@@ -98,7 +100,7 @@ class LogSettings(Settings):
 
 
 class DiagnosticsSettings(Settings):
-    """What is looked at besides the metrics. Changing these never changes the weights."""
+    """Diagnostics besides the metrics. Changing these never changes the weights."""
 
     every: int = Field(500, ge=0, le=MOST)
     """Steps between looks, which go into metrics.jsonl with the metrics; 0: never."""
@@ -110,7 +112,7 @@ class DiagnosticsSettings(Settings):
 
 
 class TrainConfig(Settings):
-    """Everything that defines a run."""
+    """Configuration of a run: everything that defines it."""
 
     out: Path
     """The run folder. Started again with the same settings, the run goes on from its newest checkpoint."""
@@ -150,7 +152,7 @@ FREE_TO_CHANGE = (
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file."""
+    """Read the mapping in a YAML file."""
     content = load_yaml(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected fields and their values, got {short(content)}")
@@ -158,21 +160,32 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_config(given: Mapping[str, Any], source: str) -> TrainConfig:
-    """A mapping as a TrainConfig; `source` names it in errors."""
+    """Parse a mapping as a TrainConfig; `source` names it in errors."""
     try:
         return TrainConfig.model_validate(given)
     except ValidationError as error:
         raise ConfigError(f"{source}:\n{explain(error, given)}") from error
 
 
+def run_of(config: TrainConfig) -> Run:
+    """Return what a method's own checks may know of the run."""
+    return Run(
+        path=config.path.build(),
+        path_name=config.path.name,
+        rows=config.data.batch,
+        label_dropout=config.data.label_dropout,
+        has_teacher=config.teacher is not None,
+    )
+
+
 def couples(config: TrainConfig) -> bool:
-    """Whether noise is matched to data within a batch."""
+    """Return whether noise is matched to data within a batch."""
     coupling = config.path.build().coupling if config.coupling == "auto" else config.coupling
     return coupling == "optimal_transport"
 
 
 def model_arguments(config: TrainConfig) -> dict[str, Any]:
-    """The network's constructor arguments: the preset's, the user's, and what the data says."""
+    """Return the network's constructor arguments: the preset's, the user's, and what the data says."""
     dataset = config.data.build()
     fitted = {"dim": math.prod(dataset.shape), "channels": dataset.shape[0], "num_classes": dataset.num_classes}
     preset = models.PRESETS[config.model.preset].arguments
@@ -181,13 +194,13 @@ def model_arguments(config: TrainConfig) -> dict[str, Any]:
 
 
 def model_differences(a: TrainConfig, b: TrainConfig) -> list[str]:
-    """The constructor arguments in which two networks differ."""
+    """Return the constructor arguments in which two networks differ."""
     first, second = model_arguments(a), model_arguments(b)
     return sorted(f"model.{name}" for name in first | second if first.get(name) != second.get(name))
 
 
 def changed_fields(old: TrainConfig, new: TrainConfig) -> list[str]:
-    """The dotted names of the fields that decide the weights and differ, with both values.
+    """Return the dotted names of the fields that decide the weights and differ, with both values.
 
     Another method comes first, and its own fields last. The number of steps is one of them where the method has a
     curriculum over the whole run.
@@ -204,12 +217,12 @@ def changed_fields(old: TrainConfig, new: TrainConfig) -> list[str]:
 
 
 def to_yaml(config: TrainConfig) -> str:
-    """The resolved configuration, every field of it, as YAML that `load_config` reads."""
+    """Write the resolved configuration, every field of it, as YAML that `load_config` reads."""
     return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
 
 
 def flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested fields by their dotted names."""
+    """Return nested fields by their dotted names."""
     found: dict[str, Any] = {}
     for name, value in fields.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}

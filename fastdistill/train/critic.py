@@ -1,4 +1,4 @@
-"""The second network of the methods that compare scores: the score of the generator's own samples, and a discriminator.
+"""Train the second network of the methods that compare scores: the samples' own score, and a discriminator.
 
 Nothing else in the trainer has a second optimiser. All of its randomness is a function of the seed and the step, and
 all of its state is in the checkpoint, so that it resumes as exactly as the rest.
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fastdistill.data import generator_at
 from fastdistill.objectives.critic import fake_score_loss, gan_critic_loss
-from fastdistill.train.methods import Context, CriticSettings, Metrics, ScoreMethod
+from fastdistill.objectives.scores import CriticSettings, ScoreMethod
+from fastdistill.objectives.settings import Context, Metrics
 
 
 class Discriminator(nn.Module):
@@ -27,12 +28,12 @@ class Discriminator(nn.Module):
         self.head = nn.Linear(elements, 1)
 
     def forward(self, x: Tensor, tau: Tensor, y: Tensor | None) -> Tensor:
-        """x (B, ...), tau (B,) and y (B,) or None."""
+        """Evaluate the network at x (B, ...), tau (B,) and y (B,) or None."""
         return self.head(self.net(x, t=tau, s=tau, y=y).flatten(1).to(self.head.weight.dtype)).squeeze(1)
 
 
 class Critic:
-    """The fake-score network, the discriminator where there is one, and the optimiser of both.
+    """Critic: the fake-score network, the discriminator where there is one, and the optimiser of both.
 
     Args:
         teacher: whose weights the networks start from; it stays as it is.
@@ -53,7 +54,7 @@ class Critic:
         self.optimizer = torch.optim.AdamW(self.weights, lr=settings.lr, betas=betas, weight_decay=0.0, fused=True)
 
     def warm_up(self, context: Context, method: ScoreMethod, precision: torch.autocast) -> None:
-        """The updates before the generator's first one by scores: at that step, before its loss; none at any other."""
+        """Update before the generator's first update by scores: at that step, before its loss; at no other."""
         first = self.settings.updates
         extra = self.settings.warmup_updates * (context.step == method.starts)
         self._train(context, method, precision, range(first, first + extra))
@@ -93,7 +94,7 @@ class Critic:
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """Networks and optimiser."""
+        """Return the state of networks and optimiser."""
         networks = {name: net.state_dict() for name, net in self._networks().items()}
         return networks | {"optimizer": self.optimizer.state_dict()}
 

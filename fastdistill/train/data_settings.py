@@ -1,4 +1,4 @@
-"""The settings of a run's data set: its name, the batch, and whatever fields the set declares for itself."""
+"""Define the settings of a run's data set: its name, the batch, and whatever fields the set declares for itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from pydantic import (
 from fastdistill.data import DATASETS, DataSet, make_data_set
 from fastdistill.data.protocol import try_data_set
 from fastdistill.data.registry import settings_of
-from fastdistill.train.settings import ConfigError, Settings, nearest, short
+from fastdistill.settings import ConfigError, nearest, short
+from fastdistill.train.settings import Settings
 
 
 def _described(maker: object) -> str:
@@ -33,7 +34,7 @@ NAMES = "; ".join(f"{name}: {_described(maker)}" for name, maker in DATASETS.ite
 
 
 class DataSettings(Settings):
-    """What is learnt. A set may declare more fields, which then stand here too."""
+    """Data that is learnt. A set may declare more fields, which then stand here too."""
 
     name: str = Field(
         description=f"{NAMES}. Or package.module:attribute of a set of your own, with () behind it where that has to "

@@ -1,4 +1,4 @@
-"""What users ask when a run looks wrong: where the error is, whether the terms agree, and what broke first."""
+"""Answer what users ask when a run looks wrong: where the error is, whether terms agree, and what broke first."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistill.data import Batch
-from fastdistill.train.methods import MethodSettings
+from fastdistill.objectives.settings import Batch, MethodSettings
 
 SHOWN_ROWS = 5
 
@@ -17,7 +16,7 @@ SHOWN_ROWS = 5
 def measure(
     rows: Mapping[str, Tensor] | None, terms: Mapping[str, Tensor], net: nn.Module, bins: int, gradients: bool
 ) -> dict[str, Tensor]:
-    """The diagnostics of one step, as scalars by name.
+    """Return the diagnostics of one step, as scalars by name.
 
     Args:
         rows: per-row detached tensors, (B,) each: `t`, `s`, `raw_error` and perhaps `tangent_norm`; None: no bins.
@@ -33,7 +32,7 @@ def measure(
 
 
 def bin_by_times(rows: Mapping[str, Tensor], bins: int) -> dict[str, Tensor]:
-    """The mean of each quantity over the rows in each bin of (t, s) with any, e.g. `raw_error/t.50-.75/s.00-.25`."""
+    """Return the mean of each quantity over the rows in each bin of (t, s), e.g. `raw_error/t.50-.75/s.00-.25`."""
     t, s = (rows[name].float().cpu() for name in ("t", "s"))
     cell = _bin_of(t, bins) * bins + _bin_of(s, bins)
     count = torch.bincount(cell, minlength=bins**2)
@@ -48,7 +47,7 @@ def bin_by_times(rows: Mapping[str, Tensor], bins: int) -> dict[str, Tensor]:
 
 
 def bin_name(place: int, bins: int) -> str:
-    """`t.50-.75/s.00-.25`, from the number of a bin."""
+    """Name a bin by its number, such as `t.50-.75/s.00-.25`."""
 
     def span(index: int) -> str:
         low, high = (f"{edge / bins:.2f}".removeprefix("0") for edge in (index, index + 1))
@@ -58,7 +57,7 @@ def bin_name(place: int, bins: int) -> str:
 
 
 def gradient_cosines(terms: Mapping[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
-    """The cosine between the gradients of each two terms, and each gradient's norm.
+    """Return the cosine between the gradients of each two terms, and each gradient's norm.
 
     Near 1 the terms agree, near 0 they have nothing to do with each other, below 0 they fight: then weigh one less.
     """
@@ -85,7 +84,7 @@ def attribute(
     net: nn.Module,
     bins: int,
 ) -> str:
-    """Where a step first stopped being finite, in words: inputs, terms, rows with their times, parameters.
+    """Say where a step first stopped being finite: inputs, terms, rows with their times, parameters.
 
     Args:
         batch: of the step; metrics, rows, terms: of its loss. Gradients are those that `net` holds, not yet clipped.
@@ -110,34 +109,17 @@ def attribute(
 
 
 def why_flat(method: MethodSettings) -> str | None:
-    """Why this method's loss tells little, for whoever watches it; None where it tells enough."""
+    """Say why this method's loss tells little, for whoever watches it; None where it tells enough."""
     if method.learned_weight:
         return (
             "the loss is weighted by a learned variance, exp(-w) e + w: it falls below zero, and says how well the "
             "error is foreseen. Watch raw_error."
         )
-    p = getattr(method, "p", 0.0)
-    if p >= 1:
-        return (
-            f"the loss stays nearly flat by design: at p = {p:g} each row's error e is divided by its own size, "
-            "e / (e + c), which is near 1 whatever e is, though its gradient still leads e down. Watch raw_error, "
-            "which has a floor too (the spread of the data's velocities), tangent_norm, and the samples."
-        )
-    if method.name == "alpha_flow":
-        return (
-            "the loss follows its curriculum: each row's error e counts as a e / (e + c), which is near a whatever e "
-            "is, and a falls from 1 to 0 before it ends as MeanFlow's, near 1. Watch raw_error and the samples."
-        )
-    if "tangent_warmup" in type(method).model_fields and getattr(method, "c", None) is not None:
-        return (
-            "the loss stays nearly flat by design: it is the square of a normalised tangent g / (|g| + c), which is "
-            "near 1 in a row whatever the error is. Watch raw_error, tangent_norm, and the samples."
-        )
-    return None
+    return method.why_flat()
 
 
 def why_no_cosines(method: MethodSettings, terms: Mapping[str, Tensor]) -> str | None:
-    """Why no cosine of gradients is written, for whoever asked for one; None where there is one."""
+    """Say why no cosine of gradients is written, for whoever asked for one; None where there is one."""
     if len(terms) > 1:
         return None
     return (
@@ -163,7 +145,7 @@ def _gradients(net: nn.Module) -> Iterable[tuple[str, Any]]:
 
 
 def _broken_rows(good: Tensor) -> str:
-    """`rows 3, 7 (2 of 128)`, or nothing where all are good."""
+    """Name the broken rows, `rows 3, 7 (2 of 128)`, or nothing where all are good."""
     broken = (~good).nonzero().flatten().tolist()
     if not broken:
         return ""
@@ -172,7 +154,7 @@ def _broken_rows(good: Tensor) -> str:
 
 
 def _times_of(rows: Mapping[str, Tensor], broken: Tensor, bins: int) -> str:
-    """The bins of (t, s) in which the broken rows lie."""
+    """Name the bins of (t, s) in which the broken rows lie."""
     t, s = (rows[name].float().cpu()[broken.cpu()] for name in ("t", "s"))
     places = (_bin_of(t, bins) * bins + _bin_of(s, bins)).unique().tolist()
     named = ", ".join(bin_name(place, bins) for place in places[:SHOWN_ROWS])

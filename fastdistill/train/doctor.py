@@ -1,4 +1,4 @@
-"""What this machine has, and which implementations of the ops run on it: tried, not guessed."""
+"""Tell what this machine has, and which implementations of the ops run on it: tried, not guessed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastdistill.train.environment import describe_environment
 
 
 def report() -> str:
-    """The text of `fastdistill doctor`. Runs each implementation once on a small input; downloads nothing."""
+    """Return the text of `fastdistill doctor`. Runs each implementation once on a small input; downloads nothing."""
     found = describe_environment()
     gpu, packages = found["gpu"], found["packages"]
     device = torch.device("cuda" if gpu else "cpu")

@@ -1,4 +1,4 @@
-"""What a run ran on: for env.json, and for `fastdistill doctor`."""
+"""Describe what a run ran on: for env.json, and for `fastdistill doctor`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("fastdistill", "torch", "triton", "numpy", "pydantic", "safetensors"
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, processor and GPU, ready for JSON. Reads only what is installed; touches no network."""
+    """Return versions, processor and GPU, ready for JSON. Reads only what is installed; touches no network."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

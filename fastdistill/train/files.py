@@ -20,15 +20,15 @@ from safetensors import SafetensorError
 
 
 class DamagedFileError(RuntimeError):
-    """A file that is truncated or corrupt. The message names it."""
+    """Error of a file that is truncated or corrupt. The message names it."""
 
 
 class CheckpointError(RuntimeError):
-    """A file of a run that can't be read or written, most often a checkpoint. The message names it, and a way out."""
+    """Error of a run's file that can't be read or written, most often a checkpoint. It names the file and a way out."""
 
 
 class WriteError(CheckpointError):
-    """A file that can't be written, for a full disk or a read-only folder. The message names it, and a way out."""
+    """Error of a file that can't be written, for a full disk or a read-only folder. It names the file and a way out."""
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -150,7 +150,7 @@ def verify(path: Path) -> None:
 
 
 def intact(path: Path) -> bool:
-    """Whether a file is there, with the bytes that were written."""
+    """Return whether a file is there, with the bytes that were written."""
     try:
         verify(path)
     except DamagedFileError:
@@ -159,12 +159,12 @@ def intact(path: Path) -> bool:
 
 
 def checksum_path(path: Path) -> Path:
-    """Where the checksum of a file lies."""
+    """Return where the checksum of a file lies."""
     return path.with_name(f"{path.name}.sha256")
 
 
 def sha256(path: Path) -> str:
-    """The checksum of a file, in hexadecimal."""
+    """Return the checksum of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,4 +1,4 @@
-"""A configuration from a YAML file, or a shipped name, and the command line; checked as a whole."""
+"""Load a configuration from a YAML file, or a shipped name, and the command line; check it as a whole."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from typing import Any
 
 import tyro
 
+from fastdistill.settings import ConfigError, nearest, short
 from fastdistill.train.checks import check_config
 from fastdistill.train.config import TrainConfig, parse_config, read_yaml
 from fastdistill.train.data_settings import DataSettings
 from fastdistill.train.methods import METHODS
-from fastdistill.train.methods.regression import MEANFLOW_RECIPES
-from fastdistill.train.settings import ConfigError, nearest, short
 
 SHIPPED = Path(__file__).parents[1] / "configs"
 
 
 def shipped_configs() -> list[str]:
-    """The names of the configurations that come with fastdistill."""
+    """Return the names of the configurations that come with fastdistill."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
@@ -74,13 +73,14 @@ def choose_data(data: Any, name: str) -> dict[str, Any]:
 
 
 def choose_recipe(method: Mapping[str, Any], recipe: str) -> dict[str, Any]:
-    """The fields of a method with a named recipe in the place of those that it fills in."""
-    filled = {field for fields in MEANFLOW_RECIPES.values() for field in fields}
+    """Put the fields of a named recipe in the place of those that it fills in."""
+    kind = METHODS.get(str(method.get("name")))
+    filled = {field for fields in (kind.presets if kind else {}).values() for field in fields}
     return {name: value for name, value in method.items() if name not in filled} | {"recipe": recipe}
 
 
 def find_config(source: str | Path) -> Path:
-    """The file of a configuration, given by path or by shipped name."""
+    """Find the file of a configuration, given by path or by shipped name."""
     with suppress(OSError, ValueError):  # of a name that no file can have
         for path in (Path(source), SHIPPED / f"{source}.yaml"):
             if path.is_file():
@@ -91,10 +91,15 @@ def find_config(source: str | Path) -> Path:
 
 
 def take_recipes(given: dict[str, Any], path: Path) -> dict[str, Mapping[str, Any]]:
-    """Remove the section `methods` of a file and return it, checked: a mapping of fields for each method."""
+    """Remove the section `methods` of a file and return it, checked: a mapping of fields for each method.
+
+    In the place of the section may stand the name under which the methods themselves say what they change.
+    """
     recipes = given.pop("methods", None)
     if recipes is None:
         return {}
+    if isinstance(recipes, str):
+        return named_recipes(recipes, path)
     if not isinstance(recipes, Mapping):
         raise ConfigError(f"{path}: methods: expected names of methods, each with its fields, got {short(recipes)}")
     for name, recipe in recipes.items():
@@ -105,13 +110,24 @@ def take_recipes(given: dict[str, Any], path: Path) -> dict[str, Mapping[str, An
     return {name: recipe or {} for name, recipe in recipes.items()}
 
 
+def named_recipes(name: str, path: Path) -> dict[str, Mapping[str, Any]]:
+    """Return what each method itself changes in a configuration that names these recipes."""
+    known = {name: None for method in METHODS.values() for name in method.row.recipes}
+    if name not in known:
+        raise ConfigError(
+            f"{path}: methods: expected names of methods, each with its fields, got {short(name)}; those of a shipped "
+            f"configuration are called {' or '.join(known)}"
+        )
+    return {method: kind.row.recipes[name] for method, kind in METHODS.items() if name in kind.row.recipes}
+
+
 def _refuse_no_fields(value: Any, place: str) -> None:
     if value is not None and not isinstance(value, Mapping):
         raise ConfigError(f"{place}: expected fields and their values, got {short(value)}")
 
 
 def take_option(overrides: Sequence[str], option: str) -> tuple[str | None, list[str]]:
-    """The last value of `--option value` or `--option=value`, and the arguments without it."""
+    """Return the last value of `--option value` or `--option=value`, and the arguments without it."""
     value, rest, arguments = None, [], iter(overrides)
     for argument in arguments:
         if argument == option:
@@ -126,7 +142,7 @@ def take_option(overrides: Sequence[str], option: str) -> tuple[str | None, list
 
 
 def choose_method(given: Mapping[str, Any], name: str, recipes: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a file with another method in place of its own: the file's recipe for it, else its defaults."""
+    """Put another method in place of a file's own: the file's recipe for it, else its defaults."""
     if name not in METHODS:
         expected = ", ".join(METHODS)
         raise ConfigError(f"method.name: expected one of {expected}, got {short(name)}; {nearest(name, METHODS)}")

@@ -1,4 +1,4 @@
-"""What a run tells: lines of metrics.jsonl, TensorBoard events, sample grids."""
+"""Write what a run tells: lines of metrics.jsonl, TensorBoard events, sample grids."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class RunLog:
             raise
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One point: a line of JSON, flushed, and one TensorBoard scalar for each metric."""
+        """Write one point: a line of JSON, flushed, and one TensorBoard scalar for each metric."""
         with writing(Path(self._file.name)):
             self._file.write(json.dumps({"step": step, **metrics}) + "\n")
             self._file.flush()
@@ -113,7 +113,7 @@ class Events:
             raise
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One point."""
+        """Write one point."""
         for name, value in metrics.items():
             self._append(self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value)))
         self._flush()
@@ -164,7 +164,7 @@ def tell(message: str) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took on a GPU, or that this process took in main memory."""
+    """Return the most bytes that tensors took on a GPU, or that this process took in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""The training loop.
+"""Train: the loop itself.
 
 Every step is a pure function of the state before it and of (seed, step): a run that was killed and started again
 continues from its newest checkpoint and ends with the weights of one that never stopped (bit for bit on a CPU).
@@ -21,13 +21,14 @@ from tqdm import tqdm
 
 from fastdistill import couplings
 from fastdistill.data import Batch, DataSet, drop_labels, generator_at
+from fastdistill.objectives.scores import ScoreMethod
+from fastdistill.objectives.settings import Context
 from fastdistill.train.checkpoint import list_checkpoints, save_checkpoint
 from fastdistill.train.checks import check_config, check_one_process, check_teacher
 from fastdistill.train.config import TrainConfig, couples
 from fastdistill.train.diagnostics import attribute, measure, why_flat, why_no_cosines
 from fastdistill.train.files import WriteError, intact, set_aside
 from fastdistill.train.logging import RunLog, peak_memory, save_samples, tell
-from fastdistill.train.methods import Context, ScoreMethod
 from fastdistill.train.pairs import Pairs, make_pairs
 from fastdistill.train.run import begin_run, export_network, open_run
 from fastdistill.train.sampling import sample_grid
@@ -90,7 +91,7 @@ def naming_files(run: Path) -> Iterator[None]:
 
 
 def run_steps(state: dict[str, Any], config: TrainConfig, run: Path) -> None:
-    """All steps from `state["step"]` to `config.steps`, with what happens once in a while between them."""
+    """Run all steps from `state["step"]` to `config.steps`, with what happens once in a while between them."""
     data = config.data.build()
     dataset: DataSet | Pairs = data
     if config.method.makes_pairs:
@@ -132,7 +133,7 @@ def run_steps(state: dict[str, Any], config: TrainConfig, run: Path) -> None:
 
 
 def train_step(state: dict[str, Any], config: TrainConfig, dataset: DataSet | Pairs, run: Path) -> dict[str, Tensor]:
-    """One update. Raises NonFiniteError before any of it is saved; of the loss, before the weights are touched."""
+    """Make one update. Raises NonFiniteError before any of it is saved; of the loss, before weights are touched."""
     net, optimizer, step = state["net"], state["optimizer"], state["step"]
     context = make_context(state, config, make_batch(dataset, config, step, state["device"]))
     critic = state["critic"]
@@ -176,7 +177,7 @@ def train_step(state: dict[str, Any], config: TrainConfig, dataset: DataSet | Pa
 
 
 def make_context(state: dict[str, Any], config: TrainConfig, batch: Batch) -> Context:
-    """What the method sees of the state in this step."""
+    """Make what the method sees of the state in this step."""
     target = state["target"] and state["target"].module
     return Context(
         net=state["net"],
@@ -197,13 +198,13 @@ def make_context(state: dict[str, Any], config: TrainConfig, batch: Batch) -> Co
 
 
 def is_looked_at(config: TrainConfig, step: int) -> bool:
-    """Whether diagnostics are due after this step."""
+    """Return whether diagnostics are due after this step."""
     every = config.diagnostics.every
     return bool(every) and step % every == 0
 
 
 def mixed_precision(state: dict[str, Any]) -> torch.autocast:
-    """Autocast to bf16 where the run asks for it.
+    """Return a context of autocast to bf16 where the run asks for it.
 
     Without its cache: guidance casts the weights under no_grad first, and a cast kept from there has no gradient.
     """
@@ -212,7 +213,7 @@ def mixed_precision(state: dict[str, Any]) -> torch.autocast:
 
 
 def make_batch(dataset: DataSet | Pairs, config: TrainConfig, step: int, device: torch.device) -> Batch:
-    """The batch of a step. All of it is drawn on the CPU: the same numbers whatever the device."""
+    """Make the batch of a step. All of it is drawn on the CPU: the same numbers whatever the device."""
     seed, size = config.seed, config.data.batch
     if isinstance(dataset, Pairs):
         x0, x1, y = dataset.batch(seed, step, size)
@@ -239,7 +240,7 @@ def stop_non_finite(step: int, name: str, value: Tensor, where: str, run: Path) 
 
 
 def read_metrics(metrics: dict[str, Tensor]) -> dict[str, float]:
-    """Scalars as Python numbers, in one transfer from each device."""
+    """Read scalars as Python numbers, in one transfer from each device."""
     device = metrics["loss"].device
     values = torch.stack([value.detach().double().to(device) for value in metrics.values()]).tolist()
     return dict(zip(metrics, values, strict=True))
@@ -251,7 +252,7 @@ def restart_clock(state: dict[str, Any]) -> None:
 
 
 def pace(state: dict[str, Any], batch: int) -> dict[str, float]:
-    """Samples a second since the clock was last started, and the peak memory; starts it anew."""
+    """Return samples a second since the clock was last started, and the peak memory; start it anew."""
     started, first = state["clock"]
     rate = (state["step"] - first) * batch / max(time.perf_counter() - started, 1e-9)
     restart_clock(state)

@@ -18,10 +18,9 @@ from tqdm import tqdm
 
 from fastdistill import paths
 from fastdistill.data import DataSet, epoch_rows, generator_at
-from fastdistill.objectives.reflow import coupled_pairs
+from fastdistill.objectives.reflow import ReFlow, coupled_pairs
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.files import intact, write_checked, writing
-from fastdistill.train.methods import ReFlow
 
 SHARD = 2048
 
@@ -47,7 +46,7 @@ class Pairs:
 def make_pairs(
     config: TrainConfig, teacher: nn.Module, path_of_teacher: paths.Path, digest: str, dataset: DataSet, run: Path
 ) -> Pairs:
-    """The pairs of a run: read where they are whole, made where not.
+    """Make the pairs of a run, or read them where they are whole.
 
     Args:
         config: of a run of ReFlow.

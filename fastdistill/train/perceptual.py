@@ -1,4 +1,4 @@
-"""A perceptual distance of the user's own, by the name that a configuration gives it: imported, and tried."""
+"""Import and try a perceptual distance of the user's own, by the name that a configuration gives it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fastdistill.data import generator_at
 from fastdistill.lookup import UnresolvedError, make
 from fastdistill.objectives.metric import row_distance
+from fastdistill.settings import ConfigError
 from fastdistill.train.config import TrainConfig
-from fastdistill.train.settings import ConfigError
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # distance(a, b) -> one value a row, (B,) or (B, 1, ...)
 

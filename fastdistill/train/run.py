@@ -1,4 +1,4 @@
-"""A run folder: made, locked against a second process, and read again as a network.
+"""Make a run folder, lock it against a second process, and read it again as a network.
 
 config.yaml  env.json  metrics.jsonl  events/  samples/step_*.png  checkpoints/step_*.pt  export/ema.safetensors
 """
@@ -21,12 +21,12 @@ from torch import nn
 
 import fastdistill
 from fastdistill import models
+from fastdistill.settings import ConfigError, short
 from fastdistill.train.checkpoint import CheckpointError, list_checkpoints, read_newest_checkpoint
 from fastdistill.train.config import TrainConfig, changed_fields, model_arguments, parse_config, read_yaml, to_yaml
 from fastdistill.train.data_settings import changed_fingerprint
 from fastdistill.train.environment import describe_environment
 from fastdistill.train.files import DamagedFileError, verify, write_checked, write_text, writing
-from fastdistill.train.settings import ConfigError, short
 
 SHOWN = 4  # how many settings that differ an error lists
 MOVABLE = ("method.perceptual:",)  # a module of the user's, which config.yaml may be edited to follow
@@ -187,14 +187,14 @@ def export_network(run: Path, net: nn.Module, config: TrainConfig, step: int) ->
 
 
 def build_network(config: TrainConfig) -> nn.Module:
-    """The network that a configuration describes, freshly initialised."""
+    """Build the network that a configuration describes, freshly initialised."""
     return models.create(config.model.preset, **model_arguments(config))
 
 
 def load_run(
     run: str | Path, ema: bool = True, device: torch.device | str | None = None
 ) -> tuple[nn.Module, TrainConfig]:
-    """The network of a run, frozen and in eval mode, and the run's configuration.
+    """Load the network of a run, frozen and in eval mode, and the run's configuration.
 
     Args:
         run: a run folder.
@@ -236,7 +236,7 @@ def load_weights(part: Any, weights: Any, source: str) -> None:
 
 
 def _read_weights(run: Path, ema: bool, config: TrainConfig) -> tuple[dict[str, Any], str]:
-    """The weights, and the name of the file that they are from."""
+    """Read the weights, and return the name of the file that they are from."""
     export = run / "export" / "ema.safetensors"
     if ema and export.exists():
         try:
@@ -262,7 +262,7 @@ def _read_weights(run: Path, ema: bool, config: TrainConfig) -> tuple[dict[str, 
 
 
 def _refuse_foreign_export(metadata: dict[str, str], config: TrainConfig, path: Path) -> None:
-    """An export says of which run it is; one of the same sizes would else be taken for this run's, in silence."""
+    """Refuse an export that says it is of another run: one of the same sizes would else be taken in silence."""
     try:
         given = yaml.safe_load(metadata["config"])
         found = parse_config({"out": config.out} | _with_module_moved(given, config), str(path))
@@ -291,5 +291,5 @@ def _first_line(error: Exception) -> str:
 
 
 def averaged_weights(ema: dict[str, Any]) -> dict[str, Any]:
-    """The network's own state dict out of an AveragedModel's."""
+    """Return the network's own state dict out of an AveragedModel's."""
     return {name.removeprefix("module."): value for name, value in ema.items() if name.startswith("module.")}

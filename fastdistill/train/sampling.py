@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from fastdistill import samplers
 from fastdistill.data import generator_at
 from fastdistill.data.pictures import grid_of
+from fastdistill.objectives.settings import MethodSettings, field_of
 from fastdistill.samplers import PARAMETERS, SPECS
+from fastdistill.settings import ConfigError, nearest
 from fastdistill.train.config import TrainConfig, couples
-from fastdistill.train.methods import MethodSettings
-from fastdistill.train.sampler_settings import field_of
-from fastdistill.train.settings import ConfigError, nearest
 
 NUMBERS = (1, 2, 4, 8)  # of steps, in which runs are measured and shown
 

@@ -1,39 +1,19 @@
-"""The base of every settings class, and its errors in words: which field, what was expected, what came."""
+"""Define the base of every settings class, and its errors in words: which field, what was expected, what came."""
 
 from __future__ import annotations
 
-import difflib
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-
-class ConfigError(ValueError):
-    """A configuration that can't be run. The message names the field, what was expected and what came."""
-
+from fastdistill.settings import nearest, short
 
 SHOWN = 10  # how many wrong fields an error lists
 
 
-class _Shortener(reprlib.Repr):
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel, self.maxstring, self.maxother = 3, 80, 80
-
-    def repr_int(self, x: int, level: int) -> str:
-        """Python refuses to print a number of thousands of digits."""
-        return repr(x) if x.bit_length() < 200 else f"a whole number of {x.bit_length()} bits"
-
-
-def short(value: object) -> str:
-    """Return the repr of a value, cut to what a message has room for: wrong values may be of any size."""
-    return _Shortener().repr(value)
-
-
 class Settings(BaseModel):
-    """A frozen group of typed settings. A field that it doesn't know is an error that suggests the nearest one."""
+    """Settings: a frozen, typed group. A field that it doesn't know is an error that suggests the nearest one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -47,14 +27,8 @@ class Settings(BaseModel):
         return fields
 
 
-def nearest(name: object, known: Mapping[str, Any]) -> str:
-    """`did you mean 'steps'?`, or the whole list where nothing is near."""
-    close = difflib.get_close_matches(name if isinstance(name, str) and len(name) < 80 else short(name), known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
-
-
 def explain(error: ValidationError, given: Mapping[str, Any]) -> str:
-    """One line a problem, each led by the dotted name of the field as it stands in what was given."""
+    """Explain each problem in a line, led by the dotted name of the field as it stands in what was given."""
     problems = error.errors(include_url=False)
     lines = [_explain_one(problem, given) for problem in problems[:SHOWN]]
     return "\n".join([*lines, *[f"and {len(problems) - SHOWN} more"] * (len(problems) > SHOWN)])
@@ -80,7 +54,7 @@ def _explain_one(problem: Mapping[str, Any], given: Mapping[str, Any]) -> str:
 
 
 def _place(loc: tuple[int | str, ...], given: Any, is_missing: bool) -> str:
-    """The dotted name of a place, without the tags that pydantic adds for the kinds of a union."""
+    """Return the dotted name of a place, without the tags that pydantic adds for the kinds of a union."""
     parts = []
     for depth, part in enumerate(loc):
         absent = isinstance(given, Mapping) and part not in given

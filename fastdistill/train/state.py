@@ -1,4 +1,4 @@
-"""What a run carries from step to step: made, saved, and brought back.
+"""Make, save and bring back what a run carries from step to step.
 
 `PARTS` names everything that learns. A part that a method doesn't use is None and is not saved.
 """
@@ -19,6 +19,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastdistill import models
 from fastdistill.objectives.metric import LogVariance
+from fastdistill.objectives.scores import ScoreMethod
+from fastdistill.settings import ConfigError
 from fastdistill.train.checkpoint import (
     CheckpointError,
     list_checkpoints,
@@ -28,14 +30,12 @@ from fastdistill.train.checkpoint import (
     set_aside_newer,
     step_of,
 )
-from fastdistill.train.config import TrainConfig
+from fastdistill.train.config import TrainConfig, run_of
 from fastdistill.train.critic import Critic
 from fastdistill.train.files import copy_aside, sha256
 from fastdistill.train.logging import tell
-from fastdistill.train.methods import ScoreMethod
 from fastdistill.train.perceptual import perceptual_of
 from fastdistill.train.run import build_network, load_run, load_weights, refuse_foreign_checkpoint
-from fastdistill.train.settings import ConfigError
 
 PARTS = ("net", "ema", "target", "weighting", "velocity_layer", "critic", "optimizer", "scheduler")
 UNCHANGED = {
@@ -47,7 +47,7 @@ UNCHANGED = {
 
 
 def new_state(config: TrainConfig, device: torch.device) -> dict[str, Any]:
-    """All that the loop carries from step to step, as it is before the first one."""
+    """Make all that the loop carries from step to step, as it is before the first one."""
     torch.manual_seed(config.seed)
     net = build_network(config).to(device).train()
     frozen: dict[str, Any] = {}
@@ -83,28 +83,28 @@ def new_state(config: TrainConfig, device: torch.device) -> dict[str, Any]:
         "scheduler": warm_up(optimizer, optim.warmup_steps),
         "device": device,
         "precision": pick_precision(config, device),
-        "definition": method.definition(config),
+        "definition": method.definition(run_of(config)),
         "path": config.path.build(),
         **frozen,
     }
 
 
 def make_critic(teacher: nn.Module, config: TrainConfig) -> Critic | None:
-    """The second network of a method that has one."""
+    """Make the second network of a method that has one."""
     if not isinstance(config.method, ScoreMethod):
         return None
     return Critic(teacher, config.method.critic, config.data.build().shape, config.optim.betas)
 
 
 def make_optimizer(modules: Sequence[nn.Module], config: TrainConfig, lr: float) -> torch.optim.AdamW:
-    """AdamW over the parameters of some modules, as the configuration says."""
+    """Make AdamW over the parameters of some modules, as the configuration says."""
     weights = [weight for module in modules for weight in module.parameters()]
     optim = config.optim
     return torch.optim.AdamW(weights, lr=lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
 
 
 def warm_up(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
-    """A schedule that grows linearly to the optimiser's rate."""
+    """Make a schedule that grows linearly to the optimiser's rate."""
     return LambdaLR(optimizer, lambda k: min(1.0, (k + 1) / (steps + 1)))
 
 
@@ -112,12 +112,12 @@ Average = Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]
 
 
 def average_of(net: nn.Module, average: Average) -> AveragedModel:
-    """A frozen average of a network's weights, which starts at them."""
+    """Make a frozen average of a network's weights, which starts at them."""
     return AveragedModel(net, multi_avg_fn=average).eval().requires_grad_(False)
 
 
 def ramped_ema(decay: float) -> Average:
-    """An average of decay min(decay, (1 + k) / (10 + k)) at update k, so that it soon forgets the initial weights."""
+    """Make an average of decay min(decay, (1 + k) / (10 + k)) at update k, which soon forgets the initial weights."""
 
     def update(averages: Sequence[Tensor], weights: Sequence[Tensor], count: Tensor | int) -> None:
         k = int(count)
@@ -127,7 +127,7 @@ def ramped_ema(decay: float) -> Average:
 
 
 def snapshot(state: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds. Data, times and noise follow from (seed, step); the RNG is for a network's dropout."""
+    """Return what a checkpoint holds. Data, times, noise follow from (seed, step); the RNG is for dropout."""
     saved: dict[str, Any] = {name: state[name].state_dict() for name in PARTS if state[name] is not None}
     saved["device"] = state["device"].type
     saved["rng"] = {"cpu": torch.get_rng_state()}
@@ -186,7 +186,7 @@ def resume(state: dict[str, Any], config: TrainConfig, run: Path) -> Path | None
 
 
 def _choose_checkpoint(config: TrainConfig, run: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to go on from, and what it holds.
+    """Choose the checkpoint to go on from, and read what it holds.
 
     A command with --resume-from that was killed and is given again has gone back already: it goes on from where it was.
     """
@@ -205,7 +205,7 @@ def _choose_checkpoint(config: TrainConfig, run: Path) -> tuple[Path, dict[str, 
 
 
 def _going_back(config: TrainConfig) -> dict[str, Any]:
-    """What tells a command that went back: checkpoints written after it hold this."""
+    """Return what tells a command that went back: checkpoints written after it hold this."""
     assert config.resume_from is not None
     return {"to": config.resume_from.name, "steps": config.steps}
 
@@ -221,14 +221,14 @@ def set_aside_what_is_left(run: Path, chosen: Path) -> None:
 
 
 def pick_device(config: TrainConfig) -> torch.device:
-    """The device that `config.device` means here."""
+    """Return the device that `config.device` means here."""
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(config.device)
 
 
 def pick_precision(config: TrainConfig, device: torch.device) -> str:
-    """The precision that `config.precision` means on this device."""
+    """Return the precision that `config.precision` means on this device."""
     if config.precision == "auto":
         return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     return config.precision

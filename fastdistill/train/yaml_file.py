@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from fastdistill.train.settings import ConfigError, short
+from fastdistill.settings import ConfigError, short
 
 MOST_BYTES, MOST_VALUES, MOST_LEVELS, MOST_DIGITS = 2**20, 10_000, 40, 100
 
@@ -54,7 +54,7 @@ def _read_text(path: Path) -> str:
 
 
 def _refuse_deep(text: str, path: Path) -> None:
-    """By the parser's events, which come one after the other: whatever builds values calls itself at each level."""
+    """Refuse deep nesting by the parser's events, one by one: what builds values calls itself at each level."""
     levels = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         levels += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

@@ -18,7 +18,7 @@ class Blobs:
 
     @dataclass
     class Settings:
-        """What stands under `data:`."""
+        """Settings that stand under `data:`."""
 
         side: int = field(default=4, metadata={"help": "Side of an image."})
         classes: int = 0
@@ -79,27 +79,27 @@ POINTS = Points()
 
 
 class Greedy(Blobs):
-    """A set whose settings take a name of the trainer's."""
+    """Set whose settings take a name of the trainer's."""
 
     @dataclass
     class Settings:
-        """What stands under `data:`."""
+        """Settings that stand under `data:`."""
 
         build: int = 1
 
 
 class Empty:
-    """A set without anything."""
+    """Set without anything."""
 
 
 class Crooked:
-    """A set whose attributes are all there, and all wrong."""
+    """Set whose attributes are all there, and all wrong."""
 
     shape, num_classes, batch, judge, picture = [2], True, 3, 4, 5
 
 
 class JudgedByNothing(Points):
-    """A set whose judge is no judge."""
+    """Set whose judge is no judge."""
 
     judge = f"{__name__}:Empty"
 

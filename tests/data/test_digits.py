@@ -10,12 +10,12 @@ from fastdistill.data import Digits, Ring
 
 @pytest.fixture(scope="module")
 def digits() -> Digits:
-    """Loaded once."""
+    """Load the digits once."""
     return Digits()
 
 
 def test_digits_are_scaled_and_split_by_class(digits: Digits) -> None:
-    """1,797 images in [-1, 1]; a sixth of each class is held out."""
+    """Check that there are 1,797 images in [-1, 1], and that a sixth of each class is held out."""
     assert digits.x.shape[1:] == digits.held_out_x.shape[1:] == (1, 8, 8)
     assert len(digits.x) + len(digits.held_out_x) == 1797
     assert digits.x.min() == digits.held_out_x.min() == -1
@@ -25,13 +25,13 @@ def test_digits_are_scaled_and_split_by_class(digits: Digits) -> None:
 
 
 def test_no_held_out_image_is_trained_on(digits: Digits) -> None:
-    """The two sets share no image."""
+    """Check that the two sets share no image."""
     train = {image.numpy().tobytes() for image in digits.x}
     assert not any(image.numpy().tobytes() in train for image in digits.held_out_x)
 
 
 def test_a_batch_is_a_pure_function_of_seed_and_step(digits: Digits) -> None:
-    """Asked in any order, from any object; another seed or step gives another one."""
+    """Check batches asked in any order, from any object; another seed or step gives another one."""
     for dataset, twin in ((digits, Digits()), (Ring(), Ring())):
         later, first = dataset.batch(1, 5, 16)[0], dataset.batch(1, 0, 16)[0]
         assert torch.equal(twin.batch(1, 0, 16)[0], first)

@@ -37,7 +37,7 @@ class Series(Images):
 
 
 class DrawnSeries(Series):
-    """The same with a way of drawing them."""
+    """Series with a way of drawing them."""
 
     def picture(self, samples: Tensor, columns: int) -> bytes:
         return bytes([len(samples), columns])
@@ -49,7 +49,7 @@ def opened(png: bytes) -> Image.Image:
 
 
 def test_a_grid_shows_each_image_in_its_place() -> None:
-    """Row by row, -1 black, 1 white, values beyond clipped, the rest of the last row blank."""
+    """Check a grid row by row: -1 is black, 1 white, values beyond are clipped, the rest of the last row is blank."""
     images = torch.stack([torch.full((1, 8, 8), value) for value in (-1.0, 0.0, 1.0, -7.0, 7.0)])
     pixels = np.asarray(opened(draw(Images(), images, columns=3)))
     assert pixels.shape == (2 * 50, 3 * 50)
@@ -58,26 +58,26 @@ def test_a_grid_shows_each_image_in_its_place() -> None:
 
 
 def test_colour_images_keep_their_channels() -> None:
-    """Red stays red."""
+    """Check that red stays red."""
     red = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(1, 3, 64, 64)
     assert opened(draw(Colours(), red, columns=1)).getpixel((10, 10)) == (255, 0, 0)
 
 
 def test_points_become_a_scatter_plot() -> None:
-    """More ink where there are points."""
+    """Check that there is more ink where there are points."""
     drawn = (draw(Ring(), points, columns=1) for points in (torch.full((10, 2), 99.0), torch.randn(500, 2)))
     none, some = (np.asarray(opened(png).convert("L")) for png in drawn)
     assert (255.0 - some).sum() > (255.0 - none).sum() + 50_000
 
 
 def test_panels_stand_side_by_side() -> None:
-    """As wide as there are of them."""
+    """Check that the picture is as wide as there are panels."""
     assert opened(draw_points({"exact": torch.randn(5, 2), "one step": torch.randn(5, 2)})).size == (800, 430)
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (3, 1, 8, 8)])
 def test_a_picture_is_a_pure_function_of_the_samples(shape: tuple[int, ...]) -> None:
-    """Byte for byte, so that fixed-seed grids can be compared."""
+    """Check pictures byte for byte, so that fixed-seed grids can be compared."""
     samples = torch.randn(shape)
     data = Ring() if len(shape) == 2 else Images()
     assert draw(data, samples, columns=2) == draw(data, samples, columns=2)
@@ -90,7 +90,7 @@ def test_what_has_no_picture_is_refused_or_drawn_by_the_set_itself() -> None:
 
 
 def test_points_without_a_limit_are_all_in_the_picture() -> None:
-    """While the ring is always drawn at its own scale."""
+    """Check that all points are there, while the ring is always drawn at its own scale."""
     points = torch.tensor([[-50.0, 0.0], [50.0, 0.0]])
     dark = [(np.asarray(opened(draw_points({"": points}, limit)).convert("L")) < 200).sum() for limit in (None, 60.0)]
     assert min(dark) > 0
@@ -101,7 +101,7 @@ def test_points_without_a_limit_are_all_in_the_picture() -> None:
     ("data", "grid"), [(Digits(), (80, 10)), (Ring(), (2000, 1)), (Images(), (64, 8)), (Series(), (2000, 1))]
 )
 def test_a_grid_shows_every_class_in_turn(data: DataSet, grid: tuple[int, int]) -> None:
-    """Up to sixteen of them: a thousand classes would be no picture."""
+    """Check up to sixteen classes: a thousand would be no picture."""
     assert grid_of(data) == grid
     many = Images()
     many.num_classes = 1000

@@ -1,4 +1,4 @@
-"""The protocol of data sets: found by being there or by reference, and what is missing is named."""
+"""Check the protocol of data sets: found by being there or by reference, and what is missing is named."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HERE = "tests.data.own_sets:"
 
 
 def test_every_file_is_a_data_set_or_a_helper() -> None:
-    """The name of a set is that of its file."""
+    """Check that the name of a set is that of its file."""
     assert discover("fastdistill.data", "DATA_SET", HELPERS) == DATASETS
     assert (DATASETS["digits"], DATASETS["ring"]) == (Digits, Ring)
     with pytest.raises(ImportError, match=r"^fastdistill\.data\.pictures: expected DATA_SET in every module here but"):
@@ -39,7 +39,7 @@ def asked_by_name(code: str) -> list[int]:
 
 
 def test_nobody_asks_for_a_data_set_by_its_name() -> None:
-    """All that depends on the set is an attribute of it or of its judge; templates of reports ask for none either."""
+    """Check that all that depends on the set is an attribute of it or of its judge, in templates of reports, too."""
     for path in (ROOT / "fastdistill").rglob("*.py"):
         assert not asked_by_name(path.read_text(encoding="utf-8")), path
     for path in (ROOT / "fastdistill").rglob("*.jinja"):
@@ -49,12 +49,12 @@ def test_nobody_asks_for_a_data_set_by_its_name() -> None:
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_the_sets_that_come_along_keep_the_protocol(name: str) -> None:
-    """In all that is tried of a set of a user's own."""
+    """Check them in all that is tried of a set of a user's own."""
     try_data_set(name, make_data_set(name))
 
 
 def test_making_a_set_reads_nothing() -> None:
-    """A configuration is checked often; what takes time waits for the first batch."""
+    """Check that what takes time waits for the first batch: a configuration is checked often."""
     assert not vars(Digits())
     assert Digits().held_out_x.shape == (296, 1, 8, 8)
 

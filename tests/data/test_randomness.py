@@ -1,4 +1,4 @@
-"""The randomness of a run: epochs, dropped labels, independent streams."""
+"""Check the randomness of a run: epochs, dropped labels, independent streams."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastdistill.data import drop_labels, epoch_rows, generator_at
 
 @pytest.mark.parametrize(("total", "size"), [(10, 4), (10, 10), (10, 25), (7, 1)])
 def test_each_epoch_sees_every_row_once(total: int, size: int) -> None:
-    """Batches cut an endless series of permutations, also across epochs."""
+    """Check that batches cut an endless series of permutations, also across epochs."""
     rows = torch.cat([epoch_rows(total, 0, step, size) for step in range(total)])
     for epoch in rows.split(total):
         assert torch.equal(epoch.sort().values, torch.arange(total))
@@ -19,7 +19,7 @@ def test_each_epoch_sees_every_row_once(total: int, size: int) -> None:
 
 
 def test_labels_are_dropped_at_their_share() -> None:
-    """Dropped ones become the null label, the others stay."""
+    """Check that dropped labels become the null label, and the others stay."""
     y = torch.arange(10_000) % 10
     dropped = drop_labels(y, 0.1, 10, generator_at(0, "labels"))
     assert 0.08 < (dropped == 10).float().mean() < 0.12
@@ -29,7 +29,7 @@ def test_labels_are_dropped_at_their_share() -> None:
 
 
 def test_streams_and_steps_are_independent() -> None:
-    """Neighbouring arguments give uncorrelated numbers."""
+    """Check that neighbouring arguments give uncorrelated numbers."""
     draws = torch.stack(
         [torch.randn(1000, generator=generator_at(s, name, k)) for s in (0, 1) for name in ("a", "b") for k in (0, 1)]
     )

@@ -1,4 +1,4 @@
-"""The ring against the exact law of the same name."""
+"""Check the ring against the exact law of the same name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastdistill.eval import exact
 
 
 def test_the_ring_is_the_one_whose_flow_is_known() -> None:
-    """Same modes, radius and width as the exact law; its points lie there."""
+    """Check that it has the modes, radius and width of the exact law, and that its points lie there."""
     points, law = Ring().batch(0, 0, 20_000)[0], exact.Ring()
     assert law.means.shape == (Ring.modes, 2)
     torch.testing.assert_close(law.means.norm(dim=1), torch.full((Ring.modes,), Ring.radius, dtype=torch.float64))

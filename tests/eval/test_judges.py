@@ -32,7 +32,7 @@ def test_the_sets_that_come_along_name_their_judges(tmp_path: Path) -> None:
 
 
 def test_a_judge_of_ones_own_measures_a_run(tmp_path: Path) -> None:
-    """Its metrics are in the table by their own names; it isn't asked at once, for it doesn't say so."""
+    """Check that its metrics are in the table by their names; it isn't asked at once, for it doesn't say so."""
     config = on(tmp_path / "run", "Points()")
     result = evaluate(train(config), [1, 2])
     assert set(result["steps"]["2"]) == {"off_line", "spread", "seconds_per_sample"}
@@ -56,7 +56,7 @@ def test_what_is_no_judge_is_refused(tmp_path: Path) -> None:
 
 
 def test_methods_are_compared_on_a_set_of_ones_own(tmp_path: Path) -> None:
-    """By a configuration in a file: as long as it says, ranked by the judge's first metric, with a picture."""
+    """Check a configuration in a file: as long as it says, ranked by the judge's first metric, with a picture."""
     file = tmp_path / "mine.yaml"
     ring = "steps: 2\nmodel: {preset: mlp-ring, width: 8, depth: 1}\nmethod: {name: meanflow}\ndevice: cpu\n"
     file.write_text(f"{ring}data: {{name: '{HERE}Points()', batch: 8}}\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The L2 norm with its tangent, and both its backward passes: a row a program, each element read once.
+"""Compute the L2 norm with its tangent, and both its backward passes: a row a program, each element read once.
 
 With n² = sum x² + eps, r = 1 / n, y = r x and Π(u) = r (u - y <y, u>): t_y = Π(t_x), dt_x = Π(dt_y) and
 dx = Π(dy) - r (Π(dt_y) <y, t_x> + Π(t_x) <y, dt_y> + r y (<dt_y, t_x> - <y, t_x> <y, dt_y>)).
@@ -58,7 +58,7 @@ def _load(x, at, live):
 
 @triton.jit
 def _l2_norm_kernel(IN, OUT, width, eps, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """One program: one row."""
+    """Write one row of y and t_y."""
     offs = tl.arange(0, BLOCK_C)
     live, at = offs < width, tl.program_id(0).to(tl.int64) * width + offs
     x = _load(IN[0], at, live)
@@ -72,7 +72,7 @@ def _l2_norm_kernel(IN, OUT, width, eps, ROWS: tl.constexpr, BLOCK_C: tl.constex
 
 @triton.jit
 def _l2_norm_backward_kernel(IN, OUT, width, eps, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """One program: one row."""
+    """Write one row of dx and dt_x."""
     offs = tl.arange(0, BLOCK_C)
     live, at = offs < width, tl.program_id(0).to(tl.int64) * width + offs
     x = _load(IN[0], at, live)

@@ -45,7 +45,7 @@ def pairs(primals: Tensors, tangents: Tensors) -> list[tuple[Any, Tensor | None]
 
 
 def gradients(dy: Tensor | None, dt_y: Tensor, primals: Tensors, tangents: Tensors, kind: str) -> list[Tensor]:
-    """dx, dt_x, dup, dt_up: all of them."""
+    """Return dx, dt_x, dup and dt_up, all of them."""
     arguments, needs = ([(dy, dt_y)], pairs(primals, tangents), ([(None, None)], ())), [(True, True)] * 2
     return [x for pair in kernel.activation_backward(*arguments, kind=kind, needs=needs) for x in pair]
 
@@ -143,7 +143,7 @@ def test_a_loss_of_the_tangent_alone() -> None:
 
 
 def test_no_elements() -> None:
-    """An empty tensor launches nothing."""
+    """Check that an empty tensor launches nothing."""
     ((y, t_y),), _ = kernel.activation_forward(pairs(*inputs(shape=(0, 5))), kind="silu")
     assert y.shape == t_y.shape == (0, 5)
 

@@ -109,7 +109,7 @@ def test_tf32_where_pytorch_may_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nan_is_not_rounded_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither in TF32, which rounds bit patterns, nor in 16 bits: a query of NaN has an output of NaN."""
+    """Check TF32, which rounds bit patterns, and 16 bits: a query of NaN has an output of NaN."""
     for dtype, allowed in ((torch.float32, "high"), (torch.float16, "highest")):
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda allowed=allowed: allowed)
         primals, tangents = inputs(n=3, m=5, d=16, dtype=dtype)

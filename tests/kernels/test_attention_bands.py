@@ -65,7 +65,7 @@ def mask_of(kind: str, seen: Tensor) -> Tensor:
 
 
 def live_lists(mask: Tensor, block_row: int, block_col: int) -> dict[tuple[int, ...], list[int]]:
-    """The live tiles of each row of tiles, for all samples and heads, read as the kernels do."""
+    """Return the live tiles of each row of tiles, for all samples and heads, read as the kernels do."""
     tiles = attention_bands.live_tiles(mask, block_row, block_col)
     batch, heads, n, _ = mask.shape
     live, before = tiles.live.flatten(0, 2).tolist(), tiles.before.flatten(0, 2).tolist()
@@ -94,7 +94,7 @@ def test_live_tiles_are_those_with_a_key_to_see(shape: tuple[int, ...], kind: st
 
 
 def test_a_padding_mask_has_one_list_a_sample() -> None:
-    """However many heads and queries share it."""
+    """Check that it has one, however many heads and queries share it."""
     tiles = attention_bands.live_tiles(torch.ones(2, 1, 1, 64, dtype=torch.bool).expand(2, 8, 512, 64), 32, 32)
     assert tiles.live.shape == (2, 1, 1, 2) and (tiles.stride_h, tiles.stride_row) == (0, 0)
 

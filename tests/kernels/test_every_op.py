@@ -1,4 +1,4 @@
-"""Every op by its kernels, at awkward sizes and in every dtype: outputs, tangents and all gradients of both."""
+"""Check every op by its kernels, at awkward sizes and in every dtype: outputs, tangents and all gradients of both."""
 
 from __future__ import annotations
 

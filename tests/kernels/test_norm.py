@@ -42,7 +42,7 @@ def pairs(primals: Tensors, tangents: Tensors) -> list[tuple[Any, Tensor | None]
 
 
 def run(primals: Tensors, tangents: Tensors, *, rms: bool = False, eps: float = EPS) -> kernel.Outputs:
-    """The kernel on named tensors."""
+    """Run the kernel on named tensors."""
     (of_y,), statistics = kernel.norm_forward(pairs(primals, tangents), eps=eps, rms=rms)
     return kernel.Outputs(*of_y, *statistics)
 

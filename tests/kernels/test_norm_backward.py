@@ -24,7 +24,7 @@ MODULATIONS = {"sample": (2, 1), "token": (2, 5), "position": (1, 5), "one": (1,
 def run(
     primals: Tensors, tangents: Tensors, dy: Tensor | None, dt_y: Tensor | None, *, rms: bool = False
 ) -> dict[str, Tensor]:
-    """All gradients that autodiff would give, by name."""
+    """Return all gradients that autodiff would give, by name."""
     saved = norm.norm_forward(pairs(primals, tangents), eps=EPS, rms=rms)
     needs = [primals.get(name) is not None for name in NAMES]
     needs += [dt_y is not None and tangents.get(name) is not None for name in NAMES]

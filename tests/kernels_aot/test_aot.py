@@ -61,7 +61,7 @@ SHARP = [
     shipped("forward", 80, 64, "qkvm", "mask", bits=32),
     shipped("backward_q", 90, 256, "qkv"),
     shipped("backward_q", 80, 128, "qkvm", "mask", bits=32),
-    Task(Case(aot_table.NORM, torch.bfloat16, 8192, "", "none", 256), 90, configs.norm_config(256, 8192)),
+    Task(Case("layer_norm", torch.bfloat16, 8192, "", "none", 8192), 90, configs.norm_config(8192, 8192)),
 ]
 
 

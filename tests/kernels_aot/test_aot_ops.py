@@ -23,7 +23,7 @@ def test_each_op_is_in_the_table_in_each_size_on_each_architecture_without_spill
 
 
 def test_every_kernel_belongs_to_a_module_whose_files_are_hashed() -> None:
-    """A change of these makes `make aot` measure again."""
+    """Check that a change of these makes `make aot` measure again."""
     assert op_kernels.families() == {"norm", "gated_norm", "activation", "qk_norm_rope"}
     assert op_kernels.families() | {"attention"} == set(aot_table.sources())
     assert {"norm.py", "norm_backward.py", "gated_norm.py"} <= {path.name for path in op_kernels.files("gated_norm")}
@@ -31,7 +31,7 @@ def test_every_kernel_belongs_to_a_module_whose_files_are_hashed() -> None:
 
 
 def test_wide_rows_of_a_backward_are_two_launches() -> None:
-    """One for rows, one for what is summed over them."""
+    """Check that there is one for rows, and one for what is summed over them."""
     by_case = {(case.kernel, case.d): len(op_kernels.launches(case)) for case, _ in CASES}
     assert by_case["layer_norm_backward", 8192] == by_case["gated_residual_ada_norm_backward", 8192] == 2
     narrow = ("layer_norm_backward", 384), ("swiglu_backward", 4608), ("qk_norm_rope_backward", 72)

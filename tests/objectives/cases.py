@@ -1,4 +1,4 @@
-"""What the tests of objectives share: exact networks, one gate for every method, and the errors planted against it.
+"""Share between the tests of objectives exact networks, one gate for every method, and the errors planted against it.
 
 A gate is a method's residual (root mean square, before any weight) and its loss's gradient by small changes of the
 network. Both are zero at the exact solution.
@@ -24,19 +24,19 @@ ROWS, WIDTH = 48, 3
 
 
 def gaussian_law(path: Path, point: bool = False) -> Gaussian:
-    """A Gaussian law of the data, or one point, where the conditional velocity is the marginal one."""
+    """Return a Gaussian law of the data, or one point, where the conditional velocity is the marginal one."""
     factor = torch.randn(WIDTH, WIDTH, dtype=torch.float64)
     covariance = factor @ factor.T / WIDTH + 0.1 * torch.eye(WIDTH, dtype=torch.float64)
     return Gaussian(torch.randn(WIDTH, dtype=torch.float64), covariance * (0 if point else 1), path)
 
 
 def exact_net(law: Gaussian) -> Net:
-    """The exact average velocity as a network."""
+    """Return the exact average velocity as a network."""
     return lambda x, t, s, y=None: law.average_velocity(x, t, s)
 
 
 def point_net(law: Gaussian) -> Net:
-    """The exact average velocity for data in one point m: the noise x1 = (x - alpha m) / beta stays all the way."""
+    """Return the exact average velocity for data in one point m, where x1 = (x - alpha m) / beta stays all the way."""
 
     def net(x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
         path, t_x, s_x = law.path, expand_time(t, x), expand_time(s, x)
@@ -47,7 +47,7 @@ def point_net(law: Gaussian) -> Net:
 
 
 def draw_times(rows: int = ROWS) -> dict[str, Tensor]:
-    """Times by name, 0.1 <= t <= 0.95 and s, r in (0.05 t, 0.9 t), but s = t in each fourth row; float64."""
+    """Draw times by name, 0.1 <= t <= 0.95 and s, r in (0.05 t, 0.9 t), but s = t in each fourth row; float64."""
     t, share = torch.rand(2, rows, dtype=torch.float64)
     t = 0.1 + 0.85 * t
     r = t * (0.05 + 0.85 * share)
@@ -56,7 +56,7 @@ def draw_times(rows: int = ROWS) -> dict[str, Tensor]:
 
 
 def nudged(net: Net, theta: Tensor) -> Net:
-    """The network plus theta (3,) times smooth functions of x, t and s: what gradients are taken by."""
+    """Return the network plus theta (3,) times smooth functions of x, t and s, by which gradients are taken."""
 
     def changed(x: Tensor, t: Tensor, s: Tensor, **rest: Any) -> Tensor:
         bumps = theta[0] * x.sin() + theta[1] * expand_time(t, x) + theta[2] * expand_time((3 * s).cos(), x) * x
@@ -66,7 +66,7 @@ def nudged(net: Net, theta: Tensor) -> Net:
 
 
 class SmallNet(nn.Module):
-    """A smooth float64 network of (x, t, s) with labels, whose derivatives in all three are of order one."""
+    """Network in float64 of (x, t, s) with labels, smooth, whose derivatives in all three are of order one."""
 
     def __init__(self, width: int = 24) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class SmallNet(nn.Module):
 
 @dataclass
 class Gate:
-    """A method at the exact solution of Gaussian data, with the exact velocity as teacher or data in one point.
+    """Gate of a method at the exact solution of Gaussian data, with the exact velocity as teacher or data in one point.
 
     Args:
         name: of the method. taught: from the teacher rather than from data. options: keywords for the objective.
@@ -109,7 +109,7 @@ class Gate:
             self.keywords["score_gradient"] = torch.zeros_like(self.x1)
 
     def __call__(self, net: Net | None = None, **keywords: Any) -> tuple[float, float]:
-        """The residual and the largest gradient, for a network and keywords instead of the exact ones."""
+        """Return the residual and the largest gradient, for a network and keywords instead of the exact ones."""
         theta = torch.zeros(3, dtype=torch.float64, requires_grad=True)
         student = nudged(net or self.net, theta)
         times = [self.times[name] for name in self.objective.times]
@@ -119,38 +119,6 @@ class Gate:
         return error.sqrt().item(), gradient.abs().max().item()
 
 
-# name -> (from the teacher, from data in one point): the keywords of each gate
-TAUGHT: dict[str, dict[str, Any]] = {
-    "meanflow": {},
-    "improved_meanflow": {},
-    "alpha_flow": {"alpha": 0.0},
-    "consistency": {},
-    "scm": {},
-    "facm": {},
-    "ayf_emd": {},
-    "ayf_lmd": {},
-    "shortcut": {"finest": None},  # the finest halves are steps along the velocity, and exact as they get short
-    "esd": {},
-    "lsd": {},
-    "psd": {},
-    "tvm": {},
-    "rcm": {},
-}
-FROM_DATA: dict[str, dict[str, Any]] = {
-    "flow_matching": {},
-    "meanflow": {},
-    "improved_meanflow": {},
-    "alpha_flow": {"alpha": 0.0},
-    "consistency": {},
-    "ect": {"c": 0.1},
-    "scm": {},
-    "facm": {},
-    "tvm": {},
-    "rcm": {},
-}
-EULERIAN = ["meanflow", "improved_meanflow", "alpha_flow", "scm", "facm", "ayf_emd", "esd", "rcm"]
-LAGRANGIAN = ["ayf_lmd", "lsd", "tvm"]
-
 Jvp = Callable[..., Any]
 
 
@@ -158,35 +126,35 @@ Jvp = Callable[..., Any]
 
 
 def swapped_times(fn: Any, primals: Any, tangents: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """The seed's argument order, u(x, s, t) along (w, 0, 1)."""
+    """Differentiate u(x, s, t) along (w, 0, 1), the seed's argument order."""
     (x, t, s), (w, time, _) = primals, tangents
     return fn(x, t, s), jvp(fn, (x, s, t), (w, None, time), **options)[1]
 
 
 def no_time_tangent(fn: Any, primals: Any, tangents: Any, **options: Any) -> Any:
-    """(w, 0, 0)."""
+    """Differentiate along (w, 0, 0)."""
     return jvp(fn, primals, (tangents[0], None, None), **options)
 
 
 def no_state_tangent(fn: Any, primals: Any, tangents: Any, **options: Any) -> Any:
-    """(0, 1, 0)."""
+    """Differentiate along (0, 1, 0)."""
     return jvp(fn, primals, (None, tangents[1], None), **options)
 
 
 def wrong_sign(fn: Any, primals: Any, tangents: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """The derivative's sign flipped."""
+    """Flip the derivative's sign."""
     u, du = jvp(fn, primals, tangents, **options)
     return u, -du
 
 
 def gap_held_fixed(fn: Any, primals: Any, tangents: Any, **options: Any) -> Any:
-    """A network of (x, t, h = t - s) along (w, 1, 0), where (w, 1, 1) is right: s moves along with t."""
+    """Differentiate a network of (x, t, h = t - s) along (w, 1, 0), where (w, 1, 1) is right: s moves along with t."""
     x, t, s = primals
     return jvp(lambda x, t, h: fn(x, t, t - h), (x, t, t - s), tangents, **options)
 
 
 def backward_velocity(fn: Any, primals: Any, tangents: Any, **options: Any) -> Any:
-    """(-w, 1, 0)."""
+    """Differentiate along (-w, 1, 0)."""
     w, time, _ = tangents
     return jvp(fn, primals, (None if w is None else -w, time, None), **options)
 
@@ -195,17 +163,17 @@ def backward_velocity(fn: Any, primals: Any, tangents: Any, **options: Any) -> A
 
 
 def start_moves(fn: Any, primals: Any, tangents: Any, **options: Any) -> Any:
-    """(0, 1, 0): the derivative by the time of the start."""
+    """Differentiate along (0, 1, 0), by the time of the start."""
     return jvp(fn, primals, (None, 1.0, None), **options)
 
 
 def both_move(fn: Any, primals: Any, tangents: Any, **options: Any) -> Any:
-    """(0, 1, 1)."""
+    """Differentiate along (0, 1, 1)."""
     return jvp(fn, primals, (None, 1.0, 1.0), **options)
 
 
 def no_tangent(fn: Any, primals: Any, tangents: Any, **options: Any) -> Any:
-    """No derivative at all."""
+    """Return no derivative at all."""
     u, du = jvp(fn, primals, tangents, **options)
     return u, 0 * du
 
@@ -226,32 +194,32 @@ LAGRANGIAN_MUTANTS = [start_moves, both_move, wrong_sign, no_tangent]
 
 
 def instantaneous(net: Net) -> Net:
-    """Ignores s: the velocity, as if it were the average."""
+    """Ignore s: return the velocity, as if it were the average."""
     return lambda x, t, s, **rest: net(x, t=t, s=t, **rest)
 
 
 def other_way(net: Net) -> Net:
-    """Takes s for t."""
+    """Take s for t."""
     return lambda x, t, s, **rest: net(x, t=s, s=t, **rest)
 
 
 def reversed_velocity(net: Net) -> Net:
-    """From data to noise where noise to data is meant."""
+    """Return the velocity from data to noise where noise to data is meant."""
     return lambda x, t, s, **rest: -net(x, t=t, s=s, **rest)
 
 
 def too_far(net: Net) -> Net:
-    """10 % too much."""
+    """Return 10 % too much."""
     return lambda x, t, s, **rest: 1.1 * net(x, t=t, s=s, **rest)
 
 
 def reversed_time(net: Net) -> Net:
-    """t = 0 taken for the noise."""
+    """Take t = 0 for the noise."""
     return lambda x, t, s, **rest: net(x, t=1 - t, s=1 - s, **rest)
 
 
 class GuidedGaussians:
-    """The exact average velocity under guidance, for classes that share their mean and differ in variance.
+    """Average velocity under guidance, exact, for classes that share their mean and differ in variance.
 
     With C_y = alpha^2 variance_y + beta^2, class y's velocity is d_alpha m + r_y (x - alpha m), r_y = (log C_y)' / 2.
     Guided rates stay in that form, so that the flow from t to s scales x - alpha m by exp(-int_s^t r). The last class
@@ -281,7 +249,7 @@ class GuidedGaussians:
         return torch.where(gap == 0, v, (x - f) / torch.where(gap == 0, 1, gap))
 
     def _integral(self, variance: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """The integral of the plain rate from s to t."""
+        """Return the integral of the plain rate from s to t."""
         return 0.5 * (self._log_spread(variance, t) - self._log_spread(variance, s))
 
     def _log_spread(self, variance: Tensor, t: Tensor) -> Tensor:
@@ -292,26 +260,26 @@ class GuidedGaussians:
         return (a * self.path.d_alpha(t) * variance + b * self.path.d_beta(t)) / (a.square() * variance + b.square())
 
     def unguided(self) -> GuidedGaussians:
-        """The same law at scale 1."""
+        """Return the same law at scale 1."""
         twin = GuidedGaussians(self.variances.tolist(), 1.0, self.interval, path=self.path)
         twin.mean = self.mean
         return twin
 
 
 def gradients(loss: Tensor, net: nn.Module) -> Tensor:
-    """The loss's gradient by all weights that it reaches, as one vector."""
+    """Return the loss's gradient by all weights that it reaches, as one vector."""
     parts = torch.autograd.grad(loss, list(net.parameters()), allow_unused=True)
     return torch.cat([part.flatten() for part in parts if part is not None])
 
 
 def random_batch() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """x0, x1 (ROWS, WIDTH) and times by name."""
+    """Draw x0, x1 (ROWS, WIDTH) and times by name."""
     x0, x1 = torch.randn(2, ROWS, WIDTH, dtype=torch.float64)
     return x0, x1, draw_times()
 
 
 def assert_same_gradient(ours: Tensor, theirs: Tensor, net: nn.Module, factor: float = 1.0) -> None:
-    """The gradient of `ours` is `factor` times that of `theirs`, and not zero."""
+    """Assert that the gradient of `ours` is `factor` times that of `theirs`, and not zero."""
     a, b = gradients(ours, net), gradients(theirs, net)
     assert b.norm() > 1e-4
     torch.testing.assert_close(a, factor * b, rtol=1e-9, atol=1e-11)

@@ -1,4 +1,4 @@
-"""The golden files and what a test makes of one: networks of its weights, the loss of all rows and of each, gradients.
+"""Golden files and what a test makes of one: networks of its weights, the loss of all rows and of each, gradients.
 
 See golden/README.md for what a file holds. Everything is in float64.
 """
@@ -26,7 +26,7 @@ TOLERANCE = 1e-8
 
 
 class Network(nn.Module):
-    """tanh([x, t, s, (g), (one-hot y)] W1) W2, the network of every file."""
+    """Network tanh([x, t, s, (g), (one-hot y)] W1) W2, that of every file."""
 
     def __init__(self, w1: Tensor, w2: Tensor, classes: int, scaled: bool) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Network(nn.Module):
 
 @dataclass
 class Golden:
-    """A file: its arrays by name, its options, and its networks, made once each.
+    """Golden file: its arrays by name, its options, and its networks, made once each.
 
     Args:
         rows: which of its rows; None is all of them.
@@ -71,32 +71,32 @@ class Golden:
         return value if self.rows is None or not by_row else value[self.rows]
 
     def get(self, key: str) -> Tensor | None:
-        """The array, or None where the file has none."""
+        """Return the array, or None where the file has none."""
         return self[key] if key in self.arrays else None
 
     @property
     def net(self) -> Network:
-        """The student."""
+        """Return the student."""
         return self.networks[""]
 
     def other(self, suffix: str) -> Network | None:
-        """Another network, by the suffix of its weights; None where the file has none."""
+        """Return another network, by the suffix of its weights; None where the file has none."""
         return self.networks.get(suffix)
 
     @property
     def factor(self) -> float:
-        """What our loss is multiplied by to be the official one."""
+        """Return what our loss is multiplied by to be the official one."""
         return float(self.options["factor"])
 
     @property
     def path(self) -> Path:
-        """The path with the file's numbers."""
+        """Return the path with the file's numbers."""
         numbers = {"edm": ("sigma_min", "sigma_max", "rho"), "trig": ("sigma_data",)}
         taken = numbers.get(self.options["path"], ("sigma",) if "sigma" in self.options else ())
         return paths.get(self.options["path"], **{name: self.options[name] for name in taken})
 
     def single_rows(self) -> list[Golden]:
-        """The same file, one row at a time; networks aren't shared."""
+        """Yield the same file, one row at a time; networks aren't shared."""
         return [Golden(self.name, [row]) for row in range(len(self.arrays["x0"]))]
 
 
@@ -104,7 +104,7 @@ Loss = Callable[[Golden, Net], Tensor]  # loss(file, student) -> a scalar
 
 
 def off(ours: Tensor | float, official: Tensor) -> float:
-    """The norm of the difference over that of the official value."""
+    """Return the norm of the difference over that of the official value."""
     a = torch.as_tensor(ours, dtype=torch.float64).detach()
     assert a.shape == official.shape, f"{tuple(a.shape)} for {tuple(official.shape)}"
     return ((a - official).norm() / official.norm()).item()
@@ -151,7 +151,7 @@ def agree_in_pull(case: Golden, loss: Loss, distance: Tensor, towards: Callable[
 
 
 def offset_net(net: Net, offset: Tensor, towards: Callable[[Tensor, Tensor], Tensor]) -> Net:
-    """The network plus an offset, times what `towards` says of a call."""
+    """Return the network plus an offset, times what `towards` says of a call."""
 
     def moved(x: Tensor, t: Tensor, s: Tensor, *rest: Any, **named: Any) -> Tensor:
         return net(x, t, s, *rest, **named) + towards(t, s)[:, None] * offset
@@ -160,15 +160,15 @@ def offset_net(net: Net, offset: Tensor, towards: Callable[[Tensor, Tensor], Ten
 
 
 def always(t: Tensor, s: Tensor) -> Tensor:
-    """Every call of the student makes the prediction."""
+    """Say that every call of the student makes the prediction."""
     return torch.ones_like(t)
 
 
 def backwards(t: Tensor, s: Tensor) -> Tensor:
-    """Every call makes it, and it is a jump x - (t - s) u."""
+    """Say that every call makes it, and that it is a jump x - (t - s) u."""
     return -torch.ones_like(t)
 
 
 def to_data(t: Tensor, s: Tensor) -> Tensor:
-    """The calls that go to s = 0 make it."""
+    """Say that the calls that go to s = 0 make it."""
     return (s == 0).to(t)

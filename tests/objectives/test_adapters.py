@@ -21,19 +21,19 @@ PATHS = [pytest.param(path, id=type(path).__name__) for path in (Linear(), Cosin
 
 
 def states(path: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """x (ROWS, WIDTH), t and s (ROWS,)."""
+    """Draw x (ROWS, WIDTH), t and s (ROWS,)."""
     x0, x1 = torch.randn(2, ROWS, WIDTH, dtype=torch.float64)
     times = draw_times()
     return path.interpolate(x0, x1, times["t"]), times["t"], times["r"]
 
 
 def away(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference relative to the largest entry."""
+    """Return the largest difference relative to the largest entry."""
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def predicting(law: Gaussian, prediction: str) -> Net:
-    """The exact prediction of the law, as a network of (x, t)."""
+    """Return the exact prediction of the law, as a network of (x, t)."""
     return lambda x, t, s, **rest: convert(law.path, x, t, law.velocity(x, t), "v", prediction)
 
 
@@ -51,7 +51,7 @@ def test_prediction_becomes_the_velocity_on_the_diagonal(prediction: str, path: 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_prediction_of_one_point_becomes_the_exact_flow_map(prediction: str, path: Path) -> None:
-    """There DDIM's step is exact, however long."""
+    """Check it there because DDIM's step is exact for one point, however long."""
     law, (x, t, s) = gaussian_law(path, point=True), states(path)
     net = adapters.predicts(predicting(law, prediction), prediction, path)
     assert away(net(x, t=t, s=s), point_net(law)(x, t, s)) < 1e-9
@@ -59,7 +59,7 @@ def test_prediction_of_one_point_becomes_the_exact_flow_map(prediction: str, pat
 
 @pytest.mark.parametrize("path", PATHS)
 def test_edm_network_becomes_the_velocity(path: Path) -> None:
-    """The raw network is solved from the exact denoiser; sigma = beta / alpha is told by its logarithm."""
+    """Check the raw network, solved from the exact denoiser; sigma = beta / alpha is told by its logarithm."""
     law, (x, t, _), std = gaussian_law(path), states(path), 0.5
 
     def raw(scaled: Tensor, noise: Tensor, **rest: Any) -> Tensor:
@@ -77,7 +77,7 @@ def test_trigflow_network_is_called_with_angles_and_a_scaled_state() -> None:
     law, (x, t, s) = gaussian_law(path), states(path)
 
     def net(scaled: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
-        """F = v / sigma_data by angle."""
+        """Return F = v / sigma_data by angle."""
         return law.velocity(0.5 * scaled, t / (0.5 * math.pi)) / (0.5 * math.pi) / 0.5
 
     adapted = adapters.trigflow(net, path)
@@ -97,7 +97,7 @@ SAME: dict[str, Callable[[Net], Net]] = {
 
 @pytest.mark.parametrize("convention", SAME)
 def test_meanflow_is_exact_through_an_adapter(convention: str) -> None:
-    """The network has another convention of time; its tangent follows by the chain rule."""
+    """Check it for a network with another convention of time, whose tangent follows by the chain rule."""
     law, times = gaussian_law(LINEAR), draw_times()
     net = exact_net(law)
     x0, x1 = torch.randn(2, ROWS, WIDTH, dtype=torch.float64)
@@ -106,7 +106,7 @@ def test_meanflow_is_exact_through_an_adapter(convention: str) -> None:
 
 
 def test_a_gap_network_that_is_given_both_times_is_found() -> None:
-    """The network wants h = t - s and gets s."""
+    """Check a network that wants h = t - s and gets s."""
     law, times = gaussian_law(LINEAR), draw_times()
     net = exact_net(law)
     x0, x1 = torch.randn(2, ROWS, WIDTH, dtype=torch.float64)
@@ -127,7 +127,7 @@ def test_network_of_another_path_is_carried_with_its_flow_map(source: Path, targ
 
 @pytest.mark.parametrize("parameterization", ["velocity", "average"])
 def test_scm_on_one_path_is_exact_with_the_network_of_another(parameterization: str) -> None:
-    """A change of time and scale takes the linear path's consistency function to TrigFlow's, and back."""
+    """Check that a change of time and scale takes the linear path's consistency function to TrigFlow's, and back."""
     for source, target in ((LINEAR, TrigFlow()), (TrigFlow(), LINEAR)):
         there, times = gaussian_law(source), draw_times()
         here = exact_net(Gaussian(there.mean, there.covariance, target))
@@ -139,12 +139,12 @@ def test_scm_on_one_path_is_exact_with_the_network_of_another(parameterization: 
 
 
 def signed(net: Net) -> Callable[..., Tensor]:
-    """A network of FACM's one time: (t, 0) at c = t and (t, t) at c = -t."""
+    """Return a network of FACM's one time: (t, 0) at c = t and (t, t) at c = -t."""
     return lambda x, c, **rest: net(x, t=c.abs(), s=torch.where(c > 0, 0.0, c.abs()), **rest)
 
 
 def test_facm_is_exact_with_a_network_of_one_signed_time() -> None:
-    """Both terms and the gradient; the other sign is found."""
+    """Check both terms and the gradient; the other sign is found."""
     law, times = gaussian_law(LINEAR), draw_times()
     net = exact_net(law)
     x0, x1 = torch.randn(2, ROWS, WIDTH, dtype=torch.float64)
@@ -156,7 +156,7 @@ def test_facm_is_exact_with_a_network_of_one_signed_time() -> None:
 
 
 def test_the_tangent_of_a_signed_time_runs_along_it() -> None:
-    """(w, 1) at c = t towards the data; (w, -1) at c = -t, where t and s move together."""
+    """Check (w, 1) at c = t towards the data, and (w, -1) at c = -t, where t and s move together."""
     x, t, _ = states(LINEAR)
     w = torch.randn_like(x)
     only = lambda x, c, y=None: x.sin() * c[:, None].exp() + c[:, None] ** 3  # noqa: E731
@@ -176,7 +176,7 @@ def test_a_signed_time_knows_no_other_end() -> None:
 
 
 def test_a_signed_time_serves_each_row_by_itself() -> None:
-    """Under vmap, where no value can be read; but a jvp, where it can, still refuses another end."""
+    """Check it under vmap, where no value can be read; a jvp, where it can, still refuses another end."""
     x, t, s = states(LINEAR)
     net = adapters.signed_time(lambda x, c: x * c)
 

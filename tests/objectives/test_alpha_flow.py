@@ -1,4 +1,4 @@
-"""alpha-Flow between trajectory flow matching and MeanFlow."""
+"""Check alpha-Flow between trajectory flow matching and MeanFlow."""
 
 from __future__ import annotations
 
@@ -6,7 +6,21 @@ import pytest
 import torch
 
 from fastdistill.objectives import alpha_flow, meanflow
-from tests.objectives.cases import SmallNet, assert_same_gradient, gradients, random_batch
+from tests.objectives.cases import WIDTH, SmallNet, assert_same_gradient, gradients, random_batch
+from tests.objectives.descent import Case
+
+TAUGHT = {"alpha_flow": {"alpha": 0.0}}
+FROM_DATA = {"alpha_flow": {"alpha": 0.0}}
+DESCENT = {
+    # The second part of the target is off by (1 - a)^2 d^2 e, as it jumps from t - a d; the loss has a factor a.
+    "alpha-flow": Case(
+        "alpha_flow",
+        lambda g, d: 0.5 * 2 * WIDTH * d**2 * (1 - 0.5**3) * d**2 / 1e-3,
+        taught=False,
+        options={"alpha": 0.5},
+    ),
+    "alpha-flow at 0": Case("alpha_flow", lambda g, d: 2 * WIDTH * d**2 * 3 * d**2 / 1e-3, options={"alpha": 0.0}),
+}
 
 
 def test_at_0_it_is_meanflow() -> None:
@@ -39,7 +53,7 @@ def test_its_target_is_a_step_along_w_and_then_its_own_jump() -> None:
 
 @pytest.mark.parametrize("alpha", [0.0, 0.005, 0.5, 1.0])
 def test_rows_with_equal_times_are_flow_matching_of_weight_one_at_any_alpha(alpha: float) -> None:
-    """With a target that they never ask, and next to rows whose own weight is alpha."""
+    """Check it with a target that they never ask, and next to rows whose own weight is alpha."""
     net, target, (x0, x1, times) = SmallNet(), SmallNet(), random_batch()
     t, s = times["t"], times["s"]
     x = (1 - t)[:, None] * x0 + t[:, None] * x1
@@ -50,7 +64,7 @@ def test_rows_with_equal_times_are_flow_matching_of_weight_one_at_any_alpha(alph
 
 
 def test_clamp_bounds_the_target_of_the_rows_apart_alone() -> None:
-    """Every element of the bracket; and MeanFlow's target at alpha = 0 has no bound."""
+    """Check every element of the bracket; MeanFlow's target at alpha = 0 has no bound."""
     net, (x0, x1, times) = SmallNet(), random_batch()
     t, s, a, bound = times["t"], times["s"], 0.5, 0.7
     x, w, step = (1 - t)[:, None] * x0 + t[:, None] * x1, x1 - x0, a * (t - s)
@@ -64,7 +78,7 @@ def test_clamp_bounds_the_target_of_the_rows_apart_alone() -> None:
 
 
 def test_its_terms_are_the_rows_apart_and_on_the_diagonal() -> None:
-    """As MeanFlow's: their sum is the loss, and each has the gradient of its own rows."""
+    """Check them as MeanFlow's: their sum is the loss, and each has the gradient of its own rows."""
     net, (x0, x1, times) = SmallNet(), random_batch()
     t, s = times["t"], times["s"]
     for name, rows in (("distillation", t != s), ("anchor", t == s)):
@@ -77,7 +91,7 @@ def test_its_terms_are_the_rows_apart_and_on_the_diagonal() -> None:
 
 
 def test_small_alpha_has_meanflows_gradient_where_errors_outweigh_the_offset() -> None:
-    """a e / (e + c) with e = a^2 |MeanFlow's residual|^2: its gradient tends to MeanFlow's for c << e."""
+    """Check a e / (e + c) with e = a^2 |MeanFlow's residual|^2: its gradient tends to MeanFlow's for c << e."""
     net, (x0, x1, times) = SmallNet(), random_batch()
     truth = gradients(meanflow(net, x0, x1, times["t"], times["r"], p=1.0, c=1e-12)[0], net)
     away = []

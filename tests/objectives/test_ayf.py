@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from fastdistill.objectives import ayf_emd, ayf_lmd, flow_matching, meanflow
-from tests.objectives.cases import SmallNet, assert_same_gradient, gradients, random_batch
+from tests.objectives.cases import WIDTH, SmallNet, assert_same_gradient, gradients, random_batch
+from tests.objectives.descent import Case, lagrangian
+
+TAUGHT = {"ayf_emd": {}, "ayf_lmd": {}}
+DESCENT = {
+    "ayf_emd": Case("ayf_emd", lambda g, d: 2 * WIDTH * d**2 * 3 * d**2 / 0.1),
+    "ayf_lmd": Case("ayf_lmd", lambda g, d: 2 * d**2 * lagrangian(g, d) / 0.1),
+}
 
 
 def test_emd_without_normalisation_has_meanflows_gradient_at_p_0() -> None:
@@ -34,7 +41,7 @@ def test_emd_is_flow_matching_to_the_teacher_where_s_is_t_and_where_warm_up_is_0
 
 @pytest.mark.parametrize("c", [None, 0.1])
 def test_lmds_gradient_is_the_papers(c: float | None) -> None:
-    """sign(s - t) w' (df/dtheta)^T [d/ds f - v(f, s)] at w' = 1 / (t - s), times the 2 of a square; s < t."""
+    """Check sign(s - t) w' (df/dtheta)^T [d/ds f - v(f, s)] at w' = 1 / (t - s), times the 2 of a square; s < t."""
     net, teacher, (x0, x1, times) = SmallNet(), SmallNet(), random_batch()
     t, s = times["t"], times["r"]
     x = (1 - t)[:, None] * x0 + t[:, None] * x1

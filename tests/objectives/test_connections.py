@@ -1,4 +1,4 @@
-"""The connections of docs/methods.md: how the methods become each other, checked on gradients of a network.
+"""Check the connections of docs/methods.md, how the methods become each other, on gradients of a network.
 
 Numbers in the names of sections are those of the article. Everything is float64; each statement has a planted error
 that must break it.
@@ -35,7 +35,7 @@ ROWS, WIDTH = 48, 3
 
 
 class SmallNet(nn.Module):
-    """A smooth network of (x, t, s) whose derivatives in all three are of order one."""
+    """Network of (x, t, s), smooth, whose derivatives in all three are of order one."""
 
     def __init__(self, width: int = 24) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def net() -> SmallNet:
 
 @pytest.fixture
 def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x0, x1 (ROWS, WIDTH), t and s (ROWS,) with gaps of 0.1 to 0.5."""
+    """Draw x0, x1 (ROWS, WIDTH), t and s (ROWS,) with gaps of 0.1 to 0.5."""
     generator = torch.Generator().manual_seed(1)
     x0, x1 = torch.randn(2, ROWS, WIDTH, dtype=torch.float64, generator=generator)
     t, gap = torch.rand(2, ROWS, dtype=torch.float64, generator=generator)
@@ -76,38 +76,38 @@ def teacher(law: Gaussian) -> Net:
 
 
 def gradient(loss: Tensor, net: nn.Module) -> Tensor:
-    """The gradient of a loss in all weights, as one vector."""
+    """Return the gradient of a loss in all weights, as one vector."""
     return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(net.parameters()))])
 
 
 def away(a: Tensor, b: Tensor) -> float:
-    """The distance of two gradients, relative to the second."""
+    """Return the distance of two gradients, relative to the second."""
     return float((a - b).norm() / b.norm())
 
 
 def jump(net: Net, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """The flow map f = x - (t - s) u."""
+    """Return the flow map f = x - (t - s) u."""
     return x - (t - s)[:, None] * net(x, t=t, s=s, y=None)
 
 
 def along(net: Net, x: Tensor, t: Tensor, s: Tensor, w: Tensor, tangent_grad: bool = False) -> tuple[Tensor, Tensor]:
-    """f and D_w f, both (ROWS, WIDTH)."""
+    """Return f and D_w f, both (ROWS, WIDTH)."""
     return jvp(lambda x, t, s: jump(net, x, t, s), (x, t, s), (w, 1.0, None), tangent_grad=tangent_grad)
 
 
 def consistency_gradient(net: SmallNet, x: Tensor, t: Tensor, s: Tensor, w: Tensor, weight: Any = 1.0) -> Tensor:
-    """The mean over rows of weight (df/dtheta)^T [D_w f]: continuous consistency towards s."""
+    """Return the mean over rows of weight (df/dtheta)^T [D_w f]: continuous consistency towards s."""
     f, df_dt = along(net, x, t, s, w)
     return gradient((weight * (f * df_dt).sum(1)).mean(), net)
 
 
 def of(objective: Callable[..., tuple[Tensor, Any]], net: SmallNet, *arguments: Tensor, **options: Any) -> Tensor:
-    """The gradient of an objective."""
+    """Return the gradient of an objective."""
     return gradient(objective(net, *arguments, **options)[0], net)
 
 
 def falls_in_proportion(error: Callable[[float], float], large: float = 1e-2) -> bool:
-    """Whether an error is of first order in a step: small, and a tenth for a tenth of the step."""
+    """Return whether an error is of first order in a step: small, and a tenth for a tenth of the step."""
     first, second = error(large), error(0.1 * large)
     return first < 0.2 and 0.08 < second / first < 0.12
 
@@ -132,7 +132,7 @@ def test_discrete_consistency_tends_to_continuous_consistency(
 
 
 def test_without_the_stop_gradient_there_is_no_such_limit(net: SmallNet, batch: tuple[Tensor, ...]) -> None:
-    """Both gradients then cancel to first order, and the quotient goes to zero."""
+    """Check that both gradients then cancel to first order, and the quotient goes to zero."""
     x0, x1, t, s = batch
     x, gap = LINEAR.interpolate(x0, x1, t), 1e-3
     difference = jump(net, x, t, 0 * s) - jump(net, LINEAR.interpolate(x0, x1, t - gap), t - gap, 0 * s)
@@ -143,7 +143,7 @@ def test_without_the_stop_gradient_there_is_no_such_limit(net: SmallNet, batch: 
 def test_scm_without_its_stabilisers_is_continuous_consistency(
     net: SmallNet, batch: tuple[Tensor, ...], teacher: Net
 ) -> None:
-    """With weight 1 / t, as df/dtheta = -t dF/dtheta; 2 / WIDTH as it averages squares over elements."""
+    """Check it with weight 1 / t, as df/dtheta = -t dF/dtheta; 2 / WIDTH as it averages squares over elements."""
     x0, x1, t, s = batch
     x = LINEAR.interpolate(x0, x1, t)
     limit = consistency_gradient(net, x, t, 0 * s, teacher(x, t=t, s=t, y=None), 1 / t) * 2 / WIDTH
@@ -156,7 +156,7 @@ def test_scm_without_its_stabilisers_is_continuous_consistency(
 def test_scm_on_the_trigonometric_path_is_continuous_consistency_there(
     net: SmallNet, batch: tuple[Tensor, ...]
 ) -> None:
-    """With k = cot of the angle: g = cos D_w f, and df/dtheta = -sin dF/dtheta (times as angles)."""
+    """Check it with k = cot of the angle: g = cos D_w f, and df/dtheta = -sin dF/dtheta (times as angles)."""
     x0, x1, t, s = batch
     path, angle = Cosine(), 0.5 * math.pi * t
     x, w = path.interpolate(x0, x1, t), path.velocity(x0, x1, t)
@@ -170,7 +170,7 @@ def test_scm_on_the_trigonometric_path_is_continuous_consistency_there(
 
 
 def test_ayf_emd_is_the_limit_of_its_discrete_loss(net: SmallNet, batch: tuple[Tensor, ...], teacher: Net) -> None:
-    """w = 1 / d^2, so that w' = w d = 1 / d; the limit is of grad L / (2 epsilon), and ayf_emd has twice of it."""
+    """Check it for w = 1 / d^2, so that w' = w d = 1 / d; the limit is of grad L / (2 epsilon), ayf_emd is twice it."""
     x0, x1, t, s = batch
     x, d = LINEAR.interpolate(x0, x1, t), t - s
     v, limit = teacher(x, t=t, s=t, y=None), 0.5 * of(ayf_emd, net, x0, x1, t, s, teacher=teacher, c=None)
@@ -186,7 +186,7 @@ def test_ayf_emd_is_the_limit_of_its_discrete_loss(net: SmallNet, batch: tuple[T
 
 
 def test_ayf_lmd_is_the_limit_of_its_discrete_loss(net: SmallNet, batch: tuple[Tensor, ...], teacher: Net) -> None:
-    """Compared at the end: the map to s' = s + epsilon (t - s), and from there one Euler step of the teacher to s."""
+    """Check it at the end: the map to s' = s + epsilon (t - s), and from there one Euler step of the teacher to s."""
     x0, x1, t, s = batch
     x, d = LINEAR.interpolate(x0, x1, t), t - s
     limit = 0.5 * of(ayf_lmd, net, x0, x1, t, s, teacher=teacher, c=None)
@@ -203,7 +203,7 @@ def test_ayf_lmd_is_the_limit_of_its_discrete_loss(net: SmallNet, batch: tuple[T
 
 
 def test_ayf_emd_tends_to_flow_matching_as_s_tends_to_t(net: SmallNet, batch: tuple[Tensor, ...], teacher: Net) -> None:
-    """For w = 1 / d^2 alone: times d, i.e. w = 1 / d, the gradient vanishes instead."""
+    """Check it for w = 1 / d^2 alone: times d, i.e. w = 1 / d, the gradient vanishes instead."""
     x0, x1, t, _ = batch
     x = LINEAR.interpolate(x0, x1, t)
     residual = net(x, t, t) - teacher(x, t=t, s=t, y=None)
@@ -252,7 +252,7 @@ def test_meanflows_gradient_is_that_of_ayf_emd_at_weight_1_over_d(
 
 
 def test_facm_is_meanflow_at_s_0(net: SmallNet, batch: tuple[Tensor, ...], teacher: Net) -> None:
-    """Without clamp, with the whole tangent (p large), a weight that is flat (c large), and an anchor that is met."""
+    """Check it without clamp, with the whole tangent (p large), a flat weight (c large), and an anchor that is met."""
     x0, x1, _, _ = batch
     t, c = torch.full((ROWS,), 0.7, dtype=torch.float64), 1e8
 
@@ -306,7 +306,7 @@ def test_full_and_stopped_gradients_vanish_together_and_differ_elsewhere(
 def test_full_gradient_is_the_limit_without_stop_gradient(
     net: SmallNet, batch: tuple[Tensor, ...], law: Gaussian
 ) -> None:
-    """grad L / epsilon^2 tends to the gradient of E d^2 |D_v f|^2, without a factor 2."""
+    """Check that grad L / epsilon^2 tends to the gradient of E d^2 |D_v f|^2, without a factor 2."""
     x0, x1, t, s = batch
     x, d = LINEAR.interpolate(x0, x1, t), t - s
     v = law.velocity(x, t)
@@ -326,7 +326,7 @@ def test_full_gradient_is_the_limit_without_stop_gradient(
 
 
 def test_alpha_flow_goes_from_flow_matching_to_meanflow(net: SmallNet, batch: tuple[Tensor, ...]) -> None:
-    """With a flat weight (c large) its gradient is a^2 / c times that of the residual over a."""
+    """Check that with a flat weight (c large) its gradient is a^2 / c times that of the residual over a."""
     x0, x1, t, s = batch
     c, w = 1e8, x1 - x0
     end = of(meanflow, net, *batch, p=0.0)
@@ -360,7 +360,7 @@ def test_shortcuts_error_of_the_map_is_d_squared_times_that_of_the_velocity(
 
 
 def test_imm_with_one_particle_is_consistency_with_the_norm_unsquared(net: SmallNet, batch: tuple[Tensor, ...]) -> None:
-    """Laplace's kernel at a small sharpness k: MMD^2 = 2 (1 - exp(-k n / D)), about 2 k n / D for the norm n."""
+    """Check Laplace's kernel at a small sharpness k: MMD^2 = 2 (1 - exp(-k n / D)), about 2 k n / D for the norm n."""
     x0, x1, _, _ = batch
     t = torch.full((ROWS,), 0.8, dtype=torch.float64)
     r, k = t - 0.2, 1e-6

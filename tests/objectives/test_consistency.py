@@ -9,7 +9,18 @@ from torch import Tensor
 from fastdistill.objectives import consistency, scm
 from fastdistill.objectives.solvers import solver_step
 from fastdistill.paths import EDM, LINEAR, Cosine, convert
-from tests.objectives.cases import SmallNet, gradients, random_batch
+from tests.objectives.cases import WIDTH, SmallNet, gradients, random_batch
+from tests.objectives.descent import Case
+
+TAUGHT = {"consistency": {}}
+FROM_DATA = {"consistency": {}}
+DESCENT = {
+    # f is off by -theta t^3 e, and its target by -theta r^3 e.
+    "consistency": Case("consistency", lambda g, d: 2 * WIDTH * d**3 * (d**3 - g.times["r"] ** 3)),
+    "consistency from data": Case(
+        "consistency", lambda g, d: 2 * WIDTH * d**3 * (d**3 - g.times["r"] ** 3), taught=False
+    ),
+}
 
 
 def jump(net: SmallNet, x: Tensor, t: Tensor) -> Tensor:
@@ -39,7 +50,7 @@ def test_loss_is_the_distance_of_two_jumps_to_the_data(taught: bool, distance: s
 
 
 def test_weight_is_a_function_of_both_times() -> None:
-    """One over their gap."""
+    """Check one over their gap."""
     net, (x0, x1, times) = SmallNet(), random_batch()
     t, r = times["t"], times["r"]
     loss, metrics = consistency(net, x0, x1, t, r, weight=lambda t, r: 1 / (t - r))
@@ -48,7 +59,7 @@ def test_weight_is_a_function_of_both_times() -> None:
 
 
 def test_its_gradient_over_twice_the_gap_tends_to_continuous_consistencys() -> None:
-    """d/dtheta f [D_w f] by l2, with f = x - t u: sCM's form for the average velocity with the weight t."""
+    """Check d/dtheta f [D_w f] by l2, with f = x - t u: sCM's form for the average velocity with the weight t."""
     net, (x0, x1, times) = SmallNet(), random_batch()
     t = torch.full_like(times["t"], 0.6)
     limit, _ = scm(net, x0, x1, t, path=Cosine(), parameterization="average", c=None)
@@ -64,7 +75,7 @@ def test_its_gradient_over_twice_the_gap_tends_to_continuous_consistencys() -> N
 
 
 def test_a_step_that_ends_without_noise_has_no_correction() -> None:
-    """As in EDM's algorithm 1: the slope there would divide by the noise. Exact for data in one point, at any step."""
+    """Check EDM's algorithm 1: the slope there would divide by the noise. It is exact for data in one point."""
     path, x0, x1 = EDM(0.0, 20.0, 3.0), torch.full((4, 2), 0.3).double(), torch.randn(4, 2).double()
     t, zero = torch.linspace(0.2, 1, 4).double(), torch.zeros(4).double()
 

@@ -18,6 +18,37 @@ from fastdistill.objectives.dmd import dmd, dmd_gradient, simulate, surrogate
 from fastdistill.paths import EDM, FM, LINEAR, OTCFM, VE, Cosine, Path
 from fastdistill.samplers import Net
 from fastdistill.times import Constant
+from tests.objectives.cases import WIDTH, Gate, exact_net
+from tests.objectives.descent import Case, ones, state
+
+
+def fake_of_shifted_samples(gate: Gate, theta: float) -> None:
+    """Return DMD's second network, exact for samples that are off by -theta e."""
+    gate.keywords["fake"] = exact_net(Gaussian(gate.law.mean - theta, gate.law.covariance, gate.path))
+    gate.keywords |= {"levels": Constant(0.5), "generator": torch.Generator().manual_seed(1)}
+
+
+def dmd_slope(gate: Gate, d: Tensor) -> Tensor:
+    """Return the slope: samples are off by -theta t^3 e, and delta is -theta B e over a mean, B = beta^2 C^-1.
+
+    B e = e - alpha S C^-1 alpha e, the second part being how the teacher's data prediction moves with x = G + alpha e.
+    """
+    tau = torch.full_like(d, 0.5)
+    samples = gate.law.flow_map(state(gate), gate.times["t"], 0 * tau)
+    noise = torch.randn(len(d), WIDTH, generator=torch.Generator().manual_seed(1)).double()
+    x = LINEAR.interpolate(samples, noise, tau)
+
+    def data(x: Tensor) -> Tensor:
+        return x - 0.5 * gate.law.velocity(x, tau)
+
+    pull = ones(gate) - (data(x + 0.5) - data(x))
+    return d**3 * pull.mean(1) / (samples - data(x)).abs().mean(1)
+
+
+DESCENT = {
+    "dmd": Case("dmd", dmd_slope, prepare=fake_of_shifted_samples),
+}
+
 
 PATHS = [pytest.param(path, id=type(path).__name__) for path in (LINEAR, Cosine(), FM(0.1), EDM(0.05, 20.0))]
 COVARIANCE = torch.tensor([[0.5, 0.2], [0.2, 0.3]], dtype=torch.float64)
@@ -29,7 +60,7 @@ def law_at(shift: float, path: Path = LINEAR, factor: float = 1.0) -> Gaussian:
 
 
 def exact(law: Gaussian) -> Net:
-    """Its velocity and flow map as a network."""
+    """Return its velocity and flow map as a network."""
     return lambda x, t, s, y=None: law.average_velocity(x, t, s)
 
 
@@ -40,7 +71,7 @@ def batch(rows: int = ROWS) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_gradient_vanishes_at_a_match_and_points_back_after_a_shift(path: Path) -> None:
-    """The generator is exact for its own law, and so is the fake score; descending delta undoes the shift."""
+    """Check that a generator and a fake score exact for their own law make delta, whose descent undoes the shift."""
     x0, x1, t = batch()
     data = exact(law_at(0.0, path))
     found = {}
@@ -60,7 +91,7 @@ def test_gradient_vanishes_at_a_match_and_points_back_after_a_shift(path: Path) 
 
 
 def test_gradient_is_the_papers_formula_on_the_linear_path() -> None:
-    """delta = tau (v_teacher - v_fake) / mean |G - x0_teacher|, and tau^2 / (1 - tau) of the scores' difference."""
+    """Check delta against both formulas: of the velocities, and of the scores times tau^2 / (1 - tau)."""
     samples, noise = law_at(0.3).sample(8), torch.randn(8, 2, dtype=torch.float64)
     tau = torch.linspace(0.1, 0.9, 8, dtype=torch.float64)
     data, own = law_at(0.0), law_at(0.3, factor=1.4)
@@ -92,7 +123,7 @@ def test_loss_has_delta_as_its_gradient_and_no_other_network_has_one() -> None:
 
 
 def test_descent_brings_a_generator_to_the_data() -> None:
-    """G = scale x1 + shift in one step, with its exact fake score: it ends at the data's mean and deviation."""
+    """Check G = scale x1 + shift in one step, with its exact fake score: it ends at the data's mean and deviation."""
     mean, deviation = torch.tensor([0.8], dtype=torch.float64), 0.5
     scale = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
     shift = torch.tensor(-0.5, dtype=torch.float64, requires_grad=True)
@@ -114,7 +145,7 @@ def test_descent_brings_a_generator_to_the_data() -> None:
 
 
 def test_fake_score_learns_the_velocity_of_the_samples() -> None:
-    """Its loss is flow matching on detached samples."""
+    """Check that its loss is flow matching on detached samples."""
     samples = torch.randn(64, 2, requires_grad=True)
     noise, tau = torch.randn(64, 2), torch.rand(64)
     net = nn.Linear(2, 2)
@@ -128,7 +159,7 @@ def test_fake_score_learns_the_velocity_of_the_samples() -> None:
 
 
 def test_own_inputs_are_what_sampling_makes() -> None:
-    """By hand on the linear path, with the same noise; each row's state at its own time, without gradient."""
+    """Check by hand on the linear path, with the same noise: each row's state at its own time, without gradient."""
     times, x1 = [1.0, 0.7, 0.4], torch.randn(6, 2, dtype=torch.float64)
     t = torch.tensor([1.0, 0.7, 0.4, 0.4, 0.7, 1.0])
     net = exact(law_at(0.2))
@@ -145,7 +176,7 @@ def test_own_inputs_are_what_sampling_makes() -> None:
 
 @pytest.mark.parametrize("path", [EDM(), VE(), Cosine()], ids=lambda path: type(path).__name__)
 def test_a_generator_of_one_step_never_sees_data(path: Path) -> None:
-    """It starts from the sampler's own prior, also where data don't fade; later starts are states of the path."""
+    """Check that it starts from the sampler's own prior where data don't fade, and later from states of the path."""
     x0, x1, _ = batch(8)
     t = torch.tensor([1.0, 0.5] * 4, dtype=torch.float64)
     seen: list[Tensor] = []

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastdistill.objectives import adapters, consistency, ect
 from fastdistill.paths import EDM, FM, LINEAR, VE, Path, carry_time
-from tests.objectives.cases import ROWS, SmallNet, assert_same_gradient, random_batch
+from tests.objectives.cases import ROWS, WIDTH, SmallNet, assert_same_gradient, random_batch
+from tests.objectives.descent import Case
+
+
+def noise_level(t: Tensor) -> Tensor:
+    return t / (1 - t)
+
+
+FROM_DATA = {"ect": {"c": 0.1}}
+DESCENT = {
+    "ect": Case(
+        "ect",
+        lambda g, d: WIDTH * d**3 * (d**3 - g.times["r"] ** 3) / 0.1 / (noise_level(d) - noise_level(g.times["r"])),
+        taught=False,
+        options={"c": 0.1},
+    ),
+}
 
 
 def test_it_is_the_same_loss_on_the_linear_and_on_edms_path() -> None:
-    """A change of time and scale carries the network; f(x, t, 0) then only differs by where the path starts."""
+    """Check that a change of time and scale carries the network, so f(x, t, 0) differs only by the path's start."""
     net, (x0, x1, times) = SmallNet(), random_batch()
     path = EDM(1e-9, 20.0, 2.0)
     t, r = carry_time(LINEAR, path, times["t"]), carry_time(LINEAR, path, times["r"])
@@ -34,7 +51,7 @@ def test_it_is_consistency_by_pseudo_huber_over_the_gap_of_noise_levels() -> Non
 
 @pytest.mark.parametrize("path", [EDM(), VE(), FM(0.1)], ids=lambda path: type(path).__name__)
 def test_rows_that_reach_down_to_no_noise_learn_the_clean_data(path: Path) -> None:
-    """Over all of sigma(t), also on the paths that start at some noise; the others in the batch are as they were."""
+    """Check it over all of sigma(t), also on paths that start at some noise; the others in the batch are as before."""
     net, (x0, x1, times) = SmallNet(), random_batch()
     t, clean = times["t"], torch.arange(ROWS) % 2 == 0
     r = torch.where(clean, 0.0, times["r"])

@@ -14,7 +14,8 @@ from fastdistill.eval.exact import Gaussian
 from fastdistill.jvp import jvp
 from fastdistill.objectives import Autoguidance, Guidance
 from fastdistill.paths import EDM, FM, ICFM, LINEAR, VE, Cosine, Linear, Path, TrigFlow
-from tests.objectives.cases import EXACT, FROM_DATA, ROWS, TAUGHT, WIDTH, Gate, GuidedGaussians, draw_times
+from tests.objectives.cases import EXACT, ROWS, WIDTH, Gate, GuidedGaussians, draw_times
+from tests.objectives.collected import FROM_DATA, TAUGHT
 
 # The straight and the two trigonometric paths, one that starts away from the data, and one whose data never fade.
 PATHS = [
@@ -24,7 +25,7 @@ PATHS = [
 
 
 def keywords_on(path: Path, name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """On a path that doesn't start at the data, sCM's form is the average velocity's."""
+    """Return the keywords: on a path that doesn't start at the data, sCM's form is the average velocity's."""
     starts_elsewhere = isinstance(path, FM | EDM)
     return options | ({"parameterization": "average"} if starts_elsewhere and name in ("scm", "rcm") else {})
 
@@ -40,7 +41,7 @@ def test_residual_and_gradient_vanish_with_the_exact_teacher(name: str, path: Pa
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", FROM_DATA)
 def test_residual_and_gradient_vanish_from_data_in_one_point(name: str, path: Path) -> None:
-    """There the conditional velocity is the marginal one, so that the loss itself has its minimum for every row."""
+    """Check it there because the conditional velocity is the marginal one: the loss has its minimum for every row."""
     residual, gradient = Gate(name, path, taught=False, options=keywords_on(path, name, FROM_DATA[name]))()
     assert residual < EXACT
     assert gradient < EXACT
@@ -48,14 +49,14 @@ def test_residual_and_gradient_vanish_from_data_in_one_point(name: str, path: Pa
 
 @pytest.mark.parametrize("name", ["scm", "rcm"])
 def test_the_average_velocitys_form_agrees_that_the_exact_solution_is_one(name: str) -> None:
-    """Where sCM's own form fits, and on a path that starts away from the data, where it doesn't."""
+    """Check it where sCM's own form fits, and on a path that starts away from the data, where it doesn't."""
     for path in (LINEAR, Cosine(), TrigFlow(), VE(0.01, 4.0)):
         assert max(Gate(name, path, taught=True, options={"parameterization": "average"})()) < EXACT
 
 
 @pytest.mark.parametrize("name", [name for name in TAUGHT if "c" in objectives.get(name).options])
 def test_weights_and_normalisation_do_not_move_the_solution_of_a_target_without_noise(name: str) -> None:
-    """The teacher's velocity is a function of x_t. Where the target has data's noise they do: test_noisy_weights.py."""
+    """Check it as the teacher's velocity is a function of x_t. With data's noise they do: test_noisy_weights.py."""
     others = {"scm": {"c": None}, "rcm": {"c": None}, "ayf_emd": {"c": None}, "ayf_lmd": {"c": None}}
     options = TAUGHT[name] | others.get(name, {"c": 10.0})
     assert max(Gate(name, Cosine(), taught=True, options=options)()) < EXACT
@@ -69,7 +70,7 @@ def test_esd_is_exact_whatever_its_gradient_flows_through(path: Path, through: s
 
 @pytest.mark.parametrize("path", PATHS)
 def test_shortcuts_finest_halves_are_exact_to_first_order_in_their_length(path: Path) -> None:
-    """They are steps along the velocity; halves that are longer than the finest are as exact as the map."""
+    """Check that they are steps along the velocity; halves longer than the finest are as exact as the map."""
     gate, errors = Gate("shortcut", path, taught=True), []
     for finest in (64, 128):
         gate.times["delta"] = torch.full((ROWS,), 1 / finest, dtype=torch.float64)
@@ -80,7 +81,7 @@ def test_shortcuts_finest_halves_are_exact_to_first_order_in_their_length(path: 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 0.9])
 def test_alpha_flow_is_exact_where_the_flow_is_straight(alpha: float) -> None:
-    """Its step along w is then the flow's; elsewhere the error is of first order in alpha."""
+    """Check that its step along w is then the flow's; elsewhere the error is of first order in alpha."""
     assert max(Gate("alpha_flow", LINEAR, taught=False, options={"alpha": alpha})()) < EXACT
 
 
@@ -92,7 +93,7 @@ def test_alpha_flow_converges_to_the_exact_solution_at_first_order() -> None:
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
 def test_consistency_distillation_is_as_exact_as_its_solver(solver: str, order: int) -> None:
-    """The raw error is one of the map over t - r, so of the solver's order."""
+    """Check that the raw error is one of the map over t - r, so of the solver's order."""
     gate = Gate("consistency", LINEAR, taught=True)
     errors = []
     for gap in (0.02, 0.01):
@@ -106,7 +107,7 @@ def test_consistency_distillation_is_as_exact_as_its_solver(solver: str, order: 
 def test_both_kinds_of_steps_are_of_their_order_where_the_noise_level_is_finite(
     solver: str, order: int, path: Path
 ) -> None:
-    """In the noise level and in time, which are two different steps there."""
+    """Check steps in the noise level and in time, which are two different steps there."""
     gate = Gate("consistency", path, taught=True)
     errors = {}
     for name in (solver, solver.removesuffix("_in_time")):
@@ -141,7 +142,7 @@ def test_both_kinds_of_steps_are_of_their_order_where_the_noise_level_is_finite(
     ],
 )
 def test_expected_gradient_from_data_vanishes(name: str, options: dict[str, Any], path: Path) -> None:
-    """The gradient is linear in v_hat, whose mean is v. Moments are a Gaussian's own, so that means are expectations.
+    """Check that the gradient is linear in v_hat, whose mean is v, by means that are a Gaussian's expectations.
 
     Half of the methods regress v_hat on their diagonal only: there every row is on it. A weight of the row's own error
     (p > 0, a normalised tangent) makes the gradient another function of v_hat and moves the solution, which the
@@ -166,7 +167,7 @@ def test_expected_gradient_from_data_vanishes(name: str, options: dict[str, Any]
 
 
 def whitened(path: Path) -> tuple[Gaussian, Tensor, Tensor]:
-    """A Gaussian law and (x0, x1) whose joint sample mean and covariance are exactly the law's."""
+    """Return a Gaussian law and (x0, x1) whose joint sample mean and covariance are exactly the law's."""
     raw = torch.randn(400, 2 * WIDTH, dtype=torch.float64)
     raw = raw - raw.mean(0)
     white = raw @ torch.linalg.inv(torch.linalg.cholesky(raw.T @ raw / len(raw))).T
@@ -178,13 +179,14 @@ def whitened(path: Path) -> tuple[Gaussian, Tensor, Tensor]:
 
 
 UNGUIDED = {"guidance": None, "weak_teacher": None}
-GUIDED = [name for name in TAUGHT if name != "consistency"]  # whose solver is as exact as its order
+# The solver of consistency is as exact as its order.
+GUIDED = [name for name in TAUGHT if "guidance" in objectives.get(name).takes and name != "consistency"]
 
 
 def guided_gate(
     name: str, kind: str, by_row: bool, plain_tangent: bool = False, gap: float = 0.0
 ) -> tuple[float, float]:
-    """Residual and gradient at the exact guided solution, guided by labels or by a weak teacher.
+    """Return residual and gradient at the exact guided solution, guided by labels or by a weak teacher.
 
     With `plain_tangent`, the planted error: the tangent runs along the teacher's unguided velocity. `gap` is t - r of
     discrete consistency.
@@ -237,7 +239,7 @@ def test_guided_solution_is_exact(name: str, kind: str, by_row: bool) -> None:
 def test_guided_consistency_distillation_is_as_exact_as_its_solver(
     kind: str, by_row: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Heun's order along the guided flow; planted: a step along the plain one, which no small gap mends."""
+    """Check Heun's order along the guided flow; planted: a step along the plain one, which no small gap mends."""
 
     def residual(gap: float) -> float:
         torch.manual_seed(0)
@@ -252,7 +254,7 @@ def test_guided_consistency_distillation_is_as_exact_as_its_solver(
 
 @pytest.mark.parametrize("name", [name for name in GUIDED if objectives.get(name).identity == "eulerian"])
 def test_guidance_in_the_target_only_is_found(name: str) -> None:
-    """The tangent runs along the teacher's plain velocity, as it does in code that guides its target alone."""
+    """Check a tangent along the teacher's plain velocity, as it is in code that guides its target alone."""
     residual, gradient = guided_gate(name, "labels", False, plain_tangent=True)
     assert residual > 0.05
     assert gradient > 1e-4

@@ -1,4 +1,4 @@
-"""The flow map's three identities on exact solutions, and what the conditional velocity costs: docs/methods.md.
+"""Check the flow map's three identities on exact solutions, and what the conditional velocity costs: docs/methods.md.
 
 The article proves that all methods are one of these residuals; here the residuals are zero where they have to be.
 """
@@ -21,7 +21,7 @@ PATHS = [pytest.param(path, id=type(path).__name__) for path in (Linear(), Cosin
 
 @pytest.fixture
 def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x0, x1 (ROWS, WIDTH), t and s (ROWS,) with gaps of 0.1 to 0.5."""
+    """Draw x0, x1 (ROWS, WIDTH), t and s (ROWS,) with gaps of 0.1 to 0.5."""
     generator = torch.Generator().manual_seed(1)
     x0, x1 = torch.randn(2, ROWS, WIDTH, dtype=torch.float64, generator=generator)
     t, gap = torch.rand(2, ROWS, dtype=torch.float64, generator=generator)
@@ -42,7 +42,7 @@ def gaussian(path: Path) -> Gaussian:
 def residuals(
     map_of: Callable[..., Tensor], velocity: Callable[..., Tensor], x: Tensor, t: Tensor, s: Tensor
 ) -> Tensor:
-    """Root mean squares of the Eulerian, Lagrangian and semigroup residuals of a flow map."""
+    """Return root mean squares of the Eulerian, Lagrangian and semigroup residuals of a flow map."""
     v, m = velocity(x, t), 0.3 * t + 0.7 * s
     _, start = torch.func.jvp(lambda x, t: map_of(x, t, s), (x, t), (v, torch.ones_like(t)))[:2]
     f, end = torch.func.jvp(lambda s: map_of(x, t, s), (s,), (torch.ones_like(s),))[:2]
@@ -59,7 +59,7 @@ def test_exact_flow_map_satisfies_all_three_identities(path: Path, batch: tuple[
 
 @pytest.mark.parametrize("path", PATHS)
 def test_each_identity_notices_a_map_that_is_not_the_flow(path: Path, batch: tuple[Tensor, ...]) -> None:
-    """A map that goes 10 % too far breaks all three; the one that never moves, only the Lagrangian one."""
+    """Check that a map that goes 10 % too far breaks all three, and one that never moves only the Lagrangian one."""
     law, (x0, x1, t, s) = gaussian(path), batch
     x = path.interpolate(x0, x1, t)
 
@@ -87,7 +87,7 @@ def test_the_rings_flow_map_satisfies_the_identities_to_the_error_of_its_integra
 
 
 def conditional_excess(law: Gaussian, t: float, s: float, count: int = 4000) -> tuple[Tensor, Tensor]:
-    """Mean squares of the Eulerian residual with v_hat minus with v, and of (df/dx)(v_hat - v)."""
+    """Return mean squares of the Eulerian residual with v_hat minus with v, and of (df/dx)(v_hat - v)."""
     x0, x1 = whitened(law, count)
     times = [torch.full((count,), value, dtype=torch.float64) for value in (t, s)]
     x, v_hat = LINEAR.interpolate(x0, x1, times[0]), x1 - x0
@@ -102,7 +102,7 @@ def conditional_excess(law: Gaussian, t: float, s: float, count: int = 4000) -> 
 
 
 def whitened(law: Gaussian, count: int) -> tuple[Tensor, Tensor]:
-    """Data and noise whose joint sample mean and covariance are exactly the law's and the normal's."""
+    """Return data and noise whose joint sample mean and covariance are exactly the law's and the normal's."""
     raw = torch.randn(count, 2 * WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     raw = raw - raw.mean(0)
     white = raw @ torch.linalg.inv(torch.linalg.cholesky(raw.T @ raw / count)).T
@@ -111,7 +111,7 @@ def whitened(law: Gaussian, count: int) -> tuple[Tensor, Tensor]:
 
 
 def test_the_full_gradient_also_punishes_the_derivative_of_the_map() -> None:
-    """E|D_v_hat f|^2 = E|D_v f|^2 + E|(df/dx)(v_hat - v)|^2: the last term is positive at the exact solution."""
+    """Check E|D_v_hat f|^2 = E|D_v f|^2 + E|(df/dx)(v_hat - v)|^2: the last term is positive at the exact solution."""
     excess, spread = conditional_excess(gaussian(LINEAR), 0.8, 0.2)
     torch.testing.assert_close(excess, spread, rtol=1e-8, atol=1e-10)
     assert spread > 0.1

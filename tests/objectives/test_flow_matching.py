@@ -11,8 +11,16 @@ from fastdistill.eval.exact import Gaussian
 from fastdistill.objectives import flow_matching
 from fastdistill.paths import Cosine, Linear, Path
 from fastdistill.samplers import Net
+from tests.objectives.descent import Case, diagonal
 
 ROWS, WIDTH = 32, 4
+
+FROM_DATA = {"flow_matching": {}}
+DESCENT = {
+    "flow matching": Case("flow_matching", lambda g, d: 2 + 0 * d, diagonal, taught=False),
+}
+
+
 PATHS = [pytest.param(path, id=type(path).__name__) for path in (Linear(), Cosine())]
 
 
@@ -26,7 +34,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 def test_error_vanishes_at_the_exact_velocity_of_a_point_and_at_no_mutant(
     path: Path, batch: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    """For data in one point the conditional velocity is the marginal one, so the loss itself is zero."""
+    """Check data in one point: the conditional velocity is the marginal one, so the loss itself is zero."""
     _, x1, t = batch
     point = torch.randn(WIDTH, dtype=torch.float64)
     law = Gaussian(point, torch.zeros(WIDTH, WIDTH, dtype=torch.float64), path)
@@ -43,7 +51,7 @@ def test_error_vanishes_at_the_exact_velocity_of_a_point_and_at_no_mutant(
 
 @pytest.mark.parametrize("path", PATHS)
 def test_gradient_vanishes_at_the_marginal_velocity(path: Path) -> None:
-    """Data and noise are whitened, so that their sample moments are a Gaussian's own and expectations are sums."""
+    """Check whitened data and noise, whose sample moments are a Gaussian's own, so that expectations are sums."""
     law, x0, x1 = whitened(path)
     t = torch.full((len(x0),), 0.35, dtype=torch.float64)
 
@@ -60,7 +68,7 @@ def test_gradient_vanishes_at_the_marginal_velocity(path: Path) -> None:
 
 
 def whitened(path: Path) -> tuple[Gaussian, Tensor, Tensor]:
-    """A Gaussian law and (x0, x1) whose joint sample mean and covariance are exactly the law's."""
+    """Return a Gaussian law and (x0, x1) whose joint sample mean and covariance are exactly the law's."""
     raw = torch.randn(400, 2 * WIDTH, dtype=torch.float64)
     raw = raw - raw.mean(0)
     white = raw @ torch.linalg.inv(torch.linalg.cholesky(raw.T @ raw / len(raw))).T

@@ -1,4 +1,4 @@
-"""The methods against numbers of their official codes: loss, loss of each row, target and gradient, in float64."""
+"""Methods against numbers of their official codes: loss, loss of each row, target and gradient, in float64."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from tests.objectives.golden_cases import (
 
 
 def named(*prefixes: str) -> pytest.MarkDecorator:
-    """The files whose names start with one of these; each of them is in some test."""
+    """Return the files whose names start with one of these; each of them is in some test."""
     return pytest.mark.parametrize("case", [pytest.param(n, id=n) for n in NAMES if n.startswith(prefixes)])
 
 
 @pytest.fixture(autouse=True)
 def float64() -> None:
-    """The default dtype of these tests, restored by the suite's own fixture."""
+    """Set the default dtype of these tests, restored by the suite's own fixture."""
     torch.set_default_dtype(torch.float64)
 
 
@@ -55,7 +55,7 @@ def test_every_file_is_asked_by_a_test() -> None:
 
 @named("path_")
 def test_paths_and_flow_matching(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """States and velocities of pairs, and the square by them; the noise on top of a pair is the file's."""
+    """Check states and velocities of pairs, and the square by them; the noise on top of a pair is the file's."""
     golden = Golden(case)
     shared = golden.options["path"] == "fm"  # whose noise is the pair's own
 
@@ -101,7 +101,7 @@ def test_meanflow(case: str) -> None:
 
 @named("improved_meanflow")
 def test_improved_meanflow(case: str) -> None:
-    """u and v are two networks; the tangent of a row whose label was dropped runs along that of the label it had."""
+    """Check u and v as two networks; the tangent of a row whose label was dropped runs along that of the label."""
     golden = Golden(case)
     asked: list[tuple[Tensor, Tensor]] = []
 
@@ -149,7 +149,7 @@ def test_alpha_flow(case: str) -> None:
 
 @named("cm_")
 def test_consistency(case: str) -> None:
-    """Distillation is by the solver that is called heun, a step of Heun's in the noise level."""
+    """Check that distillation is by the solver that is called heun, a step of Heun's in the noise level."""
     golden = Golden(case)
 
     def loss(one: Golden, net: Net) -> Tensor:
@@ -171,7 +171,7 @@ def test_consistency(case: str) -> None:
 
 @named("ect_")
 def test_ect(case: str) -> None:
-    """The official constant under the root is 0; ours is the least that rounding leaves."""
+    """Check it where the official constant under the root is 0; ours is the least that rounding leaves."""
     golden = Golden(case)
 
     def loss(one: Golden, net: Net) -> Tensor:
@@ -186,7 +186,7 @@ def test_ect(case: str) -> None:
 
 @named("scm_")
 def test_scm(case: str) -> None:
-    """The network is sCM's F, of scaled states and angles; its pull is the negative of the normalised tangent."""
+    """Check the network as sCM's F, of scaled states and angles; its pull is minus the normalised tangent."""
     golden = Golden(case)
 
     def loss(one: Golden, net: Net) -> Tensor:
@@ -231,7 +231,7 @@ def test_facm(case: str) -> None:
 
 @named("shortcut")
 def test_shortcut(case: str) -> None:
-    """The halves of the finest jumps are asked at the condition that flow matching trains."""
+    """Check that the halves of the finest jumps are asked at the condition that flow matching trains."""
     golden, asked = Golden(case), []
 
     def loss(one: Golden, net: Net) -> Tensor:
@@ -256,7 +256,7 @@ def test_shortcut(case: str) -> None:
 
 @named("lsd", "psd", "esd")
 def test_self_distillation(case: str) -> None:
-    """ESD's gradient flows through the derivative by time, and through the transport where the file says student."""
+    """Check that ESD's gradient flows through the derivative by time, and the transport where the file says student."""
     golden = Golden(case)
     method = golden.options["method"]
 
@@ -272,7 +272,7 @@ def test_self_distillation(case: str) -> None:
 
 @named("tvm")
 def test_tvm(case: str) -> None:
-    """The official residuals are over the scale of guidance; without a label the moving average is asked."""
+    """Check that the official residuals are over the scale of guidance; without a label the moving average is asked."""
     golden = Golden(case)
 
     def guidance(one: Golden) -> Guidance | None:
@@ -300,7 +300,7 @@ def test_tvm(case: str) -> None:
 
 @named("dmd2_")
 def test_dmd(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On every path the generator starts from noise alone, whatever the data beside it."""
+    """Check that on every path the generator starts from noise alone, whatever the data beside it."""
     golden = Golden(case)
     networks = {"teacher": golden.networks["_teacher"], "fake": golden.networks["_fake"], "path": golden.path}
     one = golden["t"]
@@ -325,7 +325,7 @@ def test_dmd(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wrong_target_a_wrong_row_and_a_wrong_gradient_are_found() -> None:
-    """Another target of the same distance, rows in another order, and a gradient of half the size."""
+    """Check another target of the same distance, rows in another order, and a gradient of half the size."""
     golden = Golden("cm_ct")
 
     def loss(one: Golden, net: Net) -> Tensor:

@@ -1,4 +1,4 @@
-"""rCM against numbers of its official code: both terms, the warm-up, and the balance of the preset."""
+"""Check rCM against numbers of its official code: both terms, the warm-up, and the balance of the preset."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from torch import Tensor
 
 from fastdistill import objectives
 from fastdistill.objectives import adapters, dmd_gradient
+from fastdistill.objectives.settings import Context
 from fastdistill.paths import LINEAR, Path
 from fastdistill.samplers import Net
-from fastdistill.train.methods import METHODS, Context
+from fastdistill.train.methods import METHODS
 from tests.objectives.golden_cases import NAMES, Golden, agree, agree_in_gradient, agree_in_loss, off
 
 
 @pytest.fixture(autouse=True)
 def float64() -> None:
-    """The default dtype of these tests, restored by the suite's own fixture."""
+    """Set the default dtype of these tests, restored by the suite's own fixture."""
     torch.set_default_dtype(torch.float64)
 
 
 def on_circle(net: Net, path: Path, to: Callable[[Tensor, Tensor], Tensor]) -> Net:
-    """rCM's networks are those of the linear path, with a time and a scale of TrigFlow's; `to` says to which end."""
+    """Return rCM's networks on the linear path, with a time and a scale of TrigFlow's; `to` says to which end."""
     carried = adapters.on_path(lambda x, t, s, **rest: net(x, t, s), LINEAR, path)
     return lambda x, t, s, **rest: carried(x, t, to(t, s))
 
@@ -39,7 +40,7 @@ def to_itself(t: Tensor, s: Tensor) -> Tensor:
 
 
 def rcm_loss(one: Golden, net: Net, weight: float | None = None) -> tuple[Tensor, dict[str, Any]]:
-    """The loss at the file's weight of the score, or another, and its metrics."""
+    """Return the loss at the file's weight of the score, or another, and its metrics."""
     path, options = one.path, one.options
     teacher = on_circle(one.networks["_teacher"], path, to_itself)
     return objectives.rcm(
@@ -50,14 +51,14 @@ def rcm_loss(one: Golden, net: Net, weight: float | None = None) -> tuple[Tensor
 
 
 def score(one: Golden, samples: Tensor) -> Tensor:
-    """DMD's direction at the file's noise and levels."""
+    """Return DMD's direction at the file's noise and levels."""
     teacher, fake = (on_circle(one.networks[end], one.path, to_itself) for end in ("_teacher", "_fake"))
     return dmd_gradient(samples, one["noise"], one["tau"], teacher=teacher, fake=fake, path=one.path)
 
 
 @pytest.mark.parametrize("case", [name for name in NAMES if name.startswith("rcm")])
 def test_rcm_s_consistency_with_its_own_warm_up(case: str) -> None:
-    """By its terms; at r = 1 it is sCM's, and at any other r it isn't."""
+    """Check it by its terms; at r = 1 it is sCM's, and at any other r it isn't."""
     golden = Golden(case)
 
     def consistency(one: Golden, net: Net) -> Tensor:
@@ -77,7 +78,7 @@ def test_rcm_s_consistency_with_its_own_warm_up(case: str) -> None:
 
 
 def test_rcm() -> None:
-    """Both terms, and their sum at the official weights."""
+    """Check both terms, and their sum at the official weights."""
     golden = Golden("rcm")
     agree_in_loss(golden, lambda one, net: rcm_loss(one, net)[0])
     loss, metrics = rcm_loss(golden, golden.net)
@@ -92,13 +93,13 @@ def test_rcm() -> None:
 
 
 def rcm_ratio(golden: Golden, **changes: Any) -> float:
-    """The norm of the score's gradient over that of consistency's, in the preset with these settings.
+    """Return the norm of the score's gradient over that of consistency's, in the preset with these settings.
 
     A learned weight stands at its optimum, the logarithm of each row's error.
     """
 
     class Preset(METHODS["rcm"]):  # type: ignore[misc]
-        """The preset at the file's times and noise."""
+        """Preset at the file's times and noise."""
 
         def draw_times(self, context: Context) -> tuple[Tensor, ...]:
             return (golden["t"],)
@@ -124,7 +125,7 @@ def rcm_ratio(golden: Golden, **changes: Any) -> float:
 
 
 def test_rcm_s_preset_gives_the_score_its_official_share_of_the_gradient() -> None:
-    """To one per cent; a learned weight takes most of it away, as does the weight that was the default with it."""
+    """Check it to one per cent; a learned weight takes most of it away, as does the former default's weight."""
     golden = Golden("rcm")
     assert rcm_ratio(golden) == pytest.approx(golden["ratio"].item(), rel=1e-2)
     assert rcm_ratio(golden, learned_weight=True, score_weight=0.01) < 0.1 * golden["ratio"].item()

@@ -1,4 +1,4 @@
-"""The identities as building blocks: each is the derivative or the jump that it says, and fits the exact flow."""
+"""Check the identities as building blocks: each is the derivative or the jump that it says, and fits the exact flow."""
 
 from __future__ import annotations
 

@@ -15,6 +15,29 @@ from fastdistill.objectives.imm import imm, imm_weight, mmd2
 from fastdistill.paths import EDM, FM, ICFM, LINEAR, OTCFM, Cosine, Path
 from fastdistill.samplers import Net
 from fastdistill.times import imm_times
+from tests.objectives.cases import WIDTH, Gate
+from tests.objectives.descent import Case
+
+
+def in_groups(gate: Gate, theta: float) -> None:
+    """Return IMM's times: equal in groups of four, s < r < t."""
+    gate.times = {name: value[::4].repeat_interleave(4) for name, value in gate.times.items()}
+    gate.times["s"] = 0.5 * gate.times["r"]
+
+
+def imm_slope(gate: Gate, d: Tensor) -> Tensor:
+    """Return the slope: jumps from t and from r end in one point, off by -theta d^3 e and -theta (r - s)^3 e.
+
+    Of -2 k(p_j, q_j) / M^2, k = exp(-|p - q| / (d W)), the derivative by theta through p is 2 d^3 |e| / (d W M^2), with
+    theta's sign; the sum over M rows leaves one M. All other pairs add what falls with theta.
+    """
+    return imm_weight(gate.path, gate.times["t"]) * 2 * d**2 * WIDTH**0.5 / (4 * WIDTH)
+
+
+DESCENT = {
+    "imm": Case("imm", imm_slope, taught=False, prepare=in_groups, order=0),
+}
+
 
 PATHS = [pytest.param(path, id=type(path).__name__) for path in (LINEAR, Cosine(), FM(0.1), ICFM(0.2), EDM(0.05, 5.0))]
 ROWS = 600
@@ -25,7 +48,7 @@ def law_on(path: Path) -> Gaussian:
 
 
 def discrepancy(net: Net, path: Path, *, shift: float = 0.0) -> float:
-    """MMD^2 of one large group from t = 0.9 and from r = 0.4 to s = 0.2, unbiased."""
+    """Return MMD^2 of one large group from t = 0.9 and from r = 0.4 to s = 0.2, unbiased."""
     x0, x1 = law_on(path).sample(ROWS), torch.randn(ROWS, 2, dtype=torch.float64)
     t, r, s = (torch.full((ROWS,), time, dtype=torch.float64) for time in (0.9, 0.4, 0.2))
     _, metrics = imm(net, x0 + shift, x1, t, r, s, path=path, group=ROWS, statistic="u", sharpness=4.0)
@@ -60,7 +83,7 @@ def test_discrepancy_is_the_sum_over_pairs() -> None:
 
 
 def test_one_statistic_is_unbiased_and_the_other_is_not() -> None:
-    """Many groups of four from one law."""
+    """Check many groups of four from one law."""
     p, q = torch.randn(2, 20_000, 4, 2)
     u, v = (mmd2(p, q, torch.ones(20_000), statistic) for statistic in ("u", "v"))  # type: ignore[arg-type]
     assert abs(u.mean().item()) < 5 * u.std().item() / 20_000**0.5
@@ -78,7 +101,7 @@ def test_discrepancy_has_a_finite_gradient_where_rows_coincide() -> None:
 
 
 def test_gradient_flows_through_the_jump_from_t_alone() -> None:
-    """And the states share data and noise: DDIM's step with the true data is the path itself."""
+    """Check that the states share data and noise: DDIM's step with the true data is the path itself."""
     law = law_on(LINEAR)
     x0, x1 = law.sample(8), torch.randn(8, 2, dtype=torch.float64)
     t, r, s = (torch.tensor(pair).double().repeat_interleave(4) for pair in ([0.9, 0.5], [0.6, 0.4], [0.1, 0.2]))
@@ -113,7 +136,7 @@ def test_gradient_flows_through_the_jump_from_t_alone() -> None:
 
 
 def test_descent_on_the_loss_finds_the_exact_map_of_a_gaussian() -> None:
-    """One unknown: the factor of the exact average velocity, from 0.2 towards 1."""
+    """Check one unknown: the factor of the exact average velocity, from 0.2 towards 1."""
     law = law_on(LINEAR)
     generator = torch.Generator().manual_seed(1)
     factor = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
@@ -130,7 +153,7 @@ def test_descent_on_the_loss_finds_the_exact_map_of_a_gaussian() -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_weight_is_the_papers(path: Path) -> None:
-    """From the logarithm of the signal-to-noise ratio, with its slope by autograd."""
+    """Check it from the logarithm of the signal-to-noise ratio, with its slope by autograd."""
     t = torch.linspace(0.05, 0.95, 10, dtype=torch.float64)
 
     def log_ratio(t: Tensor) -> Tensor:

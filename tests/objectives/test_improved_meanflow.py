@@ -10,11 +10,19 @@ from torch import Tensor
 
 from fastdistill.jvp import jvp
 from fastdistill.objectives import Guidance, improved_meanflow, meanflow
-from tests.objectives.cases import ROWS, SmallNet, assert_same_gradient, gradients, random_batch
+from tests.objectives.cases import ROWS, WIDTH, SmallNet, assert_same_gradient, gradients, random_batch
+from tests.objectives.descent import Case, diagonal, share
+
+TAUGHT = {"improved_meanflow": {}}
+FROM_DATA = {"improved_meanflow": {}}
+DESCENT = {
+    "improved meanflow": Case("improved_meanflow", lambda g, d: 2 * WIDTH * d**2 * 3 * d**2 / 1e-2),
+    "improved meanflow, diagonal": Case("improved_meanflow", lambda g, d: 2 * WIDTH * share(g) / 1e-2, diagonal),
+}
 
 
 def test_it_is_meanflow_along_the_networks_own_velocity() -> None:
-    """The two residuals are the same sum; only the direction of the jvp differs."""
+    """Check that the two residuals are the same sum; only the direction of the jvp differs."""
     net, (x0, x1, times) = SmallNet(), random_batch()
     t, s = times["t"], times["s"]
     own = net((1 - t)[:, None] * x0 + t[:, None] * x1, t, t).detach()[t != s]
@@ -40,7 +48,7 @@ def test_head_gives_the_direction_and_is_trained_beside() -> None:
 
 
 def test_head_gives_the_estimates_of_guidance_too() -> None:
-    """With one label that moves nothing but the head, the target is v_hat + (1 - 1 / scale) (v_y - v_null)."""
+    """Check the target v_hat + (1 - 1 / scale) (v_y - v_null) when one label moves nothing but the head."""
     net, (x0, x1, times), y = SmallNet(), random_batch(), torch.arange(ROWS) % 3
     t = times["t"]
 
@@ -55,7 +63,7 @@ def test_head_gives_the_estimates_of_guidance_too() -> None:
 
 
 def test_scales_by_row_condition_direction_and_tangent() -> None:
-    """The network is always told the scale of the very row."""
+    """Check that the network is always told the scale of the very row."""
     (x0, x1, times), y = random_batch(), torch.arange(ROWS) % 3
     inner, scale = SmallNet(), 1 + torch.arange(ROWS, dtype=torch.float64)
 
@@ -69,7 +77,7 @@ def test_scales_by_row_condition_direction_and_tangent() -> None:
 
 
 def test_no_label_is_asked_at_the_scale_one() -> None:
-    """By the head, in the guidance of the target; the rows' own scales go with their labels."""
+    """Check it by the head, in the guidance of the target; the rows' own scales go with their labels."""
     (x0, x1, times), y = random_batch(), torch.arange(ROWS) % 3
     inner, scale = SmallNet(), 1.5 + torch.rand(ROWS, dtype=torch.float64)
     asked: list[Tensor] = []
@@ -90,7 +98,7 @@ def test_no_label_is_asked_at_the_scale_one() -> None:
 
 @pytest.mark.parametrize("guided", [False, True])
 def test_the_tangent_of_a_dropped_row_runs_along_the_velocity_of_its_label(guided: bool) -> None:
-    """Its target is v_hat, its network is asked without a label, and only the direction knows the label."""
+    """Check that its target is v_hat, its network is asked without a label, and only the direction knows it."""
     net, (x0, x1, times), labels = SmallNet(), random_batch(), torch.arange(ROWS) % 3
     t, s, y = times["t"], times["s"], torch.where(torch.arange(ROWS) % 2 == 0, 3, labels)
     guidance = Guidance.improved(2.0, null=3) if guided else None

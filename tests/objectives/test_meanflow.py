@@ -19,6 +19,17 @@ from fastdistill.objectives import Guidance, meanflow
 from fastdistill.paths import LINEAR, Cosine, Linear, Path
 from fastdistill.samplers import Net, average_velocity
 from fastdistill.times import LogitNormal, distinct_rows, pair_times
+from tests.objectives import cases
+from tests.objectives.descent import Case, diagonal, share
+
+TAUGHT = {"meanflow": {}}
+FROM_DATA = {"meanflow": {}}
+DESCENT = {
+    "meanflow": Case("meanflow", lambda g, d: 2 * cases.WIDTH * d**2 * 3 * d**2 / 1e-2),
+    "meanflow from data": Case("meanflow", lambda g, d: 2 * cases.WIDTH * d**2 * 3 * d**2 / 1e-2, taught=False),
+    "meanflow, diagonal": Case("meanflow", lambda g, d: 2 * cases.WIDTH * share(g) / 1e-2, diagonal),
+}
+
 
 EXACT = 1e-10
 ROWS, WIDTH = 64, 4
@@ -27,7 +38,7 @@ Jvp = Callable[..., Any]
 
 
 def batch(distinct: float = 0.75) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x0, x1 (ROWS, WIDTH), t and s (ROWS,), all float64."""
+    """Draw x0, x1 (ROWS, WIDTH), t and s (ROWS,), all float64."""
     x0, x1 = torch.randn(2, ROWS, WIDTH, dtype=torch.float64)
     t, s = pair_times(ROWS, LogitNormal(0.0, 1.0), distinct)
     return x0, x1, t.double(), s.double()
@@ -53,14 +64,14 @@ def residual(net: Net, *arguments: Tensor, **options: Any) -> float:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("distinct", [0.0, 0.75, 1.0])
 def test_residual_vanishes_at_the_exact_average_velocity(path: Path, distinct: float) -> None:
-    """With the exact velocity as teacher there is no noise: each row's residual is zero."""
+    """Check that with the exact velocity as teacher there is no noise: each row's residual is zero."""
     net = exact_net(gaussian_law(path))
     assert residual(net, *batch(distinct), path=path, teacher=net) < EXACT
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_gradient_from_data_vanishes_at_the_exact_average_velocity(path: Path) -> None:
-    """The conditional velocity stands for the marginal one: the same expectation, because D_w u is linear in w.
+    """Check that v_hat stands for v: the same expectation, because D_w u is linear in w.
 
     Data and noise are whitened, so that their sample moments are the Gaussian's own and expectations are sums.
     """
@@ -86,7 +97,7 @@ def test_gradient_from_data_vanishes_at_the_exact_average_velocity(path: Path) -
 def detached(
     fn: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor]:
-    """PyTorch's own forward mode, with the calling convention of `fastdistill.jvp`."""
+    """Call PyTorch's own forward mode, with the calling convention of `fastdistill.jvp`."""
     dense = tuple(
         torch.full_like(primal, tangent or 0.0) if not isinstance(tangent, Tensor) else tangent
         for primal, tangent in zip(primals, tangents, strict=True)
@@ -113,7 +124,7 @@ def wrong_sign(fn: Any, primals: Any, tangents: Any) -> tuple[Tensor, Tensor]:
 
 
 def gap_held_fixed(fn: Any, primals: Any, tangents: Any) -> Any:
-    """A network of (x, t, h = t - s) differentiated along (w, 1, 0), where (w, 1, 1) is right: s moves along with t."""
+    """Differentiate a network of (x, t, h = t - s) along (w, 1, 0), where (w, 1, 1) is right: s moves along with t."""
     x, t, s = primals
     return jvp(lambda x, t, h: fn(x, t, t - h), (x, t, t - s), tangents)
 
@@ -125,7 +136,7 @@ def backward_velocity(fn: Any, primals: Any, tangents: Any) -> Any:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("mutant", [swapped_times, no_time_tangent, wrong_sign, gap_held_fixed, backward_velocity])
 def test_a_wrong_tangent_leaves_a_residual_at_the_exact_solution(mutant: Jvp, path: Path) -> None:
-    """Measured over eight seeds: 0.16 to 0.98, against 1e-15 for the right tangent."""
+    """Check what was measured over eight seeds: 0.16 to 0.98, against 1e-15 for the right tangent."""
     net = exact_net(gaussian_law(path))
     assert residual(net, *batch(1.0), path=path, teacher=net, jvp=mutant) > 0.05
 
@@ -140,7 +151,7 @@ def test_a_path_other_than_the_velocitys_leaves_a_residual() -> None:
 
 
 class SmallNet(nn.Module):
-    """A labelled network of (x, t, s) with enough bend for its derivatives to matter."""
+    """Network of (x, t, s) with labels and enough bend for its derivatives to matter."""
 
     def __init__(self, features: int = 2, width: int = 64, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -174,7 +185,7 @@ def test_tangent_agrees_with_central_differences_along_the_flow() -> None:
 @pytest.mark.parametrize("distinct", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("p", [0.0, 0.75, 1.0])
 def test_gradient_is_the_hand_derived_one_with_a_detached_target(driver: Jvp, distinct: float, p: float) -> None:
-    """The gradient is sum over rows of 2 weight / B * (du/dtheta)^T residual, weight = [e + c]^-p; no row is split."""
+    """Check the gradient sum over rows of 2 weight / B * (du/dtheta)^T residual, weight = [e + c]^-p; no split rows."""
     net, (x0, x1, t, s), y = SmallNet(WIDTH, dtype=torch.float64), batch(distinct), torch.arange(ROWS) % 4
     loss, metrics = meanflow(net, x0, x1, t, s, y=y, p=p, c=0.05, jvp=driver)
     x, w = Linear().interpolate(x0, x1, t), x1 - x0
@@ -231,7 +242,7 @@ def test_counted_and_found_rows_give_the_same_loss() -> None:
 
 
 def test_metrics_show_what_the_adaptive_loss_hides() -> None:
-    """At p = 1 the loss is near 1 whether the network is hopeless or merely bad; the raw error tells them apart."""
+    """Check that at p = 1 the loss is near 1 whether the network is hopeless or merely bad; the raw error differs."""
     arguments, metrics = batch(), []
     for size in (10.0, 1000.0):
         _, measured = meanflow(lambda x, t, s, y, size=size: size + 0 * x, *arguments)
@@ -269,7 +280,7 @@ def test_bad_batches_are_refused_by_name() -> None:
 
 
 def improvement(driver: Jvp, taught: bool) -> float:
-    """Error of the one-step map after 300 steps on the ring, over that of the untrained network."""
+    """Return the error of the one-step map after 300 steps on the ring, over that of the untrained network."""
     ring, net, count, distinct = Ring(), SmallNet(), 256, 0.5
     noise, one = torch.randn(1000, 2), torch.ones(1000)
     truth = ring.flow_map(noise, one, 0 * one)
@@ -293,10 +304,10 @@ def improvement(driver: Jvp, taught: bool) -> float:
 
 @pytest.mark.parametrize("taught", [True, False], ids=["teacher", "data"])
 def test_a_short_training_brings_one_step_closer_to_the_exact_map(taught: bool) -> None:
-    """Measured 0.45 to 0.50 with the exact velocity as teacher, 0.53 to 0.58 from data, over three seeds."""
+    """Check what was measured over three seeds: 0.45 to 0.50 with the exact teacher, 0.53 to 0.58 from data."""
     assert improvement(jvp, taught) < 0.7
 
 
 def test_a_short_training_with_the_wrong_sign_leads_away_from_the_exact_map() -> None:
-    """Measured 3.0 to 3.7 over three seeds."""
+    """Check what was measured over three seeds: 3.0 to 3.7."""
     assert improvement(wrong_sign, taught=True) > 1

@@ -92,7 +92,7 @@ def test_learned_variance_starts_as_no_weight_and_ends_as_the_logarithm_of_the_e
 @pytest.mark.parametrize("path", [LINEAR, Cosine()])
 @pytest.mark.parametrize(("weight", "prediction"), [("velocity", "v"), ("data", "x0"), ("noise", "x1")])
 def test_weight_of_time_is_the_square_of_its_prediction(weight: str, prediction: str, path: Path) -> None:
-    """Flow matching under the weight equals the plain mean square of the converted prediction."""
+    """Check that flow matching under the weight equals the plain mean square of the converted prediction."""
     x0, x1 = torch.randn(2, 32, 4, dtype=torch.float64)
     t = 0.1 + 0.8 * torch.rand(32, dtype=torch.float64)
     x, net = path.interpolate(x0, x1, t), lambda x, t, s, y: x.sin()

@@ -15,13 +15,9 @@ from torch import Tensor
 from fastdistill.paths import FM, LINEAR, Cosine, Linear, Path, TrigFlow, expand_time
 from fastdistill.samplers import Net
 from tests.objectives.cases import (
-    EULERIAN,
     EULERIAN_MUTANTS,
     EXACT,
-    FROM_DATA,
-    LAGRANGIAN,
     LAGRANGIAN_MUTANTS,
-    TAUGHT,
     Gate,
     Jvp,
     instantaneous,
@@ -30,6 +26,7 @@ from tests.objectives.cases import (
     reversed_velocity,
     too_far,
 )
+from tests.objectives.collected import EULERIAN, FROM_DATA, LAGRANGIAN, TAUGHT
 
 # What a planted error leaves at the least, over three seeds: residuals of 0.03 and gradients of 1e-4.
 RESIDUAL, GRADIENT = 0.01, 2e-5
@@ -37,7 +34,7 @@ PATHS = [pytest.param(path, id=type(path).__name__) for path in (Linear(), Cosin
 
 
 def assert_found(residual: float, gradient: float) -> None:
-    """Both are far above the bound of tier 0."""
+    """Assert that both are far above the bound of tier 0."""
     assert residual > RESIDUAL
     assert gradient > GRADIENT
 
@@ -46,7 +43,7 @@ def assert_found(residual: float, gradient: float) -> None:
 @pytest.mark.parametrize("mutant", EULERIAN_MUTANTS)
 @pytest.mark.parametrize("name", EULERIAN)
 def test_a_wrong_tangent_of_the_start_is_found(name: str, mutant: Jvp, path: Path) -> None:
-    """The methods whose tangent is (w, 1, 0)."""
+    """Check the methods whose tangent is (w, 1, 0)."""
     assert_found(*Gate(name, path, taught=True, options=TAUGHT[name])(jvp=mutant))
 
 
@@ -54,7 +51,7 @@ def test_a_wrong_tangent_of_the_start_is_found(name: str, mutant: Jvp, path: Pat
 @pytest.mark.parametrize("mutant", LAGRANGIAN_MUTANTS)
 @pytest.mark.parametrize("name", LAGRANGIAN)
 def test_a_wrong_tangent_of_the_end_is_found(name: str, mutant: Jvp, path: Path) -> None:
-    """The methods whose tangent is (0, 0, 1)."""
+    """Check the methods whose tangent is (0, 0, 1)."""
     assert_found(*Gate(name, path, taught=True, options=TAUGHT[name])(jvp=mutant))
 
 
@@ -66,7 +63,7 @@ Mutant = Callable[[Net], Net]
 @pytest.mark.parametrize("mutant", NETWORKS)
 @pytest.mark.parametrize("name", TAUGHT)
 def test_a_wrong_student_is_found_with_the_exact_teacher(name: str, mutant: Mutant) -> None:
-    """All methods that take one; the bootstrapping ones have rows with s = t, too."""
+    """Check all methods that take one; the bootstrapping ones have rows with s = t, too."""
     gate = Gate(name, Cosine(), taught=True, options=TAUGHT[name])
     assert_found(*gate(mutant(gate.net)))
 
@@ -74,7 +71,7 @@ def test_a_wrong_student_is_found_with_the_exact_teacher(name: str, mutant: Muta
 @pytest.mark.parametrize("mutant", [instantaneous, reversed_velocity, too_far])
 @pytest.mark.parametrize("name", FROM_DATA)
 def test_a_wrong_student_is_found_from_data(name: str, mutant: Mutant) -> None:
-    """But flow matching never looks at s."""
+    """Check all but flow matching, which never looks at s."""
     gate = Gate(name, Cosine(), taught=False, options=FROM_DATA[name])
     if name == "flow_matching" and mutant is instantaneous:
         assert max(gate(mutant(gate.net))) < EXACT
@@ -85,14 +82,14 @@ def test_a_wrong_student_is_found_from_data(name: str, mutant: Mutant) -> None:
 @pytest.mark.parametrize("mutant", VELOCITIES)
 @pytest.mark.parametrize("name", [name for name in TAUGHT if name != "consistency"])
 def test_a_wrong_teacher_is_found(name: str, mutant: Mutant) -> None:
-    """The exact student; consistency has its solver in the next test."""
+    """Check it with the exact student; consistency has its solver in the next test."""
     gate = Gate(name, Cosine(), taught=True, options=TAUGHT[name])
     assert_found(*gate(teacher=mutant(gate.net)))
 
 
 @pytest.mark.parametrize("error", ["stays", "wrong way", "full step"])
 def test_a_wrong_solver_is_found(error: str) -> None:
-    """Of consistency distillation."""
+    """Check consistency distillation."""
     gate = Gate("consistency", Cosine(), taught=True)
 
     def solver(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
@@ -105,7 +102,7 @@ def test_a_wrong_solver_is_found(error: str) -> None:
 @pytest.mark.parametrize("mutant", NETWORKS)
 @pytest.mark.parametrize("name", ["consistency", "shortcut", "psd"])
 def test_a_wrong_target_is_found(name: str, mutant: Mutant) -> None:
-    """What stands on the stopped side of methods that compare two evaluations."""
+    """Check what stands on the stopped side of methods that compare two evaluations."""
     gate = Gate(name, Cosine(), taught=True, options=TAUGHT[name])
     assert_found(*gate(target=mutant(gate.net)))
 
@@ -113,7 +110,7 @@ def test_a_wrong_target_is_found(name: str, mutant: Mutant) -> None:
 @pytest.mark.parametrize("mutant", VELOCITIES)
 @pytest.mark.parametrize("name", ["ect", "alpha_flow"])
 def test_a_wrong_target_is_found_from_data(name: str, mutant: Mutant) -> None:
-    """On the straight path, where alpha-Flow is exact at any alpha."""
+    """Check it on the straight path, where alpha-Flow is exact at any alpha."""
     gate = Gate(name, LINEAR, taught=False, options=FROM_DATA[name] | ({"alpha": 0.5} if name == "alpha_flow" else {}))
     assert max(gate()) < EXACT
     assert_found(*gate(target=mutant(gate.net)))
@@ -122,7 +119,7 @@ def test_a_wrong_target_is_found_from_data(name: str, mutant: Mutant) -> None:
 @pytest.mark.parametrize("mutant", VELOCITIES)
 @pytest.mark.parametrize("name", ["esd", "lsd", "tvm"])
 def test_a_wrong_velocity_of_the_target_is_found(name: str, mutant: Mutant) -> None:
-    """The methods whose target gives the velocity."""
+    """Check the methods whose target gives the velocity."""
     gate = Gate(name, Cosine(), taught=True)
     assert_found(*gate(target=mutant(gate.net)))
 
@@ -132,7 +129,7 @@ def test_a_wrong_velocity_of_the_target_is_found(name: str, mutant: Mutant) -> N
 
 @dataclass(frozen=True)
 class SeedGaussian(TrigFlow):
-    """The seed's row "Gaussian": (d_alpha - d_beta alpha / beta) x0 + (d_beta / beta) x1, where x_t should stand."""
+    """Path of the seed's row "Gaussian": (d_alpha - d_beta alpha / beta) x0 + (d_beta / beta) x1, x_t's place lost."""
 
     def velocity(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
         t = expand_time(t, x0)
@@ -142,7 +139,7 @@ class SeedGaussian(TrigFlow):
 
 @dataclass(frozen=True)
 class SeedFM(FM):
-    """The seed's row "FM", (x1 - (1 - sigma) x_t) / (1 - sigma + sigma t), where data are x1 and t rises to them."""
+    """Path of the seed's row "FM", (x1 - (1 - sigma) x_t) / (1 - sigma + sigma t), where t rises to the data x1."""
 
     def velocity(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
         state, time = self.interpolate(x0, x1, t), expand_time(t, x0)
@@ -151,7 +148,7 @@ class SeedFM(FM):
 
 @dataclass(frozen=True)
 class Backwards(Linear):
-    """x0 - x1: from noise to data while t rises."""
+    """Path with velocity x0 - x1: from noise to data while t rises."""
 
     def velocity(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
         return x0 - x1
@@ -167,7 +164,7 @@ WRONG_PATHS = [
 @pytest.mark.parametrize(("wrong", "right"), WRONG_PATHS)
 @pytest.mark.parametrize("name", ["flow_matching", "meanflow", "improved_meanflow", "alpha_flow", "facm", "tvm"])
 def test_a_wrong_velocity_of_the_path_is_found(name: str, wrong: Path, right: Path) -> None:
-    """The methods that follow v_hat; consistency training follows states only."""
+    """Check the methods that follow v_hat; consistency training follows states only."""
     gate = Gate(name, right, taught=False, options=FROM_DATA[name])
     assert max(gate()) < EXACT
     assert_found(*gate(path=wrong))
@@ -175,7 +172,7 @@ def test_a_wrong_velocity_of_the_path_is_found(name: str, wrong: Path, right: Pa
 
 @pytest.mark.parametrize("name", ["scm", "rcm"])
 def test_a_wrong_velocity_is_found_by_continuous_consistency_where_the_map_is_not_constant(name: str) -> None:
-    """All of one point's states lead to it, along whatever velocity, unless the path ends in noise around it."""
+    """Check that all of one point's states lead to it by any velocity, unless the path ends in noise around it."""
     gate = Gate(name, FM(0.1), taught=False, options={"parameterization": "average"})
     assert max(gate()) < EXACT
     assert_found(*gate(path=SeedFM(0.1)))
@@ -191,7 +188,7 @@ class OwnNoise(FM):
 
 @pytest.mark.parametrize("name", ["consistency", "ect"])
 def test_noise_that_is_not_shared_is_found(name: str) -> None:
-    """On a path that ends in noise around the point, so that each noise has an end of its own."""
+    """Check it on a path that ends in noise around the point, so that each noise has an end of its own."""
     gate = Gate(name, FM(0.5), taught=False, options=FROM_DATA[name])
     assert max(gate()) < EXACT
     assert_found(*gate(path=OwnNoise(0.5)))

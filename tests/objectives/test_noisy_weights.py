@@ -1,4 +1,4 @@
-"""From data with noise: which losses have the marginal solution as their optimum, and which have another one.
+"""Check from data with noise which losses have the marginal solution as their optimum, and which have another one.
 
 A loss that weighs a row by its own error, even detached, is stationary where E[w(D) D | x_t] = 0 for the row's residual
 D = u - target. D holds the noise of v_hat. So this is E[D | x_t] = 0 only where w doesn't depend on D, or where the law
@@ -30,7 +30,7 @@ ZERO, MOVED = 1e-5, 3e-3
 
 
 def posterior(nodes: int = 8) -> tuple[Tensor, Tensor, Tensor]:
-    """Data x0 and noise x1 (N, 2) of x_t = POINT at t = T, and the posterior's weights (N,), by Gauss and Hermite.
+    """Return data x0 and noise x1 (N, 2) of x_t = POINT at t = T, and the posterior's weights (N,), by quadrature.
 
     Given a mode and x_t, x0 is Gaussian. N is 8 nodes^2; polynomials of low degree have exact means.
     """
@@ -47,7 +47,7 @@ def posterior(nodes: int = 8) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Case:
-    """A method from data, at which end of the jump it is asked, and whether its weight moves the optimum.
+    """Case of a method from data, at which end of the jump it is asked, and whether its weight moves the optimum.
 
     end: "diagonal" (s = t), "jump" (s = 0.4 t) or "data" (s = 0; for discrete consistency r = 0, which is denoising).
     """
@@ -63,7 +63,7 @@ class Case:
 
 
 def weighting(t: Tensor, s: Tensor) -> Tensor:
-    """A learned log-variance that has learnt something: a function of times alone."""
+    """Return a learned log-variance that has learnt something: a function of times alone."""
     torch.manual_seed(1)
     net = LogVariance().double()
     torch.nn.init.normal_(net.linear.weight)
@@ -105,7 +105,7 @@ CASES = [
 
 
 def gradient(case: Case, shift: Tensor | float = 0.0) -> Tensor:
-    """The expected gradient (2,) by the network's output at POINT, at the marginal solution moved by `shift` there."""
+    """Return the expected gradient (2,) by the network's output at POINT, the marginal solution moved by `shift`."""
     objective = objectives.get(case.name)
     x0, x1, weights = posterior()
     t = torch.full((len(x0),), T, dtype=torch.float64)
@@ -126,13 +126,13 @@ def gradient(case: Case, shift: Tensor | float = 0.0) -> Tensor:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_expected_gradient_at_the_marginal_solution(case: Case) -> None:
-    """It vanishes where the loss is a plain square, and not where a row's own noise decides the row's weight."""
+    """Check that it vanishes for a plain square, and not where a row's own noise decides the row's weight."""
     found = gradient(case).abs().max().item()
     assert (found > MOVED) if case.moved else (found < ZERO)
 
 
 def fixed_point(targets: Tensor, masses: Tensor, p: float, c: float, start: Tensor) -> Tensor:
-    """u (2,) with E[(|u - target|^2 + c)^-p (u - target)] = 0, the one that is reached from `start`."""
+    """Return u (2,) with E[(|u - target|^2 + c)^-p (u - target)] = 0, the one that is reached from `start`."""
     u = start
     for _ in range(5000):
         weights = masses * ((u - targets).square().sum(1) + c) ** -p
@@ -143,7 +143,7 @@ def fixed_point(targets: Tensor, masses: Tensor, p: float, c: float, start: Tens
 
 
 def jump_targets(end: float, along: str) -> tuple[Tensor, Tensor]:
-    """The targets v_hat - (t - s) D u (N, 2) at POINT, and the exact u (2,) there.
+    """Return the targets v_hat - (t - s) D u (N, 2) at POINT, and the exact u (2,) there.
 
     The derivative runs along the row's v_hat, or along the marginal v.
     """
@@ -159,7 +159,7 @@ def jump_targets(end: float, along: str) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(("name", "p"), [("meanflow", 0.5), ("improved_meanflow", 1.0)])
 def test_the_optimum_of_a_weighed_jump_is_another_velocity(name: str, p: float) -> None:
-    """At the root of E[w(D) D] = 0, solved beside the objective, its gradient vanishes; that of p = 0 doesn't."""
+    """Check that at the root of E[w(D) D] = 0 its gradient vanishes, and that of p = 0 doesn't."""
     targets, u = jump_targets(0.4 * T, "v_hat" if name == "meanflow" else "v")
     best = fixed_point(targets, posterior()[2], p, 0.01, u)
     assert (best - u).norm() > 0.05
@@ -181,7 +181,7 @@ def test_the_optimum_of_a_weighed_jump_is_another_velocity(name: str, p: float) 
     ids=str,
 )
 def test_the_optimum_on_the_diagonal_is_where_the_weighed_mean_vanishes(case: Case, p: float, c: float) -> None:
-    """Of denoising, too: ECT and Pseudo-Huber training then learn a smoothed median of x0 and not its mean."""
+    """Check it for denoising, too: ECT and Pseudo-Huber training then learn a smoothed median of x0, not its mean."""
     x0, x1, masses = posterior()
     v = masses @ (x1 - x0)
     best = fixed_point(x1 - x0, masses, p, c, v)
@@ -196,7 +196,7 @@ def test_the_quadrature_has_the_rings_velocity() -> None:
 
 
 def relative_bias(p: float, points: int = 96) -> float:
-    """(E|u* - v|^2 / E|v|^2)^(1/2) over x_t at t = 1/2, for the optimum u* of A(p, 0.01) that is reached from v.
+    """Return (E|u* - v|^2 / E|v|^2)^(1/2) over x_t at t = 1/2, for the optimum u* of A(p, 0.01) reached from v.
 
     The posterior of x0 is a sum over a square lattice of step .04, which resolves c; the points are draws
     of x_t.
@@ -220,5 +220,5 @@ def relative_bias(p: float, points: int = 96) -> float:
 
 @pytest.mark.parametrize(("p", "bias"), [(0.0, 0.0), (0.5, 0.45), (1.0, 0.83)])
 def test_the_articles_numbers_of_the_bias(p: float, bias: float) -> None:
-    """docs/methods.md, "How a residual becomes a loss"."""
+    """Check docs/methods.md, "How a residual becomes a loss"."""
     assert relative_bias(p) == pytest.approx(bias, abs=0.06)

@@ -1,4 +1,4 @@
-"""rCM: sCM plus a score gradient on the network's own one-step samples."""
+"""Check rCM: sCM plus a score gradient on the network's own one-step samples."""
 
 from __future__ import annotations
 
@@ -11,11 +11,36 @@ from torch import Tensor
 from fastdistill.jvp import jvp
 from fastdistill.objectives import adapters, dmd_gradient, rcm, scm
 from fastdistill.paths import EDM, LINEAR, Path, TrigFlow
-from tests.objectives.cases import ROWS, WIDTH, SmallNet, assert_same_gradient, exact_net, gaussian_law, random_batch
+from tests.objectives.cases import (
+    ROWS,
+    WIDTH,
+    Gate,
+    SmallNet,
+    assert_same_gradient,
+    exact_net,
+    gaussian_law,
+    random_batch,
+)
+from tests.objectives.descent import Case, first
+
+
+def towards_the_map(gate: Gate, theta: float) -> None:
+    """Return rCM's score term, pulled back to where the exact map takes the noise."""
+    one = torch.ones(ROWS, dtype=torch.float64)
+    exact = gate.law.flow_map(gate.x1, one, 0 * one)
+    gate.keywords["score_gradient"] = lambda samples, y: samples - exact
+
+
+TAUGHT = {"rcm": {}}
+FROM_DATA = {"rcm": {}}
+DESCENT = {
+    "rcm": Case("rcm", lambda g, d: 2 * d**2 * 3 * d**2 / 0.1),
+    "rcm, score": Case("rcm", lambda g, d: 0.02 + 0 * d, first, prepare=towards_the_map),
+}
 
 
 def test_it_is_the_weighted_sum_of_both_terms() -> None:
-    """The second's gradient by the samples is delta; its samples start from the path's noise."""
+    """Check that the second's gradient by the samples is delta; its samples start from the path's noise."""
     net, (x0, x1, times) = SmallNet(), random_batch()
     path, one, delta = TrigFlow(0.5), torch.ones(ROWS, dtype=torch.float64), torch.randn(ROWS, WIDTH).double()
     ours, metrics = rcm(net, x0, x1, times["t"], path=path, score_gradient=delta, score_weight=0.3)
@@ -40,7 +65,7 @@ def test_a_callable_sees_the_samples_without_gradient_and_the_labels() -> None:
 
 
 def test_both_terms_vanish_at_the_exact_map() -> None:
-    """With DMD's gradient of exact velocities: fake is the samples' own law, here the data's."""
+    """Check DMD's gradient of exact velocities: fake is the samples' own law, here the data's."""
     law, (_, x1, times) = gaussian_law(TrigFlow(1.0)), random_batch()
     net, tau = exact_net(law), times["t"]
     options: dict[str, Any] = {"teacher": net, "path": law.path}
@@ -55,7 +80,7 @@ def test_both_terms_vanish_at_the_exact_map() -> None:
 
 @pytest.mark.parametrize("warmup", [0.0, 0.25, 1.0])
 def test_the_warm_up_is_its_own_on_the_circle(warmup: float) -> None:
-    """By hand in the authors' letters: the network's derivative enters whole at every share r of the warm-up."""
+    """Check it in the authors' letters: the network's derivative enters whole at every share r of the warm-up."""
     net, (x0, x1, times) = SmallNet(), random_batch()
     path, angle = TrigFlow(1.0), 0.5 * torch.pi * times["t"]
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
@@ -73,7 +98,7 @@ def test_the_warm_up_is_its_own_on_the_circle(warmup: float) -> None:
 @pytest.mark.parametrize("path", [LINEAR, TrigFlow(0.5), EDM(0.05, 20.0)], ids=lambda path: type(path).__name__)
 @pytest.mark.parametrize("form", ["velocity", "average"])
 def test_every_form_is_scms_at_the_end_of_the_warm_up(form: str, path: Path) -> None:
-    """And where nothing turns, on the linear path or with the average velocity, at every share of it."""
+    """Check it also where nothing turns, on the linear path or with the average velocity, at every share of it."""
     if form == "velocity" and isinstance(path, EDM):
         form = "average"
     net, (x0, x1, times) = SmallNet(), random_batch()

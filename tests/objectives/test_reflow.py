@@ -10,6 +10,21 @@ from fastdistill.eval.exact import Gaussian, Ring
 from fastdistill.objectives.reflow import coupled_pairs, straightness
 from fastdistill.paths import LINEAR, OTCFM, Cosine, Path
 from fastdistill.samplers import Net
+from tests.objectives.cases import Gate, exact_net
+from tests.objectives.descent import Case, diagonal
+
+
+def coupled_by_the_flow(gate: Gate, theta: float) -> None:
+    """Return ReFlow's pairs, and the network that is exact for them: that of the exact transport."""
+    gate.x0, gate.x1 = coupled_pairs(gate.net, gate.x1, None, 1, sampler="average_velocity")
+    gate.net = exact_net(Gaussian(gate.law.mean, gate.law.covariance, OTCFM()))
+    del gate.keywords["teacher"]
+
+
+DESCENT = {
+    "reflow": Case("flow_matching", lambda g, d: 2 + 0 * d, diagonal, prepare=coupled_by_the_flow),
+}
+
 
 MEAN = torch.tensor([0.4, -0.7], dtype=torch.float64)
 COVARIANCE = torch.tensor([[0.5, 0.2], [0.2, 0.3]], dtype=torch.float64)
@@ -49,7 +64,7 @@ def test_pairs_belong_to_their_labels_and_guidance_and_hold_no_graph() -> None:
 
 
 def test_straightness_has_its_closed_form_for_a_gaussian_on_a_line() -> None:
-    """On the linear path v is affine in x, so that S follows from moments along each trajectory; here by quadrature."""
+    """Check it on the linear path, where v is affine in x, so that S follows from moments; here by quadrature."""
     law = Gaussian(torch.tensor([0.0]).double(), torch.tensor([[0.09]]).double())
     x1 = torch.randn(64, 1, dtype=torch.float64)
     t = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
@@ -62,7 +77,7 @@ def test_straightness_has_its_closed_form_for_a_gaussian_on_a_line() -> None:
 
 
 def test_straightness_is_zero_for_straight_flows_alone() -> None:
-    """Under exact transport the flow is straight; of independent pairs, and of the ring, it is not."""
+    """Check that under exact transport the flow is straight; of independent pairs, and of the ring, it is not."""
     x1 = torch.randn(256, 2, dtype=torch.float64)
     assert abs(straightness(exact(OTCFM()), x1).item()) < 1e-12
     assert straightness(exact(), x1) > 0.05
@@ -73,13 +88,13 @@ def test_straightness_is_zero_for_straight_flows_alone() -> None:
 
 
 def test_one_round_of_reflow_straightens() -> None:
-    """Pairs of an exact Gaussian flow are transported pairs: the velocity of their interpolation is straight."""
+    """Check pairs of an exact Gaussian flow, which are transported: the velocity of their interpolation is straight."""
     x1 = torch.randn(4000, 2, dtype=torch.float64)
     x0, _ = coupled_pairs(exact(), x1, None, 1, sampler="average_velocity")
     before = straightness(exact(), x1).item()
 
     def fitted(x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Tensor:
-        """Flow matching's minimiser among affine functions of x at this t: least squares on the pairs."""
+        """Return flow matching's minimiser among affine functions of x at this t: least squares on the pairs."""
         rows = torch.cat((LINEAR.interpolate(x0, x1, t[0]), torch.ones(len(x0), 1).double()), 1)
         solution = torch.linalg.lstsq(rows, x1 - x0).solution
         return torch.cat((x, torch.ones(len(x), 1).double()), 1) @ solution

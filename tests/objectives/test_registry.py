@@ -1,8 +1,9 @@
-"""The table of methods: complete, true to the functions, and refused by name where something is missing."""
+"""Check the table of methods: complete, true to the functions, and refused by name where something is missing."""
 
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,16 +12,18 @@ from torch import Tensor
 
 from fastdistill import objectives
 from fastdistill.objectives import OBJECTIVES, Autoguidance, Guidance, Objective
+from fastdistill.objectives.registry import collect
 from fastdistill.paths import EDM, ICFM, PATHS, VE
 from fastdistill.samplers import SAMPLERS
-from tests.objectives.cases import FROM_DATA, ROWS, TAUGHT, WIDTH, SmallNet, draw_times
+from tests.objectives.cases import ROWS, WIDTH, SmallNet, draw_times
+from tests.objectives.collected import FROM_DATA, TAUGHT
 
 REGRESSION = [name for name, row in OBJECTIVES.items() if row.identity not in ("moment", "score")]
 ONE_LABEL = torch.zeros(ROWS, dtype=torch.int64)
 
 
 def run(name: str, **keywords: Any) -> tuple[Tensor, dict[str, Any]]:
-    """The method on random rows, with what it needs unless it is among the keywords."""
+    """Run the method on random rows, with what it needs unless it is among the keywords."""
     objective, times = objectives.get(name), draw_times()
     for key in [key for key in times if key in keywords]:
         times[key] = keywords.pop(key)
@@ -31,7 +34,7 @@ def run(name: str, **keywords: Any) -> tuple[Tensor, dict[str, Any]]:
 
 
 def test_every_regression_method_has_its_gates() -> None:
-    """Tier 0 and tier 1 are parametrised over these tables."""
+    """Check the tables over which tier 0 and tier 1 are parametrised."""
     assert set(REGRESSION) == set(TAUGHT) | set(FROM_DATA)
     assert {name for name in REGRESSION if "teacher" in OBJECTIVES[name].takes} == set(TAUGHT)
 
@@ -68,7 +71,7 @@ def test_metrics_are_detached_scalars_and_rows(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in REGRESSION if "distinct_rows" in OBJECTIVES[name].takes])
 def test_counted_rows_agree_with_found_rows(name: str) -> None:
-    """Sorted so that the rows with s != t lead, as the laws of times arrange them."""
+    """Check rows sorted so that those with s != t lead, as the laws of times arrange them."""
     times = draw_times()
     order = (times["s"] == times["t"]).to(torch.int8).argsort(stable=True)
     net, keywords = SmallNet(), {key: value[order] for key, value in times.items() if key in OBJECTIVES[name].times}
@@ -83,7 +86,7 @@ def test_counted_rows_agree_with_found_rows(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in REGRESSION if "weighting" in OBJECTIVES[name].takes])
 def test_learned_weight_enters_the_loss(name: str) -> None:
-    """A constant log-variance a turns a loss without anchor into exp(-a) loss + a; the score term is not weighed."""
+    """Check that a constant log-variance a turns a loss into exp(-a) loss + a; the score term is not weighed."""
     net, seeds, losses = SmallNet(), [], []
     for weighting in (None, lambda t, s: torch.full_like(t, 0.7)):
         torch.manual_seed(7)
@@ -98,7 +101,7 @@ def test_learned_weight_enters_the_loss(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in REGRESSION if "target" in OBJECTIVES[name].takes])
 def test_target_stands_on_the_stopped_side(name: str) -> None:
-    """Another target changes the loss and gets no gradient; the network itself as target changes nothing."""
+    """Check that another target changes the loss and gets no gradient, and that the network itself changes nothing."""
     net, other, losses = SmallNet(), SmallNet(), []
     options: dict[str, Any] = {"alpha": 0.5} if name == "alpha_flow" else {}
     for target in (None, net, other):
@@ -185,3 +188,17 @@ def test_an_unknown_objective_or_row_is_refused() -> None:
         Objective(objectives.meanflow, "eulerian", ("t", "s"), **texts, needs=frozenset({"fake"}))
     with pytest.raises(ValueError, match=r"^anywhere: expected an option of meanflow, got 'parameterization'"):
         Objective(objectives.meanflow, "eulerian", ("t", "s"), **texts, anywhere=("parameterization", "average"))
+
+
+def test_a_file_that_holds_no_whole_method_is_refused() -> None:
+    row = OBJECTIVES["esd"]
+    bad: list[tuple[Any, str]] = [
+        (objectives.esd, "expected METHOD to be an Objective with settings, got <function"),
+        (replace(row, settings=None), "expected METHOD to be an Objective with settings, got Objective"),
+        (OBJECTIVES["psd"], "expected METHOD of a function esd, got psd"),
+        ((row, row), "expected METHOD of a function esd, got esd"),
+    ]
+    assert list(collect({"esd": row})) == ["esd"]
+    for held, said in bad:
+        with pytest.raises(ImportError, match=rf"^fastdistill\.objectives\.esd: {said}"):
+            collect({"esd": held})

@@ -1,4 +1,4 @@
-"""sCM against its paper's formula on TrigFlow, against the hand-written one on the linear path, and in its limits."""
+"""Check sCM against its paper's formula on TrigFlow, the hand-written one on the linear path, and in its limits."""
 
 from __future__ import annotations
 
@@ -10,14 +10,33 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill.objectives import adapters, ayf_emd, scm
-from fastdistill.paths import TrigFlow
-from tests.objectives.cases import ROWS, SmallNet, assert_same_gradient, random_batch
+from fastdistill.paths import Cosine, TrigFlow
+from tests.objectives.cases import ROWS, Gate, SmallNet, assert_same_gradient, random_batch
+from tests.objectives.descent import Case
+
+
+def scm_on_the_circle(gate: Gate, d: Tensor) -> Tensor:
+    """Return the slope: F is off by t^3 / beta, g by -k D_w(t phi) / W = -3 t^2 k / W; k = beta' / W."""
+    path, t = gate.path, gate.times["t"]
+    beta, rise = path.beta(t), path.d_beta(t)
+    turning = path.alpha(t) * rise - beta * path.d_alpha(t)
+    return 2 * (t**3 / beta) * (3 * t**2 * rise / turning**2) / 0.1
+
+
+TAUGHT = {"scm": {}}
+FROM_DATA = {"scm": {}}
+DESCENT = {
+    "scm": Case("scm", lambda g, d: 2 * d**2 * 3 * d**2 / 0.1),
+    "scm on the circle": Case("scm", scm_on_the_circle, path=Cosine()),
+    "scm from data": Case("scm", lambda g, d: 2 * d**2 * 3 * d**2 / 0.1, taught=False),
+}
+
 
 STD = 0.5
 
 
 def paper(net: nn.Module, x0: Tensor, z: Tensor, angle: Tensor, warmup: float, c: float | None) -> Tensor:
-    """Lu and Song's loss from data, in their letters: F(x / sigma_d, t), t an angle, noise z of deviation sigma_d."""
+    """Compute Lu and Song's loss from data, in their letters: F(x / sigma_d, t), t an angle, z of deviation sigma_d."""
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
     x, dx_dt = cos * x0 + sin * z, cos * z - sin * x0
     f, df_dt = torch.func.jvp(
@@ -33,7 +52,7 @@ def paper(net: nn.Module, x0: Tensor, z: Tensor, angle: Tensor, warmup: float, c
 @pytest.mark.parametrize("c", [None, 0.2])
 @pytest.mark.parametrize("warmup", [0.0, 0.3, 1.0])
 def test_it_is_the_papers_loss_on_trigflow(warmup: float, c: float | None) -> None:
-    """With the F-network adapted; the noise is sigma_d x1 and the time pi t / 2."""
+    """Check it with the F-network adapted; the noise is sigma_d x1 and the time pi t / 2."""
     net, (x0, x1, times) = SmallNet(), random_batch()
     path = TrigFlow(STD)
     ours, _ = scm(adapters.trigflow(net, path), x0, x1, times["t"], path=path, warmup=warmup, c=c)
@@ -44,7 +63,7 @@ def test_it_is_the_papers_loss_on_trigflow(warmup: float, c: float | None) -> No
 
 @pytest.mark.parametrize("warmup", [0.0, 0.3, 1.0])
 def test_on_the_linear_path_it_is_the_average_velocitys_residual_to_the_data(warmup: float) -> None:
-    """Both forms agree there, and with AYF-EMD at s = 0, which sums over elements."""
+    """Check that both forms agree there, and with AYF-EMD at s = 0, which sums over elements."""
     net, teacher, (x0, x1, times) = SmallNet(), SmallNet(), random_batch()
     options: dict[str, Any] = {"teacher": teacher, "warmup": warmup, "c": 0.1}
     losses = [scm(net, x0, x1, times["t"], parameterization=form, **options)[0] for form in ("velocity", "average")]
@@ -54,7 +73,7 @@ def test_on_the_linear_path_it_is_the_average_velocitys_residual_to_the_data(war
 
 
 def test_normalised_rows_pull_with_less_than_one() -> None:
-    """Each row's gradient by F is bounded by 2 / elements, whatever the error."""
+    """Check that each row's gradient by F is bounded by 2 / elements, whatever the error."""
     net, (x0, x1, times) = SmallNet(), random_batch()
     big, _ = scm(net, 1e3 * x0, 1e3 * x1, times["t"])
     assert big < 1 / 3
@@ -63,7 +82,7 @@ def test_normalised_rows_pull_with_less_than_one() -> None:
 
 
 def test_raw_error_is_that_of_the_whole_tangent_during_warm_up() -> None:
-    """So that it can be compared between steps."""
+    """Check it, so that it can be compared between steps."""
     net, (x0, x1, times) = SmallNet(), random_batch()
     early, late = (scm(net, x0, x1, times["t"], path=TrigFlow(), warmup=r)[1] for r in (0.0, 1.0))
     assert early["raw_error"] == late["raw_error"]

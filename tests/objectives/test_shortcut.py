@@ -9,6 +9,13 @@ from torch import Tensor
 from fastdistill.objectives import flow_matching, psd, shortcut
 from fastdistill.times import dyadic_times
 from tests.objectives.cases import ROWS, SmallNet, assert_same_gradient, random_batch
+from tests.objectives.descent import Case, diagonal, halves, share
+
+TAUGHT = {"shortcut": {"finest": None}}  # the finest halves are steps along the velocity, and exact as they get short
+DESCENT = {
+    "shortcut": Case("shortcut", halves),
+    "shortcut, diagonal": Case("shortcut", lambda g, d: 2 * share(g), diagonal),
+}
 
 
 def test_it_is_psd_at_the_midpoint() -> None:
@@ -40,7 +47,7 @@ def test_error_of_velocities_is_the_maps_over_the_square_of_the_jump() -> None:
 
 @pytest.mark.parametrize("finest", [4, 16, 128])
 def test_target_is_asked_only_what_some_row_trains(finest: int) -> None:
-    """Every condition (t, gap) of the target is one at which the student has a row: a longer jump's, or s = t."""
+    """Check that each condition (t, gap) of the target is one at which the student has a row."""
     x0, x1 = torch.randn(2, 4096, 2)
     t, delta = dyadic_times(4096, 0.5, finest=finest)
     conditions: dict[str, set[float]] = {"student": set(), "target": set()}

@@ -16,13 +16,14 @@ from fastdistill import objectives
 from fastdistill.jvp import jvp
 from fastdistill.objectives import Guidance, adapters
 from fastdistill.paths import LINEAR, Cosine, Path, TrigFlow
-from tests.objectives.cases import EULERIAN, LAGRANGIAN, ROWS, TAUGHT, WIDTH, Jvp, SmallNet, draw_times
+from tests.objectives.cases import ROWS, WIDTH, Jvp, SmallNet, draw_times
+from tests.objectives.collected import EULERIAN, LAGRANGIAN, TAUGHT
 
 THROUGH = ["esd", "lsd", "tvm"]  # gradients flow through the tangent
 
 
 def dense(primals: Any, tangents: Any) -> list[Tensor]:
-    """Tangents as tensors: numbers broadcast, None zero."""
+    """Return tangents as tensors: numbers broadcast, None is zero."""
     return [
         tangent if isinstance(tangent, Tensor) else torch.full_like(primal, tangent or 0.0)
         for primal, tangent in zip(primals, tangents, strict=True)
@@ -30,13 +31,13 @@ def dense(primals: Any, tangents: Any) -> list[Tensor]:
 
 
 def forward_mode(fn: Any, primals: Any, tangents: Any, tangent_grad: bool = False) -> tuple[Tensor, Tensor]:
-    """PyTorch's own."""
+    """Call PyTorch's own forward mode."""
     u, du = torch.func.jvp(fn, tuple(primals), tuple(dense(primals, tangents)))[:2]
     return u, du if tangent_grad else du.detach()
 
 
 def central_difference(fn: Any, primals: Any, tangents: Any, tangent_grad: bool = False) -> tuple[Tensor, Tensor]:
-    """Of fourth order, differentiable by the network's weights."""
+    """Differentiate by central differences of fourth order, differentiable by the network's weights."""
     directions, step = dense(primals, tangents), 3e-4
 
     def at(distance: float) -> Tensor:
@@ -47,7 +48,7 @@ def central_difference(fn: Any, primals: Any, tangents: Any, tangent_grad: bool 
 
 
 def double_backward(fn: Any, primals: Any, tangents: Any, tangent_grad: bool = False) -> tuple[Tensor, Tensor]:
-    """The derivative, by a cotangent z, of the directional derivative of (z, fn): reverse mode twice."""
+    """Differentiate (z, fn) by a cotangent z: reverse mode twice."""
     with torch.enable_grad():  # also where an objective wants no gradient of the tangent
         points = [primal.detach().requires_grad_() for primal in primals]
         u = fn(*points)
@@ -59,13 +60,13 @@ def double_backward(fn: Any, primals: Any, tangents: Any, tangent_grad: bool = F
 
 
 def without_gradient(fn: Any, primals: Any, tangents: Any, tangent_grad: bool = False) -> tuple[Tensor, Tensor]:
-    """A driver that loses the gradient of the tangent."""
+    """Lose the gradient of the tangent."""
     u, du = jvp(fn, primals, tangents)
     return u, du
 
 
 def evaluate(name: str, driver: Jvp, path: Path = LINEAR, wrap: Callable[..., Any] = lambda net: net) -> list[Tensor]:
-    """The tangent that the objective saw, then the gradient of its loss by each weight."""
+    """Return the tangent that the objective saw, then the gradient of its loss by each weight."""
     torch.manual_seed(3)
     student, teacher, objective, times = SmallNet(), SmallNet(), objectives.get(name), draw_times()
     x0, x1 = torch.randn(2, ROWS, WIDTH, dtype=torch.float64)
@@ -76,7 +77,9 @@ def evaluate(name: str, driver: Jvp, path: Path = LINEAR, wrap: Callable[..., An
         seen.append(out[1].detach())
         return out
 
-    options: dict[str, Any] = TAUGHT[name] | {"teacher": teacher, "guidance": Guidance(1.5, null=3)}
+    options: dict[str, Any] = TAUGHT[name] | {"teacher": teacher}
+    if "guidance" in objective.takes:
+        options["guidance"] = Guidance(1.5, null=3)
     if name == "rcm":
         options["score_gradient"] = x1.sin()
     inputs = [times[key] for key in objective.times]
@@ -87,21 +90,21 @@ def evaluate(name: str, driver: Jvp, path: Path = LINEAR, wrap: Callable[..., An
 
 
 def worst(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """The largest relative difference."""
+    """Return the largest relative difference."""
     return max(float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("driver", [forward_mode, central_difference, double_backward])
 @pytest.mark.parametrize("name", EULERIAN + LAGRANGIAN)
 def test_tangent_and_gradient_agree_with_other_ways_to_differentiate(name: str, driver: Jvp) -> None:
-    """Measured: 1e-14, and 3e-12 for differences, whose error is of fourth order in a step of 3e-4."""
+    """Check what was measured: 1e-14, and 3e-12 for differences, of fourth order in a step of 3e-4."""
     bound = 1e-9 if driver is central_difference else 1e-11
     assert worst(evaluate(name, jvp, Cosine()), evaluate(name, driver, Cosine())) < bound
 
 
 @pytest.mark.parametrize("name", THROUGH)
 def test_gradient_through_the_tangent_matters(name: str) -> None:
-    """Dropping it changes the gradient; the tangent itself is the same."""
+    """Check that dropping it changes the gradient; the tangent itself is the same."""
     ours, theirs = evaluate(name, without_gradient), evaluate(name, double_backward)
     assert worst(ours[:1], theirs[:1]) < 1e-11
     assert worst(ours[1:], theirs[1:]) > 0.05
@@ -109,7 +112,7 @@ def test_gradient_through_the_tangent_matters(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in EULERIAN + LAGRANGIAN if name not in THROUGH])
 def test_the_other_methods_hold_their_tangent_fixed(name: str) -> None:
-    """A driver that keeps its graph gives the same gradient: the objective itself detaches what it gets."""
+    """Check that a driver that keeps its graph gives the same gradient: the objective itself detaches what it gets."""
 
     def keeping(fn: Any, primals: Any, tangents: Any) -> tuple[Tensor, Tensor]:
         return forward_mode(fn, primals, tangents, tangent_grad=True)
@@ -131,7 +134,7 @@ ADAPTERS: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("name", ["meanflow", "scm", "lsd"])
 @pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS.keys())
 def test_tangents_pass_through_adapters(adapter: Callable[..., Any], name: str) -> None:
-    """The conversion is inside what is differentiated, so that the three ways agree again."""
+    """Check that the conversion is inside what is differentiated, so that the three ways agree again."""
     ours = evaluate(name, jvp, TrigFlow(), adapter)
     assert worst(ours, evaluate(name, central_difference, TrigFlow(), adapter)) < 1e-7
     assert worst(ours, evaluate(name, double_backward, TrigFlow(), adapter)) < 1e-9

@@ -22,14 +22,14 @@ PATHS = [pytest.param(path, id=type(path).__name__) for path in (Linear(), Cosin
 
 
 def batch(distinct: float = 0.75) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x0, x1 (ROWS, WIDTH), t and s (ROWS,), all float64."""
+    """Draw x0, x1 (ROWS, WIDTH), t and s (ROWS,), all float64."""
     x0, x1 = torch.randn(2, ROWS, WIDTH, dtype=torch.float64)
     t, s = pair_times(ROWS, LogitNormal(0.0, 1.0), distinct)
     return x0, x1, t.double(), s.double()
 
 
 def residual(net: Net, *arguments: Tensor, **options: Any) -> float:
-    """The root mean square of MeanFlow's residual."""
+    """Return the root mean square of MeanFlow's residual."""
     return meanflow(net, *arguments, **options)[1]["raw_error"].sqrt().item()
 
 
@@ -53,7 +53,7 @@ def test_guided_teacher_gives_zero_at_the_exact_guided_solution(path: Path, inte
 def test_guidance_from_data_gives_zero_at_the_exact_guided_solution(
     path: Path, interval: tuple[float, float], kappa: float
 ) -> None:
-    """Labelled data are one point, so that v_hat is the class's own velocity; kappa doesn't move the solution."""
+    """Check labelled data in one point, so that v_hat is the class's own velocity; kappa doesn't move the solution."""
     scale = 2.5
     student = GuidedGaussians([0.0, 0.8], scale, interval, path=path)
     _, x1, t, s = batch()
@@ -66,7 +66,7 @@ def test_guidance_from_data_gives_zero_at_the_exact_guided_solution(
 
 @pytest.mark.parametrize(("scale", "least"), [(1.0, 0.0), (1.5, 0.05), (3.0, 0.2)])
 def test_guidance_in_the_target_only_has_another_solution(scale: float, least: float) -> None:
-    """Measured over eight seeds: 1e-16 at scale 1, 0.15 to 0.23 at 1.5, 1.9 to 3.0 at 3."""
+    """Check what was measured over eight seeds: 1e-16 at scale 1, 0.15 to 0.23 at 1.5, 1.9 to 3.0 at 3."""
     student = GuidedGaussians([0.3, 1.5, 4.0, 0.8], scale, path=LINEAR)
     teacher, y = student.unguided(), torch.arange(ROWS) % 4
 
@@ -125,7 +125,7 @@ def test_autoguidance_goes_from_the_weak_teacher_through_the_teacher() -> None:
 
 
 def test_improved_guidance_is_the_one_with_omega_1() -> None:
-    """v_hat + (1 - 1/scale) (u(y) - u(null)), with a scale for each row."""
+    """Check v_hat + (1 - 1/scale) (u(y) - u(null)), with a scale for each row."""
     x, v_hat = torch.randn(2, 3, WIDTH, dtype=torch.float64)
     t, y, scale = torch.full((3,), 0.5).double(), torch.tensor([0, 1, 2]), torch.tensor([1.0, 2.0, 4.0]).double()
     seen: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""What the tests of samplers share: paths, exact ends and networks, and a velocity that counts its calls."""
+"""Share between the tests of samplers paths, exact ends and networks, and a velocity that counts its calls."""
 
 from __future__ import annotations
 

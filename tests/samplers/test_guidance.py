@@ -19,7 +19,7 @@ MAPS = [name for name, spec in SPECS.items() if not spec.follows_velocity]
 
 
 class GuidedField:
-    """A network that takes guidance as an input: u = g x."""
+    """Network that takes guidance as an input: u = g x."""
 
     def __call__(self, x: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None, *, g: Tensor) -> Tensor:
         assert g.shape == x.shape[:1]
@@ -49,7 +49,7 @@ def test_sampling_by_name_starts_from_the_paths_prior_and_guides_where_it_can() 
 
 @pytest.mark.parametrize("name", MAPS)
 def test_guidance_of_a_map_extrapolates_its_jumps(name: str) -> None:
-    """f_null + scale (f_y - f_null) at the ends that the sampler asks for, two evaluations in one call a step."""
+    """Check f_null + scale (f_y - f_null) at the ends that the sampler asks for, by one call of both a step."""
     y, x1, rows = torch.tensor([0, 1, 2]), torch.randn(3, 2), []
 
     def net(x: Tensor, t: Tensor, s: Tensor, y: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The specifications of samplers: found by being there, held against what the functions do, refused where off."""
+"""Check the specifications of samplers: found by being there, held against the functions, refused where off."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ MAPS = ["average_velocity", "gamma", "consistency"]
 
 
 def test_every_file_is_a_sampler_or_a_helper() -> None:
-    """A file without a specification is an error, and no sampler that nobody sees."""
+    """Check that a file without a specification is an error, and no sampler that nobody sees."""
     assert set(discover("fastdistill.samplers", "SPEC", HELPERS)) == set(SPECS)
     with pytest.raises(ImportError, match=r"^fastdistill\.samplers\.spec: expected SPEC in every module here but"):
         discover("fastdistill.samplers", "SPEC", HELPERS - {"spec"})
 
 
 def test_public_names_are_the_functions() -> None:
-    """And not the modules, which have the same names."""
+    """Check that they aren't the modules, which have the same names."""
     assert {name: getattr(samplers, name) for name in SPECS} == SAMPLERS
     assert set(samplers.__all__) & set(SAMPLERS) == {"euler", "heun", "adaptive", *MAPS}
 
 
 def test_samplers_are_listed_by_what_they_need_then_by_their_cost() -> None:
-    """And those without fresh noise first."""
+    """Check that those without fresh noise come first, too."""
     shipped = [name for name in SPECS if name in samplers.__all__]
     assert shipped == ["euler", "heun", "adaptive", *MAPS]
 
 
 class Counter:
-    """A network that stays at zero and counts its calls, and the noise that is drawn meanwhile."""
+    """Network that stays at zero and counts its calls, and the noise that is drawn meanwhile."""
 
     calls = 0
 
@@ -68,7 +68,7 @@ def test_a_specification_tells_evaluations_and_noise(name: str) -> None:
 
 
 def test_a_parameter_says_what_is_out_of_its_range() -> None:
-    """Whole numbers are asked for where the default is one."""
+    """Check that whole numbers are asked for where the default is one."""
     half, count = Parameter(0.5, 0.0, 1.0, "a share"), Parameter(2, 1, 4, "how often")
     half.check("share", 1)
     count.check("count", 4)
@@ -81,7 +81,7 @@ def test_a_parameter_says_what_is_out_of_its_range() -> None:
 
 
 def test_samplers_that_share_a_parameter_mean_the_same() -> None:
-    """One name is one setting and one option; a name that all samplers know already is none for a parameter."""
+    """Check that one name is one setting and one option, and that no parameter has a name that all samplers know."""
     assert taking({"gamma"}) == ["gamma"] and taking(set()) == list(SPECS)
 
     def other(**_: Any) -> Tensor:

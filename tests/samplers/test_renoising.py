@@ -18,7 +18,7 @@ from tests.samplers.fields import EVERY_PATH, exact_net, on
 @EVERY_PATH
 @pytest.mark.parametrize("steps", [1, 3, [1.0, 0.6, 0.1, 0.0]])
 def test_gamma_extremes_are_the_flow_map_and_consistency(path: Path, steps: samplers.Steps) -> None:
-    """And what lies between is neither."""
+    """Check the extremes, and that what lies between is neither."""
     law, x1 = on(path), torch.randn(32, 2, dtype=torch.float64)
     x, net = path.prior(x1), exact_net(law)
 
@@ -36,7 +36,7 @@ def test_gamma_extremes_are_the_flow_map_and_consistency(path: Path, steps: samp
 @EVERY_PATH
 @pytest.mark.parametrize("amount", [0.4, 0.9, 1.0])
 def test_renoising_leaves_the_law_as_it_is(path: Path, amount: float) -> None:
-    """From exact samples at t = 0.8, a jump of any gamma ends in samples of p_s: mean and covariance, s = 0.5 and 0.
+    """Check that a jump of any gamma from exact samples ends in samples of p_s, by mean and covariance.
 
     A planted error in the amount of noise is seen.
     """
@@ -60,7 +60,7 @@ def test_renoising_leaves_the_law_as_it_is(path: Path, amount: float) -> None:
 
 
 def test_consistency_on_the_linear_path_is_the_papers_loop() -> None:
-    """x0 = f(x, t, 0); x = (1 - s) x0 + s noise, fresh each time."""
+    """Check x0 = f(x, t, 0); x = (1 - s) x0 + s noise, fresh each time."""
     law, x = on(LINEAR), torch.randn(8, 2, dtype=torch.float64)
     seen: list[float] = []
 
@@ -78,7 +78,7 @@ def test_consistency_on_the_linear_path_is_the_papers_loop() -> None:
 
 
 def test_gamma_on_the_linear_path_is_the_papers_formula() -> None:
-    """r/(1-r) = (1 - gamma^2)^(1/2) s/(1-s); x_s = ((1-s)/(1-r)) f(x_t, t, r) + gamma s noise."""
+    """Check r/(1-r) = (1 - gamma^2)^(1/2) s/(1-s); x_s = ((1-s)/(1-r)) f(x_t, t, r) + gamma s noise."""
     law, x = on(LINEAR), torch.randn(8, 2, dtype=torch.float64)
     odds = math.sqrt(1 - 0.36) * 0.3 / 0.7
     r = odds / (1 + odds)
@@ -89,7 +89,7 @@ def test_gamma_on_the_linear_path_is_the_papers_formula() -> None:
 
 
 def test_fresh_noise_is_refused_on_a_path_with_coupled_pairs() -> None:
-    """Its x_s given x0 isn't alpha x0 plus independent noise. One jump needs none."""
+    """Check it where x_s given x0 isn't alpha x0 plus independent noise. One jump needs none."""
     path, x1 = OTCFM(), torch.randn(3, 2)
     options: dict[str, Any]
     for name, options in (("consistency", {}), ("gamma", {"gamma": 0.5})):

@@ -58,6 +58,7 @@ def test_every_field_takes_or_refuses_every_value_by_name(tmp_path: Path) -> Non
         ('out: "a\\0b"', "out: .* can't be a path here"),
         ("steps: 0x" + "f" * 5000, "at most 100 digits, got 5002 in line"),
         ("methods: abc", "methods: expected names of methods, each with its fields, got 'abc'"),
+        ("methods: rings", "got 'rings'; those of a shipped configuration are called ring or digits"),
         ("methods: {meanflo: {}}", "methods: unknown method 'meanflo'; did you mean 'meanflow'"),
         ("methods: {esd: [1]}", r"methods\.esd: expected fields and their values, got \[1\]"),
         ("methods: {esd: {method: 5}}", r"methods\.esd\.method: expected fields and their values, got 5"),

@@ -51,7 +51,10 @@ def written(tmp_path: Path, **changes: Any) -> Path:
         ({"data": {"name": "cifar"}}, ["data.name:", " or ".join(map(repr, DATASETS)), "got 'cifar'"]),
         ({"data": None}, ["data:", "got None"]),
         ({"model": {"preset": "dit-xxl"}}, ["model.preset:", "mlp-ring", "dit-s/2", "got 'dit-xxl'"]),
-        ({"model": {"heads": 4}}, ["model: 'mlp-ring' takes dim, width, depth, num_classes, guidance, got heads"]),
+        (
+            {"model": {"heads": 4}},
+            ["model: expected arguments of 'mlp-ring' (dim, width, depth, num_classes, guidance), got heads"],
+        ),
         ({"data": {"label_dropout": 0.1}}, ["data.label_dropout:", "ring has no labels"]),
         ({"method": {"guidance": {"scale": 2.0}}}, ["method.guidance:", "ring has no labels"]),
         ({"init_from_teacher": True}, ["init_from_teacher:", "teacher"]),

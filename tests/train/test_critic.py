@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastdistill.objectives.settings import Context, Metrics
 from fastdistill.train import NonFiniteError, TrainConfig, train
 from fastdistill.train import critic as critic_module
 from fastdistill.train.checkpoint import list_checkpoints
 from fastdistill.train.critic import Critic
-from fastdistill.train.methods import METHODS, Context, Metrics
+from fastdistill.train.methods import METHODS
 from tests.train.conftest import MakeConfig
 
 

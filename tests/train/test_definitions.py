@@ -9,14 +9,17 @@ import pytest
 import torch
 
 from fastdistill.data import Ring, generator_at
+from fastdistill.objectives.rcm import ConsistentCriticSettings
+from fastdistill.objectives.scores import CriticSettings, ScoreMethod
+from fastdistill.objectives.settings import Context, KarrasLevels, Metrics, ShiftedLevels, TimeLevels
 from fastdistill.paths import EDM, LINEAR
 from fastdistill.train import CheckpointError, ConfigError, TrainConfig, train
+from fastdistill.train.checked import checked
 from fastdistill.train.checkpoint import list_checkpoints, read_checkpoint
+from fastdistill.train.config import run_of
 from fastdistill.train.critic import Critic
 from fastdistill.train.loop import make_batch, make_context
-from fastdistill.train.methods import METHODS, Context, Metrics
-from fastdistill.train.methods.distribution import ConsistentCriticSettings, CriticSettings, ScoreMethod
-from fastdistill.train.methods.times import KarrasLevels, SameLevels, ShiftedLevels, TimeLevels
+from fastdistill.train.methods import METHODS
 from fastdistill.train.state import new_state
 from tests.train.conftest import MakeConfig
 
@@ -55,7 +58,7 @@ def test_where_a_method_means_what_it_meant_its_runs_go_on(tiny: MakeConfig) -> 
         ({"name": "consistency", "solver": "heun_in_time"}, "edm", Path("x")),
     ):
         config = tiny(method=method, path={"name": way}, teacher=teacher)
-        assert config.method.definition(config) is None
+        assert config.method.definition(run_of(config)) is None
 
 
 # rCM: what its scores wait for
@@ -96,9 +99,9 @@ def test_the_preset_is_the_authors() -> None:
     preset = METHODS["rcm"]()
     assert (preset.score_weight, preset.learned_weight, preset.tangent_warmup) == (0.02, False, 1000)
     assert (preset.times.mean, preset.times.std, preset.times.sigma_data) == (-0.8, 1.6, 1.0)
-    assert preset.critic == ConsistentCriticSettings(updates=4, levels=ShiftedLevels(shift=5.0))
+    assert preset.critic == checked(ConsistentCriticSettings)(updates=4, levels={"law": "shifted", "shift": 5.0})
     given = METHODS["rcm"].model_validate({"critic": {"lr": 0.1}})
-    assert given.critic == ConsistentCriticSettings(lr=0.1), "a recipe that names one field keeps the others"
+    assert given.critic == checked(ConsistentCriticSettings)(lr=0.1), "a recipe that names one field keeps the others"
 
 
 # The laws of levels
@@ -106,12 +109,13 @@ def test_the_preset_is_the_authors() -> None:
 
 def test_two_numbers_are_times_as_they_were() -> None:
     """An older configuration says no law; a range that is empty is refused by name."""
-    assert CriticSettings(levels=(0.1, 0.9)).levels == TimeLevels(low=0.1, high=0.9)
-    assert CriticSettings().levels == KarrasLevels(low=0.02, high=0.98)
-    assert CriticSettings().trained_levels == KarrasLevels(low=0.0, high=1.0)
-    assert CriticSettings(levels=(0.1, 0.9), fake_levels=SameLevels()).trained_levels == TimeLevels(low=0.1, high=0.9)
+    critic, karras, times = map(checked, (CriticSettings, KarrasLevels, TimeLevels))
+    assert critic(levels=(0.1, 0.9)).levels == times(low=0.1, high=0.9)
+    assert critic().levels == karras(low=0.02, high=0.98)
+    assert critic().trained_levels == karras(low=0.0, high=1.0)
+    assert critic(levels=(0.1, 0.9), fake_levels={"law": "same"}).trained_levels == times(low=0.1, high=0.9)
     with pytest.raises(ConfigError, match=r"^method.critic.fake_levels: expected low < high, got 0.5, 0.5"):
-        CriticSettings(fake_levels={"law": "karras", "low": 0.5, "high": 0.5}).check()
+        critic(fake_levels={"law": "karras", "low": 0.5, "high": 0.5}).check()
     with pytest.raises(ValueError, match="law"):
         TrainConfig.model_validate({"out": "x", "steps": 1, "data": {"name": "ring"}, "model": {"preset": "mlp-ring"},
                                     "method": {"name": "dmd", "critic": {"levels": {"law": "other"}}}})  # fmt: skip

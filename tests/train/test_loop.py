@@ -13,10 +13,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from fastdistill.data import Digits, Ring
+from fastdistill.objectives.meanflow import MeanFlow
+from fastdistill.objectives.settings import Context
 from fastdistill.train import NonFiniteError, TrainConfig, load_config, load_run, train
 from fastdistill.train.checkpoint import list_checkpoints, read_checkpoint
 from fastdistill.train.loop import make_batch, make_context, mixed_precision
-from fastdistill.train.methods import Context, MeanFlow
 from fastdistill.train.state import new_state, ramped_ema
 from tests.train.conftest import MakeConfig
 

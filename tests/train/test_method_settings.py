@@ -10,12 +10,13 @@ import torch
 import yaml
 
 from fastdistill.data import Batch, Digits, generator_at
+from fastdistill.objectives.settings import Context
 from fastdistill.times import LogitNormal, pair_times
 from fastdistill.train import ConfigError, TrainConfig, load_config, train
 from fastdistill.train.checkpoint import CheckpointError, list_checkpoints, save_checkpoint
 from fastdistill.train.config import parse_config, read_yaml, to_yaml
 from fastdistill.train.loop import make_batch
-from fastdistill.train.methods import METHODS, Context
+from fastdistill.train.methods import METHODS
 from fastdistill.train.sampling import OWN, Sampling, draw
 from tests.train.conftest import MakeConfig, tiny_fields
 
@@ -58,6 +59,9 @@ def test_fields_beside_a_recipe_hold_and_the_command_line_takes_all_of_it(tmp_pa
     assert parse_config(yaml.safe_load(to_yaml(changed)), "its own file") == changed
     with pytest.raises(ConfigError, match=r"method.recipe: expected 'cifar10_paper' or 'cifar10_code', got 'cifar'"):
         load_config("ring", ["--method.recipe", "cifar"])
+    file.write_text(yaml.safe_dump(fields | {"method": {"name": "meanflow", "recipe": ["cifar10_code"]}}))
+    with pytest.raises(ConfigError, match=r"method.recipe: expected 'cifar10_paper' or 'cifar10_code', got \['cif"):
+        load_config(file)
     with pytest.raises(ConfigError, match=r"unknown field 'recipe'"):
         load_config("ring", ["--method.name", "psd", "--method.recipe", "cifar10_code"])
 

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load
 
 from fastdistill.data import Ring, generator_at
+from fastdistill.objectives.scores import ScoreMethod
 from fastdistill.paths import EDM
 from fastdistill.times import LogitNormal, pair_times
 from fastdistill.train import ConfigError, TrainConfig, generate, load_config, load_run, train
 from fastdistill.train.checkpoint import list_checkpoints, read_checkpoint
 from fastdistill.train.loop import make_batch, make_context
-from fastdistill.train.methods import METHODS, ScoreMethod
-from fastdistill.train.methods.consistency import Consistency
+from fastdistill.train.methods import METHODS
 from fastdistill.train.state import new_state
 from tests.train.conftest import MakeConfig, tiny_fields
 from tests.train.test_resume import assert_same_run, assert_same_state, killed, train_and_die
@@ -127,8 +127,8 @@ def test_consistency_weighs_by_the_gap_of_times_or_of_noise_levels() -> None:
     sigma = [(low + i / 3 * (high - low)) ** 7 for i in range(4)]
     grid = torch.linspace(0, 1, 4)
     t, r = grid[1:], grid[:-1]
-    by_level, by_time = (Consistency(gap=gap).weight(EDM()) for gap in ("level", "time"))
-    assert by_level is not None and by_time is not None and Consistency(gap=None).weight(EDM()) is None
+    by_level, by_time = (METHODS["consistency"](gap=gap).weight(EDM()) for gap in ("level", "time"))
+    assert by_level is not None and by_time is not None and METHODS["consistency"](gap=None).weight(EDM()) is None
     assert by_level(t, r).tolist() == pytest.approx([1 / (b - a) for a, b in pairwise(sigma)], rel=1e-5)
     assert by_time(t, r).tolist() == pytest.approx([3.0] * 3, rel=1e-6)
 

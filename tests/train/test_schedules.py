@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from fastdistill.data import Batch, generator_at
+from fastdistill.objectives.settings import Context, ramp
 from fastdistill.paths import LINEAR
 from fastdistill.times import LogNormalLevel, ect_times
-from fastdistill.train.methods import METHODS, Context
-from fastdistill.train.methods.base import ramp
+from fastdistill.train.methods import METHODS
 
 STEPS = 1000
 

@@ -1,4 +1,4 @@
-"""The arguments of attention, refused by name where they don't fit, and brought to the form that the ops take."""
+"""Check the arguments of attention, refuse by name what doesn't fit, and bring them to the form that the ops take."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LARGEST = 2**31 - 1  # of a position, which kernels count in 32 bits
 
 
 class Layout(NamedTuple):
-    """What the dimensions of query, key and value before the last two broadcast to.
+    """Shape that the dimensions of query, key and value before the last two broadcast to.
 
     Attributes:
         lead: those of the result, (..., H); () where none of the three has any.
@@ -33,11 +33,11 @@ class Layout(NamedTuple):
     kv_heads: int
 
     def queries(self, x: Tensor | None) -> Any:
-        """Query or its tangent as (B, H, N, D)."""
+        """Return the query or its tangent as (B, H, N, D)."""
         return self._folded(x, self.heads)
 
     def keys(self, x: Tensor | None) -> Any:
-        """Key, value or a tangent of theirs as (B, Hkv, M, dim)."""
+        """Return the key, the value or a tangent of theirs as (B, Hkv, M, dim)."""
         return self._folded(x, self.kv_heads)
 
     def _folded(self, x: Tensor | None, heads: int) -> Tensor | None:
@@ -57,7 +57,7 @@ class Layout(NamedTuple):
         return x.unsqueeze(0) if x.dim() == 3 else x.flatten(0, -4)
 
     def mask(self, mask: Tensor | None) -> Tensor | None:
-        """The mask as (B|1, H|1, N|1, M|1); its batch dimensions are expanded only where several have to be merged."""
+        """Return the mask as (B|1, H|1, N|1, M|1); batch dimensions expand only where several have to be merged."""
         if mask is None:
             return None
         missing = max(len(self.lead) + 2, 4) - mask.dim()
@@ -72,11 +72,11 @@ class Layout(NamedTuple):
         return mask.flatten(0, -4)
 
     def _without_heads(self, x: Tensor) -> Tensor:
-        """An empty batch of one head each: the ops want at least one."""
+        """Return an empty batch of one head each, because the ops want at least one."""
         return x.expand(*self.lead, *x.shape[-2:]).flatten(0, -3).unsqueeze(1)
 
     def unfolded(self, x: Tensor) -> Tensor:
-        """What the op returns, (B, H, ...), with the dimensions of the result."""
+        """Return what the op returns, (B, H, ...), with the dimensions of the result."""
         return x.reshape(*self.lead, *x.shape[2:])
 
 
@@ -104,7 +104,7 @@ def plain_layout(q: Any, k: Any, v: Any, attn_mask: Any, options: Sequence[objec
 
 
 def layout(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool, names: Names = NAMES) -> Layout:
-    """How query (..., H, N, D), key (..., Hk, M, D) and value (..., Hv, M, Dv) broadcast; refused where they don't.
+    """Return how query (..., H, N, D), key (..., Hk, M, D) and value (..., Hv, M, Dv) broadcast, or refuse them.
 
     names: what errors call the three.
     """
@@ -131,7 +131,7 @@ def layout(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool, names: Names = NAM
 
 
 def _broadcast(shapes: Sequence[torch.Size], names: Names) -> tuple[int, ...]:
-    """The batch dimensions that all broadcast to."""
+    """Return the batch dimensions that all broadcast to."""
     batch: list[int] = []
     for name, shape in zip(names, shapes):
         own = shape[:-3]
@@ -148,7 +148,7 @@ def _broadcast(shapes: Sequence[torch.Size], names: Names) -> tuple[int, ...]:
 
 
 def _common_heads(counts: tuple[int, int, int], enable_gqa: bool, names: Names) -> tuple[int, int]:
-    """(H, Hkv) for different numbers of heads: those of key and value are repeated to a common multiple."""
+    """Return (H, Hkv) for different numbers of heads: those of key and value repeat to a common multiple."""
     heads, k_heads, v_heads = counts
     for name, own in zip(names[1:], counts[1:]):
         if enable_gqa:
@@ -196,7 +196,7 @@ def checked_packed(
     enable_gqa: bool,
     names: Names = NAMES,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Packed sequences, (tokens, H, dim), as a batch of one, and their bounds, which the op narrows once it checked."""
+    """Return packed sequences, (tokens, H, dim), as a batch of one, and their bounds, which the op narrows later."""
     checks.check_bool("enable_gqa", enable_gqa)
     for name, x in zip(names, (q, k, v)):
         checks.check_tensor(name, x)
@@ -213,7 +213,7 @@ def checked_packed(
 
 
 def checked_bounds(cu_q: Tensor, cu_k: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
-    """The bounds of packed sequences; those of the keys are those of the queries unless given."""
+    """Return the bounds of packed sequences; those of the keys are those of the queries unless given."""
     cu_k = cu_q if cu_k is None else cu_k
     for name, cu in (("cu_seq_q", cu_q), ("cu_seq_k", cu_k)):
         if not isinstance(cu, Tensor) or cu.dtype not in (torch.int32, torch.int64) or cu.dim() != 1:
@@ -226,7 +226,7 @@ def checked_bounds(cu_q: Tensor, cu_k: Tensor | None, q: Tensor) -> tuple[Tensor
 
 
 def _check_dims(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool, names: Names) -> None:
-    """Heads, lengths and head dims of packed sequences."""
+    """Check the heads, lengths and head dims of packed sequences."""
     query, key, value = names
     for name, x in ((query, q), (value, v)):
         if x.shape[-1] < 1:
@@ -262,7 +262,7 @@ def band(window_size: Any, is_causal: bool, align: str, square: bool) -> tuple[i
 
 
 def lowered(*tensors: Any) -> list[Any]:
-    """What autocast, where it is on, makes of arguments: float64 and masks of bool stay, and all if the first does."""
+    """Cast arguments to autocast's dtype, where it is on; float64 and bool stay, and all do if the first is float64."""
     first = tensors[0]
     lowers = isinstance(first, Tensor) and first.dtype != torch.float64
     dtype = context.autocast_dtype(first.device) if lowers else None

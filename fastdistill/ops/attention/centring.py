@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Means(NamedTuple):
-    """What was subtracted, (..., Hkv, 1, dim) in float32 or float64; None from nothing."""
+    """Means that were subtracted, (..., Hkv, 1, dim) in float32 or float64; None where nothing was."""
 
     k: Tensor | None
     v: Tensor | None
@@ -29,7 +29,7 @@ class Means(NamedTuple):
         return torch.where(live, (out + mean).to(out.dtype), out)
 
     def logits(self, q: Tensor, scale: float) -> Tensor | None:
-        """What the mean of the keys adds to every logit of a query: (..., H, N)."""
+        """Return what the mean of the keys adds to every logit of a query: (..., H, N)."""
         if self.k is None:
             return None
         mean = _per_query_head(self.k, q)
@@ -40,7 +40,7 @@ NO_MEANS = Means(None, None)
 
 
 def centred(k: Any, v: Any, tokens: int = -2, live: Tensor | None = None) -> tuple[Any, Any, Means]:
-    """Keys and values (or their tangents) less their means over the tokens, dimension `tokens`; dtypes stay.
+    """Subtract from keys and values (or their tangents) their means over the dimension `tokens`; dtypes stay.
 
     live: which tokens count, a bool that broadcasts; the others become zero, or what is left without the mean.
     """
@@ -67,6 +67,6 @@ def _per_query_head(mean: Tensor, like: Tensor) -> Tensor:
 
 
 def shifted(statistic: Tensor, lse: Tensor, *terms: Tensor | None) -> Tensor:
-    """A log-sum-exp or its tangent plus what the means add to a query's logits, where the query sees a key."""
+    """Add to a log-sum-exp or its tangent what the means add to a query's logits, where the query sees a key."""
     given = [x for x in terms if x is not None]
     return torch.where(lse.detach() > float("-inf"), sum(given, statistic), statistic) if given else statistic

@@ -38,13 +38,14 @@ def scaled_dot_product_attention(
     centre: bool = False,
     impl: str = "auto",
 ) -> Any:
-    """`torch.nn.functional.scaled_dot_product_attention`, differentiable in forward mode with O(N·D) memory.
+    """Apply PyTorch's attention, differentiable in forward mode with O(N·D) memory.
 
     Under `torch.func.jvp`, `torch.autograd.forward_ad` or `fastdistill.jvp`, primal and tangent come from one fused
     pass, and no (N, M) matrix is stored, forward, backward, or in the tangent of a gradient that keeps no graph. (Two
     things do need one: the gradient of a float mask, and other second derivatives.) Without tangents it is PyTorch's
-    own op, where that can do what is asked. On a CPU 16-bit calls that may need a gradient are ours too: PyTorch's
-    kernel there loses accuracy with large logits.
+    own op, where that can do what is asked. On a CPU 16-bit calls that may need a gradient are ours too, because
+    PyTorch's kernel there loses accuracy with large logits. On a GPU `impl="auto"` without tangents stays PyTorch's
+    kernel, whose 16-bit gradients come from a rounded output; `impl="triton"` keeps what rounding took.
 
     Args:
         query: (..., N, D), at least two dimensions, the third from the end being the heads H; float64, float32,
@@ -133,7 +134,7 @@ def _prepared(
 def _with_dropout(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool, **more: Any
 ) -> Tensor:
-    """PyTorch's own op, which takes dropout; it takes a mask or is_causal, so both become one mask."""
+    """Call PyTorch's own op, which takes dropout; it takes a mask or is_causal, so both become one mask."""
     if not isinstance(dropout_p, int | float) or not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p: expected a probability, from 0 to 1, got {dropout_p!r}")
     if is_causal and mask is not None:
@@ -164,7 +165,7 @@ def attention_jvp(
     tangent_grad: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, ...]:
-    """Attention and its directional derivative, with the tangents given beside their primals.
+    """Compute attention and its directional derivative, with the tangents given beside their primals.
 
     Arguments as in `scaled_dot_product_attention`; each tangent has its primal's shape, and None stands for zero: its
     loads and matrix products are skipped. With `tangent_grad=False` gradients flow through the primal outputs only; the
@@ -213,7 +214,7 @@ def _is_dual(tensors: Tensors) -> bool:
 def explain(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *, enable_gqa: bool = False, impl: str = "auto"
 ) -> str:
-    """Which implementation `scaled_dot_product_attention` takes for these arguments, and why.
+    """Explain which implementation `scaled_dot_product_attention` takes for these arguments, and why.
 
     Raises:
         ValueError, TypeError: arguments that the op itself would refuse.

@@ -1,4 +1,4 @@
-"""What the blockwise attention is made of: blocks under a band, pairs of a value and its tangent, packed sequences."""
+"""Parts of the blockwise attention: blocks under a band, a value beside its tangent, and packed sequences."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ View = Callable[..., Any]
 
 
 def accumulator_dtype(x: Tensor) -> torch.dtype:
-    """In which everything is computed, and the statistics returned: float32, or float64 for float64."""
+    """Return the dtype of the computation and of the statistics: float32, or float64 for float64."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def sequences(cu_seqlens: tuple[Tensor, Tensor, int, int] | None) -> Iterator[tuple[View, View]]:
-    """How to see packed queries and packed keys as batches, for each run of sequences; the whole where none are packed.
+    """Yield how to see packed queries and keys as batches, for each run of sequences; the whole if none are packed.
 
     A run is neighbours of equal lengths, so a pack of equal sequences costs what their batch does.
     """
@@ -48,13 +48,13 @@ def _as_they_are(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _run(first: int, count: int, length: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Views (count, H, length, ...) of the packed (1, H, T, ...)."""
+    """Return views (count, H, length, ...) of the packed (1, H, T, ...)."""
     parts = (None if x is None else x[0, :, first : first + count * length] for x in tensors)
     return tuple(None if part is None else part.unflatten(1, (count, length)).transpose(0, 1) for part in parts)
 
 
 class At(NamedTuple):
-    """Where a block lies: slices of the batch, of the heads of k, of the query rows, and of the keys that they see."""
+    """Place of a block: slices of the batch, of the heads of k, of the query rows, and of the keys that they see."""
 
     batch: slice
     heads: slice
@@ -62,12 +62,12 @@ class At(NamedTuple):
     columns: slice
 
     def size(self) -> int:
-        """Logits of a head."""
+        """Return the number of logits of a head."""
         return (self.rows.stop - self.rows.start) * (self.columns.stop - self.columns.start)
 
 
 class SideBySide(NamedTuple):
-    """A block (Z, R, W) of a tensor and its tangent, where there are any; with both also the two side by side.
+    """Block (Z, R, W) of a tensor and its tangent, where there are any; with both also the two side by side.
 
     Side by side is [value | tangent], flipped to [tangent | value] for what is multiplied with that.
     """
@@ -78,16 +78,16 @@ class SideBySide(NamedTuple):
 
     @property
     def shape(self) -> torch.Size:
-        """(Z, R, W) of the value."""
+        """Return (Z, R, W) of the value."""
         assert self.value is not None
         return self.value.shape
 
     def narrow(self, rows: slice) -> SideBySide:
-        """Some rows."""
+        """Return some of the rows."""
         return SideBySide(*(None if x is None else x[:, rows] for x in self))
 
     def add_product(self, a: Tensor | None, t_a: Tensor | None, x: SideBySide) -> None:
-        """value += a x and tangent += a t_x + t_a x, where wanted; what meets a is one matmul if all of it is."""
+        """Add a x to the value and a t_x + t_a x to the tangent, where wanted; what meets a is one matmul if it can."""
         if a is not None and self.both is not None and x.both is not None:
             _add_matmul_(self.both, a, x.both)
         elif a is not None:
@@ -120,7 +120,7 @@ class Blocks:
         self._most_keys = min(self._m, seen + self._most_rows - 1)
 
     def heads(self) -> Iterator[tuple[slice, slice]]:
-        """Slices of the batch and of the heads of k: as many as fit into one block with all their logits.
+        """Yield slices of the batch and of the heads of k: as many as fit into one block with all their logits.
 
         Under a narrow window, with the logits of those rows that go into one block.
         """
@@ -132,7 +132,7 @@ class Blocks:
                 yield slice(b, min(b + batches, self._batch)), slice(h, min(h + heads, self._kv_heads))
 
     def rows(self, heads: tuple[slice, slice]) -> list[At]:
-        """The blocks of these heads, of about equally many rows each; none for rows that see no key.
+        """Yield the blocks of these heads, of about equally many rows each; none for rows that see no key.
 
         The largest come first, so the buffers start at their full size.
         """
@@ -150,12 +150,12 @@ class Blocks:
         return sorted(blocks, key=At.size, reverse=True)
 
     def column_pair(self, name: str, x: Two, heads: tuple[slice, slice]) -> SideBySide:
-        """k or v of these heads."""
+        """Return k or v of these heads."""
         value, tangent = (None if part is None else part[heads] for part in x)
         return self._pair(name, (value, tangent), flip=False)
 
     def row_pair(self, name: str, x: Two, at: At, scale: float = 1.0) -> SideBySide:
-        """q or a cotangent in the rows of a block, times `scale`; flipped."""
+        """Return q or a cotangent in the rows of a block, times `scale` and flipped."""
         value, tangent = (None if part is None else self._part(part, at) for part in x)
         return self._pair(name, (value, tangent), flip=True, scale=scale)
 
@@ -174,7 +174,7 @@ class Blocks:
         return pair
 
     def sums(self, name: str, shape: Sequence[int], wants: tuple[bool, bool], *, flip: bool) -> SideBySide:
-        """Zeros (Z, R, W) where wanted; flipped if the pairs that will be multiplied from the right are."""
+        """Return zeros (Z, R, W) where wanted; flipped if the pairs that multiply them from the right are."""
         whole, pair = self._slots(name, shape, wants, flip=flip)
         whole.zero_()
         return pair
@@ -189,7 +189,7 @@ class Blocks:
         return whole, SideBySide(second, first, whole) if flip else SideBySide(first, second, whole)
 
     def logits(self, queries: SideBySide, keys: SideBySide, at: At) -> tuple[Tensor, Tensor | None]:
-        """S and T of a block, masked; T is None where it is zero. The scale is in `queries`."""
+        """Return S and T of a block under the mask; T is None where it is zero. The scale is in `queries`."""
         assert queries.value is not None and keys.value is not None
         shape = (*queries.value.shape[:2], keys.value.shape[1])
         logits = torch.bmm(queries.value, keys.value.mT, out=self._buffer("logits", shape))
@@ -204,7 +204,7 @@ class Blocks:
         return logits, t_logits
 
     def _hide(self, logits: Tensor, at: At) -> None:
-        """-inf outside the band: in a triangle at the left end of the block's keys, and in one at their right end."""
+        """Write -inf outside the band: a triangle at the left end of the block's keys, and one at their right end."""
         (start, stop), (first, last) = ((part.start, part.stop) for part in (at.rows, at.columns))
         left_end, right_start = min(last, stop - 1 + self._low), max(first, start + 1 + self._high)
         if first < left_end:
@@ -237,7 +237,7 @@ class Blocks:
         d_statistics: Two,
         wants: tuple[bool, bool],
     ) -> Two:
-        """dS = P (dP - rowsum(P dP) + d_lse) with dP = cotangent @ v.mT, and its tangent along Z; each where wanted."""
+        """Return dS = P (dP - rowsum(P dP) + d_lse), dP = cotangent @ v.mT, and its tangent along Z, where wanted."""
         d_lse, t_d_lse = d_statistics
         value, tangent = None, None
         if wants[1]:
@@ -265,7 +265,7 @@ class Blocks:
         return self._buffer(name, like.shape).copy_(row) if x is None else x.add_(row)
 
     def statistic(self, x: Tensor | None, at: At, lse: Tensor) -> Tensor | None:
-        """A block's part (Z, R, 1) of the cotangent of lse or mu; none where a row sees no key."""
+        """Return a block's part (Z, R, 1) of the cotangent of lse or mu; zero where a row sees no key."""
         if x is None:
             return None
         return self._part(x, at).to(self._dtype).reshape(lse.shape).masked_fill(lse == -math.inf, 0.0)
@@ -280,7 +280,7 @@ class Blocks:
             part.copy_((block if scale == 1 else block * scale).reshape(part.shape))
 
     def _buffer(self, name: str, shape: Sequence[int]) -> Tensor:
-        """Uninitialised memory that all blocks share: half the peak of a fresh allocation each."""
+        """Return uninitialised memory that all blocks share: half the peak of a fresh allocation for each."""
         size = math.prod(shape)
         if name not in self._memory or self._memory[name].numel() < size:
             self._memory[name] = torch.empty(size, dtype=self._dtype, device=self._device)
@@ -303,7 +303,7 @@ def put_columns(whole: Tensor | None, block: Tensor | None, heads: tuple[slice, 
 
 
 def softmax_(logits: Tensor) -> Tensor:
-    """Softmax in place; returns lse (Z, R, 1). A row of -inf becomes zeros, with lse = -inf."""
+    """Apply softmax in place, and return lse (Z, R, 1). A row of -inf becomes zeros, with lse = -inf."""
     row_max = logits.amax(dim=-1, keepdim=True)
     logits.sub_(row_max.masked_fill(row_max == -math.inf, 0.0)).exp_()
     total = logits.sum(dim=-1, keepdim=True)
@@ -313,7 +313,7 @@ def softmax_(logits: Tensor) -> Tensor:
 
 
 def _product_tangent(left: SideBySide, right: SideBySide, out: Tensor) -> Tensor | None:
-    """Tangent of left @ right.mT by the product rule; `left` is flipped, so that two tangents need only one matmul."""
+    """Return the tangent of left @ right.mT by the product rule; as `left` is flipped, two tangents are one matmul."""
     if left.both is not None and right.both is not None:
         return torch.bmm(left.both, right.both.mT, out=out)
     if left.tangent is not None and right.value is not None:
@@ -333,7 +333,7 @@ def _add_matmul_(into: Tensor | None, a: Tensor, b: Tensor | None) -> None:
 
 
 def _addend(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a mask adds to the logits, in size 1 where it is broadcast: key padding costs next to nothing."""
+    """Return what a mask adds to the logits, of size 1 where it is broadcast: key padding costs next to nothing."""
     for dim, stride in enumerate(mask.stride()):
         if stride == 0:
             mask = mask.narrow(dim, 0, 1)

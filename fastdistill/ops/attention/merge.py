@@ -51,7 +51,7 @@ def merge_attention_jvp(
 
 
 def _weights(lses: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Each part's share of the softmax, and the log-sum-exp over all; a query that sees no key has shares of zero."""
+    """Return each part's share of the softmax, and the log-sum-exp over all; shares are zero where no key is seen."""
     dead = [x == float("-inf") for x in lses]
     top = torch.stack([x.detach() for x in lses]).amax(0)
     top = top.masked_fill(top == float("-inf"), 0.0)

@@ -21,7 +21,7 @@ from fastdistill.ops.protocol.pair import ABSENT, Needs, Pair, Pairs
 
 
 class _Call(NamedTuple):
-    """What both ops boil down to: q (B, H, N, D), k, v and a mask, or packed sequences in a batch of one."""
+    """Call that both ops boil down to: q (B, H, N, D), k, v and a mask, or packed sequences in a batch of one."""
 
     inputs: list[Pair]
     options: dict[str, Any]  # the keyword arguments that every implementation takes
@@ -53,14 +53,14 @@ def _call(inputs: Pairs, attrs: Sequence[Any]) -> _Call:
 
 
 def choose(q: Tensor, v: Tensor, impl: str) -> str:
-    """The implementation that runs under forward AD: "torch" or "triton"."""
+    """Return the implementation that runs under forward AD: "torch" or "triton"."""
     if impl != "auto":
         return impl
     return "triton" if triton_problem(q, v) is None else "torch"
 
 
 def triton_problem(q: Tensor, v: Tensor) -> str | None:
-    """Why "auto" doesn't take the Triton kernels for these tensors, or None where it does."""
+    """Return why "auto" doesn't take the Triton kernels for these tensors, or None where it does."""
     if q.device.type != "cuda":
         return f"no triton: tensors are on {q.device.type!r}"
     problem = unfit_for_triton(q, v) or dispatch.triton_problem(q.device) or _short_of_memory(q, v)
@@ -77,7 +77,7 @@ def _short_of_memory(q: Tensor, v: Tensor) -> str | None:
 
 
 def unfit_for_triton(q: Tensor, v: Tensor) -> str | None:
-    """What about the tensors the Triton kernels can't take on any device, or None."""
+    """Return what about the tensors the Triton kernels can't take on any device, or None."""
     if q.dtype == torch.float64:
         return "float64"
     widest, most = max(q.shape[-1], v.shape[-1]), dispatch.limit("WIDEST_HEAD")
@@ -156,7 +156,7 @@ def _math_backward(cotangents: Pairs, inputs: Pairs, attrs: Sequence[Any], needs
 
 
 def _native(primals: Sequence[Any], attrs: Sequence[Any]) -> Tensors | None:
-    """PyTorch's own op, where no implementation was asked for by name and it can do what is asked.
+    """Call PyTorch's own op, where no implementation was asked for by name and it can do what is asked.
 
     Not where a gradient in 16 bits may follow on a CPU: from rounded outputs its kernel there makes gradients that with
     large logits and a mean of v are off by ten times what the plain formula's are. Nor with a scale of zero or

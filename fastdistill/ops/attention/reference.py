@@ -19,7 +19,7 @@ def attention(
     window: tuple[int, int] = (-1, -1),
     lower_right: bool = False,
 ) -> Tensor:
-    """Scaled dot-product attention.
+    """Compute scaled dot-product attention.
 
     q (B, H, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv) with H a multiple of Hkv (grouped queries); returns
     (B, H, N, Dv). `attn_mask` broadcasts to (B, H, N, M): bool (True = attend) or additive float. `window`
@@ -45,7 +45,7 @@ def attention_lse(
     window: tuple[int, int] = (-1, -1),
     lower_right: bool = False,
 ) -> Tensor:
-    """Logarithm of the sum of exp(logits), (B, H, N), of `attention` with these arguments.
+    """Return the logarithm of the sum of exp(logits), (B, H, N), of `attention` with these arguments.
 
     A row that sees no key has -inf, with all derivatives 0. The tangent is mu, the logits' tangent averaged with the
     weights of the attention.
@@ -67,7 +67,7 @@ def varlen_attention(
     window: tuple[int, int] = (-1, -1),
     lower_right: bool = False,
 ) -> Tensor:
-    """Attention within each of Z packed sequences.
+    """Compute attention within each of Z packed sequences.
 
     q (T, H, D), k (Tk, Hkv, D), v (Tk, Hkv, Dv); returns (T, H, Dv). The queries of sequence z are the tokens
     cu_seqlens_q[z] ... cu_seqlens_q[z + 1] - 1, its keys likewise; both (Z + 1,). Tokens before the first and after
@@ -85,7 +85,7 @@ def varlen_attention(
 
 
 def band(n: int, m: int, window: tuple[int, int], lower_right: bool, device: torch.device | str = "cpu") -> Tensor:
-    """Which of m keys each of n queries sees through a window, (N, M) bool; see `attention`."""
+    """Return which of m keys each of n queries sees through a window, (N, M) bool; see `attention`."""
     i = torch.arange(n, device=device)[:, None] + (m - n if lower_right else 0)
     j, (left, right) = torch.arange(m, device=device), window
     visible = torch.ones(n, m, dtype=torch.bool, device=device)
@@ -105,7 +105,7 @@ def _weights(
     window: tuple[int, int],
     lower_right: bool,
 ) -> tuple[Tensor, Tensor]:
-    """exp(logits - row_max) and row_max.
+    """Return exp(logits - row_max) and row_max.
 
     The row maximum only guards against overflow: no result depends on it, so it carries no derivative.
     """
@@ -127,5 +127,5 @@ def _weights(
 
 
 def _repeated(x: Tensor, q: Tensor) -> Tensor:
-    """Key heads, each repeated for the queries that share it."""
+    """Return the key heads, each repeated for the queries that share it."""
     return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)

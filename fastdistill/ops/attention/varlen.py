@@ -30,7 +30,7 @@ def varlen_attention(
     centre: bool = False,
     impl: str = "auto",
 ) -> Any:
-    """`torch.nn.attention.varlen.varlen_attn`, differentiable in forward mode, on any device and in any dtype.
+    """Apply PyTorch's `varlen_attn`, differentiable in forward mode, on any device and in any dtype.
 
     Args:
         query: packed sequences, (tokens, H, D).
@@ -97,7 +97,7 @@ def varlen_attention_jvp(
     tangent_grad: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, ...]:
-    """Attention over packed sequences and its directional derivative; a tangent of None is zero.
+    """Compute attention over packed sequences and its directional derivative; a tangent of None is zero.
 
     Arguments as in `varlen_attention`, `tangent_grad` as in `attention_jvp`; as there, dtypes stay under autocast.
 
@@ -136,5 +136,5 @@ def _attrs(
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """(1, H, tokens, dim) as (tokens, H, dim)."""
+    """Return (1, H, tokens, dim) as (tokens, H, dim)."""
     return x[0].transpose(0, 1)

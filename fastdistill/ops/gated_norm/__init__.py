@@ -1,1 +1,1 @@
-"""The gated residual of one transformer block, with the norm before the next."""
+"""Gated residual of one transformer block, with the norm before the next."""

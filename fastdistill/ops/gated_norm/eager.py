@@ -1,4 +1,4 @@
-"""The step between two blocks, in plain PyTorch: r = x + gate∘h, then a norm of r, with tangents and both backwards.
+"""Compute r = x + gate∘h and a norm of r in plain PyTorch, with tangents and both backward passes.
 
 r is kept in float32 (float64 for float64) between the two halves, whatever it is returned in. The rest is
 `fastdistill.ops.norm.eager`, whose gradients of its rows join those of r itself: at their sum dr, dx = dr, dh = gate∘dr

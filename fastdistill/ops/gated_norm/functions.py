@@ -1,4 +1,4 @@
-"""The fused step between two transformer blocks: the gated residual and the modulated norm of it.
+"""Fuse the step between two transformer blocks: the gated residual and the modulated norm of it.
 
     r = x + gate∘h                       t_r = t_x + t_gate∘h + gate∘t_h
     y = (rh∘w + b)∘(1 + scale) + shift   t_y as of any norm, rh being r normalised
@@ -31,7 +31,7 @@ def gated_residual_ada_norm(
     rms: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The gated residual of one block and the modulated norm before the next: both results in one kernel.
+    """Compute the gated residual of one block and the modulated norm before the next: both in one kernel.
 
     The residual stream x and the block's output h may differ in dtype: a float32 stream beside bfloat16 blocks halves
     the error of a network's tangent. Statistics are taken of the sum before it is rounded.
@@ -77,7 +77,7 @@ def gated_residual_ada_norm_jvp(
     tangent_grad: bool = False,
     impl: str = "auto",
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """`gated_residual_ada_norm` and its directional derivative: ((r, y), (t_r, t_y)).
+    """Compute `gated_residual_ada_norm` and its directional derivative: ((r, y), (t_r, t_y)).
 
     Tangents have their primals' shapes, None is zero. With `tangent_grad=False` gradients flow through r and y only.
 
@@ -89,7 +89,7 @@ def gated_residual_ada_norm_jvp(
 
 
 class _Call(Call):
-    """As its parent, with h like x and the gate like scale and shift."""
+    """Call of a norm, with h like x and the gate like scale and shift."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class _Call(Call):
         self.named[1:1] = [("h", h), ("gate", gate)]
 
     def run(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """r and y of (possibly dual) tensors."""
+        """Return r and y of (possibly dual) tensors."""
         r, y = GATED_NORM(
             [self._canonical(name, value) for name, value in self.named], self.attrs, context.tangent_grad()
         )
@@ -127,7 +127,7 @@ class _Call(Call):
     def both(
         self, given: Sequence[Tensor | None], tangent_grad: bool
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """((r, y), (t_r, t_y)) along explicit tangents, in the order of `named`."""
+        """Return ((r, y), (t_r, t_y)) along explicit tangents, in the order of `named`."""
         checked = checks.checked_tangents(
             [(name, value, t) for (name, value), t in zip(self.named, given)], tangent_grad
         )

@@ -37,7 +37,7 @@ def _backward(cotangents: Pairs, inputs: Pairs, saved: Any, attrs: Sequence[Any]
 
 
 def _native(primals: Sequence[Any], attrs: Sequence[Any]) -> Tensors | None:
-    """PyTorch's own ops, where no implementation was asked for by name and nothing is narrower than float32."""
+    """Call PyTorch's own ops, where no implementation was asked for by name and nothing is narrower than float32."""
     x, h, gate, weight, bias, scale, shift = primals
     eps, rms, impl = attrs
     if impl != "auto" or x.dtype.itemsize < 4 or any(p is not None and p.dtype != x.dtype for p in primals):

@@ -18,7 +18,7 @@ def gated_residual_ada_norm(
     eps: float = 1e-6,
     rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The step between two blocks: r = x + gate * h, and `norm` of r with the rest. Returns (r, y).
+    """Return (r, y), the step between two blocks: r = x + gate * h, and `norm` of r with the rest.
 
     y has h's dtype, so that the residual stream x, r may be wider than what the blocks compute in.
     """

@@ -1,4 +1,4 @@
-"""The arguments of a norm, refused by name where they don't fit, and brought to the form that the op takes."""
+"""Check the arguments of a norm, refuse by name those that don't fit, and bring them to the form that the op takes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastdistill.ops.protocol.pair import paired
 
 
 class Call:
-    """One call: arguments checked by name and brought to x (B, T, C), weight (C,), scale (B|1, T|1, C)."""
+    """Call of a norm: arguments checked by name and brought to x (B, T, C), weight (C,), scale (B|1, T|1, C)."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Call:
         self.x, self.attrs = x, (checks.number("eps", eps), rms, impl)
 
     def run(self) -> Tensor:
-        """The norm of (possibly dual) tensors."""
+        """Return the norm of (possibly dual) tensors."""
         primals = [self._canonical(name, value) for name, value in self.named]
         (y,) = NORM(primals, self.attrs, context.tangent_grad())
         assert y is not None
@@ -69,7 +69,7 @@ class Call:
         t_shift: Tensor | None,
         tangent_grad: bool,
     ) -> tuple[Tensor, Tensor]:
-        """The norm and its tangent along explicit ones."""
+        """Return the norm and its tangent along explicit ones."""
         given = (t_x, t_weight, t_bias, t_scale, t_shift)
         checked = checks.checked_tangents(
             [(name, value, t) for (name, value), t in zip(self.named, given)], tangent_grad
@@ -80,7 +80,7 @@ class Call:
         return y.reshape(self.x.shape), t_y.reshape(self.x.shape)
 
     def _canonical(self, name: str, value: Tensor | None) -> Tensor | None:
-        """x as (B, T, C), T the tokens that share a modulation; scale and shift as (B|1, T|1, C)."""
+        """Return x as (B, T, C), T the tokens that share a modulation; scale and shift as (B|1, T|1, C)."""
         if value is None:
             return None
         if name in ("weight", "bias"):
@@ -110,6 +110,6 @@ def check_modulation(name: str, value: Tensor, x: Tensor) -> None:
 
 
 def default_eps(x: Tensor, eps: float | None, name: str = "x") -> float:
-    """PyTorch's eps of an RMSNorm: where none is given, that of the dtype."""
+    """Return the eps of an RMSNorm as PyTorch has it: where none is given, that of the dtype."""
     checks.check_tensor(name, x)
     return torch.finfo(x.dtype).eps if eps is None else eps

@@ -26,7 +26,7 @@ def layer_norm(
     *,
     impl: str = "auto",
 ) -> Tensor:
-    """`torch.nn.functional.layer_norm`, one kernel for primal and tangent under forward AD.
+    """Apply `torch.nn.functional.layer_norm`, as one kernel for primal and tangent under forward AD.
 
     Args:
         input: (..., *normalized_shape), float64, float32, bfloat16 or float16; statistics are taken in float32 or
@@ -58,7 +58,7 @@ def layer_norm_jvp(
     tangent_grad: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """LayerNorm and its directional derivative; tangents have their primals' shapes, None is zero.
+    """Compute LayerNorm and its directional derivative; tangents have their primals' shapes, None is zero.
 
     With `tangent_grad=False` gradients flow through `y` only and nothing is saved for `t_y`.
 
@@ -81,7 +81,7 @@ def rms_norm(
     *,
     impl: str = "auto",
 ) -> Tensor:
-    """`torch.nn.functional.rms_norm`, one kernel for primal and tangent under forward AD.
+    """Apply `torch.nn.functional.rms_norm`, as one kernel for primal and tangent under forward AD.
 
     Arguments as in `layer_norm`; `eps=None` is the machine epsilon of input's dtype, as in PyTorch.
 
@@ -103,7 +103,7 @@ def rms_norm_jvp(
     tangent_grad: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """RMSNorm and its directional derivative; tangents have their primals' shapes, None is zero.
+    """Compute RMSNorm and its directional derivative; tangents have their primals' shapes, None is zero.
 
     Equivalent to:
         torch.func.jvp(lambda x, w: F.rms_norm(x, normalized_shape, w, eps), (x, w), (t_x, t_w))
@@ -122,7 +122,7 @@ def ada_layer_norm(
     *,
     impl: str = "auto",
 ) -> Tensor:
-    """LayerNorm over the last dimension, then the modulation of adaptive LayerNorm (DiT, arXiv:2212.09748).
+    """Apply LayerNorm over the last dimension, then the modulation of adaptive LayerNorm (DiT, arXiv:2212.09748).
 
     Args:
         x: (..., C).
@@ -156,7 +156,7 @@ def ada_layer_norm_jvp(
     tangent_grad: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`ada_layer_norm` and its directional derivative; tangents have their primals' shapes, None is zero.
+    """Compute `ada_layer_norm` and its directional derivative; tangents have their primals' shapes, None is zero.
 
     Equivalent to:
         torch.func.jvp(ada_layer_norm, (x, scale, shift, weight, bias), (t_x, t_scale, t_shift, t_weight, t_bias))
@@ -174,7 +174,7 @@ def ada_rms_norm(
     *,
     impl: str = "auto",
 ) -> Tensor:
-    """RMSNorm over the last dimension, then a modulation; arguments as in `ada_layer_norm`, the shift may be None.
+    """Apply RMSNorm over the last dimension, then a modulation, as `ada_layer_norm`; the shift may be None.
 
     Equivalent to:
         F.rms_norm(x, x.shape[-1:], weight, eps) * (1 + scale) + shift
@@ -196,7 +196,7 @@ def ada_rms_norm_jvp(
     tangent_grad: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`ada_rms_norm` and its directional derivative; tangents have their primals' shapes, None is zero.
+    """Compute `ada_rms_norm` and its directional derivative; tangents have their primals' shapes, None is zero.
 
     Equivalent to:
         torch.func.jvp(ada_rms_norm, (x, scale, shift, weight), (t_x, t_scale, t_shift, t_weight))

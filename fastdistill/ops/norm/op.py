@@ -42,7 +42,7 @@ def _backward(cotangents: Pairs, inputs: Pairs, saved: Any, attrs: Sequence[Any]
 
 
 def _native(primals: Sequence[Any], attrs: Sequence[Any]) -> Tensors | None:
-    """PyTorch's own norm, where no implementation was asked for by name and one dtype runs through.
+    """Call PyTorch's own norm, where no implementation was asked for by name and one dtype runs through.
 
     A modulated 16-bit norm is not among them: composed, it would round three times where the fused one rounds once.
     """

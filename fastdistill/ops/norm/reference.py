@@ -17,7 +17,7 @@ def norm(
     eps: float = 1e-5,
     rms: bool = False,
 ) -> Tensor:
-    """LayerNorm (or RMSNorm) over the last dimension, then an affine map, then a modulation.
+    """Apply LayerNorm (or RMSNorm) over the last dimension, then an affine map, then a modulation.
 
     y = (xh * weight + bias) * (1 + scale) + shift, where xh = (x - mean) * rstd, or x * rstd for `rms`; every part
     that is None is left out. x (..., C); weight, bias (C,); scale, shift broadcast against x.
@@ -42,7 +42,7 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """LayerNorm over the trailing `normalized_shape`. Equivalent to: `F.layer_norm(x, normalized_shape, ...)`."""
+    """Apply LayerNorm over `normalized_shape`. Equivalent to: `F.layer_norm(x, normalized_shape, ...)`."""
     flat = x.flatten(-len(normalized_shape))
     weight, bias = _flat(weight), _flat(bias)
     return norm(flat, weight, bias, eps=eps).reshape(x.shape)
@@ -51,7 +51,7 @@ def layer_norm(
 def rms_norm(
     x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
-    """RMSNorm over the trailing `normalized_shape`. Equivalent to: `F.rms_norm(x, normalized_shape, weight, eps)`."""
+    """Apply RMSNorm over `normalized_shape`. Equivalent to: `F.rms_norm(x, normalized_shape, weight, eps)`."""
     flat = x.flatten(-len(normalized_shape))
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     return norm(flat, _flat(weight), eps=eps, rms=True).reshape(x.shape)
@@ -65,7 +65,7 @@ def ada_layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """LayerNorm over the last dimension, modulated: norm(x) * (1 + scale) + shift (DiT, arXiv:2212.09748, adaLN).
+    """Apply LayerNorm, modulated: norm(x) * (1 + scale) + shift over the last dimension (adaLN, arXiv:2212.09748).
 
     Equivalent to: `F.layer_norm(x, x.shape[-1:], weight, bias, eps) * (1 + scale) + shift`.
     """
@@ -79,7 +79,7 @@ def ada_rms_norm(
     weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """RMSNorm over the last dimension, modulated: norm(x) * (1 + scale) + shift.
+    """Apply RMSNorm over the last dimension, modulated: norm(x) * (1 + scale) + shift.
 
     Equivalent to: `F.rms_norm(x, x.shape[-1:], weight, eps) * (1 + scale) + shift`.
     """

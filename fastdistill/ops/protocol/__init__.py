@@ -1,1 +1,1 @@
-"""The dual protocol, which every op shares: `dual_op.py` tells how primal and tangent become one call."""
+"""Dual protocol, which every op shares: `dual_op.py` tells how primal and tangent become one call."""

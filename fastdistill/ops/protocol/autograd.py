@@ -1,4 +1,4 @@
-"""The reverse mode of an op under the dual protocol, and the reverse mode of that.
+"""Reverse mode of an op under the dual protocol, and the reverse mode of that.
 
 Both are autograd functions of one functorch level: their forward redispatches below Autograd, to the next level, so
 fused work stays fused under `torch.func.grad`, which differentiates as if somebody might do so again.
@@ -24,7 +24,7 @@ def apply_function(function: Any, *args: Any) -> Any:
 
 
 def reverse_mode(op: Any) -> type[compat.SingleLevelFunction]:
-    """The autograd function of `name_dual`; its forward redispatches below Autograd, to the next functorch level."""
+    """Make the autograd function of `name_dual`, whose forward redispatches below Autograd, to the next level."""
     n, k = len(op.primals), len(op.outputs)
 
     class Dual(compat.SingleLevelFunction):
@@ -78,7 +78,7 @@ def reverse_mode(op: Any) -> type[compat.SingleLevelFunction]:
 
 
 def reverse_mode_of_backward(op: Any) -> type[compat.SingleLevelFunction]:
-    """The autograd function of `name_backward`: fused itself, and differentiated by way of `math_backward`."""
+    """Make the autograd function of `name_backward`: fused itself, differentiated by way of `math_backward`."""
     n, k = len(op.primals), len(op.outputs)
 
     class Again(compat.SingleLevelFunction):
@@ -125,5 +125,5 @@ def _moves(x: Tensor | None) -> bool:
 
 
 def _alive(x: Tensor | None) -> Tensor | None:
-    """A saved tensor without the wrapper of a functorch level that has ended, in which `torch.func.vjp` fails."""
+    """Return a saved tensor without the wrapper of an ended functorch level, in which `torch.func.vjp` fails."""
     return x.view_as(x) if x is not None and compat.functorch_active() else x

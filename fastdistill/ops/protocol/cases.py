@@ -57,7 +57,7 @@ MMDITS = {
 
 @dataclass(frozen=True)
 class PublicOp:
-    """A public op: its forms, its arguments, the sizes at which it is tried, and what it costs at least.
+    """Public op: its forms, its arguments, the sizes at which it is tried, and what it costs at least.
 
     Args:
         name: that of the explicit pair without its `_jvp`.

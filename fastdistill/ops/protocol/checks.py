@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 def accepts_x(op: Callable[Params, Result]) -> Callable[Params, Result]:
-    """`op` with `x` as another name of its first argument, which PyTorch, and so its signature, calls `input`."""
+    """Let `op` take `x` as another name of its first argument, which PyTorch, and so its signature, calls `input`."""
 
     @wraps(op)
     def renamed(*args: Params.args, **kwargs: Params.kwargs) -> Result:
@@ -43,7 +43,7 @@ def check_tensor(name: str, x: object) -> None:
 
 
 def number(name: str, value: Any) -> float:
-    """A number as a float; a tensor only where it is a constant, as in PyTorch: its derivatives would be lost."""
+    """Return a number as a float; of tensors only a constant, because the derivatives of any other would be lost."""
     if isinstance(value, int | float | torch.SymInt | torch.SymFloat | numbers.Real):
         return float(value)
     if isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad and not compat.has_tangent(value):
@@ -52,7 +52,7 @@ def number(name: str, value: Any) -> float:
 
 
 def whole(name: str, value: Any, least: int) -> int:
-    """A whole number from `least` up as an int, of Python's own or NumPy's; True and False are none."""
+    """Return a whole number from `least` up as an int, of Python's own or NumPy's; True and False are none."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral | torch.SymInt):
         raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}")
     if value < least:
@@ -77,7 +77,7 @@ def check_like(name: str, x: Tensor, other_name: str, other: Tensor, *, dtype: b
 def checked_tangents(
     named: Sequence[tuple[str, Tensor | None, Tensor | None]], tangent_grad: bool
 ) -> list[Tensor | None]:
-    """Tangents of an explicit pair, checked against their primals and in their primals' dtype.
+    """Return the tangents of an explicit pair, checked against their primals and in their primals' dtype.
 
     Each entry is (name of the primal, primal, tangent).
     """

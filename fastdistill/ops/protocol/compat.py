@@ -1,4 +1,4 @@
-"""The private names of PyTorch that the dual protocol needs, in one place.
+"""Private names of PyTorch that the dual protocol needs, in one place.
 
 All of them exist in torch 2.11 to 2.13, and nothing else may import private names. What is a C function there is bound
 here as it is, for a Python function around it would be another call on the way to every launch.

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, and the refusal of one that cannot."""
+"""Choose which implementation of an op runs, and refuse one that cannot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The dual protocol: one launch for primal and tangent, under every PyTorch transform.
+"""Dual protocol: one launch for primal and tangent, under every PyTorch transform.
 
 `torch.autograd.Function.jvp` can't fuse: its forward runs before it sees a tangent. So each op here is a dispatcher op
 with a Python kernel on the `Autograd` key, which sees primal and tangent together:
@@ -38,7 +38,7 @@ LIBRARY = torch.library.Library("fastdistill", "FRAGMENT")
 
 @dataclass(frozen=True)
 class DualOp:
-    """One op family under the dual protocol; `pair.py` says what pairs are.
+    """Op family under the dual protocol; `pair.py` says what pairs are.
 
     Args:
         name: the op's name in `torch.ops.fastdistill`.

@@ -1,4 +1,4 @@
-"""A value and its directional derivative, and their arithmetic, in which None is a zero.
+"""Pairs of a value and its directional derivative, and their arithmetic, in which None is a zero.
 
 Every implementation of an op, in PyTorch or Triton, takes and returns pairs:
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 class Pair(NamedTuple):
-    """A primal and its tangent, or a gradient and that of the tangent. A primal of None is an absent argument."""
+    """Primal and tangent, or the gradients of the two. A primal of None is an absent argument."""
 
     primal: Any
     tangent: Tensor | None = None

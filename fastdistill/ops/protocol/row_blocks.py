@@ -78,7 +78,7 @@ def elements(*tensors: Tensor | None) -> Iterator[list[Any]]:
 
 
 class Rows:
-    """A result of which each block gives a part."""
+    """Result of which each block gives a part."""
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         self._shape, self._dtype, self._device = shape, dtype, device
@@ -98,7 +98,7 @@ class Rows:
 
 
 class Gradient:
-    """A gradient like an argument: parts of it, and sums where it was broadcast over the rows (B, T, ...)."""
+    """Gradient like an argument: parts of it, and sums where it was broadcast over the rows (B, T, ...)."""
 
     def __init__(self, like: Tensor, rows: Tensor) -> None:
         self._like, self._summed = like, like.shape != rows.shape
@@ -127,7 +127,7 @@ class Gradient:
 
 
 class Gradients:
-    """The gradients of some arguments and of their tangents, in pairs, as `needs` says."""
+    """Gradients of some arguments and of their tangents, in pairs, as `needs` says."""
 
     def __init__(self, inputs: Pairs, needs: Needs, rows: Tensor, cotangents: Pairs) -> None:
         self._found = [

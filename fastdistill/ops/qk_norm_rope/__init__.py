@@ -1,1 +1,1 @@
-"""The norm of queries and keys by head, and their rotary embedding."""
+"""Norm of queries and keys by head, and their rotary embedding."""

@@ -1,4 +1,4 @@
-"""The angles of a rotary embedding over one or more axes."""
+"""Compute the angles of a rotary embedding over one or more axes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def rope_angles(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """The angles of a rotary embedding over one or more axes (RoFormer, arXiv:2104.09864, on each axis).
+    """Return the angles of a rotary embedding over one or more axes (RoFormer, arXiv:2104.09864, on each axis).
 
     Args:
         positions: sizes of a grid, (N,), (rows, columns) or (frames, rows, columns), whose tokens are numbered with
@@ -64,7 +64,7 @@ def rope_angles(
 
 
 def _grid(given: Sequence[int], device: torch.device | str | None) -> Tensor:
-    """The positions (N, axes) of a grid's tokens, the last axis fastest."""
+    """Return the positions (N, axes) of a grid's tokens, the last axis fastest."""
     sizes = list(given) if isinstance(given, Iterable) else []
     if not sizes:
         raise TypeError(f"positions: expected the sizes of a grid, such as (16, 16), or a tensor, got {given!r}")

@@ -34,7 +34,7 @@ def qk_norm_rope(
     interleaved: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Norm over each head's channels, then rotary embedding, of queries and keys at once.
+    """Normalise each head's channels and apply the rotary embedding, of queries and keys at once.
 
     Args:
         q: (B, H, N, D), any strides, such as a view of a packed projection (B, N, 3, H, D); D is even.
@@ -84,7 +84,7 @@ def qk_norm_rope_jvp(
     tangent_grad: bool = False,
     impl: str = "auto",
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """`qk_norm_rope` and its directional derivative: ((q, k), (t_q, t_k)).
+    """Compute `qk_norm_rope` and its directional derivative: ((q, k), (t_q, t_k)).
 
     Tangents have their primals' shapes, None is zero. With `tangent_grad=False` gradients flow through q and k only.
 

@@ -21,7 +21,7 @@ def qk_norm_rope(
     eps: float = 1e-6,
     interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`head_norm`, then `rotary`, of q (B, H, N, D) and of k (B, Hkv, M, D); without angles no rotation."""
+    """Apply `head_norm`, then `rotary`, to q (B, H, N, D) and to k (B, Hkv, M, D); without angles no rotation."""
     q, k = head_norm(q, q_weight, q_bias, norm, eps), head_norm(k, k_weight, k_bias, norm, eps)
     if cos is None or sin is None:
         return q, k
@@ -29,12 +29,12 @@ def qk_norm_rope(
 
 
 def head_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps: float) -> Tensor:
-    """The "rms" or "layer" norm over the last dimension, or x itself for "none"."""
+    """Apply the "rms" or "layer" norm over the last dimension, or return x itself for "none"."""
     return x if kind == "none" else norm(x, weight, bias, eps=eps, rms=kind == "rms")
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """Rotary embedding (RoFormer, arXiv:2104.09864): each token's pairs of channels turn by its angles.
+    """Turn each token's pairs of channels by its angles: rotary embedding (RoFormer, arXiv:2104.09864).
 
     x (..., H, N, D); cos, sin (N or more, D/2), or (B, N or more, D/2). Pairs are channels 2i and 2i + 1 if
     interleaved, else i and i + D/2.

@@ -1,1 +1,1 @@
-"""The sinusoidal embedding of a time."""
+"""Sinusoidal embedding of a time."""

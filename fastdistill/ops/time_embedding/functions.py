@@ -1,4 +1,4 @@
-"""The sinusoidal embedding of a time, in float32.
+"""Embed a time by sines and cosines, in float32.
 
 It is a plain function of PyTorch's own ops. It has no dispatcher op, and so its room has neither op.py nor eager.py nor
 second_order.py: the formula is short, PyTorch's derivatives of it are already exact, and (B, dim) numbers cost nothing.

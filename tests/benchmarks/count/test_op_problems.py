@@ -1,4 +1,4 @@
-"""The problems that are counted are right: each pair is PyTorch's own jvp of the specification."""
+"""Check that the problems that are counted are right: each pair is PyTorch's own jvp of the specification."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def flat(pair: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name in ROWS])
 def test_a_problem_is_the_op_and_its_tangent(name: str) -> None:
-    """Both results, parameters having no tangent."""
+    """Check both results, parameters having no tangent."""
     task, (row, variant) = problem(name), ROWS[name]
     sizes, options = row.variant(variant, row.counted)
     names = list(row.shapes(sizes))

@@ -17,6 +17,7 @@ from fastdistill.benchmarks.methods import evidence
 from fastdistill.benchmarks.methods.evidence import MUTANTS, Job
 from fastdistill.eval.digits import DigitJudge
 from fastdistill.train import NonFiniteError
+from fastdistill.train.methods import METHODS
 from tests.benchmarks.methods.summaries import method, ring
 
 
@@ -89,6 +90,7 @@ def test_a_mutant_is_its_method_with_another_tangent_for_as_long_as_it_runs(name
         mutant = objectives.get(job.method)
         assert mutant.function is not right.function
         assert mutant.takes == right.takes
+        assert METHODS[job.method].objective() is mutant, "it is what the trainer trains"
     assert objectives.OBJECTIVES[job.method] is right
 
 

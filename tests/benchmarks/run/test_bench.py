@@ -185,7 +185,7 @@ def test_a_gpu_measures_bfloat16() -> None:
 
 
 def test_a_planted_error_in_an_op_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gate sees what the timed call returns: a wrong op of ours, nothing else changed."""
+    """Check that the gate sees what the timed call returns: a wrong op of ours, nothing else changed."""
     from fastdistill.benchmarks.ops import pointwise
 
     op = pointwise.POINTWISE["gelu_tanh"]

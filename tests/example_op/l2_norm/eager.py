@@ -1,4 +1,4 @@
-"""The L2 norm with its tangent and both backward passes, in plain PyTorch, computed in float32 or better."""
+"""Compute the L2 norm with its tangent and both backward passes, in plain PyTorch, in float32 or better."""
 
 from __future__ import annotations
 

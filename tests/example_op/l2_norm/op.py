@@ -38,7 +38,7 @@ def _backward(cotangents: Pairs, inputs: Pairs, saved: Any, attrs: Sequence[Any]
 
 
 def _native(primals: Sequence[Any], attrs: Sequence[Any]) -> None:
-    """PyTorch has no such op."""
+    """Return None: PyTorch has no such op."""
 
 
 def _specs(inputs: Pairs, attrs: Sequence[Any], tangent_grad: bool) -> tuple[Sequence[Spec], Sequence[Spec]]:
