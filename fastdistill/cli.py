@@ -144,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("compare", "train and measure methods under one budget, and report")
     command.add_argument("--methods", default="all", help="names joined by commas, or all (default: %(default)s)")
     command.add_argument("--data", default="ring", help="a shipped name, or a YAML file (default: %(default)s)")
-    command.add_argument("--steps", type=_at_least(1), help="training steps (default: the judge's choice)")
+    command.add_argument("--steps", type=_at_least(1), help="training steps (default: the judge's or configuration's)")
     command.add_argument("--seeds", type=_at_least(1), default=1, help="number of seeds (default: %(default)s)")
     command.add_argument("--n", type=_at_least(64), help="samples in each measurement (default: as in `eval`)")
     command.add_argument("--out", type=Path, help="output folder (default: runs/compare-DATA)")
