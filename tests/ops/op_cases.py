@@ -1,4 +1,4 @@
-"""Every public op with every argument that it takes, as the transforms try it, by the rows of the rooms' `cases.py`."""
+"""Public ops with every argument that they take, as the transforms try them, by the rows of the rooms' `cases.py`."""
 
 from __future__ import annotations
 

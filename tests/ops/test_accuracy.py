@@ -1,4 +1,4 @@
-"""Every op in plain PyTorch, at awkward sizes and in every dtype: outputs, tangents and all gradients of both."""
+"""Ops in plain PyTorch, at awkward sizes and in every dtype: outputs, tangents and all gradients of both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gradient of a dual tensor is dual: forward over reverse at a dual level, in every op, by every route."""
+"""Gradients of dual tensors are dual: forward over reverse at a dual level, in every op, by every route."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RUNS = [pytest.param(name, impl, id="-".join([name, *impl.values()])) for name i
 
 
 def scalars(name: str, impl: dict[str, str]) -> tuple[Scalar, Scalar, list[Tensor], list[Tensor]]:
-    """The op's and its formula's sum of sines as functions of every tensor argument, a point and a direction."""
+    """Return the op's and its formula's sum of sines as functions of every tensor argument, a point and a direction."""
     case = OPS[name]
     shapes, options = max(calls(name), key=lambda call: len(call[0]))
 
@@ -37,7 +37,7 @@ def scalars(name: str, impl: dict[str, str]) -> tuple[Scalar, Scalar, list[Tenso
 def at_a_dual_level(
     scalar: Scalar, x: list[Tensor], t_x: list[Tensor], moving: Sequence[int], create_graph: bool
 ) -> list[tuple[Tensor, Tensor]]:
-    """The gradients of every argument and their tangents along those that move; a missing one counts as zero."""
+    """Return gradients of every argument and their tangents along those that move; a missing one counts as zero."""
     with forward_ad.dual_level():
         leaves = [a.clone().requires_grad_() for a in x]
         duals = [forward_ad.make_dual(a, t) if i in moving else a for i, (a, t) in enumerate(zip(leaves, t_x))]
@@ -58,7 +58,7 @@ def assert_same(ours: Any, plain: Any) -> None:
 @pytest.mark.parametrize("create_graph", [True, False], ids=["graph", "no-graph"])
 @pytest.mark.parametrize(("name", "impl"), RUNS)
 def test_gradients_of_duals_have_their_tangents(name: str, impl: dict[str, str], create_graph: bool) -> None:
-    """Along all arguments, along the first alone and along the last alone (a weight, where there is one)."""
+    """Check all arguments, the first alone and the last alone (a weight, where there is one)."""
     ours, plain, x, t_x = scalars(name, impl)
     for moving in (range(len(x)), [0], [len(x) - 1]):
         assert_same(at_a_dual_level(ours, x, t_x, moving, create_graph), truth(plain, x, t_x, moving))
@@ -66,7 +66,7 @@ def test_gradients_of_duals_have_their_tangents(name: str, impl: dict[str, str],
 
 @pytest.mark.parametrize(("name", "impl"), RUNS)
 def test_forward_over_grad(name: str, impl: dict[str, str]) -> None:
-    """`torch.func.jvp(grad(f))`, which is another route to the same."""
+    """Check `torch.func.jvp(grad(f))`, which is another route to the same."""
     ours, plain, x, t_x = scalars(name, impl)
     for moving in (range(len(x)), [0]):
         with sdpa_kernel(SDPBackend.MATH):
@@ -91,7 +91,7 @@ def test_a_moving_cotangent_of_what_stands_still(name: str, impl: dict[str, str]
 @pytest.mark.parametrize("create_graph", [True, False], ids=["graph", "no-graph"])
 @pytest.mark.parametrize(("name", "impl"), RUNS)
 def test_a_loss_of_primal_and_tangent_inside_the_level(name: str, impl: dict[str, str], create_graph: bool) -> None:
-    """The gradient itself. Its tangent means little: there is one level, so that nobody knows how the tangent moves."""
+    """Check the gradient itself. Its tangent means little: at one level nobody knows how the tangent moves."""
     ours, plain, x, t_x = scalars(name, impl)
 
     def run(scalar: Scalar) -> list[Tensor]:
@@ -140,7 +140,7 @@ def test_dual_weights_of_a_network() -> None:
 
 @pytest.mark.parametrize("route", ["level", "func"])
 def test_attention_keeps_no_matrix_of_probabilities(route: str) -> None:
-    """Hessian-vector products without a graph take the fused backward twice, never the dense formulas."""
+    """Check that Hessian-vector products without a graph take the fused backward twice, never the dense formulas."""
     n = 256
     (q, k, v), (t, *_) = make_qkv(1, 1, n, 4), make_qkv(1, 1, n, 4, seed=1)
     loss = lambda q: fd.scaled_dot_product_attention(q, k, v, impl="torch", return_lse=True)[0].sin().sum()  # noqa: E731
@@ -155,7 +155,7 @@ def test_attention_keeps_no_matrix_of_probabilities(route: str) -> None:
 
 
 def test_the_driver_keeps_no_tangent_for_the_reverse_mode() -> None:
-    """With its constant tangents, what is alive after a forward is what is alive after a plain one."""
+    """Check that with constant tangents as much is alive after a forward as after a plain one."""
     x, t_x = torch.randn(64, 512), torch.randn(64, 512)
     w = torch.randn(512, requires_grad=True)
 

@@ -1,4 +1,4 @@
-"""The ops that PyTorch has too, as their users call those: by PyTorch's names, on any shape, in PyTorch's place."""
+"""Ops that PyTorch has too, as their users call those: by PyTorch's names, on any shape, in PyTorch's place."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ NAMED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", NAMED)
 def test_pytorchs_own_names_are_ours(name: str) -> None:
-    """All of them, in PyTorch's order where PyTorch takes them by position."""
+    """Check all of them, in PyTorch's order where PyTorch takes them by position."""
     ours, plain, given = getattr(fd, name), getattr(F, name), NAMED[name]
     torch.testing.assert_close(ours(**given), plain(**given), rtol=0, atol=0)
     first, *rest = given
@@ -74,7 +74,7 @@ def test_compiled_ops_take_the_names_too() -> None:
 
 @pytest.mark.parametrize("impl", ["auto", "torch"])
 def test_silu_in_place_overwrites_value_and_tangent(impl: str) -> None:
-    """And gradients are taken at the old value; the tensor itself comes back, as from PyTorch."""
+    """Check also that gradients are taken at the old value, and that the tensor itself comes back, as from PyTorch."""
     x, t_x = torch.randn(2, 3, 5, dtype=torch.float64).unbind(0)
     ours = lambda x: fd.silu(x, inplace=True, impl=impl)  # noqa: E731
     leaves = [x.clone().requires_grad_(), t_x.clone().requires_grad_()]
@@ -126,7 +126,7 @@ def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 @pytest.mark.parametrize(("x", "weight", "bias"), LINEAR, ids=str)
 def test_linear_takes_the_shapes_that_pytorchs_does(x: Any, weight: Any, bias: Any) -> None:
-    """Values, tangents and gradients, by the op, by its pair, compiled, and under vmap."""
+    """Compare values, tangents and gradients, by the op, by its pair, compiled, and under vmap."""
     shapes = [shape for shape in (x, weight, bias) if shape is not None]
     leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in (*shapes, *shapes)]
     half = len(shapes)
@@ -244,7 +244,7 @@ print("the same", len(found))
 
 
 def test_ours_may_stand_in_pytorchs_place() -> None:
-    """All six at once, in a process of their own: plain, backward, both drivers, and our other ops beside them."""
+    """Check all six at once in a process of their own: plain, backward, both drivers, our other ops beside them."""
     done = subprocess.run([sys.executable, "-c", REPLACED], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert "the same" in done.stdout
@@ -253,7 +253,7 @@ def test_ours_may_stand_in_pytorchs_place() -> None:
 @pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 8), (2, 3, 4, 8)], ids=str)
 @pytest.mark.parametrize("name", ["gelu", "silu", "layer_norm", "rms_norm", "linear"])
 def test_results_may_be_changed_in_place(name: str, shape: tuple[int, ...]) -> None:
-    """As those of PyTorch's may, under forward AD with gradients too."""
+    """Check that they may as PyTorch's may, under forward AD with gradients too."""
     more = {key: x for key, x in NAMED[name].items() if key not in ("input", "inplace")}
     more = {key: x.double() if isinstance(x, Tensor) else x for key, x in more.items()}
     leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2)]
@@ -266,7 +266,7 @@ def test_results_may_be_changed_in_place(name: str, shape: tuple[int, ...]) -> N
 
 
 def test_recursion_is_no_fault_of_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What goes wrong inside a check passes as it is."""
+    """Check that what goes wrong inside a check passes as it is."""
 
     def deep(*args: object, **kwargs: object) -> None:
         raise RecursionError("too deep")

@@ -18,7 +18,7 @@ RUNS = [pytest.param(name, impl, id="-".join([name, *impl.values()])) for name i
 
 
 def of_tensors(name: str, impl: dict[str, str], at: int) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor]]:
-    """The op with its first or last options as a function of all the tensors that it takes, and those tensors."""
+    """Return the op with its first or last options as a function of its tensors, and those tensors."""
     case = OPS[name]
     shapes, options = max((call for call in calls(name) if call[1] == _options(name)[at]), key=lambda c: len(c[0]))
     tensors = draw(shapes)
@@ -50,7 +50,7 @@ def test_gradcheck(name: str, impl: dict[str, str]) -> None:
 
 @pytest.mark.parametrize(("name", "impl"), RUNS)
 def test_gradgradcheck(name: str, impl: dict[str, str]) -> None:
-    """Without tangents "auto" is PyTorch's own attention, whose flash has no second derivative: hence its MATH."""
+    """Check it with MATH attention, for "auto" without tangents is PyTorch's flash, which has no second derivative."""
     run, leaves = of_tensors(name, impl, 0)
     with sdpa_kernel(SDPBackend.MATH):
         assert gradgradcheck(
@@ -67,7 +67,7 @@ def test_a_second_derivative_of_flash_is_refused_as_pytorch_refuses_it() -> None
 
 
 def test_merging_of_attention() -> None:
-    """Two parts of the keys, of which the second sees nothing in its first row."""
+    """Check two parts of the keys, of which the second sees nothing in its first row."""
     outs = [torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     lses = [torch.randn(2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
 

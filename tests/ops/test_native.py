@@ -1,4 +1,4 @@
-"""Every argument of every public op reaches its value and its gradient, whichever path runs: PyTorch's own op too."""
+"""Arguments of public ops, each of which reaches value and gradient, whichever path runs: PyTorch's own op too."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def assert_same(ours: object, plain: object, what: str) -> None:
 def with_gradients(
     run: Callable[[dict[str, Tensor]], Sequence[Tensor]], tensors: dict[str, Tensor]
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Outputs, and the gradient of each argument of a weighted sum over them."""
+    """Return outputs, and the gradient of each argument of a weighted sum over them."""
     leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
     outs = run(leaves)
     loss = sum((o * torch.linspace(1, 2, o.numel(), dtype=o.dtype).view_as(o).cos()).sum() for o in outs)
@@ -45,7 +45,7 @@ def primal_of(pair: Callable[..., tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
 
 @pytest.mark.parametrize("name", OPS)
 def test_every_argument_counts_on_every_path(name: str) -> None:
-    """PyTorch's own op, ours in plain PyTorch and the pair's primal, with each optional tensor there and away."""
+    """Check PyTorch's own op, ours in plain PyTorch and the pair's primal, with each optional tensor there and away."""
     case = OPS[name]
     for shapes, options in calls(name):
         tensors, tangents = draw(shapes), draw(shapes, seed=1)

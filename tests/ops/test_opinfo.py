@@ -48,14 +48,14 @@ def samples(name: str) -> Iterator[Any]:
 
 
 def refused(name: str, sample: Any, *, moving: bool) -> str | None:
-    """The argument by which we refuse a sample that PyTorch takes."""
+    """Return the argument by which we refuse a sample that PyTorch takes."""
     if "attention" not in name:
         return None
     return "dropout_p" if sample.kwargs.get("dropout_p") and moving else None
 
 
 def as_function(op: Callable[..., Any], sample: Any, **more: Any) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """The op as a function of the sample's floating-point tensors, and these."""
+    """Return the op as a function of the sample's floating-point tensors, and these."""
     leaves, tree = tree_flatten(((sample.input, *sample.args), sample.kwargs))
     at = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
 
@@ -78,7 +78,7 @@ def gradients(run: Callable[..., Tensor], point: list[Tensor]) -> tuple[Tensor, 
 
 
 def mixed(run: Callable[..., Tensor], point: list[Tensor], direction: list[Tensor]) -> tuple[Tensor, ...]:
-    """Output, tangent, and the gradients of a loss of both with respect to the point and the direction."""
+    """Return output, tangent, and the gradients of a loss of both with respect to the point and the direction."""
     leaves = [x.clone().requires_grad_() for x in (*point, *direction)]
     with sdpa_kernel(SDPBackend.MATH):
         out, t_out = jvp(run, tuple(leaves[: len(point)]), tuple(leaves[len(point) :]))
@@ -86,7 +86,7 @@ def mixed(run: Callable[..., Tensor], point: list[Tensor], direction: list[Tenso
 
 
 def assert_same(ours: Any, plain: Any, what: str) -> None:
-    """NaN for NaN too: some samples have a negative eps."""
+    """Check that they agree, NaN for NaN too: some samples have a negative eps."""
     message = lambda text: f"{what}: {text}"  # noqa: E731
     torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-10, equal_nan=True, msg=message)
 

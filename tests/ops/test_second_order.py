@@ -1,4 +1,4 @@
-"""The formulas that second derivatives take: as the references' derivatives, and endlessly differentiable."""
+"""Formulas that second derivatives take: as the references' derivatives, and endlessly differentiable."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BANDS: list[tuple[tuple[int, int], bool]] = [((-1, -1), False), ((-1, 0), False)
 
 
 def inputs(m: int = 7, **sizes: Any) -> list[list[Tensor]]:
-    """(q, k, v, mask) and tangents of all four."""
+    """Return (q, k, v, mask) and tangents of all four."""
     points = []
     for seed in (0, 1):
         qkv = make_qkv(2, 4, 5, 3, kv_heads=2, m=m, dv=4, dtype=torch.float64, seed=seed, **sizes)
@@ -30,7 +30,7 @@ def inputs(m: int = 7, **sizes: Any) -> list[list[Tensor]]:
 def specification(
     primals: Tensors, window: tuple[int, int] = (-1, -1), lower_right: bool = False, cu_seqlens: Any = None
 ) -> tuple[Tensor, Tensor]:
-    """(o, lse), packed sequences one at a time."""
+    """Return (o, lse), packed sequences one at a time."""
     q, k, v, *mask = primals
     if cu_seqlens is None:
         lse = reference.attention_lse(q, k, *mask, window=window, lower_right=lower_right)
@@ -59,7 +59,7 @@ def dual_backward(
 
 
 def check(primals: list[Tensor], tangents: list[Tensor], window: Any, lower_right: bool, cu_seqlens: Any) -> None:
-    """(o, lse), (t_o, mu) and all gradients of all of them."""
+    """Check (o, lse), (t_o, mu) and all gradients of all of them."""
     band, scale = (window, lower_right, cu_seqlens), primals[0].shape[-1] ** -0.5
     leaves = [x.clone().requires_grad_() for x in (*primals, *tangents)]
     count = len(primals)
@@ -85,20 +85,20 @@ def check(primals: list[Tensor], tangents: list[Tensor], window: Any, lower_righ
 @pytest.mark.parametrize("band", BANDS, ids=str)
 @pytest.mark.parametrize("m", [3, 5, 7])
 def test_windows_match_the_references_derivatives(band: tuple[tuple[int, int], bool], m: int) -> None:
-    """Every subset of cotangents, with a bias that has a tangent; rows that see nothing included."""
+    """Check every subset of cotangents, with a bias that has a tangent, and rows that see nothing."""
     check(*inputs(m), *band, None)
 
 
 @pytest.mark.parametrize("band", BANDS, ids=str)
 @pytest.mark.parametrize("lengths", [((4, 0, 3, 2), (2, 3, 0, 6)), ((2, 3), (0, 0))], ids=str)
 def test_packed_sequences_match_the_references_derivatives(band: Any, lengths: Any) -> None:
-    """By one mask of blocks: each with its own positions, some without queries, some without keys."""
+    """Check one mask of blocks: each with its own positions, some without queries, some without keys."""
     packs = [make_packed(*lengths, 4, 3, kv_heads=2, dv=4, dtype=torch.float64, seed=seed) for seed in (0, 1)]
     check(list(packs[0][0]), list(packs[1][0]), *band, packs[0][1])
 
 
 def test_tokens_outside_all_sequences_see_nothing() -> None:
-    """Not even each other."""
+    """Check that they don't even see each other."""
     (q, k, v), cu_seqlens = make_packed((2, 3), (3, 1), 2, 4, spare=2)
     (o, lse), (t_o, mu) = dual((q, k, v, None), (q, None, v, None), (-1, -1), False, cu_seqlens, 1.0)
     outside = [0, 1, 7, 8]
@@ -108,7 +108,7 @@ def test_tokens_outside_all_sequences_see_nothing() -> None:
 
 
 def test_absent_tangents_are_zeros() -> None:
-    """Alone and together; without any there is no t_o and no mu."""
+    """Check each absent alone and together; without any there is no t_o and no mu."""
     primals, tangents = inputs()
     rest: Any = ((-1, 0), True, None, 0.5)
     for wanted in itertools.product([True, False], repeat=4):
@@ -122,7 +122,7 @@ def test_absent_tangents_are_zeros() -> None:
 
 
 def test_16_bits_are_computed_and_the_statistics_returned_in_float32() -> None:
-    """As by the implementations; o, t_o and gradients are in the dtype of the inputs."""
+    """Check it as by the implementations; o, t_o and gradients are in the dtype of the inputs."""
     primals, tangents = ([x.bfloat16() for x in point] for point in inputs())
     arguments: Any = (tuple(primals), tuple(tangents), (-1, -1), False, None, 0.5)
     (o, lse), (t_o, mu) = dual(*arguments)
@@ -134,7 +134,7 @@ def test_16_bits_are_computed_and_the_statistics_returned_in_float32() -> None:
 
 @pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
 def test_both_formulas_are_differentiable_again_and_again(packed: bool) -> None:
-    """Gradients and tangents of gradients of (o, lse, t_o, mu) and of the backward, against finite differences."""
+    """Check gradients and tangents of gradients of (o, lse, t_o, mu) and of the backward by finite differences."""
     lengths = ((2, 1, 1), (2, 0, 3)) if packed else ((4,), (5,))
     (q, k, v), cu_seqlens = make_packed(*lengths, 2, 2, kv_heads=1, dtype=torch.float64)
     options: Any = ((1, 1), True, cu_seqlens if packed else None, 0.7)

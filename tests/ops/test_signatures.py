@@ -22,7 +22,7 @@ MOST = 10
 
 
 def functions(code: str) -> list[ast.FunctionDef]:
-    """Those of a module, but the kernels and what they call."""
+    """Return the functions of a module, but the kernels and what they call."""
     found = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.FunctionDef)]
     return [node for node in found if not any("jit" in ast.unparse(line) for line in node.decorator_list)]
 
@@ -39,7 +39,7 @@ def signatures(op: str, files: list[str]) -> dict[str, tuple[list[str], list[str
 
 
 def crowded(path: str, code: str) -> list[str]:
-    """Each function that takes too much; options, which are keywords with a default, don't count."""
+    """Name each function that takes too much; options, which are keywords with a default, don't count."""
     return [
         f"{path}:{node.lineno}: {node.name} takes {count} arguments, at most {MOST}"
         for node in functions(code)
@@ -49,7 +49,7 @@ def crowded(path: str, code: str) -> list[str]:
 
 @pytest.mark.parametrize("op", IMPLEMENTATIONS)
 def test_implementations_have_one_signature(op: str) -> None:
-    """Pairs first, in one order; then the options, which are the same ones."""
+    """Check that pairs come first, in one order, and then the options, which are the same ones."""
     eager, *others = (signatures(op, files) for files in IMPLEMENTATIONS[op])
     assert eager[f"{op}_forward"][0] == ["inputs"]
     positional, keywords = eager[f"{op}_backward"]
@@ -59,7 +59,7 @@ def test_implementations_have_one_signature(op: str) -> None:
 
 
 def test_no_function_takes_more_than_ten_arguments() -> None:
-    """In these rooms and beside their kernels."""
+    """Check the functions in these rooms and beside their kernels."""
     paths = [path for room in ROOMS for path in (ROOT / "fastdistill" / "ops" / room).glob("*.py")]
     paths += [path for name in KERNELS for path in (ROOT / "kernels").glob(f"{name}.py")]
     found = [line for path in paths for line in crowded(str(path), path.read_text(encoding="utf-8"))]
@@ -67,7 +67,7 @@ def test_no_function_takes_more_than_ten_arguments() -> None:
 
 
 def test_a_function_that_takes_too_much_is_found() -> None:
-    """Required keywords count, kernels and keywords with a default don't."""
+    """Check that required keywords count, and that kernels and keywords with a default don't."""
     ten = ", ".join(f"a{i}" for i in range(MOST))
     assert len(crowded("x.py", f"def f({ten}, b): ...")) == len(crowded("x.py", f"def f({ten}, *, b): ...")) == 1
     assert not crowded("x.py", f"def f({ten}, *, b=1): ...\n@triton.jit\ndef g({ten}, b): ...")

@@ -1,4 +1,4 @@
-"""Every op under every PyTorch transform, against plain PyTorch in float64: the table of the dual protocol."""
+"""Ops under every PyTorch transform, against plain PyTorch in float64: the table of the dual protocol."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DUAL_OPS = [x for names in OPS for x in names.values() if isinstance(x, DualOp)]
 
 
 class Case(NamedTuple):
-    """One op as a function of tensors alone, and its plain twin."""
+    """Op as a function of tensors alone, and its plain twin."""
 
     ours: Op
     plain: Op
@@ -36,7 +36,7 @@ OF_A_CLIP = fd.rope_angles((1, 2, 2), 6, dtype=torch.float64)  # frames, rows, c
 
 
 def normed_and_turned(op: Callable[..., Any]) -> Op:
-    """Layer norms of the queries and keys of a packed projection (B, N, 3, H, D), and neighbours that turn."""
+    """Return layer norms of a packed projection's (B, N, 3, H, D) queries and keys, of which neighbours turn."""
 
     def run(qkv: Tensor, w: Tensor, b: Tensor, **kw: Any) -> Tensor:
         q, k, _ = qkv.permute(2, 0, 3, 1, 4)
@@ -100,7 +100,7 @@ pytestmark = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 def points(case: Case, *, batch: int | None = None, seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
-    """Primals and tangents in float64, optionally with a leading dimension to map over."""
+    """Return primals and tangents in float64, optionally with a leading dimension to map over."""
     generator = torch.Generator().manual_seed(seed)
     lead = () if batch is None else (batch,)
     draw = lambda: [torch.randn(*lead, *s, dtype=torch.float64, generator=generator) for s in case.shapes]  # noqa: E731
@@ -178,7 +178,7 @@ def test_vmap_of_jvp_with_shared_primals(case: Case) -> None:
 
 @pytest.mark.parametrize("mapped", [0, 1])
 def test_vmap_of_jvp_and_grad_with_batches_of_one(case: Case, mapped: int) -> None:
-    """One primal is mapped, the others are shared and have a batch of 1: a shared row must not pass for broadcast."""
+    """Check one mapped primal beside shared ones with a batch of 1: a shared row must not pass for broadcast."""
     one = case._replace(shapes=tuple((1, *s[1:]) if len(s) > 1 else s for s in case.shapes))
     (x, t_x), (many, _) = points(one), points(one, batch=3)
     mapped = min(mapped, len(x) - 1)
@@ -228,7 +228,7 @@ def test_jvp_of_grad(case: Case) -> None:
 
 
 def test_jvp_of_jvp(case: Case) -> None:
-    """impl="torch", because a fused kernel has no second tangent and "auto" says so."""
+    """Check it with impl="torch", because a fused kernel has no second tangent and "auto" says so."""
     x, t_x = points(case)
     inner = lambda op: lambda *a: jvp(op, a, tuple(t_x))[1]  # noqa: E731
     assert_same(
@@ -237,7 +237,7 @@ def test_jvp_of_jvp(case: Case) -> None:
 
 
 def test_grad_of_grad(case: Case) -> None:
-    """impl="torch", because without tangents "auto" is PyTorch's own op, whose flash has no second derivative."""
+    """Check it with impl="torch": without tangents "auto" is PyTorch's op, whose flash has no second derivative."""
     x, _ = points(case)
 
     def second(op: Op) -> tuple[Tensor, ...]:
@@ -331,7 +331,7 @@ def test_compiled_driver_keeps_the_primal_gradient(case: Case) -> None:
 
 
 def test_first_derivatives_never_take_the_dense_formulas(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.func.grad asks for a graph of the gradient; that alone must not cost what a second derivative costs."""
+    """Check that asking for a graph of the gradient, as torch.func.grad does, doesn't cost a second derivative."""
     for op in DUAL_OPS:
         monkeypatch.setitem(op.__dict__, "math_backward", None)
     x, t_x = points(case)

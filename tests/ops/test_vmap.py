@@ -1,4 +1,4 @@
-"""vmap where it is hardest: of double backward, over nothing, and PyTorch's older vmap inside `torch.autograd`."""
+"""Batched maps where they are hardest: double backward, nothing to map over, PyTorch's older vmap in autograd."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RUNS = [pytest.param(name, impl, id="-".join([name, *impl.values()])) for name i
 
 
 def functions(name: str, impl: dict[str, str]) -> tuple[Op, Op, dict[str, tuple[int, ...]]]:
-    """The op and its formula as functions of all tensors, whose outputs are concatenated, and the shapes."""
+    """Return the op and its formula as functions of all tensors, their outputs concatenated, and the shapes."""
     case = OPS[name]
     shapes, options = max(calls(name), key=lambda call: len(call[0]))
     flat = lambda outs: torch.cat([o.flatten() for o in outs])  # noqa: E731
@@ -64,7 +64,7 @@ def test_vectorized_jacobians_and_hessians(name: str, impl: dict[str, str], stra
 @pytest.mark.parametrize("shared", [False, True], ids=["all", "first"])
 @pytest.mark.parametrize(("name", "impl"), RUNS)
 def test_an_empty_dimension(name: str, impl: dict[str, str], shared: bool) -> None:
-    """Forward, jvp and grad, nested too: shapes and dtypes as those of the formula."""
+    """Check forward, jvp and grad, nested too: shapes and dtypes as those of the formula."""
     ours, plain, shapes = functions(name, impl)
     lead = lambda i, *sizes: sizes if i == 0 or not shared else ()  # noqa: E731
     dims = tuple(0 if i == 0 or not shared else None for i in range(len(shapes)))
@@ -97,7 +97,7 @@ def test_an_empty_dimension_of_bfloat16_weights() -> None:
 
 @pytest.mark.parametrize("op", [fd.silu, fd.gelu, lambda x, **kw: fd.rms_norm(x, (3,), **kw)])
 def test_an_undefined_gradient_of_the_gradient(op: Callable[..., Tensor]) -> None:
-    """Double backward where nobody needs the gradient of the output's gradient, or where that is undefined."""
+    """Check double backward where nobody needs the gradient of the output's gradient, and where it is undefined."""
     x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     undefined = torch._C._functions.UndefinedGrad()
     y = op(x, impl="torch")

@@ -1,4 +1,4 @@
-"""Every field of a configuration, and values that none of them was made for."""
+"""Names of every field of a configuration, and values that none of them was made for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run small enough to train in a second."""
+"""Runs small enough to train in a second."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MakeConfig = Callable[..., TrainConfig]
 
 
 def tiny_fields(out: Path, **changes: Any) -> dict[str, Any]:
-    """The fields of a run of 12 steps on the ring, a checkpoint every 4.
+    """Return the fields of a run of 12 steps on the ring, a checkpoint every 4.
 
     Nested changes replace a group's fields, and another method replaces the method.
     """
@@ -47,7 +47,7 @@ def tiny(tmp_path: Path) -> MakeConfig:
 
 @pytest.fixture
 def tiny_digits(tiny: MakeConfig) -> MakeConfig:
-    """The same on digits, by flow matching, with a one-block DiT."""
+    """Return the same on digits, by flow matching, with a one-block DiT."""
 
     def make(name: str = "digits", **changes: Any) -> TrainConfig:
         parts: dict[str, Any] = {

@@ -19,7 +19,7 @@ SHARE = 0.15  # of all combinations, drawn with a fixed seed: some 1,300 of 8,90
 
 
 def assert_is_named(message: str, place: tuple[str, ...]) -> None:
-    """A short message, of a line for each problem, that names the field, its group, or the method as a whole."""
+    """Assert that a short message, a line for each problem, names the field, its group, or the method as a whole."""
     told = message.removeprefix("c.yaml:\n").splitlines()
     assert len(told) <= 3 and max(map(len, told)) < 500, message
     names = {place[-1], place[0], ".".join(place[:-1]), "method.name"} - {""}
@@ -27,7 +27,7 @@ def assert_is_named(message: str, place: tuple[str, ...]) -> None:
 
 
 def test_every_field_takes_or_refuses_every_value_by_name(tmp_path: Path) -> None:
-    """No other error than a ConfigError comes out, whatever goes in."""
+    """Check that no other error than a ConfigError comes out, whatever goes in."""
     combinations = [(method, place, value) for method, place in all_places() for value in NUMBERS + OTHERS]
     for method, place, value in random.Random(0).sample(combinations, int(SHARE * len(combinations))):
         teacher = {"teacher": str(tmp_path / "teacher")} if METHODS[method].needs_teacher() else {}
@@ -72,7 +72,7 @@ def test_every_field_takes_or_refuses_every_value_by_name(tmp_path: Path) -> Non
 def test_an_absurd_line_is_refused_in_a_line(
     line: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Naming field or file, before anything is built or made; on a machine of 8 GiB."""
+    """Check that it names field or file, before anything is built or made, on a machine of 8 GiB."""
     monkeypatch.setattr(checks, "memory_of_machine", lambda: 2**33)
     replaced = line.split(":")[0]
     rest = [f"{name}: {value}" for name, value in FIELDS.items() if name != replaced]
@@ -106,7 +106,7 @@ MERGES = "&a {x: 1}\n" + "".join(
     ["*i", "{name: *i}", "{name: ring, batch: *i}", "{betas: *i}", "{meanflow: *i}", "{meanflow: {method: *i}}"],
 )
 def test_aliases_that_stand_for_gigabytes_are_refused_at_once(place: str, bomb: str, tmp_path: Path) -> None:
-    """Wherever they are used: they are counted before anything is built of them."""
+    """Check that they are counted, wherever they are used, before anything is built of them."""
     path = tmp_path / "bomb.yaml"
     for field in ("data", "optim", "method", "methods"):
         path.write_text(f"qa: {bomb}{field}: {place}\n", encoding="utf-8")
@@ -115,7 +115,7 @@ def test_aliases_that_stand_for_gigabytes_are_refused_at_once(place: str, bomb: 
 
 
 def test_aliases_of_an_honest_size_work(tmp_path: Path) -> None:
-    """YAML's own way to say a thing once."""
+    """Check that YAML's own way to say a thing once is taken."""
     path = tmp_path / "c.yaml"
     fields = tiny_fields(tmp_path / "run")
     text = "\n".join(f"{name}: {value}" for name, value in FIELDS.items() if name != "method")
@@ -129,7 +129,7 @@ def test_aliases_of_an_honest_size_work(tmp_path: Path) -> None:
 def test_several_processes_are_refused_by_name(
     world: str, said: str, tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each rank of torchrun would train alone; nothing is made."""
+    """Check that nothing is made, for each rank of torchrun would train alone."""
     monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(ConfigError, match=rf"WORLD_SIZE: expected 1, {said}: .*torchrun"):
         train(tiny())
@@ -155,7 +155,7 @@ def test_several_processes_are_refused_by_name(
 def test_absurd_options_of_sample_are_refused_in_a_line(
     arguments: list[str], said: str, tiny: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With status 2 and no traceback."""
+    """Check that it ends with status 2 and no traceback."""
     run = train(tiny(steps=1))
     capsys.readouterr()
     try:

@@ -15,7 +15,7 @@ from fastdistill.train.methods import METHODS
 
 @settings
 class Fixed:
-    """A fixed one."""
+    """Settings of one kind, a fixed one."""
 
     law: Literal["fixed"] = "fixed"
     at: Annotated[float, Bounds(ge=0, lt=1)] = 0.5
@@ -28,14 +28,14 @@ class Fixed:
 
 @settings
 class Free:
-    """A free one."""
+    """Settings of one kind, a free one."""
 
     law: Literal["free"] = "free"
 
 
 @settings
 class Both:
-    """Either of them, or none."""
+    """Settings with either of the kinds, or none."""
 
     first: Fixed | Free = Fixed(at=0.25)
     """The first."""
@@ -69,7 +69,7 @@ def test_meanings_are_the_strings_under_the_fields() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_settings_of_a_method_can_be_pickled(name: str) -> None:
-    """And so can each group in them."""
+    """Check that each group in them can be pickled, too."""
     made = METHODS[name](sample_steps=3)
     assert pickle.loads(pickle.dumps(made)) == made
     for value in (getattr(made, field) for field in type(made).model_fields):

@@ -19,7 +19,7 @@ from fastdistill.train.checkpoint import (
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run folder with checkpoints at steps 10, 20 and 30."""
+    """Make a run folder with checkpoints at steps 10, 20 and 30."""
     for step in (10, 20, 30):
         save_checkpoint(tmp_path, step, {"step": step, "weights": torch.full((1000,), float(step))}, keep=3)
     return tmp_path
@@ -37,7 +37,7 @@ def damage(path: Path, how: str) -> None:
 
 
 def test_the_newest_is_read(run: Path) -> None:
-    """By step."""
+    """Check that it is the newest by step."""
     state = read_newest_checkpoint(run)
     assert state is not None
     assert state["step"] == 30
@@ -45,12 +45,12 @@ def test_the_newest_is_read(run: Path) -> None:
 
 
 def test_a_new_run_has_none(tmp_path: Path) -> None:
-    """No folder, no checkpoint, no error."""
+    """Check that no folder is no checkpoint and no error."""
     assert read_newest_checkpoint(tmp_path) is None
 
 
 def test_only_the_newest_are_kept(run: Path) -> None:
-    """With their checksums; nothing else stays behind."""
+    """Check that their checksums stay with them, and nothing else."""
     save_checkpoint(run, 40, {"step": 40}, keep=2)
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     stems = ["step_00000030.pt", "step_00000040.pt"]
@@ -59,7 +59,7 @@ def test_only_the_newest_are_kept(run: Path) -> None:
 
 @pytest.mark.parametrize("how", ["truncated", "corrupt"])
 def test_a_damaged_one_is_refused_by_name_and_the_one_before_is_offered(run: Path, how: str) -> None:
-    """Never passed over in silence: the user decides."""
+    """Check that none is passed over in silence: the user decides."""
     damage(run / "checkpoints" / "step_00000030.pt", how)
     with pytest.raises(CheckpointError) as caught:
         read_newest_checkpoint(run)
@@ -69,7 +69,7 @@ def test_a_damaged_one_is_refused_by_name_and_the_one_before_is_offered(run: Pat
 
 
 def test_a_damaged_one_before_is_not_offered(run: Path) -> None:
-    """The newest good one is, and none where none is good."""
+    """Check that the newest good one is offered, and none where none is good."""
     damage(run / "checkpoints" / "step_00000030.pt", "truncated")
     damage(run / "checkpoints" / "step_00000020.pt", "corrupt")
     with pytest.raises(CheckpointError, match=r"--resume-from step_00000010\.pt"):
@@ -80,20 +80,20 @@ def test_a_damaged_one_before_is_not_offered(run: Path) -> None:
 
 
 def test_a_missing_one_is_named(run: Path) -> None:
-    """As --resume-from may ask for it."""
+    """Check that one is named that is missing, as --resume-from may ask for it."""
     with pytest.raises(CheckpointError, match=r"step_00000011\.pt does not exist"):
         read_checkpoint(run / "checkpoints" / "step_00000011.pt")
 
 
 def test_code_in_a_checkpoint_is_not_run(run: Path) -> None:
-    """Even with a matching checksum, only tensors and plain values are read."""
+    """Check that only tensors and plain values are read, even with a matching checksum."""
     path = save_checkpoint(run, 50, {"step": 50, "loss": print}, keep=9)
     with pytest.raises(CheckpointError, match=r"step_00000050\.pt can't be read"):
         read_checkpoint(path)
 
 
 def test_newer_ones_are_set_aside_not_removed(run: Path) -> None:
-    """Going back keeps the abandoned branch on disk, out of the way."""
+    """Check that going back keeps the abandoned branch on disk, out of the way."""
     chosen = run / "checkpoints" / "step_00000010.pt"
     assert len(set_aside_newer(run, chosen)) == 2
     assert list_checkpoints(run) == [chosen]

@@ -103,7 +103,7 @@ from tests.train.conftest import MakeConfig
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_what_cannot_be_trained_is_refused_by_name(tiny: MakeConfig, changes: dict[str, Any], words: list[str]) -> None:
-    """Or accepted, where no words are expected."""
+    """Check that it is refused, or accepted where no words are expected."""
     if not words:
         check_config(tiny(**changes))
         return
@@ -114,7 +114,7 @@ def test_what_cannot_be_trained_is_refused_by_name(tiny: MakeConfig, changes: di
 
 
 def test_an_unknown_method_meets_the_nearest_name() -> None:
-    """On the command line, and in a file."""
+    """Check it on the command line, and in a file."""
     with pytest.raises(ConfigError, match=r"method.name: expected one of .*, got 'meanflo'; did you mean 'meanflow'\?"):
         load_config("ring", ["--method.name", "meanflo"])
     with pytest.raises(ConfigError, match=r"got 'facmm'; did you mean 'facm'\?"):
@@ -126,7 +126,7 @@ def test_an_unknown_method_meets_the_nearest_name() -> None:
 @pytest.mark.parametrize("data", ["ring", "digits"])
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_a_recipe_that_can_be_trained(name: str, data: str) -> None:
-    """On both data sets, once its teacher is there; the run gets a folder of its own."""
+    """Check both data sets, once the teacher is there; the run gets a folder of its own."""
     config = load_config(data, ["--method.name", name])
     assert config.method.name == name
     assert config.out == Path("runs/ring" if (name, data) == ("meanflow", "ring") else f"runs/{data}-{name}").with_name(
@@ -136,7 +136,7 @@ def test_every_method_has_a_recipe_that_can_be_trained(name: str, data: str) -> 
 
 
 def test_a_recipe_changes_its_groups_and_keeps_the_rest() -> None:
-    """The file's own method settings don't leak into another method."""
+    """Check that the file's own method settings don't leak into another method."""
     given = {"method": {"name": "meanflow", "p": 0.5}, "optim": {"lr": 1.0, "ema": 0.5}, "seed": 3}
     chosen = choose_method(given, "esd", {"esd": {"method": {"distinct": 0.1}, "optim": {"lr": 2.0}, "teacher": "x"}})
     assert chosen == {
@@ -149,7 +149,7 @@ def test_a_recipe_changes_its_groups_and_keeps_the_rest() -> None:
 
 
 def test_a_teacher_must_know_a_velocity_on_the_same_path(tiny: MakeConfig) -> None:
-    """A consistency model knows none; and a velocity holds on its own path only."""
+    """Check that a consistency model, which knows none, is refused; and that a velocity holds on its own path only."""
     ect, curved = train(tiny("ect", method={"name": "ect"}, steps=1)), {"path": {"name": "cosine"}}
     with pytest.raises(
         ConfigError, match="learnt ect, whose network knows no velocity to follow; expected a run of fl"
@@ -173,7 +173,7 @@ def test_a_teacher_must_know_a_velocity_on_the_same_path(tiny: MakeConfig) -> No
     ids=lambda value: value["name"] if isinstance(value, dict) else "",
 )
 def test_guidance_without_effect_is_refused(method: dict[str, Any], words: str, tiny_digits: MakeConfig) -> None:
-    """A scale that the generator isn't told, an estimate's share that is computed, guidance of a map's samples."""
+    """Check a scale that the generator isn't told, an estimate's share that is computed, and guided maps' samples."""
     model = {"preset": "mlp-digits", "width": 8, "depth": 1, "guidance": True}
     teacher = {"teacher": "x"} if METHODS[method["name"]].has_critic else {}
     with pytest.raises(ConfigError) as caught:
@@ -182,7 +182,7 @@ def test_guidance_without_effect_is_refused(method: dict[str, Any], words: str, 
 
 
 def test_guidance_that_the_network_is_told_needs_its_input(tiny_digits: MakeConfig) -> None:
-    """With the input, the same settings train."""
+    """Check that the same settings train once the network has the input."""
     method = {"name": "improved_meanflow", "guidance": {"scale": 1.0, "scale_to": 3.0}}
     config = tiny_digits(method=method)
     with pytest.raises(ConfigError, match=r"model.guidance: improved_meanflow gives the network a guidance scale"):

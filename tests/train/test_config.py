@@ -17,7 +17,7 @@ from tests.train.conftest import MakeConfig, tiny_fields
 
 
 def written(tmp_path: Path, **changes: Any) -> Path:
-    """A YAML file with the tiny configuration and some changes."""
+    """Write a YAML file with the tiny configuration and some changes."""
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(tiny_fields(tmp_path / "run", **changes)), encoding="utf-8")
     return path
@@ -67,7 +67,7 @@ def written(tmp_path: Path, **changes: Any) -> Path:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_bad_field_is_named_with_what_was_expected(tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
-    """Each message leads with the field, and nothing is made on disk."""
+    """Check that each message leads with the field, and that nothing is made on disk."""
     with pytest.raises(ConfigError) as caught:
         load_config(written(tmp_path, **changes))
     for word in words:
@@ -76,7 +76,7 @@ def test_a_bad_field_is_named_with_what_was_expected(tmp_path: Path, changes: di
 
 
 def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
-    """Two wrong fields give two lines, and the file's name."""
+    """Check that two wrong fields give two lines, and the file's name."""
     with pytest.raises(ConfigError) as caught:
         load_config(written(tmp_path, steps=0, seed=-1))
     assert [line.split(":")[0] for line in str(caught.value).splitlines()[1:]] == ["seed", "steps"]
@@ -84,7 +84,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
 
 
 def test_a_missing_field_is_named(tmp_path: Path) -> None:
-    """A field without a default, and the kind of a union."""
+    """Check a field without a default, and the kind of a union."""
     for path, content in (("steps", "data: {name: ring}"), ("method.name", "method: {p: 1}")):
         file = tmp_path / "bare.yaml"
         file.write_text(content, encoding="utf-8")
@@ -94,7 +94,7 @@ def test_a_missing_field_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["steps: [", "just words", "\x00"])
 def test_a_file_that_holds_no_fields_is_named(tmp_path: Path, content: str) -> None:
-    """Broken YAML, YAML of another shape, and no text at all."""
+    """Check broken YAML, YAML of another shape, and no text at all."""
     path = tmp_path / "broken.yaml"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"broken\.yaml"):
@@ -102,13 +102,13 @@ def test_a_file_that_holds_no_fields_is_named(tmp_path: Path, content: str) -> N
 
 
 def test_an_unknown_name_lists_the_shipped_ones() -> None:
-    """A misspelt name meets all right ones."""
+    """Check that a misspelt name meets all right ones."""
     with pytest.raises(ConfigError, match="digits, digits-flow, digits-meanflow, ring, ring-flow"):
         load_config("rinng")
 
 
 def test_impossible_combinations_on_digits_are_refused(tiny_digits: MakeConfig) -> None:
-    """What each field allows by itself and all of them together don't."""
+    """Check what each field allows by itself and all of them together don't."""
     meanflow = {"name": "meanflow", "guidance": {"scale": 2.0}}
     cases: list[tuple[dict[str, Any], str]] = [
         ({"teacher": Path("x")}, "teacher: flow_matching learns without a teacher; .*meanflow"),
@@ -127,7 +127,7 @@ def test_impossible_combinations_on_digits_are_refused(tiny_digits: MakeConfig) 
 
 
 def test_overrides_reach_nested_fields() -> None:
-    """The command line wins over the file."""
+    """Check that the command line wins over the file."""
     config = load_config(
         "ring", ["--optim.lr", "3e-4", "--steps", "7", "--method.times.std", "2", "--model.width", "32"]
     )
@@ -148,7 +148,7 @@ def test_overrides_reach_nested_fields() -> None:
     ids=["unknown", "no-number", "out-of-range", "no-choice", "nested"],
 )
 def test_a_wrong_override_is_named(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """tyro exits with status 2 and names field and value."""
+    """Check that tyro exits with status 2 and names field and value."""
     with pytest.raises(SystemExit) as caught:
         load_config("ring", arguments)
     assert caught.value.code == 2
@@ -158,13 +158,13 @@ def test_a_wrong_override_is_named(arguments: list[str], words: list[str], capsy
 
 
 def test_an_override_can_mend_the_file(tmp_path: Path) -> None:
-    """Combinations are checked after the overrides, so that a shipped student can be given its teacher."""
+    """Check that combinations are checked after the overrides: a shipped student can be given its teacher."""
     path = written(tmp_path, init_from_teacher=True)
     assert not load_config(path, ["--no-init-from-teacher"]).init_from_teacher
 
 
 def test_the_shipped_configurations_are_valid() -> None:
-    """The student's too, before its teacher is trained."""
+    """Check them all, the student's too before its teacher is trained."""
     assert shipped_configs() == ["digits", "digits-flow", "digits-meanflow", "ring", "ring-flow"]
     assert load_config("ring").data.name == "ring"
     assert load_config("ring-flow").method.name == "flow_matching"
@@ -174,7 +174,7 @@ def test_the_shipped_configurations_are_valid() -> None:
 
 
 def test_a_resolved_configuration_reads_back_the_same(tiny: MakeConfig, tmp_path: Path) -> None:
-    """config.yaml holds every field."""
+    """Check that config.yaml holds every field."""
     config = tiny()
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")
@@ -201,7 +201,7 @@ precision: auto
 
 
 def test_a_run_from_before_paths_and_samplers_goes_on(tmp_path: Path) -> None:
-    """Its config.yaml loads, and no setting that decides the weights differs from those of the same command today."""
+    """Check that its config.yaml loads, and gives no other weights than the same command today."""
     path = tmp_path / "config.yaml"
     path.write_text(OLD_CONFIG, encoding="utf-8")
     old = load_config(path)
@@ -213,7 +213,7 @@ def test_a_run_from_before_paths_and_samplers_goes_on(tmp_path: Path) -> None:
 
 
 def test_only_fields_that_decide_the_weights_count_as_changed(tiny: MakeConfig) -> None:
-    """Steps, logging and places are free to change; everything else is named with both values."""
+    """Check that steps, logging and places are free to change, and everything else is named with both values."""
     old = tiny()
     assert changed_fields(old, tiny("elsewhere", steps=99, log={"log_every": 1}, precision="auto")) == []
     assert changed_fields(old, tiny(seed=3, optim={"lr": 0.5})) == ["optim.lr: 0.001 -> 0.5", "seed: 0 -> 3"]
@@ -233,13 +233,13 @@ def test_only_fields_that_decide_the_weights_count_as_changed(tiny: MakeConfig) 
 def test_steps_decide_the_weights_where_a_curriculum_spans_them(
     method: dict[str, Any], moves: bool, tiny: MakeConfig
 ) -> None:
-    """A finished alpha-Flow that went on to twice the steps would start again from the middle of its curriculum."""
+    """Check that a finished alpha-Flow doesn't go on to twice the steps, which would be its curriculum's middle."""
     found = changed_fields(tiny(method=method), tiny(method=method, steps=99))
     assert found == (["steps: 12 -> 99"] if moves else [])
 
 
 def test_channels_and_classes_follow_from_the_data(tiny_digits: MakeConfig) -> None:
-    """A preset for 1,000 classes of latents becomes one for ten digits."""
+    """Check that a preset for 1,000 classes of latents becomes one for ten digits."""
     config = tiny_digits(model={"preset": "dit-s/2", "depth": 1})
     arguments = model_arguments(config)
     assert (arguments["channels"], arguments["num_classes"], arguments["depth"], arguments["width"]) == (1, 10, 1, 384)

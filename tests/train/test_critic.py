@@ -1,4 +1,4 @@
-"""The second network: when it learns, and that it stops the run when it breaks."""
+"""Second networks: when they learn, and that they stop the run when they break."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.train.conftest import MakeConfig
 
 @pytest.fixture
 def dmd(tiny: MakeConfig) -> TrainConfig:
-    """Three steps of DMD, each with two updates of its critic and three more at the start; a checkpoint each."""
+    """Run three steps of DMD with two updates of its critic each and three more at the start; a checkpoint each."""
     teacher = train(tiny("teacher", method={"name": "flow_matching"}, steps=1))
     method = {"name": "dmd", "critic": {"updates": 2, "warmup_updates": 3}}
     log = {"log_every": 1, "sample_every": 100, "checkpoint_every": 1}
@@ -28,7 +28,7 @@ def dmd(tiny: MakeConfig) -> TrainConfig:
 
 
 def test_the_critic_learns_first_and_then_after_each_step(dmd: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its warm-up comes before the generator's first loss, as the setting says, and not again."""
+    """Check that its warm-up comes before the generator's first loss, as the setting says, and not again."""
     order: list[str] = []
     loss, kind = critic_module.fake_score_loss, METHODS["dmd"]
     of_generator = kind.loss
@@ -52,7 +52,7 @@ def test_the_critic_learns_first_and_then_after_each_step(dmd: TrainConfig, monk
 def test_a_critic_that_breaks_stops_the_run_before_it_is_saved(
     dmd: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In its own step, by name: the last good checkpoint is the one before."""
+    """Check that it names its own step, and that the last good checkpoint is the one before."""
     update = Critic.update
 
     def broken(self: Critic, context: Context, method: Any, precision: torch.autocast) -> Metrics:

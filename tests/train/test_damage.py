@@ -1,4 +1,4 @@
-"""A damaged run folder, a full disk, a read-only folder: one message that names the file, and nothing lost."""
+"""Damaged run folders, full disks, read-only folders: one message that names the file, and nothing lost."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ FILES = (
 
 
 def damage(path: Path, how: str) -> None:
-    """Do to a file, or to a folder, one of `DAMAGES`; the random bytes are always the same."""
+    """Damage a file or a folder in one of the `DAMAGES`; the random bytes are always the same."""
     content = path.read_bytes() if path.is_file() else b"a folder was here"
     if path.is_dir():
         shutil.rmtree(path)
@@ -71,7 +71,7 @@ def told(action: Callable[[], object], place: str) -> str | None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, which `eval` has measured, to be copied."""
+    """Make a finished run, which `eval` has measured, to be copied."""
     from tests.train.conftest import tiny_fields
 
     folder = tmp_path_factory.mktemp("finished")
@@ -87,7 +87,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_damage_ends_well_or_in_a_message_that_names_the_file(
     place: str, how: str, finished: Path, tmp_path: Path
 ) -> None:
-    """Reading the run as `sample`, `eval` and `compare` do, going on with it, and drawing its curves."""
+    """Check reading the run as `sample`, `eval` and `compare` do, going on with it, and drawing its curves."""
     run = tmp_path / "run"
     shutil.copytree(finished / "run", run)
     damage(run / place, how)
@@ -107,7 +107,7 @@ def test_every_damage_ends_well_or_in_a_message_that_names_the_file(
 def test_the_command_line_says_it_in_a_line_and_ends_with_status_2(
     command: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No traceback."""
+    """Check that there is no traceback."""
     run = tmp_path / "run"
     shutil.copytree(finished / "run", run)
     damage(run / "export" / "ema.safetensors", "truncated")
@@ -133,7 +133,7 @@ LINES = {
 def test_damaged_lines_of_metrics_are_left_out_and_kept_beside(
     how: str, tiny: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The run goes on and says so; good lines stay, the one behind NULs too."""
+    """Check that the run goes on and says so, and that good lines stay, the one behind NULs too."""
     run = train(tiny())
     path, expected = run / "metrics.jsonl", lines(run)
     damaged = b"\n".join(LINES[how](path.read_bytes().splitlines())) + b"\n"
@@ -169,7 +169,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
 def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
     size: int, named: str, tiny: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever file meets it: no traceback, no half file, and the same weights in the end."""
+    """Check each file that may meet it: no traceback, no half file, and the same weights in the end."""
     monkeypatch.setattr(tqdm, "write", lambda *words, **options: None)  # pytest keeps what is said in a file too
     log = {"log_every": 12, "sample_every": 12, "checkpoint_every": 4}
     whole = train(tiny("whole", log=log))
@@ -184,7 +184,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
 def test_a_full_disk_is_named_for_whatever_meets_it(
     name: str, tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Logs and pictures as well as weights."""
+    """Check logs and pictures as well as weights."""
     from fastdistill.train import logging, loop, run
 
     def fails(*arguments: Any, **options: Any) -> None:
@@ -218,7 +218,7 @@ def test_a_full_disk_is_named_for_whatever_meets_it(
 
 
 def test_a_read_only_folder_is_named(tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before anything of the run changes."""
+    """Check that it is named before anything of the run changes."""
     run = train(tiny())
     newest = list_checkpoints(run)[0].stat()
     replace = os.replace
@@ -236,7 +236,7 @@ def test_a_read_only_folder_is_named(tiny: MakeConfig, monkeypatch: pytest.Monke
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    """And no trace beside it."""
+    """Check that it leaves no trace beside it, either."""
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
     message = r"a\.bin can't be written: File too large; free some"
@@ -247,7 +247,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_the_users_is_no_place_for_a_comparison_or_the_demo(tmp_path: Path) -> None:
-    """Both write reports by fixed names, which may be the user's there."""
+    """Check the places of both reports, whose fixed names may be the user's there."""
     (tmp_path / "report.html").write_text("mine", encoding="utf-8")
     for command in (["compare", "--methods", "meanflow", "--steps", "1"], ["demo"]):
         assert cli.main([*command, "--out", str(tmp_path)]) == 2
@@ -256,7 +256,7 @@ def test_a_folder_of_the_users_is_no_place_for_a_comparison_or_the_demo(tmp_path
 
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_classifier_is_trained_again_or_named(how: str, tmp_path: Path) -> None:
-    """It costs seconds, so that only what can't be replaced is refused."""
+    """Check that only what can't be replaced is refused; a classifier costs seconds."""
     x, y = torch.zeros(20, 1, 8, 8), torch.arange(20) % 10
     path = tmp_path / "classifier.safetensors"
     path.write_bytes(b"x" * 100)

@@ -1,4 +1,4 @@
-"""A method that means something else than in an older version: its runs are refused rather than continued."""
+"""Methods that mean something else than in an older version: their runs are refused rather than continued."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FLOW = {"name": "flow_matching"}
 def test_a_run_of_an_older_definition_is_refused(
     tiny: MakeConfig, method: dict[str, Any], way: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its settings are the same, and its checkpoint holds no number: it would go on as another method."""
+    """Check a run whose settings are the same and whose checkpoint holds no number: it would be another method."""
     teacher = {} if method["name"] == "ect" else {"teacher": str(train(tiny("teacher", method=FLOW, path=way)))}
     steps = {"log": {"log_every": 1, "checkpoint_every": 2}}
     with monkeypatch.context() as before:
@@ -50,7 +50,7 @@ def test_a_run_of_an_older_definition_is_refused(
 
 
 def test_where_a_method_means_what_it_meant_its_runs_go_on(tiny: MakeConfig) -> None:
-    """ECT and consistency distillation on a path from the data to pure noise, and training on any."""
+    """Check ECT and consistency distillation on a path from the data to pure noise, and training on any."""
     for method, way, teacher in (
         ({"name": "ect"}, "linear", None),
         ({"name": "consistency"}, "linear", Path("x")),
@@ -67,7 +67,7 @@ def test_where_a_method_means_what_it_meant_its_runs_go_on(tiny: MakeConfig) -> 
 def test_scores_and_their_network_wait_for_the_end_of_the_warm_up(
     tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Until then the loss has one term, and the fake score stays the teacher's; its own warm-up comes right after."""
+    """Check that the loss has one term until then and the fake score stays the teacher's, whose warm-up follows."""
     teacher = train(tiny("teacher", method=FLOW, steps=1))
     seen: list[tuple[str, int]] = []
     kind, learn, loss = METHODS["rcm"], Critic._train, METHODS["rcm"].loss
@@ -95,7 +95,7 @@ def test_scores_and_their_network_wait_for_the_end_of_the_warm_up(
 
 
 def test_the_preset_is_the_authors() -> None:
-    """Weights 100 and 1 of sums, no learned weight, four updates of the fake score to one, times, and the start."""
+    """Check weights 100 and 1 of sums, no learned weight, four updates of the fake score to one, and the times."""
     preset = METHODS["rcm"]()
     assert (preset.score_weight, preset.learned_weight, preset.tangent_warmup) == (0.02, False, 1000)
     assert (preset.times.mean, preset.times.std, preset.times.sigma_data) == (-0.8, 1.6, 1.0)
@@ -108,7 +108,7 @@ def test_the_preset_is_the_authors() -> None:
 
 
 def test_two_numbers_are_times_as_they_were() -> None:
-    """An older configuration says no law; a range that is empty is refused by name."""
+    """Check that an older configuration, which says no law, loads, and that an empty range is refused by name."""
     critic, karras, times = map(checked, (CriticSettings, KarrasLevels, TimeLevels))
     assert critic(levels=(0.1, 0.9)).levels == times(low=0.1, high=0.9)
     assert critic().levels == karras(low=0.02, high=0.98)
@@ -130,7 +130,7 @@ def test_each_law_draws_times_of_the_run_s_own_path() -> None:
 
 @pytest.mark.parametrize("name", ["dmd", "rcm"])
 def test_samples_for_the_critic_start_from_noise_alone(name: str, tiny: MakeConfig) -> None:
-    """On a path whose data don't fade, too: the same noise gives the same samples whatever the data."""
+    """Check that the same noise gives the same samples whatever the data, also where data don't fade."""
     teacher = train(tiny("teacher", method=FLOW, steps=1, path={"name": "edm"}))
     method = {"name": name} | ({"parameterization": "average"} if name == "rcm" else {})
     config = tiny(method=method, teacher=str(teacher), path={"name": "edm"})

@@ -22,12 +22,12 @@ from tests.train.test_resume import assert_same_state
 
 
 def points_of(run: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl."""
+    """Read the lines of metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def test_rows_are_averaged_by_bin() -> None:
-    """Both ends of [0, 1] have a bin, and empty bins are left out."""
+    """Check that both ends of [0, 1] have a bin, and that empty bins are left out."""
     rows = {
         "t": torch.tensor([1.0, 0.9, 0.3, 0.3]),
         "s": torch.tensor([0.0, 0.1, 0.3, 0.2]),
@@ -38,7 +38,7 @@ def test_rows_are_averaged_by_bin() -> None:
 
 
 def test_cosines_of_gradients_are_those_of_the_terms() -> None:
-    """Opposed, alike and at right angles; a term that doesn't reach a parameter counts as zero there."""
+    """Check terms that are opposed, alike and at right angles; one that doesn't reach a parameter is zero there."""
     net = nn.Linear(2, 1)
     weight, bias = net.weight, net.bias
     terms = {"a": weight.sum(), "b": -2 * weight.sum(), "c": bias.sum()}
@@ -52,7 +52,7 @@ def test_cosines_of_gradients_are_those_of_the_terms() -> None:
     "name", ["meanflow", "improved_meanflow", "alpha_flow", "facm", "esd", "lsd", "psd", "shortcut", "tvm"]
 )
 def test_the_terms_of_a_composed_method_add_up(name: str, tiny: MakeConfig) -> None:
-    """So that the cosine is about all of the loss."""
+    """Check it so that the cosine is about all of the loss."""
     config = tiny(method={"name": name})
     state = new_state(config, torch.device("cpu"))
     context = make_context(state, config, make_batch(Ring(), config, 0, state["device"]))
@@ -64,7 +64,7 @@ def test_the_terms_of_a_composed_method_add_up(name: str, tiny: MakeConfig) -> N
 
 
 def test_looking_is_written_at_its_own_steps_and_changes_no_weight(tiny: MakeConfig) -> None:
-    """Every third step, whatever log_every says; TensorBoard and metrics.jsonl get the same."""
+    """Check every third step, whatever log_every says; TensorBoard and metrics.jsonl get the same."""
     method = {"name": "facm"}
     plain = train(tiny("plain", method=method, diagnostics={"every": 0}))
     looked = train(tiny("looked", method=method, diagnostics={"every": 3, "bins": 2, "gradients": True}))
@@ -77,7 +77,7 @@ def test_looking_is_written_at_its_own_steps_and_changes_no_weight(tiny: MakeCon
 
 
 def test_a_loss_of_one_term_says_that_it_has_no_cosine(tiny: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    """Once, where it was asked for; the run goes on."""
+    """Check that it is said once, where it was asked for, and that the run goes on."""
     said = "diagnostics.gradients: the loss of imm is a single term here"
     asked = {"every": 3, "gradients": True}
     run = train(tiny("asked", method={"name": "imm"}, diagnostics=asked))
@@ -89,7 +89,7 @@ def test_a_loss_of_one_term_says_that_it_has_no_cosine(tiny: MakeConfig, capsys:
 
 
 def test_a_planted_nan_in_the_data_is_named_with_its_rows(tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which rows, at which times, and which parameter's gradient first."""
+    """Check that it says which rows, at which times, and which parameter's gradient first."""
     batch = Ring.batch
 
     def poisoned(self: Ring, seed: int, step: int, size: int) -> tuple[Tensor, None]:
@@ -109,7 +109,7 @@ def test_a_planted_nan_in_the_data_is_named_with_its_rows(tiny: MakeConfig, monk
 
 
 def test_a_term_and_a_weight_that_broke_are_named(tiny: MakeConfig) -> None:
-    """A term that overflows by itself, and a weight that is infinite already."""
+    """Check a term that overflows by itself, and a weight that is infinite already."""
     config = tiny()
     state = new_state(config, torch.device("cpu"))
     batch = make_batch(Ring(), config, 0, state["device"])
@@ -125,7 +125,7 @@ def test_a_term_and_a_weight_that_broke_are_named(tiny: MakeConfig) -> None:
 
 
 def test_the_trainer_says_why_a_loss_is_flat(tiny: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where p = 1 or the weight is learned, and only there."""
+    """Check that it is said where p = 1 or the weight is learned, and only there."""
     train(tiny("flat", method={"name": "meanflow", "p": 1.0}, steps=1))
     assert "the loss stays nearly flat by design: at p = 1" in capsys.readouterr().err
     train(tiny("steep", method={"name": "meanflow", "p": 0.5}, steps=1))

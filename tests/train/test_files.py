@@ -10,7 +10,7 @@ from fastdistill.train.files import DamagedFileError, checksum_path, replacing, 
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_trace(tmp_path: Path) -> None:
-    """The target is touched only when everything was written."""
+    """Check that the target is touched only when everything was written."""
     path = tmp_path / "a.txt"
     write_text(path, "old")
     with pytest.raises(UnicodeEncodeError):
@@ -20,7 +20,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_trace(tmp_path: Path) -> None
 
 
 def test_the_target_is_untouched_until_the_end(tmp_path: Path) -> None:
-    """A reader sees the old file while the new one is written."""
+    """Check that a reader sees the old file while the new one is written."""
     path = tmp_path / "a.txt"
     write_text(path, "old")
     with replacing(path) as temporary:
@@ -30,7 +30,7 @@ def test_the_target_is_untouched_until_the_end(tmp_path: Path) -> None:
 
 
 def test_the_checksum_is_that_of_sha256sum(tmp_path: Path) -> None:
-    """`sha256sum -c` reads it."""
+    """Check that `sha256sum -c` reads it."""
     path = tmp_path / "a.bin"
     write_checked(path, lambda temporary: temporary.write_bytes(b"abc"))
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
@@ -40,7 +40,7 @@ def test_the_checksum_is_that_of_sha256sum(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "one bit", "longer", "no checksum", "gone"])
 def test_every_damage_is_noticed_by_name(tmp_path: Path, damage: str) -> None:
-    """Whatever happened to the bytes, the message names the file."""
+    """Check that the message names the file, whatever happened to the bytes."""
     path = tmp_path / "a.bin"
     content = bytes(range(256)) * 4
     write_checked(path, lambda temporary: temporary.write_bytes(content))

@@ -1,4 +1,4 @@
-"""What a resume refuses, it leaves as it was; what it takes is what was named; nothing of the user's is lost."""
+"""Resumes that are refused leave everything as it was; others take what was named and lose nothing of the user's."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def rewrite(path: Path, **changes: Any) -> None:
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_a_refused_resume_changes_no_file(changes: dict[str, Any], message: str, tiny: MakeConfig) -> None:
-    """Not config.yaml, not env.json, no checkpoint's name, no time of any file."""
+    """Check config.yaml, env.json, the checkpoints' names and the time of every file."""
     run = train(tiny())
     before = tree(run)
     with pytest.raises((ConfigError, CheckpointError), match=message):
@@ -74,7 +74,7 @@ def test_a_refused_resume_changes_no_file(changes: dict[str, Any], message: str,
 
 @pytest.mark.parametrize("missing", ["net", "rng", "optimizer"])
 def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_no_file(missing: str, tiny: MakeConfig) -> None:
-    """Its bytes are whole, and something in it isn't what this version reads."""
+    """Check one whose bytes are whole, and in which something isn't what this version reads."""
     run = train(tiny())
     rewrite(run / "checkpoints" / "step_00000012.pt", **{missing: None})
     before = tree(run)
@@ -84,7 +84,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_no_file(missing: 
 
 
 def test_another_folders_file_is_refused_and_the_own_is_taken_by_name_or_path(tiny: MakeConfig) -> None:
-    """The path decides, not the name in it."""
+    """Check that the path decides, not the name in it."""
     run, other = train(tiny()), train(tiny("other", seed=7))
     with pytest.raises(ConfigError, match="is no checkpoint of"):
         train(tiny(resume_from=other / "checkpoints" / "step_00000008.pt"))
@@ -97,7 +97,7 @@ def test_another_folders_file_is_refused_and_the_own_is_taken_by_name_or_path(ti
 def test_a_bare_name_that_lies_here_too_is_refused(
     tiny: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Started within another run's checkpoints, the name is ambiguous."""
+    """Check that the name is ambiguous where one starts within another run's checkpoints."""
     train(tiny())
     other = train(tiny("other", seed=7))
     monkeypatch.chdir(other / "checkpoints")
@@ -106,7 +106,7 @@ def test_a_bare_name_that_lies_here_too_is_refused(
 
 
 def test_what_was_abandoned_first_stays(tiny: MakeConfig) -> None:
-    """A second going back takes other names, for checkpoints, checksums and metrics."""
+    """Check that a second going back takes other names, for checkpoints, checksums and metrics."""
     run = train(tiny())
     train(tiny(steps=14, resume_from="step_00000008.pt"))
     first = tree(run / "checkpoints")["step_00000012.pt.abandoned"]
@@ -119,7 +119,7 @@ def test_what_was_abandoned_first_stays(tiny: MakeConfig) -> None:
 
 
 def test_an_abandoned_branch_can_be_taken_up_again(tiny: MakeConfig) -> None:
-    """Renamed back, file and checksum are whole."""
+    """Check that file and checksum, renamed back, are whole."""
     run = train(tiny())
     train(tiny(steps=14, resume_from="step_00000008.pt"))
     folder = run / "checkpoints"
@@ -130,7 +130,7 @@ def test_an_abandoned_branch_can_be_taken_up_again(tiny: MakeConfig) -> None:
 
 @pytest.mark.parametrize("keep", [3, 1])
 def test_a_killed_command_that_goes_back_goes_on_when_given_again(keep: int, tiny: MakeConfig) -> None:
-    """It doesn't go back a second time, not even where the checkpoint that it went back to was rotated away."""
+    """Check that it doesn't go back twice, even where the checkpoint that it went back to was rotated away."""
     whole = train(tiny("whole", steps=20))
     log = {"keep_checkpoints": 5}
     run = train(tiny(steps=16, log=log))
@@ -150,7 +150,7 @@ def test_a_killed_command_that_goes_back_goes_on_when_given_again(keep: int, tin
 
 
 def test_a_command_that_went_back_goes_back_again_where_what_followed_is_damaged(tiny: MakeConfig) -> None:
-    """Else the way out that the message offers would lead nowhere."""
+    """Check the way out that the message offers, which would lead nowhere otherwise."""
     run = train(tiny())
     command = {"steps": 14, "resume_from": "step_00000008.pt"}
     train(tiny(**command))
@@ -177,7 +177,7 @@ USERS = (
 
 
 def test_the_users_files_stay(tiny: MakeConfig) -> None:
-    """Whatever their names resemble: rotated, swept up and taken for checkpoints are the trainer's own alone."""
+    """Check, whatever their names resemble, that only the trainer's own files are rotated, swept up and read."""
     run = train(tiny(steps=4))
     for name in USERS:
         (run / name).parent.mkdir(exist_ok=True)
@@ -191,7 +191,7 @@ def test_the_users_files_stay(tiny: MakeConfig) -> None:
 
 
 def test_an_export_that_is_not_the_trainers_is_set_aside(tiny: MakeConfig) -> None:
-    """Weights that the user put in its place aren't written over."""
+    """Check that weights that the user put in its place aren't written over."""
     run = train(tiny())
     export = run / "export" / "ema.safetensors"
     export.write_bytes(b"mine")
@@ -201,7 +201,7 @@ def test_an_export_that_is_not_the_trainers_is_set_aside(tiny: MakeConfig) -> No
 
 
 def test_a_checkpoint_of_another_run_is_refused_by_field_and_values(tiny: MakeConfig) -> None:
-    """Of the same sizes it would go on as a mixture, of others it wouldn't fit; both are named before that."""
+    """Check that both are named before it goes on as a mixture, or doesn't fit."""
     run, other = train(tiny()), train(tiny("other", steps=16, seed=7, optim={"lr": 0.5}))
     wide = train(tiny("wide", steps=16, model={"width": 12}))
     for source, said in ((other, "optim.lr: 0.5 -> 0.001; seed: 7 -> 0"), (wide, "model.width: 12 -> 8")):
@@ -214,7 +214,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_field_and_values(tiny: MakeCo
 
 
 def test_what_may_change_may_change(tiny: MakeConfig, tmp_path: Path) -> None:
-    """Steps, logging, diagnostics and the folder's place, as before checkpoints held them."""
+    """Check steps, logging, diagnostics and the folder's place, as before checkpoints held them."""
     run = train(tiny())
     run.rename(tmp_path / "moved")
     changes = {"log": {"log_every": 1, "keep_checkpoints": 2}, "diagnostics": {"every": 0}}
@@ -223,7 +223,7 @@ def test_what_may_change_may_change(tiny: MakeConfig, tmp_path: Path) -> None:
 
 
 def test_a_renamed_checkpoint_is_refused(tiny: MakeConfig) -> None:
-    """A file that says another step than its name isn't what the name promises."""
+    """Check a file that says another step than its name."""
     folder = train(tiny()) / "checkpoints"
     for end in ("", ".sha256"):
         shutil.copy(folder / f"step_00000008.pt{end}", folder / f"step_00000010.pt{end}")
@@ -232,7 +232,7 @@ def test_a_renamed_checkpoint_is_refused(tiny: MakeConfig) -> None:
 
 
 def test_a_checkpoint_from_before_they_held_a_configuration_goes_on(tiny: MakeConfig) -> None:
-    """config.yaml speaks for it; without that file nobody does, and it is refused."""
+    """Check that config.yaml speaks for it, and that it is refused without that file."""
     run, whole = train(tiny()), train(tiny("whole", steps=16))
     rewrite(run / "checkpoints" / "step_00000012.pt", config=None, went_back=None)
     kept = (run / "config.yaml").read_bytes()
@@ -245,7 +245,7 @@ def test_a_checkpoint_from_before_they_held_a_configuration_goes_on(tiny: MakeCo
 
 
 def test_a_missing_configuration_is_written_again_from_the_command(tiny: MakeConfig) -> None:
-    """The checkpoint says whether the command is the run's own."""
+    """Check that the checkpoint says whether the command is the run's own."""
     run = train(tiny())
     kept = (run / "config.yaml").read_bytes()
     (run / "config.yaml").unlink()
@@ -257,7 +257,7 @@ def test_a_missing_configuration_is_written_again_from_the_command(tiny: MakeCon
 
 
 def test_an_export_of_another_run_is_refused(tiny: MakeConfig) -> None:
-    """Of the same sizes, with its own checksum: only what it says of itself tells."""
+    """Check one of the same sizes with its own checksum: only what it says of itself tells."""
     run, other = train(tiny()), train(tiny("other", seed=7))
     for path in (other / "export").iterdir():
         shutil.copy(path, run / "export")
@@ -266,7 +266,7 @@ def test_an_export_of_another_run_is_refused(tiny: MakeConfig) -> None:
 
 
 def test_rotation_never_removes_what_was_just_written(tmp_path: Path) -> None:
-    """Even where checkpoints of later steps lie there."""
+    """Check it even where checkpoints of later steps lie there."""
     for step in (10, 20, 30):
         save_checkpoint(tmp_path, step, {"step": step}, keep=3)
     save_checkpoint(tmp_path, 15, {"step": 15}, keep=1)

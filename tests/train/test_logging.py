@@ -10,7 +10,7 @@ from fastdistill.train.logging import RunLog, peak_memory
 
 
 def test_a_log_opened_at_a_step_forgets_what_came_after(tmp_path: Path) -> None:
-    """Later lines and half a line are cut off; new ones follow."""
+    """Check that later lines and half a line are cut off, and that new ones follow."""
     with RunLog(tmp_path, 0) as log:
         for step in (1, 2, 3):
             log.write(step, {"loss": step / 4})
@@ -23,7 +23,7 @@ def test_a_log_opened_at_a_step_forgets_what_came_after(tmp_path: Path) -> None:
 
 
 def test_peak_memory_is_in_bytes() -> None:
-    """It notices 64 MiB more than there ever were, or the peak lies above already."""
+    """Check that it notices 64 MiB more than there ever were, or that the peak lies above already."""
     before = peak_memory(torch.device("cpu"))
     block = torch.ones(before // 4 + 2**24)  # float32: the peak so far again, and 64 MiB
     assert peak_memory(torch.device("cpu")) >= block.nbytes

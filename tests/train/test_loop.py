@@ -28,13 +28,13 @@ METRICS = {
 
 
 def points_of(run: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl."""
+    """Read the lines of metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One finished run for every test that only looks at it."""
+    """Finish one run for every test that only looks at it."""
     out = tmp_path_factory.mktemp("runs") / "ring"
     arguments = ["--out", str(out), "--steps", "9", "--data.batch", "8", "--model.width", "8", "--device", "cpu"]
     often = ["--log.log-every", "3", "--log.sample-every", "6", "--log.checkpoint-every", "2"]
@@ -42,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_folder_holds_all_that_was_promised(run: Path) -> None:
-    """And nothing half-written."""
+    """Check that nothing in it is half-written, either."""
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     events = {name for name in files if name.startswith("events/")}
     assert len(events) == 1
@@ -54,7 +54,7 @@ def test_a_run_folder_holds_all_that_was_promised(run: Path) -> None:
 
 
 def test_metrics_are_one_finite_json_object_a_line(run: Path) -> None:
-    """At step 1, at every multiple of log_every and at the end."""
+    """Check lines at step 1, at every multiple of log_every and at the end."""
     points = points_of(run)
     assert [point["step"] for point in points] == [1, 3, 6, 9]
     for point in points:
@@ -65,28 +65,28 @@ def test_metrics_are_one_finite_json_object_a_line(run: Path) -> None:
 
 
 def test_tensorboard_reads_the_same_metrics(run: Path) -> None:
-    """One series for each metric."""
+    """Check that there is one series for each metric."""
     events = EventAccumulator(str(run / "events")).Reload()
     assert set(events.Tags()["scalars"]) == METRICS - {"step"}
     assert [point.step for point in events.Scalars("loss")] == [1, 3, 6, 9]
 
 
 def test_the_environment_is_recorded(run: Path) -> None:
-    """Versions and processor, as JSON."""
+    """Check versions and processor, as JSON."""
     environment = json.loads((run / "env.json").read_text(encoding="utf-8"))
     assert environment["packages"]["torch"] == torch.__version__
     assert environment["cpu"]["cores"] >= 1
 
 
 def test_warm_up_is_linear(tiny: MakeConfig) -> None:
-    """From lr / (warmup + 1) to lr."""
+    """Check that it goes from lr / (warmup + 1) to lr."""
     run = train(tiny(steps=6, optim={"lr": 1.0, "warmup_steps": 3}, log={"log_every": 1}))
     points = points_of(run)
     assert [point["lr"] for point in points] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
 def test_the_gradient_is_clipped(tiny: MakeConfig) -> None:
-    """The optimiser sees a gradient of at most clip_norm; the metric keeps the norm before."""
+    """Check that the optimiser sees a gradient of at most clip_norm, and the metric keeps the norm before."""
     seen = []
     register = torch.optim.Optimizer.register_step_pre_hook
 
@@ -109,7 +109,7 @@ def test_the_gradient_is_clipped(tiny: MakeConfig) -> None:
 
 
 def test_the_average_is_the_ramped_one() -> None:
-    """At update k it decays by min(decay, (1 + k) / (10 + k))."""
+    """Check that at update k it decays by min(decay, (1 + k) / (10 + k))."""
     average, weights = [torch.zeros(3)], [torch.ones(3)]
     ramped_ema(0.999)(average, weights, 2)
     torch.testing.assert_close(average[0], torch.full((3,), 1 - 3 / 12))
@@ -119,7 +119,7 @@ def test_the_average_is_the_ramped_one() -> None:
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny: MakeConfig) -> None:
-    """Whatever the global generator was; and the caller's generator is left as it was."""
+    """Check it whatever the global generator was, and that the caller's generator is left as it was."""
     first = load_run(train(tiny("a")))[0].state_dict()
     torch.manual_seed(123)
     before = torch.get_rng_state()
@@ -131,7 +131,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny: MakeCon
 
 
 def test_samples_are_pictures_that_differ_as_training_goes_on(tiny_digits: MakeConfig) -> None:
-    """Ten columns, one a class, eight rows, from the same noise each time."""
+    """Check ten columns, one a class, and eight rows, from the same noise each time."""
     run = train(tiny_digits(log={"sample_every": 1}))
     with (
         Image.open(run / "samples" / "step_00000001.png") as first,
@@ -143,7 +143,7 @@ def test_samples_are_pictures_that_differ_as_training_goes_on(tiny_digits: MakeC
 
 
 def test_bf16_autocast_trains_close_to_fp32(tiny_digits: MakeConfig) -> None:
-    """Weights stay float32; the loss moves by bf16's rounding, and by something."""
+    """Check that weights stay float32, and that the loss moves by bf16's rounding, and by something."""
     losses = []
     for precision in ("fp32", "bf16"):
         run = train(tiny_digits(precision, precision=precision, steps=4, optim={"warmup_steps": 0, "lr": 0.03}))
@@ -155,7 +155,7 @@ def test_bf16_autocast_trains_close_to_fp32(tiny_digits: MakeConfig) -> None:
 
 
 def test_bf16_gradients_of_guided_meanflow_are_close_to_fp32(tiny_digits: MakeConfig) -> None:
-    """The network runs under no_grad for its guidance, then under forward AD, then for its gradient: none is lost."""
+    """Check that none is lost: the network runs under no_grad for guidance, under forward AD, and for its gradient."""
     method = {"name": "meanflow", "distinct": 0.5, "p": 0.0, "guidance": {"scale": 2.0, "kappa": 0.5}}
     gradients = []
     for precision in ("fp32", "bf16"):
@@ -177,7 +177,7 @@ def test_bf16_gradients_of_guided_meanflow_are_close_to_fp32(tiny_digits: MakeCo
 
 
 def test_meanflow_distils_a_teacher_on_digits(tiny_digits: MakeConfig) -> None:
-    """The student starts from the teacher's weights, follows its guided velocity, and ends elsewhere."""
+    """Check that the student starts from the teacher's weights, follows its guided velocity, and ends elsewhere."""
     teacher = train(tiny_digits("teacher"))
     method = {"name": "meanflow", "distinct": 0.5, "guidance": {"scale": 2.0}}
     config = tiny_digits("student", teacher=teacher, init_from_teacher=True, method=method)
@@ -189,7 +189,7 @@ def test_meanflow_distils_a_teacher_on_digits(tiny_digits: MakeConfig) -> None:
 
 
 def poisoned(batch: Any, at: int) -> Any:
-    """A dataset's `batch` whose rows are infinite at one step."""
+    """Return a dataset's `batch` whose rows are infinite at one step."""
 
     def poison(self: Ring, seed: int, step: int, size: int) -> tuple[Tensor, None]:
         x0, _ = batch(self, seed, step, size)
@@ -199,7 +199,7 @@ def poisoned(batch: Any, at: int) -> Any:
 
 
 def test_a_non_finite_loss_stops_the_run_by_name(tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message has step, metric and last good checkpoint; nothing of that step is saved, not even a metric."""
+    """Check that the message has step, metric and last good checkpoint, and that nothing of that step is saved."""
     monkeypatch.setattr(Ring, "batch", poisoned(Ring.batch, at=5))
     config = tiny(log={"log_every": 1, "checkpoint_every": 1})
     with pytest.raises(NonFiniteError) as caught:
@@ -215,7 +215,7 @@ def test_a_non_finite_loss_stops_the_run_by_name(tiny: MakeConfig, monkeypatch: 
 
 
 def test_a_non_finite_gradient_stops_the_run_by_name(tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A finite loss with an infinite slope, before the first checkpoint."""
+    """Check a finite loss with an infinite slope, before the first checkpoint."""
 
     def steep(self: MeanFlow, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         loss = sum((weight * 0).abs().sqrt().sum() for weight in context.net.parameters())
@@ -230,7 +230,7 @@ def test_a_non_finite_gradient_stops_the_run_by_name(tiny: MakeConfig, monkeypat
 def test_nothing_is_built_before_the_configuration_is_checked(
     tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A bad combination leaves no folder behind and reads no data."""
+    """Check that a bad combination leaves no folder behind and reads no data."""
 
     def fail(*_: Any) -> None:
         raise AssertionError("something was built")
@@ -243,7 +243,7 @@ def test_nothing_is_built_before_the_configuration_is_checked(
 
 
 def test_noise_is_coupled_to_data_where_the_path_or_the_run_says_so(tiny: MakeConfig) -> None:
-    """The same rows, in an order that brings them nearer; the data stay where they are."""
+    """Check that rows are the same, in an order that brings them nearer, and that data stay where they are."""
     cpu = torch.device("cpu")
     plain, *coupled = (
         make_batch(Ring(), config, 3, cpu)
@@ -259,7 +259,7 @@ def test_noise_is_coupled_to_data_where_the_path_or_the_run_says_so(tiny: MakeCo
 
 
 def test_a_finished_run_keeps_its_export_byte_for_byte(tmp_path: Path) -> None:
-    """A student knows its teacher by that file; safetensors orders its metadata anew each time that it writes."""
+    """Check it, for a student knows its teacher by that file, and safetensors orders its metadata anew each time."""
     config = load_config("ring", ["--steps", "2", "--data.batch", "8", "--device", "cpu"], out=tmp_path / "run")
     export = train(config) / "export" / "ema.safetensors"
     before = (export.read_bytes(), export.stat().st_mtime_ns)

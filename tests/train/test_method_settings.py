@@ -1,4 +1,4 @@
-"""What the settings of single methods give their objectives: recipes, scales, labels, samplers; and old runs."""
+"""Settings of single methods and what they give objectives: recipes, scales, labels, samplers; and old runs."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ LAWS = {"cifar10_paper": (LogitNormal(-2.0, 2.0), None), "cifar10_code": (LogitN
 
 
 def method(name: str, **fields: Any) -> Any:
-    """The settings of a method."""
+    """Return the settings of a method."""
     return METHODS[name].model_validate({"name": name} | fields)
 
 
 def context(rows: int = 8, y: torch.Tensor | None = None, undropped: torch.Tensor | None = None) -> Context:
-    """One step of a run, without a network."""
+    """Return one step of a run, without a network."""
     x = torch.zeros(rows, 2)
     batch = Batch(x, x, y, 3, undropped)
     return Context(None, batch, generator_at(0, "times"), 0, 0, 100, None)  # type: ignore[arg-type]
@@ -37,7 +37,7 @@ def context(rows: int = 8, y: torch.Tensor | None = None, undropped: torch.Tenso
 
 @pytest.mark.parametrize("recipe", LAWS)
 def test_meanflows_recipes_draw_from_their_laws(recipe: str) -> None:
-    """LN(-2, 2) for both times in the paper; two laws in its code; 75 % of the rows with s != t, and p = 0.75."""
+    """Check LN(-2, 2) for both times in the paper, two laws in its code, 75 % of rows with s != t, and p = 0.75."""
     settings = method("meanflow", recipe=recipe)
     t, s = settings.draw_times(context(64))
     first, second = LAWS[recipe]
@@ -67,7 +67,7 @@ def test_fields_beside_a_recipe_hold_and_the_command_line_takes_all_of_it(tmp_pa
 
 
 def test_improved_meanflow_draws_its_scales_log_uniformly() -> None:
-    """As many between 1 and 2 as between 4 and 8; MeanFlow's own guidance draws them uniformly."""
+    """Check that as many are between 1 and 2 as between 4 and 8; MeanFlow's own guidance draws them uniformly."""
     guidance = method("improved_meanflow", guidance={"scale_to": 8.0}).guidance
     scale = guidance.build(context(20_000)).scale
     share = scale.log2() / 3
@@ -85,7 +85,7 @@ def test_tvm_divides_its_residuals_by_the_scale() -> None:
 
 
 def test_batches_know_the_labels_before_the_drop(tiny: MakeConfig) -> None:
-    """The same rows with and without a drop; improved MeanFlow gets both."""
+    """Check the same rows with and without a drop, both of which improved MeanFlow gets."""
     data = {"name": "digits", "batch": 64, "label_dropout": 0.5}
     config = tiny(data=data, model={"preset": "mlp-digits", "width": 8, "depth": 1}, method={"name": "meanflow"})
     digits = Digits()
@@ -100,7 +100,7 @@ def test_batches_know_the_labels_before_the_drop(tiny: MakeConfig) -> None:
 
 
 def test_shortcut_samples_the_finest_steps_with_its_velocity(tiny: MakeConfig) -> None:
-    """No row trains a jump of that length; other numbers than powers of two have no jumps of their own."""
+    """Check that no row trains a jump of that length, and that steps that are no power of two have no jumps."""
     config, gaps = tiny(method={"name": "shortcut", "finest": 4}), []
 
     class Listening(torch.nn.Module):
@@ -119,7 +119,7 @@ def test_shortcut_samples_the_finest_steps_with_its_velocity(tiny: MakeConfig) -
 
 
 def test_alpha_flow_takes_half_of_the_rows_and_a_bound() -> None:
-    """As the code's recipes have them."""
+    """Check it as the code's recipes have them."""
     settings = method("alpha_flow")
     assert settings.distinct == 0.5 and settings.keywords(context())["clamp"] == 4.0
     assert method("alpha_flow", clamp=None).keywords(context())["clamp"] is None
@@ -136,7 +136,7 @@ SAME: list[dict[str, Any]] = [{"name": "meanflow"}, {"name": "improved_meanflow"
 
 
 def of_before(tmp_path: Path, fields: dict[str, Any], changes: dict[str, Any]) -> TrainConfig:
-    """A run of three steps whose checkpoint and config.yaml know nothing of definitions, as older ones don't."""
+    """Make a run of three steps whose checkpoint and config.yaml know nothing of definitions, as older ones don't."""
     if changes:
         changes = changes | {"model": {"preset": "mlp-digits", "width": 8, "depth": 1}}
     config = TrainConfig.model_validate(tiny_fields(tmp_path / "run", **changes) | {"method": fields, "steps": 3})

@@ -1,4 +1,4 @@
-"""Every method through the trainer: it learns something finite, resumes exactly, and knows its objective's options."""
+"""Methods through the trainer: each learns something finite, resumes exactly, and knows its objective's options."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ NOT_SETTINGS = {"y", "path", "jvp", "generator", "teacher", "weak_teacher", "tar
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run for the methods that follow one."""
+    """Finish a run for the methods that follow one."""
     fields = tiny_fields(tmp_path_factory.mktemp("teacher") / "run")
     return train(TrainConfig.model_validate(fields | {"method": {"name": "flow_matching"}, "steps": 4}))
 
 
 @pytest.fixture(scope="module")
 def digits_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same on digits, with dropped labels."""
+    """Finish the same on digits, with dropped labels."""
     fields = tiny_fields(
         tmp_path_factory.mktemp("teacher") / "digits",
         data={"name": "digits", "batch": 8, "label_dropout": 0.5},
@@ -63,7 +63,7 @@ def digits_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(name: str, out: Path, teacher: Path, **changes: Any) -> TrainConfig:
-    """A tiny run of a method on the ring, with a teacher where it can't do without."""
+    """Return a tiny run of a method on the ring, with a teacher where it can't do without."""
     method = {"name": name, **SMALL.get(name, {})}
     needs = METHODS[name].makes_pairs or METHODS[name].has_critic or "teacher" in METHODS[name].objective().needs
     fields = tiny_fields(out) | {"method": method, "steps": 3} | ({"teacher": str(teacher)} if needs else {})
@@ -72,7 +72,7 @@ def config_of(name: str, out: Path, teacher: Path, **changes: Any) -> TrainConfi
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_and_samples(name: str, teacher: Path, tmp_path: Path) -> None:
-    """Three steps on the ring: finite metrics, other weights than at first, and samples by its own sampler."""
+    """Check three steps on the ring: finite metrics, other weights than at first, and samples by its own sampler."""
     config = config_of(name, tmp_path / "run", teacher, log={"log_every": 1}, optim={"lr": 0.01, "warmup_steps": 0})
     run = train(config)
     points = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -106,7 +106,7 @@ GUIDED = {"scale": 1.0, "scale_to": 3.0}
 def test_digits_with_labels_and_guidance(
     method: dict[str, Any], teachers: tuple[str, ...], digits_teacher: Path, tiny_digits: MakeConfig
 ) -> None:
-    """By labels, by a weak teacher, and with a scale of each row's own, which the network is told."""
+    """Check labels, a weak teacher, and a scale of each row's own, which the network is told."""
     told = "scale_to" in method.get("guidance", {})
     model = {"preset": "mlp-digits", "width": 8, "depth": 2, "guidance": told}
     run = train(tiny_digits(method=method, model=model, steps=2, **dict.fromkeys(teachers, str(digits_teacher))))
@@ -116,13 +116,13 @@ def test_digits_with_labels_and_guidance(
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_s_settings_cover_its_objective_s_options(name: str) -> None:
-    """Each keyword of the objective is a field, or is known to be none."""
+    """Check that each keyword of the objective is a field, or is known to be none."""
     fields, takes = set(METHODS[name].model_fields), METHODS[name].objective().takes
     assert not takes - fields - NOT_SETTINGS
 
 
 def test_consistency_weighs_by_the_gap_of_times_or_of_noise_levels() -> None:
-    """iCT's levels by hand, on Karras's grid of three intervals; the gap of times is one and the same there."""
+    """Check iCT's levels by hand, on Karras's grid of three intervals, where the gap of times is one and the same."""
     low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
     sigma = [(low + i / 3 * (high - low)) ** 7 for i in range(4)]
     grid = torch.linspace(0, 1, 4)
@@ -135,7 +135,7 @@ def test_consistency_weighs_by_the_gap_of_times_or_of_noise_levels() -> None:
 
 @pytest.mark.parametrize("name", ["scm", "consistency", "dmd", "reflow", "improved_meanflow"])
 def test_extra_state_resumes_bit_for_bit(name: str, teacher: Path, tmp_path: Path) -> None:
-    """A learned weight, an averaged target, a critic with optimiser and discriminator, made pairs, a velocity head."""
+    """Check a learned weight, an averaged target, a critic with all its parts, made pairs, and a velocity head."""
     changes = {"steps": 6, "log": {"log_every": 1, "sample_every": 100, "checkpoint_every": 2}}
     whole = train(config_of(name, tmp_path / "whole", teacher, **changes))
     config = config_of(name, tmp_path / "killed", teacher, **changes)
@@ -145,7 +145,7 @@ def test_extra_state_resumes_bit_for_bit(name: str, teacher: Path, tmp_path: Pat
 
 
 def test_checkpoints_hold_each_part_that_learns(teacher: Path, tmp_path: Path) -> None:
-    """And nothing for the parts that a method doesn't have."""
+    """Check that there is nothing for the parts that a method doesn't have."""
     held = {}
     parts = {"target", "weighting", "critic", "velocity_layer"}
     for name in ("scm", "consistency", "dmd", "improved_meanflow"):
@@ -160,7 +160,7 @@ def test_checkpoints_hold_each_part_that_learns(teacher: Path, tmp_path: Path) -
 
 
 def test_the_critic_moves_and_its_teacher_does_not(teacher: Path, tmp_path: Path) -> None:
-    """The fake score starts as the teacher and ends elsewhere."""
+    """Check that the fake score starts as the teacher and ends elsewhere."""
     config = config_of("dmd", tmp_path / "run", teacher)
     assert isinstance(config.method, ScoreMethod)
     before = load_run(teacher, device="cpu")[0].state_dict()
@@ -172,7 +172,7 @@ def test_the_critic_moves_and_its_teacher_does_not(teacher: Path, tmp_path: Path
 
 
 def test_pairs_are_made_once_and_damaged_ones_again(teacher: Path, tmp_path: Path) -> None:
-    """Whole shards are kept byte for byte; they hold where the teacher's flow takes the noise."""
+    """Check that whole shards are kept byte for byte, and hold where the teacher's flow takes the noise."""
     run = train(config_of("reflow", tmp_path / "run", teacher))
     shard = run / "pairs" / "pairs_00000000.safetensors"
     before, pairs = (shard.stat().st_mtime_ns, shard.read_bytes()), load(shard.read_bytes())
@@ -184,7 +184,7 @@ def test_pairs_are_made_once_and_damaged_ones_again(teacher: Path, tmp_path: Pat
 
 
 def test_a_round_of_reflow_can_be_the_teacher_of_the_next(teacher: Path, tmp_path: Path) -> None:
-    """And of a distillation, which trains at t = 1 alone."""
+    """Check it, and that of a distillation, which trains at t = 1 alone."""
     first = train(config_of("reflow", tmp_path / "first", teacher))
     small = {"name": "reflow", "pairs": 40, "pair_steps": 2, "distil": True, "sample_steps": 1}
     second = train(config_of("reflow", tmp_path / "second", first, method=small))
@@ -196,7 +196,7 @@ def test_a_round_of_reflow_can_be_the_teacher_of_the_next(teacher: Path, tmp_pat
 
 
 def test_the_two_times_can_have_laws_of_their_own(tiny: MakeConfig) -> None:
-    """The CIFAR-10 recipe of MeanFlow's code; without `end_times` both draws have the one law, as they always had."""
+    """Check the CIFAR-10 recipe of MeanFlow's code; without `end_times` both draws have the one law, as ever."""
     recipe = {"times": {"mean": -0.6, "std": 1.6}, "end_times": {"mean": -4.0, "std": 1.6}, "distinct": 0.75}
     laws = {key: value | {"law": "logit_normal"} for key, value in recipe.items() if isinstance(value, dict)}
     for name in ("meanflow", "improved_meanflow", "alpha_flow"):
@@ -216,13 +216,13 @@ def test_the_two_times_can_have_laws_of_their_own(tiny: MakeConfig) -> None:
 
 
 def test_the_method_is_chosen_on_the_command_line(tmp_path: Path) -> None:
-    """With the file's recipe for it, under a name of its own; any of its fields can follow."""
+    """Check that the file's recipe for it comes with it, under a name of its own, and any of its fields can follow."""
     config = load_config("ring", ["--method.name", "esd", "--method.distinct", "0.5", "--steps", "9"])
     assert (config.method.name, config.method.distinct, config.out) == ("esd", 0.5, Path("runs/ring-esd"))
 
 
 def test_a_method_without_a_teacher_can_start_from_one(teacher: Path, tmp_path: Path) -> None:
-    """ECT tunes a finished diffusion model."""
+    """Check ECT, which tunes a finished diffusion model."""
     changes = {"teacher": str(teacher), "init_from_teacher": True}
     config = TrainConfig.model_validate(
         tiny_fields(tmp_path / "run") | {"method": {"name": "ect"}, "steps": 3} | changes

@@ -50,7 +50,7 @@ def blobs(tiny: MakeConfig) -> MakeConfig:
 
 
 def test_a_run_on_images_of_ones_own_goes_the_whole_way(blobs: MakeConfig) -> None:
-    """Trained, drawn as a grid, read again with its settings, resumed to the same weights, sampled by class, guided."""
+    """Check that it is trained, drawn, read with its settings, resumed exactly, sampled by class, and guided."""
     run = train(blobs())
     assert (run / "samples" / "step_00000004.png").is_file()
     net, config = load_run(run)
@@ -68,7 +68,7 @@ def test_a_run_on_images_of_ones_own_goes_the_whole_way(blobs: MakeConfig) -> No
 
 
 def test_a_set_s_own_settings_are_fields_of_the_configuration(blobs: MakeConfig, tmp_path: Path) -> None:
-    """On the command line too; another set leaves them behind; a misspelt one is told the nearest."""
+    """Check them on the command line too, that another set leaves them behind, and the nearest to a misspelt one."""
     file = tmp_path / "my.yaml"
     file.write_text(to_yaml(blobs()))
     config = load_config(file, ["--data.side", "6", "--data.batch", "2"])
@@ -103,7 +103,7 @@ def test_a_set_s_own_settings_are_fields_of_the_configuration(blobs: MakeConfig,
     ],
 )
 def test_a_name_that_leads_to_no_data_set_is_refused(name: str, words: str, tmp_path: Path) -> None:
-    """In a file and on the command line; nothing is made."""
+    """Check that nothing is made, by a file or on the command line."""
     file = tmp_path / "my.yaml"
     file.write_text(
         to_yaml(load_config("ring", ["--out", str(tmp_path / "run")])).replace("name: ring", f"name: '{name}'")
@@ -138,7 +138,7 @@ def changed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_is_not_resumed_on_a_set_that_has_changed(blobs: MakeConfig, request: pytest.FixtureRequest) -> None:
-    """Of the same name and settings, with images of another shape; nor is its network read as the new one's."""
+    """Check one with images of another shape, and that its network isn't read as the new one's."""
     run, teacher = train(blobs(steps=2)), blobs("other").out
     request.getfixturevalue("changed")
     what = r"\(data\.shape: \[3, 4, 4\] -> \[3, 2, 8\]\)"
@@ -150,7 +150,7 @@ def test_a_run_is_not_resumed_on_a_set_that_has_changed(blobs: MakeConfig, reque
 
 
 def test_a_checkpoint_from_before_sets_were_written_down_goes_on(tiny: MakeConfig) -> None:
-    """As all do that hold no fingerprint."""
+    """Check it, as for all that hold no fingerprint."""
     run = train(tiny(steps=4))
     path = list_checkpoints(run)[0]
     state = read_checkpoint(path)
@@ -170,7 +170,7 @@ def test_a_teacher_of_other_shapes_is_refused(blobs: MakeConfig) -> None:
 
 
 def test_a_module_that_moved_is_followed(blobs: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where config.yaml is edited to say so."""
+    """Check that it is followed where config.yaml is edited to say so."""
     run = train(blobs(steps=2))
     monkeypatch.setattr(own_sets, "Renamed", own_sets.Blobs, raising=False)
     monkeypatch.delattr(own_sets, "Blobs")
@@ -185,7 +185,7 @@ def test_a_module_that_moved_is_followed(blobs: MakeConfig, monkeypatch: pytest.
 def test_rows_without_a_picture_are_trained_and_sampled(
     tiny: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The log says why there is no picture, and so does the command that would draw one."""
+    """Check that the log says why there is no picture, and so does the command that would draw one."""
     run = train(tiny(data={"name": f"{HERE}Series()"}, steps=2))
     assert "is not drawn: rows of shape (5,) have no picture" in capsys.readouterr().err
     assert cli.main(["sample", str(run), "--n", "3", "--out", str(tmp_path / "rows.npy")]) == 0

@@ -1,4 +1,4 @@
-"""A perceptual distance by name: imported, tried, and refused in words where it won't do."""
+"""Perceptual distances by name: imported, tried, and refused in words where they won't do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HERE = f"{__name__}:"
 
 
 class Features(nn.Module):
-    """The squared distance of random features, (B, 1, 1, 1) as LPIPS gives it."""
+    """Squared distance of random features, (B, 1, 1, 1) as LPIPS gives it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,21 +30,21 @@ class Features(nn.Module):
 
 
 def squares(a: Tensor, b: Tensor) -> Tensor:
-    """The plain distance l2, by another name."""
+    """Return the plain distance l2, by another name."""
     return (a - b).square().flatten(1).sum(1)
 
 
 def make_nothing() -> None:
-    """A factory that forgets to return."""
+    """Forget to return, as a factory may."""
 
 
 def by_element(a: Tensor, b: Tensor) -> Tensor:
-    """One value too many a row."""
+    """Return one value too many a row."""
     return (a - b).square()
 
 
 def without_gradient(a: Tensor, b: Tensor) -> Tensor:
-    """A distance that nothing can learn from."""
+    """Return a distance that nothing can learn from."""
     return squares(a, b).detach()
 
 
@@ -53,14 +53,14 @@ def consistency(name: str | None, distance: str = "lpips") -> dict[str, Any]:
 
 
 def test_a_function_is_the_distance_of_the_loss(tiny: MakeConfig) -> None:
-    """To the same weights as l2, which it is."""
+    """Check that it gives the same weights as l2, which it is."""
     runs = [train(tiny("a", method=consistency(f"{HERE}squares"))), train(tiny("b", method=consistency(None, "l2")))]
     states = [read_checkpoint(list_checkpoints(run)[0])["net"] for run in runs]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
 
 
 def test_a_network_is_made_frozen_and_in_eval_mode(tiny: MakeConfig) -> None:
-    """By a factory, here its class; the run needs its name no more to be read."""
+    """Check a factory, here its class, and that the run is read without its name."""
     found = load_distance(f"{HERE}Features()", (2,), torch.device("cpu"))
     assert isinstance(found, Features)
     assert not found.training
@@ -91,7 +91,7 @@ def test_a_network_is_made_frozen_and_in_eval_mode(tiny: MakeConfig) -> None:
     ],
 )
 def test_what_will_not_do_is_refused_before_training(name: str | None, words: str, tiny: MakeConfig) -> None:
-    """Nothing is made yet, not even the run folder."""
+    """Check that nothing is made yet, not even the run folder."""
     config = tiny(method=consistency(name))
     with pytest.raises(ConfigError, match=rf"^method.perceptual: .*{words}"):
         train(config)
@@ -104,7 +104,7 @@ def test_a_distance_that_nothing_uses_is_refused(tiny: MakeConfig) -> None:
 
 
 def test_rows_of_the_data_are_what_it_is_tried_on(tmp_path: Path) -> None:
-    """A network for points can't take digits."""
+    """Check that a network for points, which can't take digits, is refused."""
     overrides = ["--method.name", "consistency", "--method.distance", "lpips", "--teacher", str(tmp_path)]
     with pytest.raises(ConfigError, match=r"two batches of rows \(1, 8, 8\) .* got RuntimeError"):
         load_config("digits", [*overrides, "--method.perceptual", f"{HERE}Features()"])

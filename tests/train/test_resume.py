@@ -27,7 +27,7 @@ TIMED = {"samples_per_second", "peak_memory_bytes"}
 
 
 def die() -> None:
-    """What `kill -9` does."""
+    """Kill the process as `kill -9` does."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -87,18 +87,18 @@ def killed(target: Callable[..., None], *arguments: Any, when: Callable[[], bool
 
 
 def is_larger_than(path: Path, size: int) -> bool:
-    """Whether a file is there and has more bytes."""
+    """Return whether a file is there and has more bytes."""
     return path.exists() and path.stat().st_size > size
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what a clock or the process decides."""
+    """Read metrics.jsonl without what a clock or the process decides."""
     points = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{name: value for name, value in point.items() if name not in TIMED} for point in points]
 
 
 def assert_same_state(a: Any, b: Any, place: str = "state") -> None:
-    """Bit-equal tensors and equal values, all the way down."""
+    """Assert bit-equal tensors and equal values, all the way down."""
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b), place
     elif isinstance(a, dict):
@@ -110,14 +110,14 @@ def assert_same_state(a: Any, b: Any, place: str = "state") -> None:
 
 
 def assert_same_run(resumed: Path, whole: Path) -> None:
-    """Weights, averages, optimiser, random state, metrics and exported weights are those of the uninterrupted run."""
+    """Assert that weights, averages, optimiser, random state, metrics and export are the uninterrupted run's."""
     assert_same_state(read_checkpoint(list_checkpoints(resumed)[0]), read_checkpoint(list_checkpoints(whole)[0]))
     assert_same_state(load_run(resumed)[0].state_dict(), load_run(whole)[0].state_dict())
     assert lines(resumed) == lines(whole)
 
 
 def test_killed_three_times_around_checkpoints_a_run_ends_the_same(tiny: MakeConfig) -> None:
-    """While a checkpoint is written, before it takes its place, and right after."""
+    """Check kills while a checkpoint is written, before it takes its place, and right after."""
     whole, config = train(tiny("whole")), tiny("killed")
     killed(train_and_die, config, "writing it", 4)
     assert not list_checkpoints(config.out)
@@ -131,7 +131,7 @@ def test_killed_three_times_around_checkpoints_a_run_ends_the_same(tiny: MakeCon
 
 
 def test_killed_from_outside_at_any_moment_a_run_ends_the_same(tiny: MakeConfig) -> None:
-    """Twice, whatever the loop was doing: the moment follows the clock."""
+    """Check two kills, whatever the loop was doing: the moment follows the clock."""
     changes = {"steps": 120, "log": {"log_every": 1, "sample_every": 1000, "checkpoint_every": 7}}
     whole, config = train(tiny("whole", **changes)), tiny("killed", **changes)
     metrics = config.out / "metrics.jsonl"
@@ -142,7 +142,7 @@ def test_killed_from_outside_at_any_moment_a_run_ends_the_same(tiny: MakeConfig)
 
 
 def test_a_digits_run_with_a_transformer_and_dropped_labels_resumes_the_same(tiny_digits: MakeConfig) -> None:
-    """Epochs, label dropout and fused ops take part."""
+    """Check it with epochs, label dropout and fused ops."""
     whole = train(tiny_digits("whole", steps=4))
     run = train(tiny_digits("parts", steps=2))
     assert_same_run_but_metrics(train(tiny_digits("parts", steps=4)), whole)
@@ -150,12 +150,12 @@ def test_a_digits_run_with_a_transformer_and_dropped_labels_resumes_the_same(tin
 
 
 def assert_same_run_but_metrics(resumed: Path, whole: Path) -> None:
-    """As `assert_same_run`, where the resumed run logged its last step at other places."""
+    """Assert as `assert_same_run` does, where the resumed run logged its last step at other places."""
     assert_same_state(read_checkpoint(list_checkpoints(resumed)[0]), read_checkpoint(list_checkpoints(whole)[0]))
 
 
 def test_metrics_after_the_checkpoint_are_written_once(tiny: MakeConfig) -> None:
-    """Lines that a killed run wrote after its last checkpoint, and half a line, are cut off."""
+    """Check that lines that a killed run wrote after its last checkpoint, and half a line, are cut off."""
     run = train(tiny(steps=4))
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 6, "loss": 1.0}\n{"step": 8, "lo')
@@ -164,7 +164,7 @@ def test_metrics_after_the_checkpoint_are_written_once(tiny: MakeConfig) -> None
 
 
 def test_a_finished_run_started_again_changes_nothing(tiny: MakeConfig) -> None:
-    """Same command, same weights."""
+    """Check that the same command gives the same weights."""
     run = train(tiny())
     before = load_run(run)[0].state_dict()
     assert train(tiny()) == run
@@ -172,7 +172,7 @@ def test_a_finished_run_started_again_changes_nothing(tiny: MakeConfig) -> None:
 
 
 def test_other_settings_are_refused_by_name(tiny: MakeConfig) -> None:
-    """A run is never continued as a mixture; the folder stays as it was."""
+    """Check that a run is never continued as a mixture, and that the folder stays as it was."""
     run = train(tiny())
     before = (run / "config.yaml").read_text(encoding="utf-8")
     with pytest.raises(ConfigError, match=r"optim.lr: 0.001 -> 0.5"):
@@ -186,14 +186,14 @@ def test_other_settings_are_refused_by_name(tiny: MakeConfig) -> None:
 
 
 def test_fewer_steps_than_done_are_refused(tiny: MakeConfig) -> None:
-    """A run doesn't go back by itself."""
+    """Check that a run doesn't go back by itself."""
     train(tiny())
     with pytest.raises(ConfigError, match=r"steps: .* has done 12 already"):
         train(tiny(steps=4))
 
 
 def test_a_folder_that_is_no_run_is_refused(tiny: MakeConfig, tmp_path: Path) -> None:
-    """Nobody's files get mixed with a run's."""
+    """Check that nobody's files get mixed with a run's."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").touch()
     with pytest.raises(ConfigError, match="not empty and no run folder"):
@@ -201,7 +201,7 @@ def test_a_folder_that_is_no_run_is_refused(tiny: MakeConfig, tmp_path: Path) ->
 
 
 def test_two_processes_never_train_in_one_folder(tiny: MakeConfig) -> None:
-    """The second is refused while the first lives; a killed one leaves no lock."""
+    """Check that the second is refused while the first lives, and that a killed one leaves no lock."""
     config = tiny(steps=100_000)
     process = PROCESSES.Process(target=train_and_wait, args=(config, 20))
     process.start()
@@ -216,7 +216,7 @@ def test_two_processes_never_train_in_one_folder(tiny: MakeConfig) -> None:
 
 
 def test_a_damaged_checkpoint_stops_the_run_and_an_older_one_continues_it(tiny: MakeConfig) -> None:
-    """Refused by name; with --resume-from the run goes on and ends as if nothing had happened."""
+    """Check that it is refused by name, and that with --resume-from the run ends as if nothing had happened."""
     whole = train(tiny("whole"))
     run = train(tiny(steps=9))
     os.truncate(run / "checkpoints" / "step_00000009.pt", 100)
@@ -228,7 +228,7 @@ def test_a_damaged_checkpoint_stops_the_run_and_an_older_one_continues_it(tiny: 
 
 
 def test_a_teacher_that_changed_is_refused(tiny: MakeConfig) -> None:
-    """The student's checkpoint remembers whose weights it followed."""
+    """Check that the student's checkpoint remembers whose weights it followed."""
     teacher = train(tiny("teacher"))
     student = {"teacher": str(teacher), "init_from_teacher": True, "steps": 2}
     train(tiny("student", **student))

@@ -18,7 +18,7 @@ from tests.train.conftest import MakeConfig
 
 
 def test_the_export_is_the_averaged_weights_and_rebuilds_the_network(tiny: MakeConfig) -> None:
-    """Its metadata alone is enough."""
+    """Check that its metadata alone is enough."""
     run = train(tiny())
     with safetensors.safe_open(run / "export" / "ema.safetensors", "pt") as file:
         metadata = file.metadata()
@@ -31,7 +31,7 @@ def test_the_export_is_the_averaged_weights_and_rebuilds_the_network(tiny: MakeC
 
 
 def test_a_loaded_network_is_frozen_and_in_eval_mode(tiny: MakeConfig) -> None:
-    """Averaged weights by default, the last ones on request."""
+    """Check averaged weights by default, and the last ones on request."""
     config = tiny()
     run = train(config)
     (averaged, loaded), (last, _) = load_run(run, device="cpu"), load_run(run, ema=False, device="cpu")
@@ -44,13 +44,13 @@ def test_a_loaded_network_is_frozen_and_in_eval_mode(tiny: MakeConfig) -> None:
 
 
 def test_a_run_that_was_moved_is_read_where_it_is(tiny: MakeConfig, tmp_path: Path) -> None:
-    """The configuration's `out` follows."""
+    """Check that the configuration's `out` follows."""
     train(tiny()).rename(tmp_path / "moved")
     assert load_run(tmp_path / "moved")[1].out == tmp_path / "moved"
 
 
 def test_an_unfinished_run_is_read_from_its_newest_checkpoint(tiny: MakeConfig) -> None:
-    """The average in it, where there is no export."""
+    """Check that the average in it is taken, where there is no export."""
     run = train(tiny())
     expected = load_run(run)[0].state_dict()
     (run / "export" / "ema.safetensors").unlink()
@@ -58,7 +58,7 @@ def test_an_unfinished_run_is_read_from_its_newest_checkpoint(tiny: MakeConfig) 
 
 
 def test_a_damaged_export_is_refused_by_name(tiny: MakeConfig) -> None:
-    """And written anew by starting the run again."""
+    """Check that it is written anew by starting the run again."""
     run = train(tiny())
     os.truncate(run / "export" / "ema.safetensors", 500)
     with pytest.raises(CheckpointError, match=r"ema\.safetensors is truncated or corrupt.*start the run again"):
@@ -68,7 +68,7 @@ def test_a_damaged_export_is_refused_by_name(tiny: MakeConfig) -> None:
 
 
 def test_what_is_no_run_is_refused_by_name(tmp_path: Path, tiny: MakeConfig) -> None:
-    """A folder without a configuration, and a run without weights."""
+    """Check a folder without a configuration, and a run without weights."""
     with pytest.raises(ConfigError, match="expected a run folder"):
         load_run(tmp_path)
     run = train(tiny())
@@ -80,7 +80,7 @@ def test_what_is_no_run_is_refused_by_name(tmp_path: Path, tiny: MakeConfig) -> 
 
 
 def test_a_teacher_is_checked_before_training(tiny: MakeConfig, tiny_digits: MakeConfig, tmp_path: Path) -> None:
-    """Absent, other data, another network, no guidance learnt, training unfinished."""
+    """Check an absent one, other data, another network, no guidance learnt, and training unfinished."""
     digits, ring = train(tiny_digits("teacher", data={"name": "digits", "batch": 4})), train(tiny("ring"))
     guided = {"name": "meanflow", "guidance": {"scale": 2.0}}
     cases = [

@@ -21,7 +21,7 @@ def serving(*learnt: Learnt) -> str:
 
 
 class Recorder(torch.nn.Module):
-    """A network that stays at zero and remembers its labels and times."""
+    """Network that stays at zero and remembers its labels and times."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Recorder(torch.nn.Module):
 
 
 def test_a_seed_gives_the_same_samples_and_another_seed_others(tiny: MakeConfig) -> None:
-    """And the caller's generator plays no part."""
+    """Check that the caller's generator plays no part."""
     config = tiny()
     net = build_network(config)
     first = generate(net, config, 5)
@@ -47,7 +47,7 @@ def test_a_seed_gives_the_same_samples_and_another_seed_others(tiny: MakeConfig)
 
 
 def test_labels_are_one_class_or_all_in_turn(tiny_digits: MakeConfig) -> None:
-    """Steps count the calls."""
+    """Check also that steps count the calls."""
     net, config = Recorder(), tiny_digits()
     generate(net, config, 12, steps=3)
     generate(net, config, 2, label=7)
@@ -55,7 +55,7 @@ def test_labels_are_one_class_or_all_in_turn(tiny_digits: MakeConfig) -> None:
 
 
 def test_a_generator_of_several_steps_starts_at_the_times_it_was_trained_at(tiny: MakeConfig) -> None:
-    """In as many steps as it has times, here uneven ones; any other number of steps are equal."""
+    """Check as many steps as it has times, here uneven ones, and other numbers of steps, which are equal."""
     config = tiny(method={"name": "dmd", "generator_times": (1.0, 0.9, 0.3)}, teacher="x")
     for steps, starts in ((3, [1.0, 0.9, 0.3]), (2, [1.0, 0.5]), (4, [1.0, 0.75, 0.5, 0.25])):
         net = Recorder()
@@ -64,14 +64,14 @@ def test_a_generator_of_several_steps_starts_at_the_times_it_was_trained_at(tiny
 
 
 def test_imm_starts_at_the_last_time_that_it_learnt(tiny: MakeConfig) -> None:
-    """And not at 1, where its noise level may be infinite."""
+    """Check that it doesn't start at 1, where its noise level may be infinite."""
     net = Recorder()
     generate(net, tiny(method={"name": "imm", "high": 0.75}), 2, steps=3)
     assert net.times == [(0.75, 0.5), (0.5, 0.25), (0.25, 0.0)]
 
 
 def test_a_run_is_measured_in_the_steps_that_it_learnt(tiny: MakeConfig) -> None:
-    """A generator in as many as it has times, a distilled ReFlow in one, the others in all."""
+    """Check a generator in as many steps as it has times, a distilled ReFlow in one, and the others in all."""
     for method, expected in (
         ({"name": "dmd", "generator_times": (1.0, 0.5)}, [1, 2]),
         ({"name": "dmd", "generator_times": (1.0, 0.9, 0.3)}, [1]),  # two and four equal steps start elsewhere
@@ -84,7 +84,7 @@ def test_a_run_is_measured_in_the_steps_that_it_learnt(tiny: MakeConfig) -> None
 
 
 def test_guidance_pairs_labels_with_none(tiny_digits: MakeConfig) -> None:
-    """On one doubled batch."""
+    """Check that it is on one doubled batch."""
     net = Recorder()
     generate(net, tiny_digits(), 2, label=3, guidance=2.0)
     assert net.labels[0] is not None
@@ -92,7 +92,7 @@ def test_guidance_pairs_labels_with_none(tiny_digits: MakeConfig) -> None:
 
 
 def test_imm_s_jumps_are_guided_and_those_of_a_learnt_guidance_are_not(tiny_digits: MakeConfig) -> None:
-    """By pairs of labels, where labels were dropped; refused where guidance is in the target, or nowhere."""
+    """Check guidance by pairs where labels were dropped, refused where it is in the target, or nowhere."""
     imm, net = tiny_digits(method={"name": "imm", "sample_guidance": 2.0}), Recorder()
     generate(net, imm, 2, label=3)
     generate(net, imm, 1, label=3, sampler="gamma", guidance=1.5)
@@ -106,7 +106,7 @@ def test_imm_s_jumps_are_guided_and_those_of_a_learnt_guidance_are_not(tiny_digi
 
 
 def test_noise_on_the_way_follows_from_the_seed(tiny: MakeConfig) -> None:
-    """A sampler that renoises repeats itself; gamma goes from the jumps of the map to it."""
+    """Check that a sampler that renoises repeats itself, and that gamma goes from the jumps of the map to it."""
     config = tiny()
     net = build_network(config)
 
@@ -122,7 +122,7 @@ def test_noise_on_the_way_follows_from_the_seed(tiny: MakeConfig) -> None:
 
 @pytest.mark.parametrize("changes", [{"path": {"name": "ot_cfm"}}, {"coupling": "optimal_transport"}])
 def test_coupled_noise_is_not_renewed(tiny: MakeConfig, changes: dict[str, Any]) -> None:
-    """Several steps of what adds fresh noise are refused; one step, and jumps along the map, serve."""
+    """Check that several steps of fresh noise are refused, and that one step, and jumps along the map, serve."""
     config = tiny(**changes)
     for how in ({"sampler": "consistency"}, {"gamma": 0.5}):
         generate(Recorder(), config, 2, **how)
@@ -133,7 +133,7 @@ def test_coupled_noise_is_not_renewed(tiny: MakeConfig, changes: dict[str, Any])
 
 
 def test_a_network_told_its_guidance_gets_it_as_an_input(tiny_digits: MakeConfig) -> None:
-    """And no pair of evaluations."""
+    """Check that there is no pair of evaluations."""
     method = {"name": "improved_meanflow", "guidance": {"scale": 1.0, "scale_to": 3.0}}
     config = tiny_digits(method=method, model={"preset": "mlp-digits", "width": 8, "depth": 1, "guidance": True})
     net = build_network(config)
@@ -162,14 +162,14 @@ def test_a_network_told_its_guidance_gets_it_as_an_input(tiny_digits: MakeConfig
 def test_a_sampler_that_a_network_was_not_trained_for_is_refused(
     tiny: MakeConfig, method: str, how: dict[str, Any], message: str
 ) -> None:
-    """It says which ones the network serves."""
+    """Check that it says which ones the network serves."""
     config = tiny(method={"name": method})
     with pytest.raises(ConfigError, match=message):
         generate(build_network(config), config, 2, **how)
 
 
 def test_what_a_run_cannot_serve_is_named(tiny: MakeConfig, tiny_digits: MakeConfig) -> None:
-    """Labels outside the classes, labels without classes, guidance where none was learnt."""
+    """Check labels outside the classes, labels without classes, and guidance where none was learnt."""
     net, ring, digits = Recorder(), tiny(), tiny_digits()
     undropped = tiny_digits(data={"name": "digits"})
     meanflow = tiny_digits(method={"name": "meanflow"})
@@ -195,7 +195,7 @@ def planted(*parameters: str) -> Sampler:
 def test_parameters_alone_choose_the_one_sampler_that_takes_them(
     tiny: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run's own first; where several would, one has to be named; together they must fit one sampler."""
+    """Check that the run's own is first, that one is named where several would do, and that together they fit one."""
     for name, spec in {"other": planted("gamma"), "third": planted("delta")}.items():
         monkeypatch.setitem(SPECS, name, spec)
     monkeypatch.setitem(PARAMETERS, "delta", Parameter(0.5, 0.0, 1.0, "of mine"))
@@ -210,7 +210,7 @@ def test_parameters_alone_choose_the_one_sampler_that_takes_them(
 
 
 def test_a_parameter_of_no_sampler_is_a_mistake_in_the_call(tiny: MakeConfig) -> None:
-    """It suggests the nearest one."""
+    """Check that it suggests the nearest one."""
     config = tiny()
     with pytest.raises(TypeError, match=r"^gama: expected a parameter of a sampler; did you mean 'gamma'\?"):
         generate(build_network(config), config, 2, gama=0.5)

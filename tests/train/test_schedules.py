@@ -1,4 +1,4 @@
-"""What methods make of the step of a run: warm-ups, stages, grids, and the times of a distillation."""
+"""Steps of a run as methods take them: warm-ups, stages, grids, and the times of a distillation."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ STEPS = 1000
 
 
 def at(step: int, steps: int = STEPS) -> Context:
-    """Eight rows in one step of a run, without a network."""
+    """Return eight rows in one step of a run, without a network."""
     x = torch.zeros(8, 2)
     batch = Batch(x, x, None, 0)
     return Context(None, batch, generator_at(0, "times", step), 0, step, steps, LINEAR)  # type: ignore[arg-type]
 
 
 def method(name: str, **fields: Any) -> Any:
-    """The settings of a method."""
+    """Return the settings of a method."""
     return METHODS[name](name=name, **fields)
 
 
 def test_a_ramp_grows_linearly_and_stays() -> None:
-    """From 0 to its limit, which it has at once where there is no warm-up."""
+    """Check that it goes from 0 to its limit, which it has at once where there is no warm-up."""
     assert [ramp(at(step), 200) for step in (0, 50, 200, 900)] == [0.0, 0.25, 1.0, 1.0]
     assert [ramp(at(step), 200, 0.99) for step in (0, 100, 198, 200)] == [0.0, 0.5, 0.99, 0.99]
     assert ramp(at(0), 0) == 1.0 and ramp(at(0), 0, 0.99) == 0.99
@@ -37,13 +37,13 @@ def test_a_ramp_grows_linearly_and_stays() -> None:
 
 @pytest.mark.parametrize(("name", "limit"), [("scm", 1.0), ("ayf_emd", 0.99), ("ayf_lmd", 0.99)])
 def test_the_tangent_enters_over_the_warm_up(name: str, limit: float) -> None:
-    """As the objective's keyword, by `tangent_warmup` steps."""
+    """Check that it is the objective's keyword, by `tangent_warmup` steps."""
     settings = method(name, tangent_warmup=400)
     assert [settings.keywords(at(step))["warmup"] for step in (0, 100, 400, 999)] == [0.0, 0.25, limit, limit]
 
 
 def test_ect_draws_nearer_from_stage_to_stage() -> None:
-    """Stage k's own times, the gap of levels ever smaller."""
+    """Check stage k's own times, and that the gap of levels is ever smaller."""
     settings, gaps = method("ect", stages=4), []
     law = LogNormalLevel(LINEAR, settings.levels.mean, settings.levels.std)
     for stage, step in enumerate((0, 250, 500, 999)):
@@ -55,7 +55,7 @@ def test_ect_draws_nearer_from_stage_to_stage() -> None:
 
 
 def test_the_grid_of_consistency_grows() -> None:
-    """Doubled for iCT, a root's growth for CT, all of it at once where it is fixed."""
+    """Check that it doubles for iCT, grows by a root for CT, and is all there at once where it is fixed."""
     points = {grid: [method("consistency", grid=grid, intervals=(10, 80)).points(at(step)) for step in (0, 500, 999)]
               for grid in ("ict", "ct", "fixed")}  # fmt: skip
     assert points["ict"] == [11, 41, 81] and points["fixed"] == [81, 81, 81]
@@ -63,13 +63,13 @@ def test_the_grid_of_consistency_grows() -> None:
 
 
 def test_alpha_flow_goes_from_flow_matching_to_meanflow() -> None:
-    """1 at the start, a half half-way, 0 at the end."""
+    """Check 1 at the start, a half half-way, 0 at the end."""
     settings = method("alpha_flow")
     assert [settings.alpha(at(step)) for step in (0, 500, 1000)] == [1.0, 0.5, 0.0]
 
 
 def test_a_distillation_trains_at_t_1_alone() -> None:
-    """And the rounds of ReFlow before it at all times."""
+    """Check that the rounds of ReFlow before it train at all times."""
     (times,) = method("reflow", distil=True, sample_steps=1).draw_times(at(0))
     assert torch.equal(times, torch.ones(8))
     (times,) = method("reflow").draw_times(at(0))

@@ -19,7 +19,7 @@ HEAD = {"name": "improved_meanflow", "velocity_head": True}
 
 
 def test_the_head_learns_and_the_export_is_without_it(tiny: MakeConfig) -> None:
-    """Its error is written, its weights move, and the exported network has the parameters that it always had."""
+    """Check that its error is written, its weights move, and the exported network has the parameters it always had."""
     run = train(tiny(method=HEAD, optim={"lr": 0.01, "warmup_steps": 0}))
     assert all(point["head_error"] > 0 for point in points_of(run))
     saved = read_checkpoint(list_checkpoints(run)[0])
@@ -33,7 +33,7 @@ def test_the_head_learns_and_the_export_is_without_it(tiny: MakeConfig) -> None:
 
 @pytest.mark.parametrize("trunk", ["mlp-digits", "dit-digits"])
 def test_both_networks_can_carry_it(trunk: str, tiny_digits: MakeConfig) -> None:
-    """With guidance, which then is of the head's own estimates."""
+    """Check both with guidance, which then is of the head's own estimates."""
     sizes = {"preset": trunk, "width": 16, "depth": 1} | ({"heads": 2} if trunk.startswith("dit") else {})
     guidance = {"guidance": {"scale": 2.0}}
     states = []
@@ -45,7 +45,7 @@ def test_both_networks_can_carry_it(trunk: str, tiny_digits: MakeConfig) -> None
 
 
 def test_it_starts_where_the_network_s_own_velocity_is(tiny: MakeConfig, tmp_path: Path) -> None:
-    """The same initial weights as without it; and with init_from_teacher, the teacher's velocity."""
+    """Check the same initial weights as without it, and with init_from_teacher, the teacher's velocity."""
     teacher = train(tiny("flow", method={"name": "flow_matching"}, steps=2))
     plain = new_state(tiny(method={"name": "improved_meanflow"}), torch.device("cpu"))["net"].state_dict()
     state = new_state(tiny(method=HEAD), torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""The eager activations against float64 autodiff of the reference: forward, tangent, and both backward passes."""
+"""Activations in plain PyTorch against float64 autodiff of the reference: forward, tangent, both backward passes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def specification(kind: str) -> Callable[..., Tensor]:
 def problem(
     gated: bool, tangents: tuple[str, ...] = NAMES, dtype: str = "fp64", shape: tuple[int, ...] = (3, 7, 40)
 ) -> tuple[Tensors, Tensors]:
-    """Primals, x twice standard normal so that both tails are met, and standard normal tangents."""
+    """Return primals, x twice standard normal so that both tails are met, and standard normal tangents."""
     names = NAMES if gated else NAMES[:1]
     draw = lambda: torch.randn(shape, dtype=torch.float64)  # noqa: E731
     primals: Tensors = {name: (draw() * 2 if name == "x" else draw()).to(DTYPES[dtype]) for name in names}
@@ -51,7 +51,7 @@ def backward(
     kind: str,
     needs: tuple[bool, ...] | None = None,
 ) -> dict[str, Tensor]:
-    """Gradients by name; by default all those that autodiff would give."""
+    """Return gradients by name; by default all those that autodiff would give."""
     if needs is None:
         moving = [dt_y is not None and name in tangents for name in NAMES]
         needs = (*(primals.get(name) is not None for name in NAMES), *moving)
@@ -64,7 +64,7 @@ def backward(
 
 
 def check(kind: str, primals: Tensors, tangents: Tensors) -> None:
-    """Forward, primal backward and mixed backward, by the tolerance rule; what comes back is contiguous."""
+    """Check forward, primal backward and mixed backward by the tolerance rule, and that results are contiguous."""
     fn, exact = specification(kind), (cast(primals, torch.float64), cast(tangents, torch.float64))
     truth, baseline = reference_jvp(fn, *exact), reference_jvp(fn, primals, tangents)
     ((y, t_y),), _ = eager.activation_forward(paired(primals, tangents), kind=kind)
@@ -90,19 +90,19 @@ def check(kind: str, primals: Tensors, tangents: Tensors) -> None:
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("kind", PHI)
 def test_every_kind_matches_autodiff(kind: str, gated: bool, dtype: str) -> None:
-    """All tangents, in each dtype."""
+    """Check each kind with all tangents, in each dtype."""
     check(kind, *problem(gated, dtype=dtype))
 
 
 @pytest.mark.parametrize("tangents", [s for r in range(3) for s in itertools.combinations(NAMES, r)], ids=str)
 @pytest.mark.parametrize("kind", ["silu", "gelu"])
 def test_every_subset_of_tangents_matches_autodiff(kind: str, tangents: tuple[str, ...]) -> None:
-    """A tangent that is not there is zero, in value and in all gradients."""
+    """Check that a tangent that is not there is zero, in value and in all gradients."""
     check(kind, *problem(True, tangents))
 
 
 def test_halves_of_a_packed_projection_and_a_transposed_tangent_match_autodiff() -> None:
-    """Neither is contiguous."""
+    """Check views, none of which is contiguous."""
     primals, tangents = problem(True, dtype="fp32")
     primals["x"], primals["up"] = torch.randn(3, 7, 80).chunk(2, -1)
     tangents["x"] = torch.randn(3, 40, 7).mT
@@ -113,7 +113,7 @@ def test_halves_of_a_packed_projection_and_a_transposed_tangent_match_autodiff()
 @pytest.mark.parametrize("kind", PHI)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_several_blocks_match_autodiff(kind: str, gated: bool, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 100 of 840 elements: flat ones, and rows of what isn't contiguous."""
+    """Check blocks of 100 of 840 elements: flat ones, and rows of what isn't contiguous."""
     monkeypatch.setattr(row_blocks, "block_size", lambda device: 100)
     primals, tangents = problem(gated, dtype="bf16")
     if layout == "halves":
@@ -126,7 +126,7 @@ def test_several_blocks_match_autodiff(kind: str, gated: bool, layout: str, monk
 @pytest.mark.parametrize(("dtype", "cap"), [("fp64", 1e-12), ("fp32", 1e-6), ("bf16", 3e-3), ("fp16", 4e-4)])
 @pytest.mark.parametrize("kind", PHI)
 def test_errors_stay_under_absolute_caps(kind: str, dtype: str, cap: float) -> None:
-    """Whatever PyTorch's own error is: 16-bit results carry the rounding of the output, and hardly more."""
+    """Check caps that PyTorch's own error doesn't move: 16-bit results carry hardly more than the output's rounding."""
     primals, tangents = problem(True, dtype=dtype, shape=(64, 64))
     fn, exact = specification(kind), (cast(primals, torch.float64), cast(tangents, torch.float64))
     ((y, t_y),), _ = eager.activation_forward(paired(primals, tangents), kind=kind)
@@ -140,7 +140,7 @@ def test_errors_stay_under_absolute_caps(kind: str, dtype: str, cap: float) -> N
 @pytest.mark.parametrize("kind", PHI)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_far_out_an_activation_is_the_identity_or_zero(kind: str, dtype: str) -> None:
-    """Nothing overflows, to 1e15; then y, t_y, both gradients and the curvature term have their limits."""
+    """Check that nothing overflows, to 1e15, and that y, t_y, gradients and the curvature term have their limits."""
     x = torch.tensor([1.0, -1.0]).outer(torch.tensor([50.0, 100.0, 1e3, 1e6, 1e10, 1e15])).to(DTYPES[dtype])
     one, on = torch.ones_like(x), (x > 0).to(x.dtype)
     inputs = [Pair(x, one), ABSENT]
@@ -153,7 +153,7 @@ def test_far_out_an_activation_is_the_identity_or_zero(kind: str, dtype: str) ->
 
 @pytest.mark.parametrize("name", ["x", "up", "t_x", "t_up"])
 def test_only_needed_gradients_are_computed(name: str) -> None:
-    """Each is the same as among all of them; the others are None (asserted by `backward`)."""
+    """Check that each is the same as among all of them; `backward` asserts that the others are None."""
     primals, tangents = problem(True)
     dy, dt_y = torch.randn(2, 3, 7, 40, dtype=torch.float64)
     one = backward(dy, dt_y, primals, tangents, "gelu", tuple(n == name for n in (*NAMES, "t_x", "t_up")))
@@ -162,7 +162,7 @@ def test_only_needed_gradients_are_computed(name: str) -> None:
 
 @pytest.mark.parametrize("tangents", [(), ("x",), NAMES], ids=str)
 def test_the_mixed_backward_goes_without_a_cotangent_of_the_value(tangents: tuple[str, ...]) -> None:
-    """A loss of the tangent alone: dy = None is zeros, and needed gradients exist even where they are zero."""
+    """Check a loss of the tangent alone: dy = None is zeros, and needed gradients exist even where they are zero."""
     primals, moving = problem(True, tangents)
     dt_y = torch.randn(3, 7, 40, dtype=torch.float64)
     needs = (True,) * 4
@@ -173,7 +173,7 @@ def test_the_mixed_backward_goes_without_a_cotangent_of_the_value(tangents: tupl
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_arguments_are_neither_changed_nor_returned(gated: bool) -> None:
-    """Float32, where a cast would copy nothing."""
+    """Check it in float32, where a cast would copy nothing."""
     primals, tangents = problem(gated, dtype="fp32")
     dy, dt_y = torch.randn(2, 3, 7, 40)
     arguments = [x for x in (*primals.values(), *tangents.values(), dy, dt_y) if x is not None]

@@ -64,7 +64,7 @@ def test_pair_is_accurate_with_its_gradients(op: str, dtype: torch.dtype, device
 
 @pytest.mark.parametrize("op", OPS)
 def test_the_op_on_duals_is_its_pair(op: str) -> None:
-    """Under torch.func.jvp and under fd.jvp; a tangent to one argument alone leaves the other's zero."""
+    """Check it under torch.func.jvp and fd.jvp; a tangent to one argument alone leaves the other's zero."""
     fn, pair, plain, names = OPS[op]
     x, t_x = ([torch.randn(3, 5, dtype=torch.float64) for _ in names] for _ in range(2))
     expected = torch.func.jvp(plain, tuple(x), tuple(t_x))
@@ -80,7 +80,7 @@ def test_the_op_on_duals_is_its_pair(op: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast_leaves_them_alone(op: str, dtype: torch.dtype) -> None:
-    """With tangents and without, y has x's dtype."""
+    """Check that y has x's dtype, with tangents and without."""
     fn, _, _, names = OPS[op]
     x, t_x = ([torch.randn(3, 5, dtype=dtype) for _ in names] for _ in range(2))
     outside = (fn(*x), *torch.func.jvp(fn, tuple(x), tuple(t_x)))
@@ -90,7 +90,7 @@ def test_autocast_leaves_them_alone(op: str, dtype: torch.dtype) -> None:
 
 
 def test_primals_equal_pytorch_with_and_without_tangents() -> None:
-    """To the last bit without, where the same function computes them."""
+    """Check that they agree, without tangents to the last bit where the same function computes them."""
     x, up = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
     for ours, plain in (
         (fd.silu, F.silu),
@@ -104,7 +104,7 @@ def test_primals_equal_pytorch_with_and_without_tangents() -> None:
 
 
 def test_a_16_bit_gate_is_rounded_once() -> None:
-    """With tangents and without: the product of float32 numbers, rounded; PyTorch rounds silu(gate) as well."""
+    """Check, with tangents and without, that float32 numbers' product is rounded; PyTorch rounds silu(gate) as well."""
     gate, up = torch.randn(2, 100, dtype=torch.float32).bfloat16().unbind(0)
     once = (F.silu(gate.float()) * up.float()).bfloat16()
     assert torch.equal(fd.swiglu(gate, up), once)
@@ -114,7 +114,7 @@ def test_a_16_bit_gate_is_rounded_once() -> None:
 
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (0,), (0, 3), (2, 3, 4, 5)], ids=str)
 def test_every_shape(shape: tuple[int, ...]) -> None:
-    """Scalars, vectors, nothing at all; the gradient too."""
+    """Check scalars, vectors and empty tensors, and the gradient of each."""
     points = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(4)]
 
     def mixed(fn: Callable[..., Tensor]) -> Any:
@@ -125,7 +125,7 @@ def test_every_shape(shape: tuple[int, ...]) -> None:
 
 
 def test_halves_of_a_packed_projection_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The implementation gets the views themselves, values and tangents, in the forward and in the backward."""
+    """Check that the implementation gets the views themselves, values and tangents, in forward and backward."""
     from fastdistill.ops.activation import eager
 
     seen: list[Tensor] = []
@@ -154,7 +154,7 @@ def test_autocast_leaves_dtypes_alone_as_it_does_for_pytorch() -> None:
 
 
 def test_without_tangent_grad_nothing_of_the_tangent_is_kept() -> None:
-    """And gradients of the value are those of the value alone."""
+    """Check also that gradients of the value are those of the value alone."""
     x, t_x = torch.randn(2, 4, 8).unbind(0)
     leaf = x.clone().requires_grad_()
     out, t_out = fd.silu_jvp(leaf, t_x)

@@ -27,7 +27,7 @@ Tensors = dict[str, Tensor | None]
 
 @dataclass(frozen=True)
 class Case:
-    """One problem; `mask` names a maker in MASKS, `tangents` the primals that have one."""
+    """Problem, whose `mask` names a maker in MASKS, and `tangents` the primals that have one."""
 
     batch: int = 2
     heads: int = 4
@@ -50,7 +50,7 @@ class Case:
         return "-".join([shape, *filter(None, parts)])
 
     def band(self) -> dict[str, Any]:
-        """Which keys a query sees, as the functions take it."""
+        """Return which keys a query sees, as the functions take it."""
         return {"window": self.window, "lower_right": self.lower_right}
 
 
@@ -81,7 +81,7 @@ MASKS: dict[str, Callable[[Case], Tensor]] = {
 
 
 def problem(case: Case) -> tuple[Tensors, Tensors]:
-    """Primals and tangents of a case; masks are expanded as the ops hand them over."""
+    """Return primals and tangents of a case; masks are expanded as the ops hand them over."""
     sizes: dict[str, Any] = {"kv_heads": case.kv_heads, "m": case.m, "dv": case.dv, "layout": case.layout}
     tensors = [
         make_qkv(case.batch, case.heads, case.n, case.d, dtype=DTYPES[case.dtype], seed=seed, **sizes)
@@ -126,7 +126,7 @@ def backward(
     needs: tuple[bool, ...] | None = None,
     **band: Any,
 ) -> Tensors:
-    """Gradients by name; by default all those that autodiff would give."""
+    """Return gradients by name; by default all those that autodiff would give."""
     q, k, v, mask = (primals.get(name) for name in NAMES[:4])
     assert q is not None
     assert k is not None
@@ -152,7 +152,7 @@ def backward(
 
 
 def specification(cu_seqlens: tuple[Tensor, Tensor, int, int] | None = None, **band: Any) -> Callable[..., Tensor]:
-    """A function of q, k, v and mask: [o | lse] side by side, (B, H, N, Dv + 1), with 0 for an lse of -inf."""
+    """Return a function of q, k, v and mask: [o | lse] side by side, (B, H, N, Dv + 1), with 0 for an lse of -inf."""
 
     def one(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         lse = reference.attention_lse(q, k, attn_mask, **band)
@@ -169,12 +169,12 @@ def specification(cu_seqlens: tuple[Tensor, Tensor, int, int] | None = None, **b
 
 
 def finite(lse: Tensor) -> Tensor:
-    """0 for a query that sees no key."""
+    """Replace infinities by 0, which is the lse of a query that sees no key."""
     return lse.masked_fill(lse == -math.inf, 0.0)
 
 
 def beside(wide: Tensor | None, column: Tensor | None, like: Tensor) -> Tensor | None:
-    """[wide | column] as the specification has it, absent parts being zeros of the shape of `like`."""
+    """Return [wide | column] as the specification has it, absent parts being zeros of the shape of `like`."""
     if wide is None and column is None:
         return None
     wide = torch.zeros_like(like) if wide is None else wide
@@ -183,7 +183,7 @@ def beside(wide: Tensor | None, column: Tensor | None, like: Tensor) -> Tensor |
 
 
 def check_forward(primals: Tensors, tangents: Tensors, **band: Any) -> None:
-    """o, t_o, lse and mu by the tolerance rule."""
+    """Check o, t_o, lse and mu by the tolerance rule."""
     fn, exact = specification(**band), (cast(primals, torch.float64), cast(tangents, torch.float64))
     truths, baselines = reference_jvp(fn, *exact), reference_jvp(fn, primals, tangents)
     o, t_o, lse, mu, *_ = forward(primals, tangents, **band)
@@ -208,7 +208,7 @@ def check_backward(
     d_mu: Tensor | None = None,
     **band: Any,
 ) -> None:
-    """All gradients by the tolerance rule, from some of the cotangents."""
+    """Check all gradients, from some of the cotangents, by the tolerance rule."""
     fn, exact = specification(**band), (cast(primals, torch.float64), cast(tangents, torch.float64))
     like = forward(primals, tangents, **band)[0]
     d_out, dt_out = beside(do, d_lse, like), beside(dt_o, d_mu, like)
@@ -225,7 +225,7 @@ def check_backward(
 
 
 def cotangents(primals: Tensors) -> list[Tensor]:
-    """do, dt_o, d_lse and d_mu, representable in the dtype of q, the latter two in that of lse."""
+    """Return do, dt_o, d_lse and d_mu, representable in the dtype of q, the latter two in that of lse."""
     q, v = primals["q"], primals["v"]
     assert q is not None
     assert v is not None

@@ -27,7 +27,7 @@ BANDS: list[dict[str, Any]] = [
 def plain(
     q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The band as a mask, from its definition."""
+    """Return the band as a mask, from its definition."""
     left, right = options.get("window_size", (-1, -1))
     right = 0 if options.get("is_causal") else right
     n, m = q.shape[-2], k.shape[-2]
@@ -47,7 +47,7 @@ def plain(
 @pytest.mark.parametrize("options", BANDS, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_band_is_the_mask_it_stands_for(options: dict[str, Any], lengths: tuple[int, int], device: str) -> None:
-    """Values, log-sum-exp, tangents of both, and gradients through all four."""
+    """Compare values, log-sum-exp, tangents of both, and gradients through all four."""
     shape: dict[str, Any] = {"n": lengths[0], "m": lengths[1], "d": 8, "dtype": torch.float64, "device": device}
     primals, tangents = make_qkv(**shape, seed=1), make_qkv(**shape, seed=2)
 
@@ -82,7 +82,7 @@ def test_a_window_combines_with_a_mask() -> None:
 
 
 def test_a_window_costs_its_width_and_not_the_length() -> None:
-    """What a long sequence allocates in a narrow window grows as it does without attention."""
+    """Check that what a long sequence allocates in a narrow window grows as it does without attention."""
     n = 4096
     q, k, v = (x.requires_grad_() for x in make_qkv(batch=1, heads=1, n=n, d=16))
     with MemoryRecorder() as recorder:
@@ -159,7 +159,7 @@ def test_a_scale_that_is_no_number_is_refused(scale: Any) -> None:
 @pytest.mark.parametrize("scale", [0.0, -1.0, np.float32(0.3), float("nan")], ids=str)
 @pytest.mark.parametrize("kind", ["whole", "causal", "mask"])
 def test_any_scale_means_what_it_says(kind: str, scale: Any) -> None:
-    """PyTorch's own causal kernel for CPUs gives NaN where the scale isn't positive, and zeros where it is NaN."""
+    """Check scales for which PyTorch's own causal CPU kernel gives NaN (not positive) or zeros (NaN)."""
     q, k, v = make_qkv(n=5, d=8, dtype=torch.float64)
     seen = torch.ones(5, 5, dtype=torch.bool)
     seen = seen if kind == "whole" else seen.tril()

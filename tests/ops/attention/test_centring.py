@@ -21,7 +21,7 @@ def points(dtype: torch.dtype, **shape: Any) -> tuple[list[Tensor], list[Tensor]
 
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0)], ids=["full", "lower-right-causal-with-dead-rows"])
 def test_centring_changes_nothing_in_exact_arithmetic(window: tuple[int, int]) -> None:
-    """Output, log-sum-exp, their tangents and all gradients, with shared key heads and queries that see nothing."""
+    """Compare output, log-sum-exp, tangents and gradients, with shared key heads and queries that see nothing."""
     primals, tangents = points(torch.float64, heads=4, kv_heads=2)
     primals, tangents = (
         [x[:, :, :9] if i else x.repeat(1, 1, 2, 1) for i, x in enumerate(p)] for p in (primals, tangents)
@@ -51,7 +51,7 @@ def test_the_explicit_pair_centres_alike() -> None:
 
 
 def test_a_common_mode_no_longer_costs_accuracy_under_autocast() -> None:
-    """float32 keys 30 off the origin: rounded to bfloat16 as they are, they lose what tells them apart."""
+    """Check float32 keys 30 off the origin: rounded to bfloat16 as they are, they lose what tells them apart."""
     primals, tangents = points(torch.float32)
     primals[1] = primals[1] + 30
     names = ("q", "k", "v")

@@ -1,4 +1,4 @@
-"""The blockwise attention against float64 autodiff of the reference: forward, tangent, both backward passes, memory."""
+"""Blockwise attention against float64 autodiff of the reference: forward, tangent, both backward passes, memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.ops.attention.eager_cases import (
 
 
 def check(case: Case) -> None:
-    """Forward, primal backward and mixed backward of a case, by the tolerance rule."""
+    """Check forward, primal backward and mixed backward of a case by the tolerance rule."""
     primals, tangents = problem(case)
     check_forward(primals, tangents, **case.band())
     do, dt_o, d_lse, d_mu = cotangents(primals)
@@ -53,42 +53,42 @@ SHAPES = [  # odd lengths, N != M both ways, head dims that are no power of two,
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_every_shape_matches_autodiff(case: Case, dtype: str) -> None:
-    """Each shape in each dtype, without a mask."""
+    """Check each shape in each dtype, without a mask."""
     check(replace(case, dtype=dtype))
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("window", [(-1, -1), CAUSAL, (9, 4)], ids=["", "causal", "window"])
 def test_every_mask_matches_autodiff(mask: str, window: tuple[int, int]) -> None:
-    """Masks that broadcast along every dimension, alone and together with a window, under grouped queries."""
+    """Check masks that broadcast along every dimension, alone and with a window, under grouped queries."""
     check(Case(heads=4, kv_heads=2, n=41, m=37, mask=mask, window=window))
 
 
 @pytest.mark.parametrize("mask", ["float_full", "float_hnm", "float_m"])
 @pytest.mark.parametrize("tangents", ["qkvm", "m", "vm"])
 def test_a_tangent_of_the_mask_matches_autodiff(mask: str, tangents: str) -> None:
-    """A bias that depends on time, as a learned relative position may."""
+    """Check a bias that depends on time, as a learned relative position may."""
     check(Case(kv_heads=2, mask=mask, tangents=tangents))
 
 
 @pytest.mark.parametrize("layout", ["bnhd", "packed"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_strided_layouts_match_autodiff(layout: str, dtype: str) -> None:
-    """Views of (B, N, H, D) and of a fused projection's (B, N, 3, H, D)."""
+    """Check views of (B, N, H, D) and of a fused projection's (B, N, 3, H, D)."""
     check(Case(layout=layout, dtype=dtype, d=40, dv=40))
 
 
 @pytest.mark.parametrize("tangents", SUBSETS, ids=lambda names: names or "none")
 @pytest.mark.parametrize("dtype", ["fp64", "bf16"])
 def test_every_subset_of_tangents_matches_autodiff(tangents: str, dtype: str) -> None:
-    """A tangent that is not there is zero, in value and in all gradients."""
+    """Check that a tangent that is not there is zero, in value and in all gradients."""
     check(Case(tangents=tangents, dtype=dtype, n=21, m=35))
 
 
 @pytest.mark.parametrize("names", COTANGENTS, ids="-".join)
 @pytest.mark.parametrize("dtype", ["fp64", "bf16"])
 def test_every_subset_of_cotangents_matches_autodiff(names: tuple[str, ...], dtype: str) -> None:
-    """Of o, t_o, lse and mu; one that is not there is zero."""
+    """Check subsets of o, t_o, lse and mu; a cotangent that is not there is zero."""
     primals, tangents = problem(Case(kv_heads=2, n=21, m=35, mask="float_dead", dtype=dtype))
     given = dict(zip(("do", "dt_o", "d_lse", "d_mu"), cotangents(primals), strict=True))
     check_backward(primals, tangents, **{name: given[name] for name in names})
@@ -96,7 +96,7 @@ def test_every_subset_of_cotangents_matches_autodiff(names: tuple[str, ...], dty
 
 @pytest.mark.parametrize("tangents", SUBSETS[1:])
 def test_cotangents_of_the_statistics_meet_every_subset_of_tangents(tangents: str) -> None:
-    """Where no logit moves, mu is zero and its cotangent moves nothing but gradients of absent tangents."""
+    """Check that mu is zero where no logit moves, and its cotangent moves only gradients of absent tangents."""
     primals, directions = problem(Case(tangents=tangents, dtype="fp64", n=21, m=35))
     _, _, d_lse, d_mu = cotangents(primals)
     check_backward(primals, directions, d_lse=d_lse, d_mu=d_mu)
@@ -104,7 +104,7 @@ def test_cotangents_of_the_statistics_meet_every_subset_of_tangents(tangents: st
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_row_that_sees_no_key_ignores_its_cotangents_of_lse_and_mu(value: float) -> None:
-    """Its lse is -inf, so what comes back through it may be anything."""
+    """Check that anything may come back through its lse, which is -inf."""
     primals, tangents = problem(Case(mask="bool_bnm"))
     do, dt_o, d_lse, d_mu = cotangents(primals)
     expected = backward(primals, tangents, do, dt_o, d_lse, d_mu)
@@ -116,7 +116,7 @@ def test_a_row_that_sees_no_key_ignores_its_cotangents_of_lse_and_mu(value: floa
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_statistics_are_never_in_16_bits(dtype: str) -> None:
-    """In float32, or in float64 for float64: by the rule for that dtype."""
+    """Check by float32's tolerance that they are in float32, and in float64 for float64."""
     primals, tangents = problem(Case(dtype=dtype))
     statistic = torch.float64 if dtype == "fp64" else torch.float32
     exact, baseline = (
@@ -130,7 +130,7 @@ def test_the_statistics_are_never_in_16_bits(dtype: str) -> None:
 
 @pytest.mark.parametrize("mask", ["bool_bnm", "float_dead"])
 def test_a_row_that_sees_no_key_gives_zeros(mask: str) -> None:
-    """Value, tangent and mu zero, lse -inf; and nothing flows back to its query."""
+    """Check that value, tangent and mu are zero, lse -inf, and that nothing flows back to its query."""
     primals, tangents = problem(Case(mask=mask))
     o, t_o, lse, mu, *_ = forward(primals, tangents)
     for x in (o, t_o, mu):
@@ -145,7 +145,7 @@ def test_a_row_that_sees_no_key_gives_zeros(mask: str) -> None:
 
 
 def test_no_keys_at_all_is_a_row_that_sees_no_key() -> None:
-    """M = 0: zeros, and gradients of zeros."""
+    """Check M = 0: zeros, and gradients of zeros."""
     primals, tangents = problem(Case(m=1))
     for tensors in (primals, tangents):
         tensors.update({name: x[:, :, :0] for name, x in tensors.items() if name in "kv" and x is not None})
@@ -167,7 +167,7 @@ def test_no_keys_at_all_is_a_row_that_sees_no_key() -> None:
 def test_common_modes_cost_no_accuracy(
     dtype: str, cap: float, tangent_offset: float, value_offset: float, spread: float
 ) -> None:
-    """An offset of t_k moves a whole row of T, which the centred form takes out exactly; so does one of v."""
+    """Check offsets of t_k, each of which moves a whole row of T and is taken out exactly, and offsets of v."""
     primals, tangents = problem(Case(n=64, m=96, d=64, dv=64, dtype=dtype))
     for tensors, name, factor, offset in (
         (primals, "q", spread, 0.0),
@@ -186,7 +186,7 @@ def test_common_modes_cost_no_accuracy(
 @pytest.mark.parametrize(("dtype", "cap"), [("fp32", 5e-5), ("bf16", 3e-3), ("fp16", 1e-3)])
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 def test_common_modes_cost_the_gradients_no_accuracy(dtype: str, cap: float, offset: float) -> None:
-    """Offsets of k, v and their tangents: plain PyTorch's error in dq is 48 % in float32 with an offset of 100."""
+    """Check offsets of k, v and tangents: plain PyTorch's error in dq is 48 % in float32 with an offset of 100."""
     primals, tangents = problem(Case(n=64, m=96, d=64, dv=64, dtype=dtype))
     for tensors, name in itertools.product((primals, tangents), ("k", "v")):
         x = tensors[name]
@@ -203,7 +203,7 @@ def test_common_modes_cost_the_gradients_no_accuracy(dtype: str, cap: float, off
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_large_logits_match_autodiff(dtype: str) -> None:
-    """Keys with an offset of 100 give rows of logits around +-100, so exp without the row maximum would overflow."""
+    """Check keys with an offset of 100, whose logits are around +-100: without the row maximum exp would overflow."""
     primals, tangents = problem(Case(dtype=dtype))
     k = primals["k"]
     assert k is not None
@@ -213,7 +213,7 @@ def test_large_logits_match_autodiff(dtype: str) -> None:
 
 
 def test_a_tangent_of_zeros_is_no_tangent_and_the_tangent_is_linear() -> None:
-    """None and zeros agree, and t_o(2 t) = 2 t_o(t) to the last bit."""
+    """Check that None and zeros agree, and that t_o(2 t) = 2 t_o(t) to the last bit."""
     primals, tangents = problem(Case())
     only_q: Tensors = {"q": tangents["q"]}
     zeros: Tensors = {name: torch.zeros_like(x) for name, x in tangents.items() if x is not None and name != "q"}
@@ -226,7 +226,7 @@ def test_a_tangent_of_zeros_is_no_tangent_and_the_tangent_is_linear() -> None:
     "pattern", ["q", "k", "v", "t_q", "t_k", "t_v", "q t_k", "k v t_v", "attn_mask", "t_attn_mask"]
 )
 def test_only_needed_gradients_are_computed(pattern: str) -> None:
-    """Each is the same as among all of them; the others are None (asserted by `backward`)."""
+    """Check that each is the same as among all of them; `backward` asserts that the others are None."""
     primals, tangents = problem(Case(dtype="fp64", mask="float_full", tangents="qkvm"))
     given = cotangents(primals)
     every = backward(primals, tangents, *given)
@@ -236,20 +236,20 @@ def test_only_needed_gradients_are_computed(pattern: str) -> None:
 
 
 def test_no_cotangent_at_all_gives_zeros() -> None:
-    """A primal backward of nothing; autograd never asks for it."""
+    """Check a primal backward of nothing, for which autograd never asks."""
     gradients = backward(*problem(Case()))
     assert all((x == 0).all() for x in gradients.values() if x is not None)
 
 
 @pytest.mark.parametrize("tangent_grad", [False, True])
 def test_no_accumulators_are_kept_for_the_backward(tangent_grad: bool) -> None:
-    """Not even of a 16-bit tangent that will be differentiated: the backward takes all sums again."""
+    """Check it even of a 16-bit tangent that will be differentiated: the backward takes all sums again."""
     primals, tangents = problem(Case(dtype="bf16"))
     assert forward(primals, tangents, tangent_grad=tangent_grad)[4:] == [None, None]
 
 
 def test_autocast_does_not_reach_the_matmuls() -> None:
-    """The ops cast their arguments; inside, float32 stays float32."""
+    """Check that float32 stays float32 inside; it is the ops that cast their arguments."""
     primals, tangents = problem(Case())
     given = cotangents(primals)
     plain = [*forward(primals, tangents)[:4], *backward(primals, tangents, *given).values()]
@@ -260,7 +260,7 @@ def test_autocast_does_not_reach_the_matmuls() -> None:
 
 
 def test_arguments_are_neither_changed_nor_returned() -> None:
-    """Not even where one block is the whole problem and nothing has to be cast."""
+    """Check it where one block is the whole problem and nothing has to be cast."""
     primals, tangents = problem(Case(batch=1, heads=1, kv_heads=1, mask="float_full", tangents="qkvm"))
     given = cotangents(primals)
     arguments = [x for x in (*primals.values(), *tangents.values(), *given) if x is not None]
@@ -280,6 +280,6 @@ def test_arguments_are_neither_changed_nor_returned() -> None:
 @pytest.mark.parametrize("window", [(-1, -1), CAUSAL, (9, 4)], ids=["", "causal", "window"])
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_the_full_grid_matches_autodiff(case: Case, window: tuple[int, int], mask: str, dtype: str) -> None:
-    """Everything with everything, each subset of tangents."""
+    """Check everything with everything, and each subset of tangents."""
     for tangents in SUBSETS:
         check(replace(case, window=window, mask=mask, dtype=dtype, tangents=tangents))

@@ -30,7 +30,7 @@ LENGTHS = [(40, 40), (60, 25), (25, 60)]
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of a few rows, so that a small problem has many of them and some see no key."""
+    """Set blocks of a few rows, so that a small problem has many of them and some see no key."""
     monkeypatch.setattr(logit_blocks, "LEAST_ROWS", 4)
 
 
@@ -39,7 +39,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("n", "m"), LENGTHS)
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 def test_every_window_matches_autodiff(window: tuple[int, int], n: int, m: int, lower_right: bool) -> None:
-    """With fewer, as many, and more queries than keys; rows may see nothing at either end."""
+    """Check fewer, as many, and more queries than keys; rows may see nothing at either end."""
     case = Case(kv_heads=2, n=n, m=m, d=16, dv=16, dtype="fp64", window=window, lower_right=lower_right)
     primals, tangents = problem(case)
     check_forward(primals, tangents, **case.band())
@@ -49,7 +49,7 @@ def test_every_window_matches_autodiff(window: tuple[int, int], n: int, m: int, 
 @pytest.mark.parametrize("lower_right", [False, True], ids=["upper_left", "lower_right"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_windows_keep_the_tolerance_rule(dtype: str, lower_right: bool) -> None:
-    """In the dtypes that networks run in, by primal and mixed backward, with blocks as they come."""
+    """Check the dtypes that networks run in, by primal and mixed backward, with blocks as they come."""
     case = Case(kv_heads=2, n=90, m=130, dtype=dtype, window=(40, 9), lower_right=lower_right)
     primals, tangents = problem(case)
     do, dt_o, d_lse, d_mu = cotangents(primals)
@@ -62,7 +62,7 @@ def test_windows_keep_the_tolerance_rule(dtype: str, lower_right: bool) -> None:
 @pytest.mark.parametrize("mask", ["bool_bnm", "float_full"])
 @pytest.mark.parametrize("window", [(7, 3), (-1, 2)], ids=str)
 def test_a_window_combines_with_a_mask(mask: str, window: tuple[int, int]) -> None:
-    """Both must allow; where the window hides a key, its bias and the bias's tangent have no gradient."""
+    """Check that both must allow; where the window hides a key, its bias and the bias's tangent have no gradient."""
     tangents = "qkvm" if mask.startswith("float") else "qkv"
     case = Case(n=37, m=45, dtype="fp64", mask=mask, tangents=tangents, window=window, lower_right=True)
     inputs = problem(case)
@@ -72,7 +72,7 @@ def test_a_window_combines_with_a_mask(mask: str, window: tuple[int, int]) -> No
 
 @pytest.mark.parametrize("lower_right", [False, True], ids=["upper_left", "lower_right"])
 def test_rows_outside_every_window_are_dead(lower_right: bool) -> None:
-    """70 queries of 20 keys: the last, or under the other alignment the first, see none of them."""
+    """Check 70 queries of 20 keys: the last, or under the other alignment the first, see none of them."""
     primals, tangents = problem(Case(n=70, m=20))
     band: dict[str, Any] = {"window": (5, 2), "lower_right": lower_right}
     dead = slice(0, 48) if lower_right else slice(25, 70)
@@ -104,7 +104,7 @@ def packed(lengths: tuple[tuple[int, ...], tuple[int, ...]], **sizes: Any) -> tu
 @pytest.mark.parametrize("window", [(-1, -1), CAUSAL, (4, 3)], ids=str)
 @pytest.mark.parametrize("name", PACKS)
 def test_packed_sequences_match_autodiff_of_each(name: str, window: tuple[int, int], lower_right: bool) -> None:
-    """Sequences of any length, and tokens before and after them all, which give zeros and get none."""
+    """Check sequences of any length, and tokens outside them all, which give zeros and get none."""
     primals, tangents, cu_seqlens = packed(PACKS[name], dtype=torch.float64)
     band = {"window": window, "lower_right": lower_right, "cu_seqlens": cu_seqlens}
     do, dt_o, d_lse, d_mu = cotangents(primals)
@@ -116,7 +116,7 @@ def test_packed_sequences_match_autodiff_of_each(name: str, window: tuple[int, i
 @pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_sequences_keep_the_tolerance_rule(dtype: str, layout: str) -> None:
-    """As heads first, and as the transposed view of (T, H, D) that packed projections leave."""
+    """Check them as heads first, and as the transposed view of (T, H, D) that packed projections leave."""
     primals, tangents, cu_seqlens = packed(PACKS["uneven"], dtype=DTYPES[dtype], layout=layout)
     check_forward(primals, tangents, cu_seqlens=cu_seqlens)
     check_backward(primals, tangents, *cotangents(primals), cu_seqlens=cu_seqlens)
@@ -132,7 +132,7 @@ def test_packed_sequences_keep_the_tolerance_rule(dtype: str, layout: str) -> No
     ids=str,
 )
 def test_results_do_not_depend_on_the_block_size(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few rows a block, one head at a time, and all heads at once agree to rounding in float64."""
+    """Check that a few rows a block, one head at a time, and all heads at once agree to rounding in float64."""
     primals, tangents = problem(replace(case, dtype="fp64", n=53, m=47))
     given = cotangents(primals)
 

@@ -1,4 +1,4 @@
-"""What the blockwise attention may cost: matmuls by the tangents there are, and memory that grows with N."""
+"""Costs of the blockwise attention: matmuls by the tangents there are, and memory that grows with N."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MIXED_WORK = {"v": 7, "q": 10, "k": 10, "qv": 12, "kv": 12, "qk": 13, "qkv": 15}
 
 @pytest.mark.parametrize("tangents", SUBSETS, ids=lambda names: names or "none")
 def test_a_tangent_that_is_not_there_costs_nothing(tangents: str) -> None:
-    """The matmuls of KERNELS.md, in units of B H N M D: forward, and both backward passes."""
+    """Check the matmuls of kernels/README.md in units of B H N M D: forward, and both backward passes."""
     primals, directions = problem(Case(tangents=tangents))
     o, t_o, lse, mu, *_ = forward(primals, directions)
     forward_work = matmuls(lambda: forward(primals, directions), 33, 32)
@@ -53,7 +53,7 @@ def test_a_tangent_that_is_not_there_costs_nothing(tangents: str) -> None:
 
 
 def test_a_cotangent_that_is_not_there_costs_nothing() -> None:
-    """In units of B H N M D: logits again, and what only some cotangents need."""
+    """Check, in units of B H N M D, that only the logits again and what some cotangents need are computed."""
     primals, tangents = problem(Case())
     do, dt_o, d_lse, d_mu = cotangents(primals)
     for given, work in (
@@ -66,7 +66,7 @@ def test_a_cotangent_that_is_not_there_costs_nothing() -> None:
 
 
 def runs(primals: Tensors, tangents: Tensors, **band: Any) -> dict[str, Callable[[], Any]]:
-    """The forward and both backward passes."""
+    """Run the forward and both backward passes."""
     do, dt_o, d_lse, d_mu = cotangents(primals)
     return {
         "forward": partial(forward, primals, tangents, **band),
@@ -77,7 +77,7 @@ def runs(primals: Tensors, tangents: Tensors, **band: Any) -> dict[str, Callable
 
 @pytest.mark.parametrize("window", [CAUSAL, (0, -1)], ids=["right", "left"])
 def test_half_a_band_skips_the_keys_beyond_each_block(window: tuple[int, int]) -> None:
-    """Eight blocks compute 36 of their 64 squares, forward and backward."""
+    """Check that eight blocks compute 36 of their 64 squares, forward and backward."""
     primals, tangents = problem(Case(n=256, m=256))
     whole, banded = runs(primals, tangents), runs(primals, tangents, window=window)
     for name, run in banded.items():
@@ -86,7 +86,7 @@ def test_half_a_band_skips_the_keys_beyond_each_block(window: tuple[int, int]) -
 
 @pytest.mark.parametrize("lower_right", [False, True], ids=["upper_left", "lower_right"])
 def test_a_window_costs_its_width_and_not_the_length(lower_right: bool) -> None:
-    """At most 1.5 times the logits inside the window, forward and backward; what it hides whole is never computed."""
+    """Check that at most 1.5 times the window's logits are computed, forward and backward, and no hidden block."""
     width = 128
     for n in (512, 1024):
         primals, tangents = problem(Case(batch=1, n=n, m=n, d=8, dv=8))
@@ -96,14 +96,14 @@ def test_a_window_costs_its_width_and_not_the_length(lower_right: bool) -> None:
 
 
 def test_a_window_beyond_the_ends_costs_nothing_more() -> None:
-    """As many blocks as without one."""
+    """Check that there are as many blocks as without one."""
     primals, tangents = problem(Case(n=256, m=256))
     assert calls(runs(primals, tangents, window=(255, 300))["mixed"]) == calls(runs(primals, tangents)["mixed"])
 
 
 @pytest.mark.parametrize("window", [(-1, -1), CAUSAL, (90, 37)], ids=["", "causal", "window"])
 def test_memory_grows_with_n_not_with_its_square(window: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """No tensor is larger than a block or than a few inputs, and twice the tokens take at most twice the memory."""
+    """Check that no tensor is larger than a block or a few inputs, and twice the tokens at most double the memory."""
     block = 1 << 14
     monkeypatch.setitem(logit_blocks.BLOCK_SIZE, "cpu", block)
     monkeypatch.setattr(logit_blocks, "LEAST_ROWS", 8)
@@ -120,14 +120,14 @@ def test_memory_grows_with_n_not_with_its_square(window: tuple[int, int], monkey
 
 
 def calls(run: Callable[[], Any]) -> int:
-    """Batched matmuls that a run calls."""
+    """Count the batched matmuls that a run calls."""
     with torch.profiler.profile(acc_events=True) as profile:  # without, torch 2.11 warns
         run()
     return sum(event.count for event in profile.key_averages() if event.key in ("aten::bmm", "aten::baddbmm_"))
 
 
 def test_small_problems_are_not_a_loop_over_heads() -> None:
-    """128 images of 16 tokens: one block, so as many matmuls as a single head takes."""
+    """Check that 128 images of 16 tokens are one block, so as many matmuls as a single head takes."""
     counts = []
     for batch in (1, 128):
         primals, tangents = problem(Case(batch=batch, n=16, m=16, d=24, dv=24, layout="packed"))
@@ -136,7 +136,7 @@ def test_small_problems_are_not_a_loop_over_heads() -> None:
 
 
 def test_packed_neighbours_of_equal_lengths_are_one_batch() -> None:
-    """100 sequences, of two lengths, take the matmuls of two."""
+    """Check that 100 sequences, of two lengths, take the matmuls of two."""
     counts = []
     for many in (1, 50):
         tensors, cu_seqlens = make_packed((9,) * many + (12,) * many, (7,) * many + (9,) * many, d=8)
@@ -146,7 +146,7 @@ def test_packed_neighbours_of_equal_lengths_are_one_batch() -> None:
 
 
 def test_a_narrow_window_goes_many_heads_to_a_block() -> None:
-    """A few rows of a few keys: alone they would be too small to be worth a matmul."""
+    """Check that a few rows of a few keys, alone too small to be worth a matmul, go together."""
     counts = []
     for heads in (1, 16):
         primals, tangents = problem(Case(batch=1, heads=heads, kv_heads=heads, n=512, m=512, d=8, dv=8))

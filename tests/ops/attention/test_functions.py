@@ -269,7 +269,7 @@ def test_explain_names_the_choice_and_its_reason() -> None:
 
 @pytest.mark.parametrize("scale", [-0.5, 0.0])
 def test_a_scale_that_is_not_positive_hides_the_same_keys(scale: float) -> None:
-    """PyTorch's own causal kernel on a CPU gives NaN there, silently."""
+    """Check scales for which PyTorch's own causal kernel on a CPU silently gives NaN."""
     q, k, v = make_qkv(n=5, d=8, seed=3)[:3]
     truth = reference.attention(q.double(), k.double(), v.double(), scale=scale, window=(-1, 0))
     out = fd.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)

@@ -26,7 +26,7 @@ def test_plain_gradients_keep_the_rule(impl: str, case: Case, dtype: torch.dtype
 
 @DTYPES
 def test_so_do_those_of_the_output_beside_a_tangent(dtype: torch.dtype) -> None:
-    """As in MeanFlow, whose loss keeps no graph of the tangent."""
+    """Check it as in MeanFlow, whose loss keeps no graph of the tangent."""
 
     def pushed(*qkv: Tensor, **options: Any) -> Tensor:
         op = partial(fd.scaled_dot_product_attention, **options)
@@ -43,7 +43,7 @@ def test_compiled_calls_keep_it_too(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("needs", [False, True])
 def test_without_a_gradient_it_is_pytorchs_own_op(needs: bool) -> None:
-    """Where none is needed, or grad mode is off."""
+    """Check it where none is needed, and where grad mode is off."""
     q, k, v = (x.requires_grad_(needs) for x in make_qkv(n=9, d=16, dtype=torch.bfloat16))
     with torch.set_grad_enabled(not needs):
         found, expected = (op(q, k, v) for op in (fd.scaled_dot_product_attention, F.scaled_dot_product_attention))

@@ -18,7 +18,7 @@ PARTS = (3, 1, 5)
 
 
 def masks() -> list[Tensor]:
-    """By which one query sees only the first part, one all but the first, and one nothing."""
+    """Return masks by which one query sees only the first part, one all but the first, and one nothing."""
     mask = torch.ones(6, 9, dtype=torch.bool)
     mask[1, 3:] = mask[2, :3] = mask[3] = False
     return list(mask.split(PARTS, -1))
@@ -49,7 +49,7 @@ def test_merged_parts_are_the_whole_with_its_tangents() -> None:
 
 @pytest.mark.parametrize("through_tangent", [False, True], ids=["primal", "mixed"])
 def test_gradients_flow_through_the_log_sum_exps(through_tangent: bool) -> None:
-    """Ring attention in training: a part's share depends on its lse, whose cotangent each part must receive."""
+    """Check that each part's lse receives the cotangent of its share, as ring attention needs in training."""
     primals, tangents = points()
 
     def gradients(op: Any) -> tuple[Tensor, ...]:

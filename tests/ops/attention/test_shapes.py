@@ -39,7 +39,7 @@ SHAPES: list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]] = [
 def plain(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, is_causal: bool = False, enable_gqa: bool = False
 ) -> Tensor:
-    """Attention from its definition, by broadcasting."""
+    """Return attention from its definition, by broadcasting."""
     if enable_gqa:
         k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], dim=-3) for x in (k, v))
     s = q @ k.mT / q.shape[-1] ** 0.5
@@ -55,7 +55,7 @@ def drawn(shapes: Any) -> list[Tensor]:
 
 
 def mixed(op: Any, leaves: list[Tensor]) -> tuple[Tensor, ...]:
-    """Value, tangent, and gradients of a loss of both."""
+    """Return value, tangent, and gradients of a loss of both."""
     half = len(leaves) // 2
     return graded(*jvp(op, tuple(leaves[:half]), tuple(leaves[half:])), leaves)
 
@@ -67,7 +67,7 @@ def graded(out: Tensor, t_out: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ..
 @pytest.mark.parametrize("masked", [None, "bool", "float"])
 @pytest.mark.parametrize(("q", "k", "v", "gqa"), SHAPES, ids=str)
 def test_dimensions_broadcast_as_they_do_in_pytorch(q: Any, k: Any, v: Any, gqa: bool, masked: str | None) -> None:
-    """Values, tangents and gradients of both, each in its argument's own shape; by the op and by the explicit pair."""
+    """Compare values, tangents and gradients, each in its argument's own shape, by the op and by the explicit pair."""
     leaves = drawn((q, k, v))
     mask = None if masked is None else torch.randn(q[-2], k[-2], dtype=torch.float64)
     if mask is not None and masked == "bool":
@@ -88,7 +88,7 @@ def test_dimensions_broadcast_as_they_do_in_pytorch(q: Any, k: Any, v: Any, gqa:
 @pytest.mark.parametrize("given", ["q", "k", "v", "qk", "qv", "kv"])
 @pytest.mark.parametrize("case", [6, 7, 10])
 def test_a_broadcast_argument_may_move_alone(case: int, given: str) -> None:
-    """Each subset of tangents, of an argument that is broadcast and of one that isn't."""
+    """Check each subset of tangents, of an argument that is broadcast and of one that isn't."""
     *shapes, gqa = SHAPES[case]
     primals = dict(zip("qkv", (torch.randn(shape, dtype=torch.float64) for shape in shapes)))
     tangents = {name: torch.randn_like(primals[name]) for name in given}
@@ -104,7 +104,7 @@ def test_a_broadcast_argument_may_move_alone(case: int, given: str) -> None:
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize("lengths", [(6, 6), (4, 7), (7, 4)], ids=str)
 def test_a_mask_combines_with_is_causal(kind: str, lengths: tuple[int, int]) -> None:
-    """PyTorch's kernels for the CPU combine them, where its other forms refuse both."""
+    """Check both together, as PyTorch's kernels for the CPU take them, where its other forms refuse."""
     n, m = lengths
     leaves = list(make_qkv(n=n, m=m, d=8, dtype=torch.float64)) + list(make_qkv(n=n, m=m, d=8, dtype=torch.float64))
     leaves = [x.clone().requires_grad_() for x in leaves]
@@ -129,7 +129,7 @@ def test_dropout_takes_a_mask_and_is_causal_too() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_a_float32_mask_serves_queries_of_every_dtype(dtype: torch.dtype) -> None:
-    """Its tangent and its gradients are float32; nothing is less accurate than with plain PyTorch."""
+    """Check that its tangent and gradients are float32, and nothing is less accurate than with plain PyTorch."""
     primals = [*make_qkv(n=9, m=7, d=16, dtype=dtype, seed=1), torch.randn(1, 4, 9, 7)]
     tangents = [*make_qkv(n=9, m=7, d=16, dtype=dtype, seed=2), torch.randn(1, 4, 9, 7)]
     leaves = [x.requires_grad_() for x in (*primals, *tangents)]
@@ -149,7 +149,7 @@ def test_a_float32_mask_serves_queries_of_every_dtype(dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_autocast_lowers_a_mask_with_its_queries(dtype: torch.dtype) -> None:
-    """As in PyTorch; with float64 queries, which autocast leaves alone, the mask stays as it is too."""
+    """Check that it does as PyTorch does; beside float64 queries, which autocast leaves alone, the mask stays too."""
     q, k, v = make_qkv(n=9, d=16, dtype=dtype)
     mask = torch.randn(9, 9)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -165,7 +165,7 @@ def test_autocast_lowers_a_mask_with_its_queries(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("case", [0, 6, 10])
 def test_transforms_reach_what_is_broadcast(case: int) -> None:
-    """vmap over an argument that is broadcast itself, and compiled equals eager, with tangents and gradients."""
+    """Check vmap over an argument that is broadcast itself, and compiled against eager, with tangents and gradients."""
     torch._dynamo.reset()
     *shapes, gqa = SHAPES[case]
     leaves, mask = drawn(shapes), torch.randn(5, 6, dtype=torch.float64)
@@ -181,7 +181,7 @@ def test_transforms_reach_what_is_broadcast(case: int) -> None:
 
 
 def test_statistics_and_centring_broadcast_too() -> None:
-    """The log-sum-exp has the result's dimensions, its tangent too; centring changes nothing in real numbers."""
+    """Check that the log-sum-exp and its tangent have the result's dimensions, and that centring changes nothing."""
     for *shapes, gqa in (SHAPES[0], SHAPES[6], SHAPES[10]):
         leaves = drawn(shapes)
         point, direction = tuple(leaves[:3]), tuple(leaves[3:])

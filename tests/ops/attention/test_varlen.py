@@ -53,7 +53,7 @@ BANDS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", BANDS, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 def test_each_sequence_is_attention_by_itself(options: dict[str, Any], device: str) -> None:
-    """Output, log-sum-exp, their tangents, and gradients through all of them."""
+    """Compare output, log-sum-exp, their tangents, and gradients through all of them."""
     primals, tangents = points(1, device), points(2, device)
 
     def run(op: Any) -> tuple[Tensor, ...]:
@@ -192,7 +192,7 @@ def test_centring_looks_at_no_token_outside_all_sequences() -> None:
 
 
 def test_bounds_are_checked_as_they_came() -> None:
-    """A bound beyond 32 bits must not wrap to one that fits: plain, under forward AD, and twice so."""
+    """Check that a bound beyond 32 bits doesn't wrap to one that fits: plain, under forward AD, and twice so."""
     x, t_x = torch.randn(8, 2, 4), torch.randn(8, 2, 4)
     for bound in (2**32 + 4, 2**31 + 4, -(2**32) + 4):
         cu = torch.tensor([0, bound])
@@ -213,7 +213,7 @@ def test_int64_bounds_are_as_good_as_int32() -> None:
 @pytest.mark.parametrize("impl", ["auto", "torch"])
 @pytest.mark.parametrize("side", [2**31, 2**32 + 1, 2**63 - 1, 2**80])
 def test_a_window_beyond_every_sequence_is_no_limit(side: int, impl: str) -> None:
-    """Sums of positions and sides must not wrap, either."""
+    """Check that sums of positions and sides don't wrap, either."""
     x, cu = torch.randn(8, 2, 4, dtype=torch.float64), torch.tensor([0, 3, 8])
     for window, same in (((side, 0), (-1, 0)), ((1, side), (1, -1))):
         run = lambda x, w: fd.varlen_attention(x, x, x, cu, None, 5, 5, window_size=w, impl=impl)  # noqa: E731

@@ -23,7 +23,7 @@ Tensors = dict[str, Tensor | None]
 
 @dataclass(frozen=True)
 class Case:
-    """`parts` are the arguments that there are, `tangents` those that have a tangent.
+    """Problem with the arguments `parts`, of which `tangents` have a tangent.
 
     dtype is that of all but h and t_h, whose dtype is `block`.
     """
@@ -41,7 +41,7 @@ class Case:
 
 
 def problem(case: Case, device: str = "cpu") -> tuple[Tensors, Tensors]:
-    """Primals and tangents, standard normal but for x's mean and spread; h and the gate share that spread."""
+    """Return primals and tangents, standard normal but for x's mean and spread, which h and the gate share."""
     vector, modulation = (case.shape[2],), (*case.modulation, case.shape[2])
     shapes = dict(zip(NAMES, (case.shape, case.shape, modulation, vector, vector, modulation, modulation), strict=True))
 
@@ -60,7 +60,7 @@ def problem(case: Case, device: str = "cpu") -> tuple[Tensors, Tensors]:
 
 
 def specification(rms: bool) -> Any:
-    """r and y side by side, so that they are one output."""
+    """Return r and y side by side, so that they are one output."""
     return lambda **a: torch.cat(reference.gated_residual_ada_norm(**a, eps=EPS, rms=rms), dim=-1)
 
 
@@ -72,7 +72,7 @@ def forward(implementation: Any, primals: Tensors, tangents: Tensors, rms: bool)
 
 
 def backward(implementation: Any, primals: Tensors, tangents: Tensors, cotangents: Tensors, rms: bool) -> Tensors:
-    """All gradients that autodiff would give, by name."""
+    """Return all gradients that autodiff would give, by name."""
     inputs = [(primals[name], tangents[name]) for name in NAMES]
     statistics = forward(implementation, primals, tangents, rms)[-2:]
     mixed = any(cotangents[name] is not None for name in ("dt_r", "dt_y"))
@@ -87,7 +87,7 @@ def backward(implementation: Any, primals: Tensors, tangents: Tensors, cotangent
 
 
 def draw_cotangents(case: Case, device: str = "cpu") -> Tensors:
-    """Of the dtypes of r and y."""
+    """Return cotangents of the dtypes of r and y."""
     dtypes = dict(zip(COTANGENTS, (case.dtype, case.dtype, case.block, case.block), strict=True))
     return {
         name: torch.randn(case.shape, dtype=torch.float64).to(device, dtypes[name]) if name in case.cotangents else None
@@ -96,12 +96,12 @@ def draw_cotangents(case: Case, device: str = "cpu") -> Tensors:
 
 
 def side_by_side(first: Tensor | None, second: Tensor | None, like: Tensor) -> Tensor:
-    """Cotangents of r and y as one, absent ones as zeros, in float64."""
+    """Join cotangents of r and y into one in float64, absent ones as zeros."""
     return torch.cat([torch.zeros_like(like).double() if d is None else d.double() for d in (first, second)], dim=-1)
 
 
 def check(implementation: Any, case: Case, device: str = "cpu", *, capped: bool = True) -> None:
-    """Both outputs, their tangents and all gradients: shapes, dtypes, the tolerance rule, and caps on the whole error.
+    """Check outputs, tangents and all gradients: shapes, dtypes, the tolerance rule, and caps on the whole error.
 
     The rule compares with PyTorch in one dtype, so where there are two the caps alone speak.
     """
@@ -138,7 +138,7 @@ def check(implementation: Any, case: Case, device: str = "cpu", *, capped: bool 
 def compare(
     name: str, actual: Tensor, truth: Tensor, base: Tensor, case: Case, capped: bool, *, order: int = 1
 ) -> None:
-    """One tensor against the rule and its cap."""
+    """Check one tensor against the rule and its cap."""
     if case.dtype == case.block:
         assert_accurate(actual, truth, base, name=name, order=order)
     if capped:

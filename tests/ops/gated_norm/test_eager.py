@@ -1,4 +1,4 @@
-"""The eager gated residual and its norm against float64 autodiff: both outputs, tangents, both backward passes."""
+"""Gated residual and its norm in plain PyTorch against float64 autodiff: outputs, tangents, both backward passes."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ PARTS = {"plain": ("x", "h"), "gate": ("x", "h", "gate"), "modulated": MODULATED
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 def test_every_kind_matches_autodiff(parts: str, rms: bool, dtype: str) -> None:
-    """All tangents and cotangents, in each dtype."""
+    """Check all tangents and cotangents, in each dtype."""
     check(eager, Case(rms=rms, parts=PARTS[parts], dtype=DTYPES[dtype], block=DTYPES[dtype]))
 
 
 @pytest.mark.parametrize("tangents", [n for r in range(6) for n in itertools.combinations(MODULATED, r)], ids="+".join)
 def test_every_subset_of_tangents_matches_autodiff(tangents: tuple[str, ...]) -> None:
-    """A tangent that is not there is zero; with any, both outputs have one."""
+    """Check that a tangent that is not there is zero, and that with any, both outputs have one."""
     check(eager, Case(parts=MODULATED, tangents=tangents, dtype=torch.float64, block=torch.float64))
 
 
@@ -48,7 +48,7 @@ def test_every_subset_of_tangents_matches_autodiff(tangents: tuple[str, ...]) ->
 )
 @pytest.mark.parametrize("tangents", [NAMES, (), ("scale",)], ids=lambda names: "+".join(names) or "none")
 def test_every_subset_of_cotangents_matches_autodiff(cotangents: tuple[str, ...], tangents: tuple[str, ...]) -> None:
-    """A loss of the residual alone, of the norm alone, of tangents alone."""
+    """Check losses of the residual alone, of the norm alone, of tangents alone."""
     case = Case(cotangents=cotangents, tangents=tangents, dtype=torch.float64, block=torch.float64)
     check(eager, case)
 
@@ -65,7 +65,7 @@ def test_every_modulation_matches_autodiff(modulation: tuple[int, int]) -> None:
 def test_several_blocks_match_autodiff(
     cotangents: tuple[str, ...], modulation: tuple[int, int], size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row in each, three rows of one sample, a sample."""
+    """Check blocks of a row, of three rows of one sample, of a sample."""
     monkeypatch.setattr(row_blocks, "block_size", lambda device: size)
     monkeypatch.setattr(norm, "LEAST_SAMPLE", 1)
     check(eager, Case(modulation=modulation, cotangents=cotangents))
@@ -76,20 +76,20 @@ def test_several_blocks_match_autodiff(
     ("stream", "block"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=["wide", "narrow"]
 )
 def test_stream_and_blocks_of_different_dtypes(stream: torch.dtype, block: torch.dtype, rms: bool) -> None:
-    """A float32 residual stream beside bfloat16 blocks, or the other way: each output has the accuracy of its dtype."""
+    """Check a float32 stream beside bfloat16 blocks, and the reverse: each output has the accuracy of its dtype."""
     check(eager, Case(rms=rms, dtype=stream, block=block))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 def test_huge_mean_and_tiny_variance(dtype: str, rms: bool) -> None:
-    """By the rule, since what it costs comes from rounding x."""
+    """Check it by the rule, since what it costs comes from rounding x."""
     case = Case(rms=rms, parts=MODULATED, dtype=DTYPES[dtype], block=DTYPES[dtype], mean=30.0, std=0.03)
     check(eager, case, capped=False)
 
 
 def test_arguments_are_neither_changed_nor_returned() -> None:
-    """A t_r that is only t_x, or a dx that is only dr, is a copy of it."""
+    """Check that a t_r that is only t_x, or a dx that is only dr, is a copy of it."""
     for tangents in (("x",), ("h",), ("shift",)):
         case = Case(parts=("x", "h", "shift"), tangents=tangents)
         primals, directions = problem(case)
@@ -106,7 +106,7 @@ def test_arguments_are_neither_changed_nor_returned() -> None:
 
 @pytest.mark.parametrize("name", ALL_NAMES)
 def test_only_needed_gradients_are_computed(name: str) -> None:
-    """Each is the same as among all of them."""
+    """Check that each is the same as among all of them."""
     case = Case(dtype=torch.float64, block=torch.float64)
     primals, tangents = problem(case)
     cotangents = draw_cotangents(case)

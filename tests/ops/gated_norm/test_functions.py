@@ -1,4 +1,4 @@
-"""The public gated residual with its norm: the pair, drop-in behaviour, shapes, dtypes, and what it refuses."""
+"""Public gated residual with its norm: the pair, drop-in behaviour, shapes, dtypes, and what it refuses."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_without_gate_and_modulation_it_is_a_residual_and_a_norm() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_float32_stream_beside_bfloat16_blocks(device: str) -> None:
-    """With and without tangents, and under autocast: r has x's dtype, y has h's, and no sum is rounded between them."""
+    """Check, with tangents or autocast or neither, that r has x's dtype, y has h's, and no sum is rounded between."""
     point, direction = draw(torch.float32, device), draw(torch.float32, device)
     point[2], direction[2] = point[2].bfloat16(), direction[2].bfloat16()
     (r, y), (t_r, t_y) = jvp(fd.gated_residual_ada_norm, tuple(point), tuple(direction))

@@ -30,7 +30,7 @@ def draw(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: str = "
 
 
 def check(primals: Tensors, tangents: Tensors) -> None:
-    """Values, tangent, and the gradients of a loss of both, each by the rule and below its cap."""
+    """Check values, tangent, and the gradients of a loss of both, each by the rule and below its cap."""
     dtype = next(x.dtype for x in primals.values() if x is not None)
     leaves = {n: None if x is None else x.clone().requires_grad_() for n, x in primals.items()}
     t_leaves = {f"t_{n}": None if x is None else x.clone().requires_grad_() for n, x in tangents.items()}
@@ -70,7 +70,7 @@ def test_values_tangents_and_gradients_are_accurate(
 @pytest.mark.parametrize("tangents", [s for r in range(4) for s in itertools.combinations(NAMES, r)], ids=str)
 @pytest.mark.parametrize("shapes", [FEW, MANY], ids=["few", "many"])
 def test_every_subset_of_tangents(shapes: dict[str, tuple[int, ...]], tangents: tuple[str, ...]) -> None:
-    """A missing tangent is zero, in value and in all gradients, those of the tangents included."""
+    """Check that a missing tangent is zero, in value and in all gradients, those of the tangents included."""
     primals, moving = draw(shapes, torch.float64), draw({name: shapes[name] for name in tangents}, torch.float64)
     points = [x.requires_grad_() for x in (*primals.values(), *moving.values()) if x is not None]
 
@@ -124,7 +124,7 @@ def matmuls(fn: Callable[[], Any]) -> list[tuple[int, int, int]]:
 def test_a_weight_that_stands_still_costs_nothing(
     shapes: dict[str, tuple[int, ...]], forward: list[tuple[int, ...]], backward: list[tuple[int, ...]]
 ) -> None:
-    """One matmul of stacked rows or two, where torch.func.jvp runs a third by zeros; the mixed backward likewise."""
+    """Check one matmul of stacked rows or two, where torch.func.jvp runs a third by zeros, and the mixed backward's."""
     x, weight, bias = (v.requires_grad_() for v in draw(shapes, torch.float32).values() if v is not None)
     t_x = torch.randn(x.shape, requires_grad=True)
     ours, plain = (
@@ -137,13 +137,13 @@ def test_a_weight_that_stands_still_costs_nothing(
 
 
 def test_rows_are_stacked_where_the_weight_is_what_costs() -> None:
-    """A DiT's modulation (batches to a few hundred) yes, its tokens no."""
+    """Check that a DiT's modulation (batches to a few hundred) is stacked, and its tokens aren't."""
     assert joins(32, 384, 6 * 384) and joins(128, 1152, 6 * 1152)
     assert not joins(256, 384, 3 * 384) and not joins(32 * 256, 1152, 4 * 1152)
 
 
 def test_stacked_results_do_not_share_memory() -> None:
-    """Or a saved y would keep its tangent alive, and writing to one in place would be refused."""
+    """Check it, since a saved y would keep its tangent alive, and writing to one in place would be refused."""
     primals = draw(FEW, torch.float32)
     y, t_y = torch.func.jvp(lambda x: fd.linear(x, primals["weight"]), (primals["x"],), (primals["x"],))
     assert y.untyped_storage().nbytes() == t_y.untyped_storage().nbytes() == y.numel() * 4
@@ -193,7 +193,7 @@ def test_autocast_lowers_primal_and_tangent_as_it_does_for_pytorch(shapes: dict[
 
 
 def test_outputs_are_not_kept_for_the_backward() -> None:
-    """As in PyTorch's own: a gradient takes x and the weight."""
+    """Check that a gradient keeps x and the weight alone, as in PyTorch's own."""
     x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
     kept: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):

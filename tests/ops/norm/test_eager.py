@@ -1,4 +1,4 @@
-"""The eager norms against float64 autodiff of the reference: forward, tangent, and both backward passes."""
+"""Norms in plain PyTorch against float64 autodiff of the reference: forward, tangent, and both backward passes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Tensors = dict[str, Tensor | None]
 
 @dataclass(frozen=True)
 class Case:
-    """`parts` are the arguments beside x that there are, `tangents` those (x among them) that have a tangent."""
+    """Problem with the arguments `parts` beside x; those in `tangents` (x among them) have a tangent."""
 
     rms: bool = False
     parts: tuple[str, ...] = NAMES[1:]
@@ -43,7 +43,7 @@ class Case:
 
 
 def problem(case: Case, offset: float = 0.5) -> tuple[Tensors, Tensors]:
-    """Primals and tangents; x has a common mode, so that means matter."""
+    """Return primals and tangents; x has a common mode, so that means matter."""
     modulation = (*case.modulation, case.width)
     shapes = dict(zip(NAMES, ((3, 7, case.width), (case.width,), (case.width,), modulation, modulation), strict=True))
 
@@ -82,7 +82,7 @@ def backward(
     rms: bool,
     needs: tuple[bool, ...] | None = None,
 ) -> Tensors:
-    """Gradients by name; by default all those that autodiff would give."""
+    """Return gradients by name; by default all those that autodiff would give."""
     _, _, mean, rstd = forward(primals, tangents, rms)
     if needs is None:
         tangent_needs = [dt_y is not None and tangents[name] is not None for name in NAMES]
@@ -94,7 +94,7 @@ def backward(
 
 
 def check(case: Case) -> None:
-    """Forward, primal backward and mixed backward of a case, by the tolerance rule."""
+    """Check forward, primal backward and mixed backward of a case by the tolerance rule."""
     primals, tangents = problem(case)
     fn, exact = specification(case.rms), (cast(primals, torch.float64), cast(tangents, torch.float64))
     truth, baseline = reference_jvp(fn, *exact), reference_jvp(fn, primals, tangents)
@@ -126,7 +126,7 @@ KINDS = [Case(rms=rms, parts=parts) for rms in (False, True) for parts in PARTS]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", KINDS, ids=str)
 def test_every_kind_matches_autodiff(case: Case, dtype: str) -> None:
-    """All tangents, in each dtype."""
+    """Check all tangents, in each dtype."""
     check(replace(case, dtype=dtype))
 
 
@@ -136,14 +136,14 @@ SUBSETS = [names for r in range(6) for names in itertools.combinations(NAMES, r)
 @pytest.mark.parametrize("tangents", SUBSETS, ids=lambda names: "+".join(names) or "none")
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 def test_every_subset_of_tangents_matches_autodiff(tangents: tuple[str, ...], rms: bool) -> None:
-    """A tangent that is not there is zero, in value and in all gradients."""
+    """Check that a tangent that is not there is zero, in value and in all gradients."""
     check(Case(rms=rms, tangents=tangents, dtype="fp64"))
 
 
 @pytest.mark.parametrize("modulation", [(3, 1), (3, 7), (1, 7), (1, 1)])
 @pytest.mark.parametrize("dtype", ["fp64", "bf16"])
 def test_every_modulation_matches_autodiff(modulation: tuple[int, int], dtype: str) -> None:
-    """A scale and shift for each image, each token, each position, and one for all."""
+    """Check a scale and shift for each image, each token, each position, and one for all."""
     check(Case(modulation=modulation, dtype=dtype, parts=("scale", "shift"), tangents=("x", "scale", "shift")))
 
 
@@ -154,7 +154,7 @@ def test_every_modulation_matches_autodiff(modulation: tuple[int, int], dtype: s
 def test_several_blocks_match_autodiff(
     modulation: tuple[int, int], size: int, rms: bool, least: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row in each, three rows of one sample, several samples; kernels for a sample each where samples are large."""
+    """Check blocks of a row, of three rows of one sample, of several samples, and kernels for each large sample."""
     monkeypatch.setattr(row_blocks, "block_size", lambda device: size)
     monkeypatch.setattr(eager, "LEAST_SAMPLE", least)
     check(Case(rms=rms, modulation=modulation, dtype="fp64"))
@@ -164,7 +164,7 @@ def test_several_blocks_match_autodiff(
 
 @pytest.mark.parametrize("parts", [(), ("weight", "bias"), ("scale", "shift")], ids=lambda names: "+".join(names))
 def test_gradients_of_rows_with_a_large_mean_keep_their_digits(parts: tuple[str, ...]) -> None:
-    """1000 times the spread, where PyTorch's kernel alone is 1e-5 off in dx: we centre the rows for it."""
+    """Check means of 1000 spreads, where PyTorch's kernel alone is 1e-5 off in dx: we centre the rows for it."""
     primals, _ = problem(Case(parts=parts, width=384), offset=0.0)
     x = primals["x"]
     assert x is not None
@@ -178,13 +178,13 @@ def test_gradients_of_rows_with_a_large_mean_keep_their_digits(parts: tuple[str,
 @pytest.mark.parametrize("width", [1, 33, 1152])
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 def test_every_width_matches_autodiff(width: int, rms: bool) -> None:
-    """One channel (LayerNorm of it is zero), an odd number, DiT-XL's."""
+    """Check one channel (whose LayerNorm is zero), an odd number, and DiT-XL's."""
     check(Case(rms=rms, width=width))
 
 
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 def test_a_transposed_input_matches_autodiff(rms: bool) -> None:
-    """Channels first in memory; what comes back is contiguous."""
+    """Check an x with channels first in memory, and that what comes back is contiguous."""
     case = Case(rms=rms, transposed=True)
     check(case)
     primals, tangents = problem(case)
@@ -196,7 +196,7 @@ def test_a_transposed_input_matches_autodiff(rms: bool) -> None:
 @pytest.mark.parametrize(("dtype", "cap"), [("fp64", 1e-12), ("fp32", 5e-6), ("bf16", 3e-3), ("fp16", 4e-4)])
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 def test_errors_stay_under_absolute_caps(dtype: str, cap: float, rms: bool) -> None:
-    """Whatever PyTorch's own error is: 16-bit results carry the rounding of the output, and hardly more."""
+    """Check caps that PyTorch's own error doesn't move: 16-bit results carry hardly more than the output's rounding."""
     case = Case(rms=rms, dtype=dtype, parts=("scale", "shift"), tangents=("x", "scale", "shift"), width=384)
     primals, tangents = problem(case)
     fn, exact = specification(rms), (cast(primals, torch.float64), cast(tangents, torch.float64))
@@ -211,7 +211,7 @@ def test_errors_stay_under_absolute_caps(dtype: str, cap: float, rms: bool) -> N
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_large_common_mode_matches_autodiff(dtype: str) -> None:
-    """A mean 100 times the spread: what it costs comes from rounding x, not from us."""
+    """Check a mean of 100 spreads: what it costs comes from rounding x, not from us."""
     primals, tangents = problem(Case(dtype=dtype, tangents=("x",)), offset=100.0)
     fn, exact = specification(False), (cast(primals, torch.float64), cast(tangents, torch.float64))
     y, t_y, *_ = forward(primals, tangents, False)
@@ -222,7 +222,7 @@ def test_a_large_common_mode_matches_autodiff(dtype: str) -> None:
 
 
 def test_parameters_of_another_dtype_keep_it_in_their_gradients() -> None:
-    """A bfloat16 x with float32 parameters and conditioning, as autocast and mixed precision have it."""
+    """Check a bfloat16 x with float32 parameters and conditioning, as autocast and mixed precision have it."""
     primals, tangents = problem(Case())
     narrow = primals["x"], tangents["x"]
     primals["x"], tangents["x"] = (None if x is None else x.bfloat16() for x in narrow)
@@ -235,7 +235,7 @@ def test_parameters_of_another_dtype_keep_it_in_their_gradients() -> None:
 
 @pytest.mark.parametrize("name", ALL_NAMES)
 def test_only_needed_gradients_are_computed(name: str) -> None:
-    """Each is the same as among all of them; the others are None (asserted by `backward`)."""
+    """Check that each is the same as among all of them; `backward` asserts that the others are None."""
     primals, tangents = problem(Case(dtype="fp64"))
     dy, dt_y = torch.randn(2, 3, 7, 40, dtype=torch.float64)
     one = backward(dy, dt_y, primals, tangents, False, needs=tuple(other == name for other in ALL_NAMES))
@@ -243,7 +243,7 @@ def test_only_needed_gradients_are_computed(name: str) -> None:
 
 
 def test_the_mixed_backward_goes_without_a_cotangent_of_the_value() -> None:
-    """A loss of the tangent alone: dy = None is zeros, with tangents and without."""
+    """Check a loss of the tangent alone: dy = None is zeros, with tangents and without."""
     for names in (NAMES, ()):
         primals, tangents = problem(Case(dtype="fp64", tangents=names))
         dt_y = torch.randn(3, 7, 40, dtype=torch.float64)
@@ -257,7 +257,7 @@ def test_the_mixed_backward_goes_without_a_cotangent_of_the_value() -> None:
 @pytest.mark.parametrize("tangents", [NAMES, ("shift",), ("bias",)], ids=lambda names: "+".join(names))
 @pytest.mark.parametrize("parts", [(), ("bias",), ("shift",), NAMES[1:]], ids=lambda names: "+".join(names) or "plain")
 def test_arguments_are_neither_changed_nor_returned(parts: tuple[str, ...], tangents: tuple[str, ...]) -> None:
-    """A tangent that is only t_shift, or a gradient that is only dy, is a copy of it, in the right shape."""
+    """Check that a tangent that is only t_shift, or a gradient that is only dy, is a copy of it, in the right shape."""
     primals, directions = problem(Case(parts=parts, tangents=tangents, modulation=(3, 7)))
     dy, dt_y = torch.randn(2, 3, 7, 40)
     arguments = [x for x in (*primals.values(), *directions.values(), dy, dt_y) if x is not None]
@@ -273,7 +273,7 @@ def test_arguments_are_neither_changed_nor_returned(parts: tuple[str, ...], tang
 
 
 def test_a_tangent_of_zeros_is_no_tangent_and_the_tangent_is_linear() -> None:
-    """None and zeros agree, and t_y(2 t) = 2 t_y(t) to the last bit."""
+    """Check that None and zeros agree, and that t_y(2 t) = 2 t_y(t) to the last bit."""
     primals, tangents = problem(Case())
     only_x: Tensors = {"x": tangents["x"]}
     zeros: Tensors = {name: torch.zeros_like(x) for name, x in tangents.items() if x is not None and name != "x"}

@@ -134,7 +134,7 @@ def test_float32_weights_with_bfloat16_activations() -> None:
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast_leaves_them_alone(op: str, dtype: torch.dtype) -> None:
-    """Values, tangents and gradients: statistics are taken in float32 anyway, and y has x's dtype."""
+    """Check values, tangents and gradients: statistics are taken in float32 anyway, and y has x's dtype."""
     pair, _, names = OPS[op]
     leaves = {name: x.requires_grad_() for name, x in draw(names, dtype, "cpu").items()}
     tangents = {f"t_{name}": t for name, t in draw(names, dtype, "cpu").items()}

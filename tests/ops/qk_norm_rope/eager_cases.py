@@ -1,4 +1,4 @@
-"""What the tests of both implementations of `qk_norm_rope` share: cases, and the check by the tolerance rule."""
+"""Cases that the tests of both implementations of `qk_norm_rope` share, and the check by the tolerance rule."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Tensors = dict[str, Tensor | None]
 
 @dataclass(frozen=True)
 class Case:
-    """`parts` are the arguments beside q and k that there are, `tangents` those (q, k among them) with a tangent."""
+    """Problem with the arguments `parts` beside q and k; those in `tangents` (q, k among them) have a tangent."""
 
     norm: str = "rms"
     interleaved: bool = False
@@ -47,7 +47,7 @@ class Case:
 
 
 def problem(case: Case, device: str = "cpu", batch: int = 2) -> tuple[Tensors, Tensors, list[Tensor | None]]:
-    """Primals, tangents, and [cos, sin]."""
+    """Return primals, tangents, and [cos, sin]."""
     (h, h_kv), (n, m), d = case.heads, case.lengths, case.d
     shapes = dict(zip(NAMES, ((batch, h, n, d), (batch, h_kv, m, d), *[(d,)] * 4), strict=True))
     parts = case.parts if case.norm != "none" else ()
@@ -96,17 +96,17 @@ def backward(
 
 
 def flat(outputs: Any) -> Tensor:
-    """Queries and keys in one vector."""
+    """Join queries and keys into one vector."""
     return torch.cat([x.flatten() for x in outputs])
 
 
 def options(case: Case) -> dict[str, Any]:
-    """The implementations' keyword arguments."""
+    """Return the implementations' keyword arguments."""
     return {"norm": case.norm, "eps": EPS, "interleaved": case.interleaved}
 
 
 def check(implementation: Any, case: Case, device: str = "cpu", *, backwards: int = 3) -> None:
-    """Forward and so many of mixed, primal and tangents' backward keep the tolerance rule and absolute caps."""
+    """Check that forward and the backward passes asked for keep the tolerance rule and absolute caps."""
     primals, tangents, angles = problem(case, device)
     moving = any(t is not None for t in tangents.values())
     found = forward(implementation, case, primals, tangents, angles)

@@ -1,4 +1,4 @@
-"""The eager norm and rotation of queries and keys against float64 autodiff: forward, tangent, both backwards."""
+"""Norm and rotation of queries and keys in plain PyTorch against float64 autodiff: forward, tangent, both backwards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.ops.qk_norm_rope.eager_cases import ALL_NAMES, NAMES, Case, backward,
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbours"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_norm_rotation_and_dtype(norm: str, interleaved: bool, dtype: torch.dtype) -> None:
-    """With a tangent to each tensor."""
+    """Check each with a tangent to each tensor."""
     check(eager, Case(norm, interleaved, dtype=dtype))
 
 
@@ -39,13 +39,13 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_what_is_absent_is_left_out(case: Case) -> None:
-    """Any subset of tangents; without a part, without angles; other lengths of keys; angles for each sample."""
+    """Check subsets of tangents, absent parts, absent angles, other lengths of keys, and angles for each sample."""
     check(eager, case)
 
 
 @pytest.mark.parametrize("name", ALL_NAMES)
 def test_only_what_is_needed_comes_back(name: str) -> None:
-    """And it is the same as among all."""
+    """Check that it is the same as among all."""
     case = Case("layer")
     primals, tangents, angles = problem(case)
     d = [torch.randn_like(primals[side]) for side in ("q", "q", "k", "k")]
@@ -67,7 +67,7 @@ def test_a_loss_of_queries_alone_has_zeros_for_keys() -> None:
 
 
 def test_rotating_back_undoes_it() -> None:
-    """R is orthogonal, whichever pairs it turns."""
+    """Check that R is orthogonal, whichever pairs it turns."""
     primals, _, (cos, sin) = problem(Case(dtype=torch.float64))
     for interleaved in (False, True):
         turned = eager.rotate(primals["q"], cos.double(), sin.double(), interleaved)
@@ -77,7 +77,7 @@ def test_rotating_back_undoes_it() -> None:
 
 
 def test_any_strides() -> None:
-    """Views of a packed projection give what copies of them give."""
+    """Check that views of a packed projection give what copies of them give."""
     case = Case(heads=(4, 4))
     primals, tangents, angles = problem(case)
     packed = torch.randn(2, 7, 3, 4, 16).permute(2, 0, 3, 1, 4)

@@ -42,7 +42,7 @@ def test_the_op_on_duals_and_its_pair_are_accurate(dtype: torch.dtype, layout: s
 
 @pytest.mark.parametrize("norm", ["rms", "layer", "none"])
 def test_without_angles_it_is_the_norm(norm: str) -> None:
-    """As cross-attention needs it, whose keys have no positions; then lengths may differ freely."""
+    """Check it as cross-attention needs it, whose keys have no positions; then lengths may differ freely."""
     q, k, _ = make_qkv(n=5, m=8, d=12)
     plain = {"rms": lambda x: F.rms_norm(x, (12,), eps=1e-6), "layer": lambda x: F.layer_norm(x, (12,), eps=1e-6)}
     expected = [plain.get(norm, lambda x: x)(x) for x in (q, k)]
@@ -50,7 +50,7 @@ def test_without_angles_it_is_the_norm(norm: str) -> None:
 
 
 def test_attention_depends_on_distances_alone() -> None:
-    """What a rotary embedding is for: logits are the same wherever the pair of tokens stands."""
+    """Check that logits are the same wherever the pair of tokens stands, which is what a rotary embedding is for."""
     q, k, _ = make_qkv(heads=1, n=1, d=32, dtype=torch.float64)
     q, k = (x.expand(-1, -1, 10, -1) for x in (q, k))
     for interleaved in (False, True):
@@ -71,7 +71,7 @@ def test_tangents_are_linear_and_none_is_zero() -> None:
 
 
 def test_a_float32_weight_beside_bfloat16_activations() -> None:
-    """Its gradient is float32; the result is the float32 one rounded once."""
+    """Check that its gradient is float32, and that the result is the float32 one rounded once."""
     q, k, _ = make_qkv(d=12, dtype=torch.bfloat16)
     w = torch.randn(12, requires_grad=True)
     angles = fd.rope_angles((63,), 12)
@@ -90,7 +90,7 @@ def test_autocast_leaves_it_alone() -> None:
 
 
 def test_vmap_with_angles_of_each_sample() -> None:
-    """Mapped along with the queries, or shared by all."""
+    """Check angles that are mapped along with the queries, and angles shared by all."""
     q, k, _ = make_qkv(batch=6, n=5, d=12, dtype=torch.float64)
     q, k = (x.unflatten(0, (3, 2)) for x in (q, k))
     angles = fd.rope_angles(torch.randn(3, 2, 5, 2).flatten(0, 1), 12, dtype=torch.float64)
@@ -116,7 +116,7 @@ def test_fake_results_have_the_shapes_dtypes_and_strides_of_real_ones(moving: bo
 
 
 def test_angles_of_each_axis() -> None:
-    """Each pair of channels turns with the position on its axis, at its own frequency."""
+    """Check that each pair of channels turns with the position on its axis, at its own frequency."""
     cos, sin = fd.rope_angles((2, 3, 4), 16, dims=(4, 6, 2), theta=100.0, dtype=torch.float64)
     assert cos.shape == sin.shape == (24, 8)
     frame, row, column = (i.flatten() for i in torch.meshgrid(*map(torch.arange, (2, 3, 4)), indexing="ij"))
@@ -128,14 +128,14 @@ def test_angles_of_each_axis() -> None:
 
 
 def test_the_first_axis_gets_what_is_left() -> None:
-    """128 channels over frames, rows and columns are 44 + 42 + 42, as in Wan."""
+    """Check that 128 channels over frames, rows and columns are 44 + 42 + 42, as in Wan."""
     _, sin = fd.rope_angles((3, 1, 1), 128)
     assert (sin[1] != 0).sum() == 22
     assert sin.dtype == torch.float32
 
 
 def test_positions_may_be_given() -> None:
-    """For each sample, with fractions; a grid is but a list of them."""
+    """Check positions for each sample, with fractions; a grid is but a list of them."""
     grid = torch.cartesian_prod(torch.arange(2), torch.arange(3))
     torch.testing.assert_close(fd.rope_angles(grid, 8), fd.rope_angles((2, 3), 8))
     positions = torch.rand(4, 5, 1)

@@ -1,4 +1,4 @@
-"""The sinusoidal time embedding and its tangent, in float32 whatever the dtype of the time."""
+"""Sinusoidal time embedding and its tangent, in float32 whatever the dtype of the time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TIMES = torch.linspace(0, 1000, 41, dtype=torch.float64)
 
 
 def jvps(t: Tensor, t_t: Tensor, dim: int) -> list[tuple[Tensor, Tensor]]:
-    """By forward AD, and by the pair."""
+    """Return the jvp by forward AD, and by the pair."""
     by_torch = torch.func.jvp(lambda t: fd.timestep_embedding(t, dim), (t,), (t_t,))
     return [by_torch, fd.timestep_embedding_jvp(t, t_t, dim)]
 
@@ -23,7 +23,7 @@ def jvps(t: Tensor, t_t: Tensor, dim: int) -> list[tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("dim", [2, 7, 256])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_values_and_tangents_are_accurate(dtype: torch.dtype, dim: int) -> None:
-    """Up to the rounding of the angle, 1000 eps / 2 in radians: a 16-bit time is a rounded one, and no more."""
+    """Check them up to the angle's rounding, 1000 eps / 2 in radians: a 16-bit time is a rounded one, and no more."""
     t, t_t = TIMES.to(dtype), torch.randn(41, dtype=torch.float64).to(dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     truths = torch.func.jvp(lambda t: reference.timestep_embedding(t, dim), (t.double(),), (t_t.double(),))
@@ -41,7 +41,7 @@ def test_integer_times_are_those_of_diffusion_steps() -> None:
 
 
 def test_it_is_the_embedding_of_dit() -> None:
-    """Its code, on its own terms."""
+    """Check that it agrees with DiT's code, on its own terms."""
     t, half = TIMES.float(), 16
     frequencies = torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(half, dtype=torch.float32) / half)
     angles = t[:, None] * frequencies[None]
