@@ -1,7 +1,7 @@
 """Run the command line: train, sample, eval, explain, compare, demo, bench, report, doctor.
 
-A mistake of the user's ends in one message and status 2, a diverged run in one message and status 1; anything else is
-a bug and shows its traceback. What is heavy is imported by the command that needs it, so that help is quick.
+A mistake of the user ends in one message and status 2, and a diverged run in one message and status 1. Any other error
+is a bug and shows its traceback. Each command imports its own heavy modules, so that help appears quickly.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ EXAMPLES = {
   fastdistill doctor
 """,
 }
-GATED = "What is wrong against float64 is reported as failed and not timed; what is absent is listed with its reason."
-RESUMING = "Killed at any moment and started again with the same command, a run goes on from its newest checkpoint."
+GATED = "A result that is wrong against float64 is reported as failed and not timed; absences are listed with reasons."
+RESUMING = "A run may be killed at any moment; the same command continues it from its newest checkpoint."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of every command; each stores the function that runs it as `command`."""
+    """Build the parser of all commands; each command stores the function that runs it as `command`."""
     parser = argparse.ArgumentParser(
         prog="fastdistill",
         description="Train one-step and few-step generators, sample from them and measure them.",
@@ -119,9 +119,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add("sample", "draw samples from a run")
     command.add_argument("run", metavar="RUN", type=Path, help="a run folder")
-    command.add_argument("--n", type=_at_least(1), default=80, help="how many (default: %(default)s)")
-    command.add_argument("--steps", type=_at_least(1), help="of the sampler (default: the configuration's)")
-    command.add_argument("--label", type=int, help="one class for all (default: every class in turn)")
+    command.add_argument("--n", type=_at_least(1), default=80, help="number of samples (default: %(default)s)")
+    command.add_argument("--steps", type=_at_least(1), help="sampling steps (default: the configuration's)")
+    command.add_argument("--label", type=int, help="class of all samples (default: every class in turn)")
     command.add_argument("--guidance", type=float, help="scale of guidance (default: the configuration's)")
     _add_sampler(command)
     command.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
@@ -130,46 +130,48 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add("eval", "measure a run against its data, without any download")
     command.add_argument("run", metavar="RUN", type=Path, help="a run folder")
-    command.add_argument("--steps", type=_at_least(1), nargs="+", help="of the sampler (default: 1 2 4 8, ...)")
+    command.add_argument("--steps", type=_at_least(1), nargs="+", help="sampling steps (default: 1 2 4 8, ...)")
     command.add_argument("--guidance", type=float, help="scale of guidance (default: the configuration's)")
     _add_sampler(command)
-    command.add_argument("--n", type=_at_least(64), help="samples (default: as the data's judge asks for)")
+    command.add_argument("--n", type=_at_least(64), help="number of samples (default: the judge's choice)")
     command.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     command.set_defaults(command=run_eval)
 
-    command = add("explain", "say what a method is: formula, tangent, times, defaults, sources")
-    command.add_argument("method", metavar="METHOD", nargs="?", help="its name (default: a table of all)")
+    command = add("explain", "describe a method by its formula, tangent, times, defaults and sources")
+    command.add_argument("method", metavar="METHOD", nargs="?", help="name of a method (default: a table of all)")
     command.set_defaults(command=run_explain)
 
     command = add("compare", "train and measure methods under one budget, and report")
-    command.add_argument("--methods", default="all", help="names with commas between, or all (default: %(default)s)")
+    command.add_argument("--methods", default="all", help="names joined by commas, or all (default: %(default)s)")
     command.add_argument("--data", default="ring", help="a shipped name, or a YAML file (default: %(default)s)")
-    command.add_argument("--steps", type=_at_least(1), help="of training (default: as the data asks for)")
-    command.add_argument("--seeds", type=_at_least(1), default=1, help="how many (default: %(default)s)")
-    command.add_argument("--n", type=_at_least(64), help="samples a measurement (default: as `eval`)")
-    command.add_argument("--out", type=Path, help="folder (default: runs/compare-DATA)")
+    command.add_argument("--steps", type=_at_least(1), help="training steps (default: the judge's or configuration's)")
+    command.add_argument("--seeds", type=_at_least(1), default=1, help="number of seeds (default: %(default)s)")
+    command.add_argument("--n", type=_at_least(64), help="samples in each measurement (default: as in `eval`)")
+    command.add_argument("--out", type=Path, help="output folder (default: runs/compare-DATA)")
     command.set_defaults(command=run_compare)
 
     command = add("demo", "train a teacher on digits, distil it to one step, and report")
-    command.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder (default: %(default)s)")
+    command.add_argument("--out", type=Path, default=Path("runs/demo"), help="output folder (default: %(default)s)")
     command.set_defaults(command=run_demo)
 
     command = add("bench", "measure speed, memory and error against everything else that is installed", GATED)
-    command.add_argument("--suite", default="", metavar="NAME[,NAME]", help="--list shows which there are")
+    command.add_argument("--suite", default="", metavar="NAME[,NAME]", help="suites to run; --list shows all")
     command.add_argument("--quick", action="store_true", help="tiny shapes, which say nothing about speed")
-    command.add_argument("--json", type=Path, metavar="FILE", help="what to write, and to go on from")
-    command.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="start no case after it")
-    command.add_argument("--device", choices=("cuda", "cpu"), help="(default: the GPU where there is one)")
-    command.add_argument("--dtype", help="(default: bfloat16 on a GPU, float32 on a CPU)")
-    command.add_argument("--providers", nargs="+", default=[], metavar="REGEX", help="those whose name fits one")
-    command.add_argument("--cases", metavar="REGEX", help="those whose suite/name/mode fits")
-    command.add_argument("--commit", help="of the code, where there is no repository")
+    command.add_argument("--json", type=Path, metavar="FILE", help="results are written here, and continued from here")
+    command.add_argument(
+        "--budget", type=float, default=float("inf"), metavar="SECONDS", help="start no case after this time"
+    )
+    command.add_argument("--device", choices=("cuda", "cpu"), help="device (default: the GPU if there is one)")
+    command.add_argument("--dtype", help="dtype of inputs (default: bfloat16 on a GPU, float32 on a CPU)")
+    command.add_argument("--providers", nargs="+", default=[], metavar="REGEX", help="measure matching names only")
+    command.add_argument("--cases", metavar="REGEX", help="measure only cases whose suite/name/mode matches")
+    command.add_argument("--commit", help="commit of the code, if there is no repository")
     command.add_argument("--list", action="store_true", help="print suites and cases, and measure nothing")
     command.set_defaults(command=run_bench)
 
-    command = add("report", "draw benchmark files as a page that needs nothing beside it, and as pictures")
-    command.add_argument("--bench", metavar="FILE", type=Path, nargs="+", required=True, help="from `bench --json`")
-    command.add_argument("--out", type=Path, default=Path("report.html"), help="(default: %(default)s)")
+    command = add("report", "draw benchmark files as one self-contained page, and as pictures")
+    command.add_argument("--bench", metavar="FILE", type=Path, nargs="+", required=True, help="files of `bench --json`")
+    command.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
     command.set_defaults(command=run_report)
 
     command = add("doctor", "say what this machine has and which implementations run on it")
@@ -178,7 +180,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_train(args: argparse.Namespace) -> int:
-    """Train; then measure and plot what has an exact solution."""
+    """Train a run, and measure it if its judge does so at once."""
     from fastdistill.eval.evaluate import after_training
     from fastdistill.train import load_config, train
 
@@ -191,7 +193,7 @@ def run_train(args: argparse.Namespace) -> int:
 
 
 def run_sample(args: argparse.Namespace) -> int:
-    """Draw samples into a picture or an array."""
+    """Draw samples and write them as a picture or an array."""
     from fastdistill.data.pictures import NoPictureError, draw
     from fastdistill.train import ConfigError, generate, load_run
     from fastdistill.train.files import replacing
@@ -231,7 +233,7 @@ def run_sample(args: argparse.Namespace) -> int:
 
 
 def run_eval(args: argparse.Namespace) -> int:
-    """Measure a run."""
+    """Measure a run, and print the table."""
     how = {"sampler": args.sampler, "guidance": args.guidance, **_parameters(args)}
     with _naming_options():
         print(_measure(args.run, args.steps, n=args.n, seed=args.seed, **how))
@@ -239,7 +241,7 @@ def run_eval(args: argparse.Namespace) -> int:
 
 
 def run_explain(args: argparse.Namespace) -> int:
-    """Tell about one method, or list all."""
+    """Describe one method, or list all."""
     from fastdistill.method_notes import explain
 
     print(explain(args.method))
@@ -247,7 +249,7 @@ def run_explain(args: argparse.Namespace) -> int:
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    """Compare methods."""
+    """Compare methods, and print the table and the place of the report."""
     from fastdistill.compare import compare
     from fastdistill.eval.comparison import describe
 
@@ -259,7 +261,7 @@ def run_compare(args: argparse.Namespace) -> int:
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    """Show the whole promise in one command."""
+    """Run the demo: train a teacher, distil it, and report."""
     from fastdistill import demo
 
     demo.main(args.out)
@@ -267,7 +269,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 def run_bench(args: argparse.Namespace) -> int:
-    """Measure, or list what would be measured."""
+    """Run benchmarks, or list their cases."""
     if importlib.util.find_spec("pytest_benchmark") is None:
         return fail("pytest-benchmark is not installed; this command needs it: pip install 'fastdistill[bench]'")
     from fastdistill.benchmarks.run import bench
@@ -297,7 +299,7 @@ def run_bench(args: argparse.Namespace) -> int:
 
 
 def run_report(args: argparse.Namespace) -> int:
-    """Write the page and its pictures."""
+    """Write benchmark files as a page and its pictures."""
     from fastdistill.benchmarks.ops.timed_op import BenchError
     from fastdistill.benchmarks.report import page
 
@@ -310,7 +312,7 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def run_doctor(args: argparse.Namespace) -> int:
-    """Print what there is."""
+    """Print the machine's hardware and software, and the implementations that run on it."""
     from fastdistill.train.doctor import describe_machine
 
     print(describe_machine())
@@ -324,13 +326,13 @@ def _measure(run: Path, steps: Sequence[int] | None = None, **options: Any) -> s
 
 
 def fail(message: str, status: int = 2) -> int:
-    """Print one message on stderr and hand the status through."""
+    """Print a message on stderr, and return the exit status."""
     print(f"fastdistill: {message}", file=sys.stderr)
     return status
 
 
 def _add_sampler(command: argparse.ArgumentParser) -> None:
-    """Add the options that choose another sampler than the method's own: its name, and every parameter of any."""
+    """Add the options that replace the method's own sampler: a name, and the parameters of all samplers."""
     from fastdistill.samplers import PARAMETERS, SPECS, taking
 
     command.add_argument("--sampler", help=f"{', '.join(SPECS)} (default: the method's)")
@@ -340,7 +342,7 @@ def _add_sampler(command: argparse.ArgumentParser) -> None:
 
 
 def _parameters(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what the options say of the samplers' parameters; None where one isn't given."""
+    """Return the values of the samplers' parameters from the options; an option that isn't given is None."""
     from fastdistill.samplers import PARAMETERS
 
     return {name: getattr(args, name) for name in PARAMETERS}
@@ -348,7 +350,7 @@ def _parameters(args: argparse.Namespace) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _naming_options() -> Iterator[None]:
-    """Let errors about an argument of sampling name the option, with its two dashes: `--gamma: expected ...`."""
+    """Rename the argument to its option in errors about sampling, as in `--gamma: expected ...`."""
     from fastdistill.samplers import PARAMETERS
     from fastdistill.train import ConfigError
 
@@ -362,7 +364,7 @@ def _naming_options() -> Iterator[None]:
 
 
 def _status_of(error: Exception) -> int | None:
-    """Return the exit status of an error that a message explains fully; None for a bug."""
+    """Return the exit status of an error that its message explains fully, or None for a bug."""
     from fastdistill.train import CheckpointError, ConfigError, NonFiniteError
 
     if isinstance(error, ConfigError | CheckpointError):
@@ -371,12 +373,15 @@ def _status_of(error: Exception) -> int | None:
 
 
 def _is_want_of_memory(error: Exception) -> bool:
-    """Return whether torch, on a GPU or not, or Python itself found no room for something."""
+    """Return whether the error says that Python or torch, on any device, ran out of memory."""
     return isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:
-    """Make the type of an argument: a whole number from `minimum` up, of no more digits than torch can count to."""
+    """Make the type of an argument: a whole number from `minimum` up.
+
+    More than 15 digits are refused, because torch can't count that far.
+    """
 
     def parse(text: str) -> int:
         if not (text.lstrip("-").isdecimal() and len(text) < 16) or int(text) < minimum:

@@ -1,8 +1,8 @@
 """Compare methods under one budget, and report what each costs and gives: `fastdistill compare`.
 
-All have one network, one number of steps and one batch; each method has its own recipe (the section `methods` of the
-shipped configuration) and its own sampler. Teachers are trained once a seed and shared. Everything resumes: runs go on
-where they were, and finished ones are only measured.
+All methods have the same network, number of steps and batch. Each has its own recipe and its own sampler. One teacher
+is trained for each seed, and shared. Everything resumes: an interrupted run goes on where it was, and a finished one is
+only measured.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from fastdistill.train.run import refuse_foreign_folder
 from fastdistill.train.sampling import OWN
 from fastdistill.train.state import new_state, pick_device
 
-TEACHER = "flow_matching"  # a method of the comparison like any other, and whom the others follow
+TEACHER = "flow_matching"  # It is compared like any other method, and also teaches those that need a teacher.
 MOST_SEEDS = 1000
 WRITTEN = ("report.html", "summary.json", "quality.png", "cost.png", "samples.png", "curves.png")
 COST_POINTS, COST_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0), 5  # shares of a run, and how many steps are timed at each
@@ -101,7 +101,7 @@ def compare(
         raise ConfigError("seeds, methods: expected at least one of each")
     refuse_foreign_folder(out, "seed*/*", WRITTEN)
     budget = [*budget_of(data, steps), *overrides]
-    for name in chosen:  # all of them before any trains
+    for name in chosen:  # A fault in any configuration must show before the first training.
         configure(name, data, out / f"seed{numbers[0]}", budget)
     runs: dict[str, list[TrainConfig]] = {name: [] for name in chosen}
     failed: dict[str, str] = {}
@@ -125,20 +125,20 @@ def compare(
 
 
 def comparable() -> list[str]:
-    """Return the data sets that have a judge, and a configuration with recipes for every method; small rows first."""
+    """Return the data sets that have a judge and a shipped configuration, those with small rows first."""
     shipped = [name for name in judged() if name in shipped_configs()]
     return sorted(shipped, key=lambda name: math.prod(load_config(name).data.build().shape))
 
 
 def budget_of(data: str, steps: int | None = None) -> list[str]:
-    """Return the option that sets the steps of training: so many, or as many as the set's judge asks for, if any."""
+    """Return the option for the number of training steps: `steps`, or else the judge's number, or else no option."""
     judge = judge_maker_of(load_config(data))
     steps = steps or getattr(judge, "training_steps", None)
     return [] if steps is None else ["--steps", str(steps)]
 
 
 def configure(name: str, data: str, folder: Path, overrides: Sequence[str]) -> TrainConfig:
-    """Return the run of a method, in a folder that its siblings share; where its recipe has a teacher, theirs."""
+    """Return the configuration of a method whose run is in `folder`; methods there that need a teacher share it."""
     arguments = ["--method.name", name, *overrides]
     config = load_config(data, arguments, out=folder / name)
     if config.teacher is None:
@@ -232,7 +232,7 @@ def measure_cost(config: TrainConfig) -> dict[str, float]:
         if config.method.makes_pairs:
             batch = make_batch(dataset, config, 0, state["device"])
             dataset = ReflowPairs(dataset.num_classes, batch.x0, batch.x1, batch.y)
-        train_step(state, config, dataset, config.out)  # the optimiser's own state appears
+        train_step(state, config, dataset, config.out)  # The optimiser makes its state now, which must not count.
         peak = 0
         for step in (1, _last_step(config)):
             state["step"] = step
@@ -276,12 +276,12 @@ def draw_grids(run: Path) -> dict[str, torch.Tensor]:
 
 
 def numbers_of(config: TrainConfig) -> list[int]:
-    """Return the numbers of steps in which a run is measured: those that it learnt."""
+    """Return the numbers of sampling steps at which a run is measured, as far as it learnt them."""
     return OWN.resolve(config).measured_steps(config)
 
 
 def describe_method(config: TrainConfig) -> dict[str, Any]:
-    """Return what the table says of a method besides numbers."""
+    """Return the entries of the summary that describe a method without measurements."""
     objective = config.method.objective()
     return {
         "identity": objective.identity,

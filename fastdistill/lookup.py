@@ -1,4 +1,4 @@
-"""Find things by where they lie: the modules of a package that hold one, and `package.module:attribute`."""
+"""Find objects by their place: one in each module of a package, or one at `package.module:attribute`."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 
 
 class UnresolvedError(ValueError):
-    """Error of a reference that points to nothing; the message says why."""
+    """Report a reference that leads nowhere; the message says why."""
 
 
 def discover(package: str, attribute: str, helpers: Collection[str]) -> dict[str, Any]:
-    """Return an attribute of every module of a package but its helpers, by the module's name.
+    """Return the attribute of every module of a package except its helpers, by the module's name.
 
     Args:
-        package: whose modules are looked at; those of its subpackages are not.
-        attribute: what each module must hold.
-        helpers: the names of the modules that hold none.
+        package: the package whose modules are imported; modules of its subpackages are not.
+        attribute: the attribute that each module must have.
+        helpers: the names of the modules that don't have it.
 
     Raises:
-        ImportError: a module holds no such attribute, so that what it defines would go unseen.
+        ImportError: A module lacks the attribute; its definitions would otherwise go unnoticed.
     """
     found = {}
     for name in sorted(module.name for module in pkgutil.iter_modules(importlib.import_module(package).__path__)):
@@ -36,14 +36,14 @@ def discover(package: str, attribute: str, helpers: Collection[str]) -> dict[str
 
 
 def find(reference: str, what: str) -> Any:
-    """Import what a reference names, without calling it.
+    """Import the object that a reference names, without calling it.
 
     Args:
-        reference: "package.module:attribute", which `()` may follow. The module's code runs when it is imported.
-        what: what the call would make, for messages.
+        reference: "package.module:attribute", which `()` may follow. The module is imported, so its code runs.
+        what: a name for messages of what the call would make, such as "the data set".
 
     Raises:
-        UnresolvedError: it isn't written so, or can't be imported.
+        UnresolvedError: The reference isn't written like this, or can't be imported.
     """
     module, _, attribute = reference.partition(":")
     path = attribute.removesuffix("()")
@@ -54,29 +54,29 @@ def find(reference: str, what: str) -> Any:
         )
     try:
         found = importlib.import_module(module)
-    except Exception as error:  # whatever the user's code raises
+    except Exception as error:  # The user's code may raise anything.
         missing = isinstance(error, ModuleNotFoundError)
         advice = "; install it, or name the folder of a module of your own in PYTHONPATH" if missing else ""
         raise _unimportable(reference, error, advice) from error
     try:
         return operator.attrgetter(path)(found)
-    except Exception as error:  # an attribute may be computed by the user's code
+    except Exception as error:  # The user's code may compute the attribute, and raise anything.
         close = difflib.get_close_matches(path, [name for name in vars(found) if not name.startswith("_")], n=1)
         raise _unimportable(reference, error, f"; did you mean {close[0]!r}?" if close else "") from error
 
 
 def make(reference: str, what: str, *arguments: Any) -> Any:
-    """Import what a reference names, and call it with the arguments where it ends with `()`.
+    """Import the object that a reference names, and call it with the arguments if the reference ends with `()`.
 
     Raises:
-        UnresolvedError: as `find`, or the call raises.
+        UnresolvedError: The reference leads nowhere, as in `find`, or the call raises.
     """
     found = find(reference, what)
     if not reference.endswith("()"):
         return found
     try:
         return found(*arguments)
-    except Exception as error:  # whatever the user's code raises
+    except Exception as error:  # The user's code may raise anything.
         raise _unimportable(reference, error) from error
 
 

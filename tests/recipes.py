@@ -1,4 +1,4 @@
-"""Share between the tests of recipes the code that CONTRIBUTING.md shows, and a copy of the package for it."""
+"""Provide the tests of recipes with the code that CONTRIBUTING.md shows, and with a copy of the package."""
 
 from __future__ import annotations
 

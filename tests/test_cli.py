@@ -36,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
-    """Check commands and examples, also by `python -m`."""
+    """Check that the help names every command, and that each command's help has examples."""
     text = told(["--help"], 0, capsys)
     for command in ("train", "sample", "eval", "explain", "compare", "demo", "bench", "report", "doctor"):
         assert f"\n    {command} " in text
@@ -45,7 +45,7 @@ def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_for_a_configuration_lists_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
-    """Check that fields have their defaults from the file."""
+    """Check some fields with their types."""
     text = told(["train", "ring", "--help"], 0, capsys)
     for field in ("--optim.lr FLOAT", "--method.distinct FLOAT", "--log.checkpoint-every INT", "--resume-from"):
         assert field in text
@@ -126,7 +126,7 @@ def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_package_is_named_with_its_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Check the message of a plain install without the extra."""
+    """Check the message if an optional dependency isn't installed."""
 
     def missing(*_: object) -> None:
         raise ModuleNotFoundError("No module named 'tyro'", name="tyro")
@@ -138,7 +138,7 @@ def test_a_missing_package_is_named_with_its_remedy(
 def test_a_run_that_diverges_ends_in_one_message_and_status_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Check that it isn't status 2, because the input is no mistake."""
+    """Check that the status isn't 2, because the user made no mistake."""
     batch = Ring.batch
     monkeypatch.setattr(Ring, "batch", lambda *args: (batch(*args)[0] / 0, None))
     text = told(["train", "ring", "--out", str(tmp_path / "run"), *TINY], 1, capsys)
@@ -149,7 +149,7 @@ def test_a_run_that_diverges_ends_in_one_message_and_status_1(
 def test_training_on_the_ring_ends_with_the_distance_to_the_exact_map(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Check the distances at 1, 2, 4 and 8 steps, and by `eval` at the requested steps."""
+    """Check the table after training at 1, 2, 4 and 8 steps, and that of `eval` at the requested steps."""
     assert main(["train", "ring", "--out", str(run), *TINY]) == 0
     text = capsys.readouterr().out
     assert "map error" in text
@@ -164,7 +164,7 @@ def test_training_on_the_ring_ends_with_the_distance_to_the_exact_map(
 def test_samples_are_written_as_a_picture_or_an_array(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Check that they are written to the given path, or to the run folder, and that the path is printed."""
+    """Check that samples go to the given path, or into the run folder, and that the path is printed."""
     array, picture = tmp_path / "points.npy", run / "samples" / "sample.png"
     assert told(["sample", str(run), "--n", "7", "--steps", "2", "--out", str(array)], 0, capsys) == f"{array}\n"
     assert np.load(array).shape == (7, 2)
@@ -174,7 +174,7 @@ def test_samples_are_written_as_a_picture_or_an_array(
 
 
 def test_samples_and_measures_by_another_sampler(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Check samplers by name, or by gamma; a sampler for which the network wasn't trained is refused."""
+    """Check that a name or gamma chooses the sampler, and that options that don't fit are refused by name."""
     arrays = []
     for name, how in (("a", []), ("b", ["--sampler", "consistency"]), ("c", ["--gamma", "0.5"])):
         out = tmp_path / f"{name}.npy"
@@ -190,7 +190,7 @@ def test_samples_and_measures_by_another_sampler(run: Path, tmp_path: Path, caps
 
 
 def test_methods_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    """Check one in full, and all in a table."""
+    """Check the description of one method, and the table of all."""
     assert "arXiv:2505.13447" in told(["explain", "meanflow"], 0, capsys)
     table = told(["explain"], 0, capsys)
     assert all(f"\n{name} " in table for name in ("meanflow", "facm", "dmd", "reflow"))
@@ -221,7 +221,7 @@ def test_samples_that_a_run_cannot_give_are_refused(
 
 
 def test_the_doctor_tries_each_implementation(capsys: pytest.CaptureFixture[str]) -> None:
-    """Check that it reports what runs, and why something doesn't."""
+    """Check that the report says which implementations run, and why others don't."""
     text = told(["doctor"], 0, capsys)
     lines = dict(line.split(maxsplit=1) for line in text.splitlines())
     assert lines["fastdistill"].startswith(fastdistill.__version__)

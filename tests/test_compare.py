@@ -1,4 +1,4 @@
-"""Test `compare` on two methods and a shared teacher, a few steps each."""
+"""Test `compare` on two methods and a shared teacher, trained for a few steps each."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_summary_has_quality_and_cost_over_the_seeds(folder: Path) -> None:
 
 
 def test_a_method_is_measured_in_the_steps_that_it_learnt(tmp_path: Path) -> None:
-    """Check DMD with one time, in one step alone: dashes in the tables, no verdict on other steps, and figures."""
+    """Check DMD, which learns one time: other steps are dashes in the table and have no verdict; figures are drawn."""
     folder = tmp_path / "dmd"
     summary = compare(["dmd", "imm"], "ring", folder, steps=2, samples=64, overrides=TINY)
     assert list(summary["methods"]["dmd"]["quality"]) == ["1"]
@@ -66,7 +66,7 @@ def test_a_method_is_measured_in_the_steps_that_it_learnt(tmp_path: Path) -> Non
 
 
 def test_a_method_that_the_overrides_do_not_suit_is_refused_before_any_trains(tmp_path: Path) -> None:
-    """Check that it is refused although it comes last."""
+    """Check a method that comes last: no run may exist when it is refused."""
     with pytest.raises(ConfigError, match=r"path\.name: scm fits the paths"):
         compare(["meanflow", "scm"], "ring", tmp_path / "none", steps=2, overrides=[*TINY, "--path.name", "ve"])
     assert not (tmp_path / "none").exists()
@@ -87,7 +87,7 @@ def test_a_finished_comparison_trains_nothing_again(folder: Path, monkeypatch: p
 
 
 def test_a_step_costs_the_mean_of_the_medians_over_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check by a clock of our own that costly first steps and one interruption don't count, and a costly end does."""
+    """Check by a planted clock that costly first steps and interruptions don't count, and that a costly end does."""
     import fastdistill.compare as module
 
     now, steps = [0.0], []
@@ -118,7 +118,7 @@ def test_memory_is_that_of_the_dearest_part_of_a_curriculum(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["alpha_flow", "consistency", "ect"])
 def test_the_shortest_run_has_a_cost(name: str, tmp_path: Path) -> None:
-    """Check a run whose points fall together; a curriculum still finds its place."""
+    """Check a run of one step, in which all points of measurement coincide, also for methods with a curriculum."""
     cost = measure_cost(configure(name, "ring", tmp_path, ["--steps", "1", *TINY, "--teacher", "None"]))
     assert cost["seconds_per_step"] > 0 and cost["peak_bytes"] > 0
 
@@ -136,7 +136,7 @@ def test_verdicts_follow_from_the_numbers(folder: Path) -> None:
 
 
 def test_a_recipe_is_what_differs_from_the_defaults(folder: Path, tmp_path: Path) -> None:
-    """Check that the report has short pairs of name and value, always with the learning rate and the path."""
+    """Check that a recipe is short pairs of name and value, always with the learning rate and the path."""
     options = ["--method.guidance.interval", "0", "0.5", "--method.sample-steps", "2", "--method.target-ema", "0.9"]
     config = configure("psd", "ring", tmp_path, [*TINY, "--optim.lr", "3e-4", *options])
     settings = describe_method(config)
@@ -152,7 +152,7 @@ def test_a_recipe_is_what_differs_from_the_defaults(folder: Path, tmp_path: Path
 def test_a_method_that_diverges_is_reported_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Check that its reason stands in the summary, the table and the report."""
+    """Check that the reason of the failure is in the summary, the table and the report."""
     import fastdistill.compare as module
 
     original = module.train

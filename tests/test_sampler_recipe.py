@@ -1,4 +1,4 @@
-"""Follow the recipe of a sampler in CONTRIBUTING.md in a copy of the package: its one file is enough."""
+"""Follow the recipe for a sampler in CONTRIBUTING.md in a copy of the package, where its one file is enough."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_file_is_a_sampler_of_the_command_line(folder: Path) -> None:
-    """Check its setting, its option and its place in every list; numbers out of its range are refused by name."""
+    """Check the sampler's setting, option and place in lists; numbers out of range are refused by name."""
     told = " ".join(run_python(folder, "-c", USED, str(folder)).split())
     for words in (
         "--stage: expected in [0.1, 1], got 2.0",
@@ -73,7 +73,7 @@ def test_a_file_is_a_sampler_of_the_command_line(folder: Path) -> None:
 
 
 def test_its_specification_is_tested_by_itself(folder: Path) -> None:
-    """Check that the tests of all samplers try it, beside its own."""
+    """Check that the tests of all samplers try the new sampler, and that its own test passes."""
     shutil.copytree(ROOT / "tests" / "samplers", folder / "tests" / "samplers")
     shutil.copy(ROOT / "pyproject.toml", folder)
     (folder / "tests" / "samplers" / "test_runge_kutta.py").write_text(TEST, encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Data sets, one a file, behind one small protocol; and the randomness of a run.
+"""Collect the data sets, each a file that keeps one small protocol, and the randomness of a run.
 
-A file here is a data set by being here: it holds `DATA_SET`, which makes one and whose name in a configuration is the
-file's. A set of your own is named by `package.module:attribute` instead. See `fastdistill.data.protocol` for what a set
-must have.
+Every file here that isn't a helper is a data set. It holds `DATA_SET`, which makes the set, and a configuration names
+the set by the file's name. A set of your own is named by `package.module:attribute` instead.
+`fastdistill.data.protocol` says what a set must have.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Samples as pictures, in the bytes of a PNG file: images as a grid, points in the plane as a scatter plot."""
+"""Draw samples as the bytes of a PNG file: images as a grid, and points in the plane as a scatter plot."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ GRID_ROWS, GRID_COLUMNS, GRID_POINTS = 8, 16, 2000
 
 
 class NoPictureError(ValueError):
-    """Rows of a shape that nothing here can draw, of a set that doesn't draw them itself."""
+    """Report rows that can't be drawn: this module can't draw their shape, and the data set draws no pictures."""
 
 
 def grid_of(data: DataSet) -> tuple[int, int]:
-    """Return how many samples a picture shows, and in how many columns: a class each, or 8, or a cloud of points."""
+    """Return how many samples a picture shows, and in how many columns.
+
+    Each class has a column, but at most 16 have one. Images without classes stand in 8 columns. Rows that are neither
+    labelled nor images are drawn as one cloud of points.
+    """
     columns = min(data.num_classes, GRID_COLUMNS)
     if not columns and len(data.shape) != 3:
         return GRID_POINTS, 1
@@ -28,10 +32,10 @@ def grid_of(data: DataSet) -> tuple[int, int]:
 
 
 def draw(data: DataSet, samples: Tensor, columns: int) -> bytes:
-    """Draw samples (B, *shape) as the set does, else as their shape asks for: images in [-1, 1] or points.
+    """Draw samples (B, *shape) by the set's own `picture`, or else as images in [-1, 1] or points by their shape.
 
     Raises:
-        NoPictureError: the set has no `picture`, and its rows are neither images nor points in the plane.
+        NoPictureError: The set has no `picture`, and its rows are neither images nor points in the plane.
     """
     samples, own = samples.float().cpu(), getattr(data, "picture", None)
     if own is not None:
@@ -47,7 +51,7 @@ def draw(data: DataSet, samples: Tensor, columns: int) -> bytes:
 
 
 def draw_images(images: Tensor, columns: int, height: int = 48) -> bytes:
-    """Draw images (B, 1 or 3, H, W) in [-1, 1] row by row, small ones enlarged pixel by pixel to about `height`."""
+    """Draw images (B, 1 or 3, H, W) in [-1, 1] as a grid; small images are enlarged to about `height` pixels."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -56,7 +60,7 @@ def draw_images(images: Tensor, columns: int, height: int = 48) -> bytes:
 
 
 def tile_images(images: Tensor, columns: int, scale: int) -> Any:
-    """Return images side by side as a numpy array, (H, W) or (H, W, 3) uint8, with a white line after each."""
+    """Return a grid of images as a numpy array, (H, W) or (H, W, 3) uint8, with white lines between the images."""
     pixels = ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
     pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     pixels = torch.nn.functional.pad(pixels, (0, 2, 0, 2), value=255)
@@ -67,10 +71,10 @@ def tile_images(images: Tensor, columns: int, scale: int) -> Any:
 
 
 def draw_points(panels: Mapping[str, Tensor], limit: float | None = None) -> bytes:
-    """Draw scatter plots of points (B, 2), each under its title, side by side.
+    """Draw scatter plots of points (B, 2) side by side, each under its title.
 
     Args:
-        limit: half the side of each; None: what the points ask for.
+        limit: half the side of each plot, in the units of the points; None fits the plot to its points.
     """
     from matplotlib.figure import Figure
 

@@ -1,15 +1,17 @@
-"""Protocol of a data set: what the trainer, the samplers and the judges ask of one, and the check that it keeps it.
+"""Define the protocol of a data set, which the trainer, the samplers and the judges rely on, and check that it is kept.
 
-A set has a shape, classes and batches. Two more attributes may be left out:
+A set has a shape, classes and batches. Two more attributes are optional:
 
-    judge     how it is judged, "package.module:attribute" of what `fastdistill.eval` calls with a folder and the set to
-              make a judge (see `fastdistill.eval.judges.Judge`); None, or no such attribute: it can't be judged.
-    picture   picture(samples, columns) -> the bytes of a PNG file; without it images become a grid and points a scatter
-              plot, see `fastdistill.data.pictures`.
+    judge     "package.module:attribute" of the set's judge. `fastdistill.eval` calls that attribute with a folder and
+              the set, and gets a judge (see `fastdistill.eval.judges.Judge`). Without a judge, or with None, the set
+              can be trained on, but not measured.
+    picture   picture(samples, columns) -> the bytes of a PNG file. Without it `fastdistill.data.pictures` draws images
+              as a grid and points as a scatter plot.
 
-What makes a set, e.g. its class, may have an attribute `Settings`, a dataclass: then it is called with an instance of
-it, whose fields stand under `data:` in a configuration, beside the name; else without arguments. Making a set must be
-cheap, for every check of a configuration does it: what takes time belongs into `batch`, or into what that calls first.
+The maker of a set is usually its class. If the maker has an attribute `Settings`, a dataclass, it is called with an
+instance of that; the fields stand under `data:` in a configuration, beside the name. Otherwise it is called without
+arguments. Making a set must be cheap, because every check of a configuration makes one: slow work belongs into
+`batch`, or into a function that `batch` calls first.
 """
 
 from __future__ import annotations
@@ -23,44 +25,44 @@ from torch import Tensor
 
 
 class DataSet(Protocol):
-    """Protocol of a data set. An instance belongs to one process, and all who look at one set there may share it."""
+    """Declare what every data set has; an instance belongs to one process, where several users may share it."""
 
     shape: tuple[int, ...]
-    """Of a row: (channels, height, width) for images, (n,) for points."""
+    """The shape of a row: (channels, height, width) for images, (n,) for points."""
     num_classes: int
     """The number of classes; 0 where there are no labels."""
 
     def batch(self, seed: int, step: int, size: int) -> tuple[Tensor, Tensor | None]:
-        """Return the batch of a step, which depends on the arguments alone.
+        """Return the batch of a step, which must depend on nothing but the arguments.
 
         Args:
             seed: the run's seed.
-            step: counts from 0.
-            size: rows in a batch.
+            step: the number of the step, from 0.
+            size: the number of rows in the batch.
 
         Returns:
-            x0 (size, *shape) float32, of about unit scale (images in [-1, 1]), and y (size,) int64 in 0 to
-            num_classes - 1, or None where there are no classes. Both on the CPU.
+            The data x0 (size, *shape) float32, of about unit scale (images in [-1, 1]), and the labels y (size,) int64
+            in 0 to num_classes - 1, or None if there are no classes. Both are on the CPU.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Batch of one training step, on the device of the network."""
+    """Hold one training batch, on the device of the network."""
 
     x0: Tensor  # (B, ...) data
     x1: Tensor  # (B, ...) noise
-    y: Tensor | None  # (B,) int64 labels; None where the data has no classes
+    y: Tensor | None  # (B,) int64 labels; None if the data has no classes
     null: int  # the label that stands for "no label": the number of classes
-    undropped: Tensor | None = None  # (B,) int64: the labels as they were before some of y became null
+    undropped: Tensor | None = None  # (B,) int64 labels before some of those in y became null
 
 
 def _is_size(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-# Attribute -> what it must be, whether a value is that, and whether a set can do without.
+# Each attribute has a description for messages, a test of its value, and whether it is optional.
 ATTRIBUTES: Mapping[str, tuple[str, Callable[[Any], bool], bool]] = {
     "shape": (
         "a tuple of positive whole numbers",
@@ -75,11 +77,11 @@ ATTRIBUTES: Mapping[str, tuple[str, Callable[[Any], bool], bool]] = {
 
 
 def check_protocol(name: str, found: Any) -> DataSet:
-    """Return what was found under a name; raise a ValueError that names every attribute that a data set needs.
+    """Return the data set that was found under a name, or raise a ValueError that names every fault.
 
     Args:
-        name: for the message.
-        found: the set, supposedly.
+        name: the name of the set, for the message.
+        found: the object that should be a data set.
     """
     if isinstance(found, type):
         raise ValueError(f"expected a data set, got the class {name}; its instances are named {name}()")
@@ -95,12 +97,12 @@ def check_protocol(name: str, found: Any) -> DataSet:
 
 
 def try_data_set(name: str, data: DataSet) -> None:
-    """Draw two rows twice, and a picture of them; raise a ValueError that says what isn't as the protocol has it."""
+    """Draw two rows twice and a picture of them; raise a ValueError that says where this breaks the protocol."""
     x0 = _try_batch(name, data, seed=0)
     if hasattr(data, "picture"):
         try:
             png = data.picture(x0, 2)
-        except Exception as error:  # whatever the user's code raises
+        except Exception as error:  # The user's code may raise anything.
             raise ValueError(
                 f"expected {name}.picture to draw two rows in two columns, got {type(error).__name__}: {error}"
             ) from error
@@ -111,7 +113,7 @@ def try_data_set(name: str, data: DataSet) -> None:
 def _try_batch(name: str, data: DataSet, seed: int) -> Tensor:
     try:
         (x0, y), again = data.batch(seed, 0, 2), data.batch(seed, 0, 2)
-    except Exception as error:  # whatever the user's code raises
+    except Exception as error:  # The user's code may raise anything.
         raise ValueError(
             f"expected {name} to give a pair (x0, y) as batch(seed, step, size), got {type(error).__name__}: {error}"
         ) from error

@@ -1,4 +1,4 @@
-"""Data sets by name: those that come with fastdistill, found by being there, and the user's own, by reference."""
+"""Find data sets by name: fastdistill's own by the file in this folder, and the user's own by a reference."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 from fastdistill.data.protocol import DataSet, check_protocol
 from fastdistill.lookup import discover, find, make
 
-HELPERS = frozenset({"pictures", "protocol", "randomness", "registry"})  # every other module here is a data set
+HELPERS = frozenset({"pictures", "protocol", "randomness", "registry"})  # Every other module here is a data set.
 
 DATASETS: dict[str, Callable[..., DataSet]] = discover(__package__ or "", "DATA_SET", HELPERS)
 
 
 def settings_of(name: str) -> type | None:
-    """Return the dataclass of a set's own settings; None where it has none.
+    """Return the dataclass of a set's own settings, or None if it has none.
 
     Args:
         name: a key of `DATASETS`, or "package.module:attribute", which `()` may follow.
 
     Raises:
-        ValueError: the name leads nowhere, or its `Settings` is no dataclass.
+        ValueError: The name leads nowhere, or its `Settings` is no dataclass.
     """
     maker = DATASETS[name] if name in DATASETS else find(name, "the data set")
     called = name in DATASETS or name.endswith("()")
@@ -32,15 +32,16 @@ def settings_of(name: str) -> type | None:
 
 
 def make_data_set(name: str, settings: Any = None) -> DataSet:
-    """Return the set of a name.
+    """Return the data set with this name.
 
     Args:
-        name: a key of `DATASETS`, or "package.module:attribute" of a set, or, with `()` behind it, of what is called to
-            make one. The module's code runs when it is imported.
-        settings: an instance of `settings_of(name)`, where that isn't None; None: its defaults.
+        name: a key of `DATASETS`, or "package.module:attribute" of a set. With `()` behind it, the attribute is called
+            to make the set. The module is imported, so its code runs.
+        settings: an instance of `settings_of(name)`; None takes the defaults, and fits a set without settings.
 
     Raises:
-        ValueError: the name leads nowhere, or to something that doesn't keep the protocol; it says what is missing.
+        ValueError: The name leads nowhere, or to something that doesn't keep the protocol; the message says what is
+            missing.
     """
     kind = settings_of(name)
     if kind is not None and settings is None:

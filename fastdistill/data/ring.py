@@ -1,4 +1,4 @@
-"""Eight Gaussians on a circle: points whose law, and whose flow, is known in closed form."""
+"""Draw points from eight Gaussians on a circle, whose law and velocity are known in closed form."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fastdistill.data.randomness import generator_at
 
 
 class Ring:
-    """Eight Gaussians on a circle in the plane, without labels: endless samples of a law known in closed form."""
+    """Draw endless samples from eight Gaussians on a circle in the plane; there are no labels."""
 
     shape = (2,)
     num_classes = 0
     judge = "fastdistill.eval.ring:RingJudge"
     modes, radius, std = 8, 2.0, 0.2
     limit = 3.2
-    """Half the side of the pictures."""
+    """Half the side of each picture, in the units of the points."""
 
     def batch(self, seed: int, step: int, size: int) -> tuple[Tensor, None]:
         """Return fresh points, x0 (size, 2) float32."""
@@ -29,7 +29,7 @@ class Ring:
         return centre + self.std * torch.randn(size, 2, generator=generator), None
 
     def picture(self, samples: Tensor, columns: int) -> bytes:
-        """Draw points as a scatter plot, always at the same scale; there are no columns."""
+        """Draw points as a scatter plot, always at the same scale; `columns` has no meaning here."""
         return draw_points({"": samples}, self.limit)
 
 

@@ -1,8 +1,9 @@
 """Measure a result's whole cost: the method's own training, its teacher's, and ReFlow's pairs, all counted alike.
 
-Equal numbers of steps are no equal budgets. A network evaluation here is one row through one network, forward, with or
-without a gradient or a tangent; the network may be the student, a teacher, a critic or an average. Seconds are those of
-a step as `fastdistill.compare` times it, times the number of steps. Pairs are timed on a part of them.
+Equal numbers of steps aren't equal budgets. A network evaluation takes one row forward through one network, with or
+without a gradient or a tangent; the network may be the student, a teacher, a critic or an average. The seconds of a run
+are the seconds of a step, as `fastdistill.compare` times them, times the number of steps. The seconds of all pairs
+follow from those of a few.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def whole_budget(config: TrainConfig, cost: Costs, teacher: tuple[TrainConfig, C
 
 
 def _price_of_pairs(config: TrainConfig, method: ReFlow, net: nn.Module) -> tuple[float, float]:
-    """Return the evaluations and seconds that all pairs take, from those of `TIMED_PAIRS`."""
+    """Return the evaluations and seconds that all pairs take, by timing at most `TIMED_PAIRS` of them."""
     dataset, count = config.data.build(), min(TIMED_PAIRS, method.pairs)
     x1 = torch.randn(count, *dataset.shape, generator=generator_at(0, "timed pairs"))
     y = torch.arange(count) % dataset.num_classes if dataset.num_classes else None
@@ -92,7 +93,8 @@ def _price_of_pairs(config: TrainConfig, method: ReFlow, net: nn.Module) -> tupl
 def exponent(settings: Mapping[str, Any]) -> str:
     """Return the exponent p by which a method divides a row by its own error, as [e + c]^p; "0" is a plain square.
 
-    With a teacher any p has the same optimum; with data p > 0 has another one (docs/methods.md).
+    Every p has the same optimum if a teacher gives the target. If data gives it, p > 0 moves the optimum
+    (docs/methods.md).
     """
     method = settings["method"]
     p = METHODS[method["name"]].row.exponent

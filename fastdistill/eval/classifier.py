@@ -1,7 +1,7 @@
-"""Classify the digits by a small network, the judge of generated samples, trained on the spot from real images.
+"""Classify digits by a small network, trained on the spot from real images, to judge generated samples.
 
-The Fréchet distance compares its 64 features, and its decisions give the accuracy of generated labels. It takes seconds
-to train. Its weights are a function of the images and the seed, so numbers from different runs compare.
+The Fréchet distance compares the classifier's 64 features, and its decisions give the accuracy of generated labels. It
+trains in seconds. Its weights follow from the images and the seed alone, so numbers from different runs are comparable.
 """
 
 from __future__ import annotations

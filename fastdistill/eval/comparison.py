@@ -70,7 +70,10 @@ def write_report(
 
 
 def headline(summary: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the two metrics that are shown; a summary from before they were written down says by its data's name."""
+    """Return the two metrics that the report shows.
+
+    An old summary doesn't name them; then they are those of the judge of its data set.
+    """
     first, second = summary.get("headline") or headline_of(summary["data"])
     return first, second
 
@@ -100,7 +103,7 @@ BUDGET = ("s != t", "p", "teacher's steps", "pairs", "critic updates", "evaluati
 
 
 def budget_cells(row: Mapping[str, Any]) -> list[str]:
-    """Return the cells of `BUDGET`, the whole cost of a method's result; brackets hold that before the first step."""
+    """Return the cells of `BUDGET`, a result's whole cost; brackets hold the part spent before the first step."""
     whole = {name: spread["mean"] for name, spread in row["whole"].items()}
     cells = [distinct_share(row["settings"]), exponent(row["settings"])]
     cells += [f"{whole[name]:,.0f}" if whole[name] else "" for name in ("teacher_steps", "pairs", "critic_updates")]
@@ -123,9 +126,9 @@ def describe(summary: Mapping[str, Any]) -> str:
 
 
 def verdicts(summary: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
-    """Return what the measurements say for and against each method, in words that follow from the numbers alone.
+    """Return the pros and cons of each method, in words that follow from the numbers alone.
 
-    Quality is compared with the best and the middle of the field, cost with flow matching if it took part.
+    Quality is ranked among all methods. Cost is compared with that of flow matching, if it took part.
     """
     first = headline(summary)[0]
     field = ranked(summary)
@@ -166,7 +169,7 @@ def verdicts(summary: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
 
 
 def recipe(settings: Mapping[str, Any]) -> str:
-    """Describe a method's settings in a line: what differs from its defaults, its learning rate and its path."""
+    """Describe a method's settings in a line: those that differ from its defaults, the learning rate and the path."""
     given = flat(settings["method"])
     name = given.pop("name")
     usual = flat(METHODS[name](name=name).model_dump(mode="json"))

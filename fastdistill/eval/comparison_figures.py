@@ -15,13 +15,13 @@ from fastdistill.data.pictures import tile_images
 from fastdistill.eval.figures import FAINT, INK, png_of_figure, tidy, tile
 
 COLORS = {"1": "#2c6e8f", "2": "#4f9d8f", "4": "#c59a3f", "8": "#b0603f"}
-SHOWN = 20  # images of a method and number of steps
+SHOWN = 20  # images in a panel, for one method and one number of steps
 
 
 def draw_quality(
     rows: Mapping[str, Any], metric: str, name: str, references: Mapping[str, Mapping[str, float]]
 ) -> bytes:
-    """Draw a line for each method, with a dot for each number of steps; bars are one standard deviation over seeds."""
+    """Draw a line for each method with a dot for each number of steps; bars are one standard deviation over seeds."""
     figure = Figure(figsize=(8, 0.34 * len(rows) + 1.3), dpi=160, layout="constrained", facecolor="white")
     axes = figure.add_subplot(xscale="log")
     tidy(axes, f"{name}, lower is better", "")
@@ -67,7 +67,7 @@ def draw_samples(grids: Mapping[str, Mapping[str, Tensor]]) -> bytes:
     A number of steps that a method doesn't have is left blank.
     """
     columns = sorted({steps for panels in grids.values() for steps in panels}, key=int)
-    is_points = next(iter(next(iter(grids.values())).values())).ndim == 2  # of images each row is a line of them
+    is_points = next(iter(next(iter(grids.values())).values())).ndim == 2  # Images fill a flat line, points a square.
     width, height = (1.35, 1.35) if is_points else (2.6, 0.34)
     size = (1.6 + width * len(columns), 0.4 + height * len(grids))
     figure = Figure(figsize=size, dpi=130, facecolor="white")
@@ -86,7 +86,7 @@ def draw_samples(grids: Mapping[str, Mapping[str, Tensor]]) -> bytes:
 
 
 def draw_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], columns: int = 5) -> bytes:
-    """Draw raw error and tangent norm of each method against its steps, a panel each; a loss often hides both."""
+    """Draw raw error and tangent norm of each method against the step, a panel each; a loss often hides both."""
     lines = -(-len(curves) // columns)
     figure = Figure(figsize=(2.3 * columns, 1.75 * lines), dpi=130, layout="constrained", facecolor="white")
     shown = {"raw_error": COLORS["1"], "tangent_norm": COLORS["8"]}

@@ -1,12 +1,15 @@
 """Measure how good generated digits are, against the real ones and beside references that give a number its meaning.
 
-A distance alone says little, so the same is measured of resampled training digits (`bootstrap`: what copying them would
-give), of unseen real digits (`held_out`), of one Gaussian a class (`class_gaussian`, which no network should lose to in
-the end) and of `noise`.
+A distance alone says little, so four references are measured in the same way:
 
-A Fréchet distance of few samples is larger than one of many, whoever made them. So every number, of networks and of
-references, is one of n images against the same 1,501 training digits, and n is at most the number of the unseen, 296.
-More images than that are measured in equal sets, whose numbers are averaged: by default six sets of 296.
+    bootstrap        training digits drawn again at random; copies of them would score the same.
+    held_out         real digits that no network was trained on.
+    class_gaussian   samples of one Gaussian for each class, which a finished network should beat.
+    noise            plain noise.
+
+The Fréchet distance of few samples is larger than that of many, even if both come from one law. So every number, of
+networks and of references, compares n images with the same 1,501 training digits, and n is at most 296, the number of
+held-out digits. More images are measured in equal sets, and their numbers are averaged; the default is six sets of 296.
 """
 
 from __future__ import annotations
@@ -33,15 +36,15 @@ from fastdistill.train import TrainConfig
 from fastdistill.train.sampling import OWN, Sampling, draw
 
 Row = dict[str, float]
-SETS = 6  # of as many images as there are unseen digits: about as many as all real ones
+SETS = 6  # Six sets of 296 images are about as many as all real digits.
 
 
 class DigitJudge:
-    """Measures sets of images (N, 1, 8, 8) in [-1, 1] against the training digits; deterministic, on the CPU.
+    """Judge sets of images (N, 1, 8, 8) in [-1, 1] against the training digits, deterministically and on the CPU.
 
     Args:
-        folder: where the classifier is kept, as `classifier.safetensors`.
-        digits: the data; None makes them.
+        folder: the folder that keeps the classifier, as `classifier.safetensors`.
+        digits: the data set; None makes one.
     """
 
     headline = ("frechet", "accuracy")
@@ -57,7 +60,7 @@ class DigitJudge:
     def evaluate(
         self, net: nn.Module, config: TrainConfig, steps: Sequence[int], *, count: int | None, how: Sampling, seed: int
     ) -> dict[str, Any]:
-        """Return rows and references by number of steps, see `fastdistill.eval.judges.Judge`; `checks` besides."""
+        """Return rows and references as every judge does (`fastdistill.eval.judges.Judge`), and also `checks`."""
         samples = len(self.labels(count))
         rows, checks = evaluate_network(net, config, self, steps, count=count, how=how, seed=seed)
         known = self.references(count, seed=seed)
@@ -66,20 +69,25 @@ class DigitJudge:
         }  # fmt: skip
 
     def labels(self, count: int | None = None) -> Tensor:
-        """Return labels (count,) int64 in the real frequencies, sorted; None: `SETS` times as many as are unseen."""
+        """Return sorted labels (count,) int64 in the frequencies of the training digits.
+
+        Args:
+            count: the number of labels; None takes `SETS` times the number of held-out digits.
+        """
         count = count or SETS * self.unseen
         return self.y.sort().values[torch.arange(count) * len(self.y) // count]
 
     def set_size(self, count: int) -> int:
-        """Return how many images a number is measured of, where there are `count`: a set's, at most the unseen's."""
+        """Return the size of a set if there are `count` images in all; it is at most the number of held-out digits."""
         return count // self._number_of_sets(count)
 
     def measure(self, x: Tensor, y: Tensor, seconds: float) -> Row:
         """Return the four numbers of a row of the table.
 
         Args:
-            x: the images; y: the labels that they are meant to show.
-            seconds: that it took to make all of them.
+            x: the images.
+            y: the labels that the images are meant to show.
+            seconds: the time that it took to make all images.
         """
         real = self.classifier.features(self.x)
         rows = [
@@ -95,9 +103,9 @@ class DigitJudge:
     def check(self, x: Tensor) -> Row:
         """Return what a Fréchet distance can't tell: precision, recall, and whether images are copies of real ones.
 
-        Precision, recall and the two-sample accuracy `c2st` (0.5: can't be told from the training digits) are those of
-        the classifier's features. The nearest-neighbour ratio, in pixels, is 1 for images as far from the training set
-        as unseen digits are, and 0 for copies.
+        Precision, recall and the two-sample accuracy `c2st` compare features of the classifier; a `c2st` of 0.5 means
+        that the images can't be told from the training digits. The nearest-neighbour ratio compares pixels. It is 1 for
+        images as far from the training digits as held-out digits are, and 0 for copies.
         """
         real, rows = self.classifier.features(self.x), []
         for part in self._sets(x):
@@ -109,7 +117,7 @@ class DigitJudge:
         return _mean(rows)
 
     def _sets(self, x: Tensor) -> list[Tensor]:
-        """Return images or labels, sorted by label, in equal sets of at most the unseen's number, alike in labels."""
+        """Divide images or labels, sorted by label, into equal sets with like labels; see `set_size`."""
         number = self._number_of_sets(len(x))
         return [x[first::number] for first in range(number)]
 
@@ -117,9 +125,12 @@ class DigitJudge:
         return -(-count // self.unseen)
 
     def references(self, count: int | None = None, *, seed: int = 0) -> dict[str, Row]:
-        """Return the same four numbers for what is no network's work, `count` images each; None: `SETS` times unseen.
+        """Return the same four numbers for each reference.
 
-        Of unseen digits there is one set alone, of the size that all other sets have.
+        Args:
+            count: the number of images of each reference; None takes `SETS` times the number of held-out digits. The
+                reference `held_out` has one set alone, of the size of all other sets.
+            seed: the seed of the references' randomness.
         """
         if (count, seed) not in self._references:
             self._references[count, seed] = self._measure_references(self.labels(count), seed)
@@ -138,13 +149,13 @@ class DigitJudge:
         }
 
     def training_digits(self) -> tuple[Tensor, Tensor]:
-        """Return as many training digits as there are unseen ones, evenly from all classes, with their labels."""
+        """Return as many training digits as there are held-out ones, evenly from all classes, with their labels."""
         kept = self._spread(self.unseen, self.y)
         return self.x[kept], self.y[kept]
 
     @staticmethod
     def _spread(count: int, y: Tensor) -> Tensor:
-        """Return the places of `count` of the labels y, at even distances once they are sorted."""
+        """Return the indices of `count` labels at even distances in the sorted labels y."""
         return y.argsort(stable=True)[torch.arange(count) * len(y) // count]
 
     def _resample(self, y: Tensor, generator: torch.Generator) -> Tensor:
@@ -156,7 +167,7 @@ class DigitJudge:
         return drawn
 
     def _draw_gaussians(self, y: Tensor, generator: torch.Generator) -> Tensor:
-        """Return draws from the Gaussian that fits the training images of each label."""
+        """Return images with these labels, each drawn from the Gaussian that fits the training images of its label."""
         drawn = self.x.new_empty(len(y), *self.x.shape[1:])
         for label in range(self.digits.num_classes):
             rows, pool = y == label, self.digits.x[self.digits.y == label].flatten(1).double()
@@ -178,19 +189,21 @@ def evaluate_network(
     how: Sampling = OWN,
     seed: int = 0,
 ) -> tuple[dict[str, Row], dict[str, Row]]:
-    """Generate with each number of steps, always from the same noise; the rows and the checks, by number of steps.
+    """Generate with each number of steps from the same noise, and return the rows and the checks by number of steps.
 
     Args:
-        net, config: as `load_run` returns them.
-        steps: of the sampler.
-        count: of images; None: `SETS` times as many as there are unseen digits.
-        how: which sampler, with which parameters and guidance.
+        net, config: network and configuration, as `load_run` returns them.
+        judge: the judge that measures.
+        steps: the numbers of sampling steps.
+        count: the number of images; None takes `SETS` times the number of held-out digits.
+        how: the sampler with its parameters and its guidance.
+        seed: the seed of all noise.
     """
     device = next(net.parameters()).device
     labels = judge.labels(count)
     y = labels.to(device)
     x1 = torch.randn(len(y), *judge.x.shape[1:], generator=generator_at(seed, "evaluate")).to(device)
-    draw(net, config, x1[:8], y[:8], 1, how)  # pays for what a first call sets up
+    draw(net, config, x1[:8], y[:8], 1, how)  # The first call sets things up, which must not be timed.
     rows, checks = {}, {}
     for number in steps:
         started = time.perf_counter()

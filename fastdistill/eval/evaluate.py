@@ -17,7 +17,7 @@ from fastdistill.train import TrainConfig, load_run
 from fastdistill.train.files import write_text
 from fastdistill.train.sampling import NUMBERS, Sampling
 
-MEASURING = 2  # the way of measuring; a change of it makes stored results stale: see `benchmarks.evidence.measure`
+MEASURING = 2  # Raise this when the way of measuring changes: stored results of another number are stale.
 HEADINGS = {
     "frechet": "Fréchet",
     "accuracy": "accuracy",
@@ -45,26 +45,27 @@ def evaluate(
 
     Args:
         run: a run folder.
-        steps: of the sampler; None: those of 1, 2, 4, 8, and 32 for samplers of velocities, for which the run learnt
-            where to start (DMD: those that start at its times), and 1 alone for a sampler that adds noise to what was
-            trained with noise matched to data.
-        n: how many samples; None: as many as the judge asks for. Of digits six sets of as many as there are unseen
-            ones, 296, with labels in the real frequencies; of the ring 4096.
-        sampler, guidance: see `fastdistill.train.sampling.Sampling`; None: the run's own.
-        judge: to share one; None: the one of the run's data set, which keeps its files, such as the classifier of
-            digits, in this run folder.
-        device: None: the GPU if there is one. Metrics are computed on the CPU.
-        parameters: of the sampler, such as gamma; see `fastdistill.samplers.PARAMETERS`.
+        steps: the numbers of sampling steps. None takes 1, 2, 4, 8, and for samplers of velocities 32, as far as the
+            run learnt the times at which these steps start (DMD learns only some). If noise was matched to data and the
+            sampler adds noise, None takes 1 alone.
+        n: the number of samples; None leaves it to the judge. The judge of digits takes six sets of 296, the number of
+            held-out digits, with labels in the real frequencies; that of the ring takes 4096 points.
+        sampler, guidance: see `fastdistill.train.sampling.Sampling`; None takes the run's own.
+        seed: the seed of all noise.
+        judge: a judge to share between calls. None makes the judge of the run's data set, which keeps its files in the
+            run folder, such as the classifier of digits.
+        device: the device of the network; None takes the GPU if there is one. Metrics are computed on the CPU.
+        parameters: parameters of the sampler, such as gamma; see `fastdistill.samplers.PARAMETERS`.
 
     Returns:
-        What was written: `data`, `method`, `sampler`, `measuring`, `straightness` where the network knows a velocity,
-        and what the judge found: `samples`, `set` (of how many samples a number is), `steps` and `references`, both
-        {name: {metric: value}}, for the ring `coupled` (whether noise was matched to data), for digits `checks`. See
-        `fastdistill.eval.digits` and `fastdistill.eval.ring` for the metrics.
+        The content of `summary.json`: `data`, `method`, `sampler`, `measuring`, and `straightness` if the network knows
+        a velocity. The judge adds `samples`, `set` (the number of samples behind each number), and `steps` and
+        `references`, both {name: {metric: value}}. The ring's judge adds `coupled` (whether noise was matched to data),
+        that of digits `checks`. `fastdistill.eval.digits` and `fastdistill.eval.ring` describe the metrics.
 
     Raises:
-        ValueError: an argument outside these rules, by name.
-        ConfigError, CheckpointError: no run, or one that can't be read, see `load_run`; or its data has no judge.
+        ValueError: An argument breaks these rules; the message names it.
+        ConfigError, CheckpointError: There is no run, it can't be read (see `load_run`), or its data set has no judge.
     """
     if n is not None and n < 64:
         raise ValueError(f"n: expected at least 64 samples, got {n}")
@@ -87,7 +88,7 @@ def evaluate(
 
 
 def after_training(run: Path, config: TrainConfig) -> list[str]:
-    """Measure a run that has just ended, where its judge does so at once; return what there is to say."""
+    """Measure a run that has just ended, if its judge does so at once, and return the lines to print."""
     if getattr(config.data.build(), "judge", None) is None or not getattr(judge_maker_of(config), "at_once", False):
         return []
     judge: Any = make_judge(config, run)
@@ -96,9 +97,9 @@ def after_training(run: Path, config: TrainConfig) -> list[str]:
 
 
 def measure_straightness(net: nn.Module, config: TrainConfig, seed: int = 0, count: int = 512) -> float:
-    """Return how far the flow of a network's velocity is from straight lines at constant speed, for which it is 0.
+    """Return how far a network's flow is from straight lines at constant speed; 0 means that it is straight.
 
-    The mean over an element of data: S of `fastdistill.objectives.reflow.straightness` over the elements of a row.
+    This is S of `fastdistill.objectives.reflow.straightness`, divided by the number of elements of a row.
     """
     dataset, device = config.data.build(), next(net.parameters()).device
     x1 = torch.randn(count, *dataset.shape, generator=generator_at(seed, "straightness")).to(device)
@@ -107,7 +108,7 @@ def measure_straightness(net: nn.Module, config: TrainConfig, seed: int = 0, cou
 
 
 def describe(result: Mapping[str, Any]) -> str:
-    """Return what `evaluate` found as a text table with its references."""
+    """Return the result of `evaluate` as a text table with its references."""
     text = format_table({result["method"]: result["steps"], "references": result["references"]})
     if result.get("coupled"):
         text += "\n\nThis run matched its noise to its data, and its flow is not the one that map error is measured by."
@@ -129,19 +130,19 @@ def format_table(groups: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str
 
 
 def heading(metric: str) -> str:
-    """Return the name of a metric as tables and figures have it."""
+    """Return the name of a metric for tables and figures."""
     return HEADINGS.get(metric, metric.replace("_", " "))
 
 
 def row_name(group: str, name: str) -> str:
-    """Return the name of a row: `meanflow, 1 step`, or a reference's name in words."""
+    """Return the name of a row, such as `meanflow, 1 step`, or the name of a reference in words."""
     if not name.isdigit():
         return name.replace("_", " ")
     return f"{group}, {name} step{'' if name == '1' else 's'}"
 
 
 def format_value(metric: str, value: float) -> str:
-    """Return a metric as the table shows it."""
+    """Return a metric's value as text for tables."""
     if metric == "seconds_per_sample":
         return f"{1000 * value:.3f}"
     return f"{value:.1f}" if metric == "frechet" else f"{value:.3f}"

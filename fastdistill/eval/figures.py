@@ -21,15 +21,15 @@ STYLE: dict[str, Any] = {"color": INK, "fontsize": 9}
 
 
 def draw_panel(images: Tensor, scale: int = 4) -> bytes:
-    """Draw images (rows * 10, 1, 8, 8) in [-1, 1] as one grid, ten a row, dark on light; each pixel a square."""
+    """Draw images (rows * 10, 1, 8, 8) in [-1, 1] as a grid with ten in each row, dark on light."""
     return _png_of(tile(images, CLASSES, scale))
 
 
 def draw_headline(groups: Mapping[str, Mapping[str, Tensor]], frechet: Mapping[str, Mapping[str, float]]) -> bytes:
-    """Draw one line of twenty digits for each sampler and number of steps, all from the same noise.
+    """Draw a line of twenty digits, with their distance, for each network and number of steps, from the same noise.
 
     Args:
-        groups: {"teacher": {"1": images, ...}, "meanflow": {...}, "real": {"": images}}; images as in `draw_panel`.
+        groups: {"teacher": {"1": images, ...}, "meanflow": {...}, "real": {"": images}}; images are as in `draw_panel`.
         frechet: {"teacher": {"1": value, ...}, "meanflow": {...}}.
     """
     lines = [(group, steps, images) for group, rows in groups.items() for steps, images in rows.items()]
@@ -56,7 +56,7 @@ def draw_headline(groups: Mapping[str, Mapping[str, Tensor]], frechet: Mapping[s
 
 
 def draw_distances(frechet: Mapping[str, Mapping[str, float]], references: Mapping[str, float]) -> bytes:
-    """Draw the Fréchet distance against the number of steps, both logarithmic, with the references as lines."""
+    """Draw the Fréchet distance against the number of steps on logarithmic axes, with the references as lines."""
     figure = Figure(figsize=(6.4, 3.3), dpi=160, layout="constrained", facecolor="white")
     axes = figure.add_subplot(xscale="log", yscale="log")
     tidy(axes, "steps", "Fréchet distance")
@@ -80,7 +80,7 @@ def draw_distances(frechet: Mapping[str, Mapping[str, float]], references: Mappi
 
 
 def draw_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
-    """Draw the metrics of each run against its steps: loss, raw error and tangent norm, one panel each."""
+    """Draw loss, raw error and tangent norm of each run against the step, in a panel each."""
     figure = Figure(figsize=(10, 2.7), dpi=160, layout="constrained", facecolor="white")
     panels = {"loss": "loss", "raw_error": "raw error, a pixel", "tangent_norm": "norm of du/dt, a pixel"}
     for place, (metric, title) in enumerate(panels.items(), start=1):
@@ -98,7 +98,7 @@ def draw_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
 
 
 def tidy(axes: Axes, x: str, y: str) -> None:
-    """Give axes names and little ink."""
+    """Name the axes, and remove lines that no reader needs."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#c9c9c3")
     axes.tick_params(colors=FAINT, labelsize=8, color="#c9c9c3")
@@ -107,7 +107,10 @@ def tidy(axes: Axes, x: str, y: str) -> None:
 
 
 def tile(images: Tensor, columns: int, scale: int) -> Any:
-    """Return gray levels (H, W) uint8 as a numpy array, ink dark on white, a pixel's width between images."""
+    """Return a grid of images as gray levels (H, W) uint8 in a numpy array, dark on white.
+
+    Each pixel becomes a square of `scale` pixels, and the gap between images is as wide.
+    """
     ink = ((1 - images.float().cpu().clamp(-1, 1)) * 127.5).round().byte()
     ink = ink.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     ink = torch.nn.functional.pad(ink, (0, scale, 0, scale), value=255)

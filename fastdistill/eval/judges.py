@@ -1,4 +1,4 @@
-"""Judges: what measures the samples of a network on one data set, found by the reference that the set gives."""
+"""Find the judge of a data set, which measures a network's samples, by the reference that the set gives."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from fastdistill.train.sampling import Sampling
 
 
 class Judge(Protocol):
-    """Protocol of a judge. A data set names what makes it, which is called with a folder and the data set.
+    """Declare what every judge has.
 
-    The folder is where it may keep what is slow to make, such as a classifier. What makes a judge, e.g. its class, has
-    the attribute `headline`. Four more may be left out:
+    A data set names the judge's maker, usually its class, which is called with a folder and the data set. In the folder
+    the judge may keep files that are slow to make, such as a classifier. The maker has the attribute `headline`. Four
+    more attributes are optional:
 
-        caption         sentences about the numbers, below the first figure of a comparison.
-        at_once         whether a run is measured as soon as it is trained.
+        caption         sentences about the numbers, for below the first figure of a comparison.
+        at_once         True if a run is measured as soon as it is trained.
         plot            plot(run) -> the path of a picture of the finished run, drawn when it is measured at once.
-        training_steps  how long `fastdistill compare` trains; without it as long as the configuration says.
+        training_steps  the number of steps for which `fastdistill compare` trains; the configuration's by default.
     """
 
     headline: tuple[str, str]
-    """The metrics that a comparison shows: the one that it ranks by, where less is better, and a second one."""
+    """The two metrics that a comparison shows. It ranks by the first, where less is better."""
 
     def evaluate(
         self, net: nn.Module, config: TrainConfig, steps: Sequence[int], *, count: int | None, how: Sampling, seed: int
@@ -35,28 +36,29 @@ class Judge(Protocol):
         """Draw samples in each number of steps, from the same noise, and measure them.
 
         Args:
-            net, config: as `fastdistill.train.load_run` returns them.
-            count: of samples; None: the judge's own choice.
-            how: as `fastdistill.train.sampling.draw` takes it.
-            seed: of all noise.
+            net, config: network and configuration, as `fastdistill.train.load_run` returns them.
+            steps: the numbers of sampling steps.
+            count: the number of samples; None leaves it to the judge.
+            how: the way of sampling, as `fastdistill.train.sampling.draw` takes it.
+            seed: the seed of all noise.
 
         Returns:
-            `samples` and `set` (how many in all, and of how many each number is); `steps`, {number: {metric: value}}
-            with the same metrics in each, among them `seconds_per_sample`; `references`, {name: {metric: value}}, of
-            what gives the numbers their meaning; and more if it likes.
+            `samples`, the number of samples in all; `set`, the number of samples behind each value; `steps`,
+            {number: {metric: value}} with the same metrics in each, including `seconds_per_sample`; `references`,
+            {name: {metric: value}}, which give the numbers their meaning. A judge may add more.
         """
         ...
 
 
 def judge_maker(name: str, reference: str | None) -> Any:
-    """Return what makes the judge of a data set.
+    """Return the maker of a data set's judge.
 
     Args:
-        name: of the set, for messages.
+        name: the name of the set, for messages.
         reference: the set's attribute `judge`.
 
     Raises:
-        ConfigError: there is none, or it leads nowhere, or what it makes isn't a judge.
+        ConfigError: The reference is None, leads nowhere, or leads to something that doesn't make a judge.
     """
     if reference is None:
         raise ConfigError(
@@ -79,26 +81,26 @@ def judge_maker(name: str, reference: str | None) -> Any:
 
 
 def judge_maker_of(config: TrainConfig) -> Any:
-    """Return what makes the judge of a run's data set; ConfigError as `judge_maker`."""
+    """Return the maker of the judge of a run's data set; the ConfigError of `judge_maker` is possible."""
     return judge_maker(config.data.name, getattr(config.data.build(), "judge", None))
 
 
 def make_judge_of(name: str, folder: Path) -> Judge:
-    """Return the judge of a data set that needs no settings; ConfigError as `judge_maker`."""
+    """Make the judge of a data set that needs no settings; the ConfigError of `judge_maker` is possible."""
     data = make_data_set(name)
     return judge_maker(name, getattr(data, "judge", None))(folder, data)
 
 
 def make_judge(config: TrainConfig, folder: Path) -> Judge:
-    """Return the judge of a run's data set, which may keep files in the folder; ConfigError as `judge_maker`."""
+    """Make the judge of a run's data set, which may keep files in the folder; see `judge_maker` for errors."""
     return judge_maker_of(config)(folder, config.data.build())
 
 
 def headline_of(name: str) -> tuple[str, str]:
-    """Return the headline of the judge of a set that comes with fastdistill; ConfigError as `judge_maker`."""
+    """Return the headline of the judge of one of fastdistill's data sets; see `judge_maker` for errors."""
     return judge_maker(name, getattr(DATASETS.get(name), "judge", None)).headline
 
 
 def judged() -> list[str]:
-    """Return the names of the data sets that come with fastdistill and have a judge."""
+    """Return the names of fastdistill's data sets that have a judge."""
     return [name for name, maker in DATASETS.items() if getattr(maker, "judge", None) is not None]

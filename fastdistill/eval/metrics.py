@@ -90,7 +90,7 @@ def precision_recall(generated: Tensor, real: Tensor, *, neighbours: int = 3) ->
 
 
 def _share_inside(points: Tensor, manifold: Tensor, neighbours: int) -> float:
-    # One more, because each sample is its own nearest.
+    # One neighbour more, because each sample is its own nearest.
     radii = torch.cdist(manifold, manifold).kthvalue(neighbours + 1, dim=1).values
     return float((torch.cdist(points, manifold) <= radii).any(dim=1).double().mean())
 
@@ -98,9 +98,10 @@ def _share_inside(points: Tensor, manifold: Tensor, neighbours: int) -> float:
 def two_sample_accuracy(a: Tensor, b: Tensor, *, neighbours: int = 1) -> float:
     """Return how often the nearest other points tell a point's set: a classifier two-sample test (C2ST).
 
-    a, b: (N, D) and (M, D). Each point of the two sets together is assigned by a majority of its nearest others; the
-    result is the mean of the two sets' accuracies, so that unequal sizes don't matter. 0.5: the sets can't be told
-    apart. 1: they always can. Clearly below 0.5: points of one set sit on those of the other, as copies do.
+    a, b: (N, D) and (M, D). Each point is assigned to a set by a majority of its nearest other points from both sets.
+    The result is the mean of the two sets' accuracies, so that unequal sizes don't matter. It is 0.5 if the sets can't
+    be told apart, and 1 if they always can. It is clearly below 0.5 if points of one set sit on those of the other, as
+    copies do.
     Source: Lopez-Paz and Oquab 2017, arXiv:1610.06545; the nearest neighbour as classifier: Xu et al. 2018,
     arXiv:1806.07755.
     Raises ValueError for other shapes, non-finite values or an even or non-positive number of neighbours.

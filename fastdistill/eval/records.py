@@ -12,10 +12,10 @@ from fastdistill.train.logging import read_points, tell
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """Return the points of a run's metrics.jsonl; damaged lines are left out, which is told on stderr.
+    """Return the points of a run's metrics.jsonl; damaged lines are left out, with a message on stderr.
 
     Raises:
-        CheckpointError: it can't be read, or holds no point.
+        CheckpointError: The file can't be read, or holds no point.
     """
     path = run / "metrics.jsonl"
     points, damaged = read_points(path)
@@ -27,7 +27,7 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
 
 
 def training_seconds(config: TrainConfig) -> float:
-    """Return how long a run's steps took, over all its sittings, from the pace that it logged."""
+    """Return how many seconds a run's steps took, with all interruptions left out, from the pace that it logged."""
     seconds, done = 0.0, 0
     for point in read_metrics(config.out):
         pace = point.get("samples_per_second", 0)
@@ -43,7 +43,7 @@ def describe_machine(run: Path | None = None) -> dict[str, str]:
     """Describe the machine of a run, in a few words for each thing; without a run, that of this process.
 
     Raises:
-        CheckpointError: the run's env.json can't be read.
+        CheckpointError: The run's env.json can't be read.
     """
     if run is None:
         return _describe(describe_environment())

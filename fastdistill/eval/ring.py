@@ -1,8 +1,8 @@
 """Measure how close a network comes to the flow map of the eight-Gaussian ring, which is known exactly.
 
-Each number is held against what is exact for its own sampler: the exact map, through the same sampler, at the same
-times, from the same noise, with the same fresh noise on the way. So the exact map has no error whatever the sampler,
-and a sampler that renoises isn't blamed for leaving the trajectory.
+Samples are compared with those of the exact map by the same sampler, at the same times, from the same noise, and with
+the same fresh noise on the way. So the exact map has no error under any sampler, and a sampler that renoises isn't
+blamed for leaving the trajectory.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ Row = dict[str, float]
 
 
 class RingJudge:
-    """Measures points against where the exact flow map takes the same noise.
+    """Judge points by their distance to where the exact flow map takes the same noise.
 
     Args:
-        folder, data: not needed, for the law is known.
+        folder, data: unused, because the law is known and nothing has to be kept.
     """
 
     headline = ("sliced_wasserstein", "map_error")
@@ -53,7 +53,7 @@ class RingJudge:
     def evaluate(
         self, net: nn.Module, config: TrainConfig, steps: Sequence[int], *, count: int | None, how: Sampling, seed: int
     ) -> dict[str, Any]:
-        """Return rows and references by number of steps, see `fastdistill.eval.judges.Judge`; `coupled` besides."""
+        """Return rows and references as every judge does (`fastdistill.eval.judges.Judge`), and also `coupled`."""
         count = count or 4096
         known = references(steps, count=count, path=config.path.build(), seed=seed)
         return {
@@ -65,7 +65,7 @@ class RingJudge:
         }
 
     def plot(self, run: FilePath) -> FilePath:
-        """Draw where the exact flow takes some noise, and where the run's network does, in a few steps."""
+        """Draw where the exact flow and the run's network take the same noise, and return the path of the picture."""
         return plot_flow_map(run)
 
 
@@ -81,16 +81,17 @@ def evaluate_network(
 ) -> dict[str, Row]:
     """Jump or integrate from noise with each number of steps, and compare with the exact map by the same sampler.
 
-    The exact map is that of the run's own path. Where the run couples noise and data, its flow is another, known to
-    nobody: then only `sliced_wasserstein` says something.
+    The exact map is that of the run's own path. If the run couples noise and data, its flow is another one that has no
+    known form; then only `sliced_wasserstein` has a meaning.
 
-    Returns, by number of steps: `map_error` (root mean square distance to where the exact map ends, over the root
-    mean square of those points), `sliced_wasserstein` (to those points: equal noise, so its floor is 0) and
-    `seconds_per_sample`.
+    Returns, by number of steps:
+        `map_error`: the root mean square distance to the ends of the exact map, divided by their root mean square.
+        `sliced_wasserstein`: the distance to the same ends; its floor is 0, because the noise is equal.
+        `seconds_per_sample`: the time of sampling.
     """
     device = next(net.parameters()).device
     x1 = _noise(count, seed)
-    draw(net, config, x1[:8].to(device), None, 1, how)  # pays for what a first call sets up
+    draw(net, config, x1[:8].to(device), None, 1, how)  # The first call sets things up, which must not be timed.
     rows = {}
     for number in steps:
         started = time.perf_counter()
@@ -101,9 +102,10 @@ def evaluate_network(
 
 
 def exact_samples(config: TrainConfig, steps: int, *, count: int = 4096, how: Sampling = OWN, seed: int = 0) -> Tensor:
-    """Return where the exact map ends by a run's sampler in so many steps, (count, 2) float64, from a run's noise.
+    """Return the points (count, 2) float64 where the exact map ends by a run's sampler, from the noise of a run.
 
-    Samplers of velocities and of the flow map are all held against the exact flow between their first and last time.
+    A sampler without fresh noise is compared with the exact flow between its first and its last time, however many
+    steps it takes.
     """
     how = how.resolve(config, steps)
     path, times = config.path.build(), config.method.sample_times(steps)
@@ -118,10 +120,10 @@ def exact_samples(config: TrainConfig, steps: int, *, count: int = 4096, how: Sa
 def exact_rows(
     config: TrainConfig, steps: Sequence[int], *, count: int = 4096, how: Sampling = OWN, seed: int = 0
 ) -> dict[str, Row]:
-    """Return the exact map's own rows by a run's sampler: scored as a network is, and against the exact flow.
+    """Return the exact map's own rows by a run's sampler, scored like a network and against the exact flow.
 
-    The first are zero by construction. The second are what a sampler that renoises would be charged with if it were
-    held against the trajectory: equal laws, other points. They are there for such a sampler only.
+    The rows scored like a network are zero by construction. The rows against the flow exist only for a sampler that
+    renoises. They show its error if it were compared with the trajectory: its points differ although its law is right.
     """
     how = how.resolve(config)
     flow = _exact_jump(count, seed, config.path.build(), 1.0, 0.0)
@@ -136,10 +138,10 @@ def exact_rows(
 
 
 def references(steps: Sequence[int], *, count: int = 4096, path: Path = LINEAR, seed: int = 0) -> dict[str, Row]:
-    """Return the same numbers for Euler on the exact velocity, and of the flow's end against fresh data: two floors.
+    """Return two floors in the same numbers: Euler steps along the exact velocity, and fresh data.
 
-    `euler N` is the best that N steps along instantaneous velocities can do, and `data` is what the sampling noise of
-    `count` points alone contributes; its map error is that of pairing points by chance.
+    `euler N` is the error of N Euler steps along the exact velocity. `data` compares the end of the flow with fresh
+    data: its `sliced_wasserstein` is the sampling noise of `count` points, and its `map_error` pairs points by chance.
     """
     ring = _ring(path)
     x1, exact = _noise(count, seed), _exact_jump(count, seed, path, 1.0, 0.0)
@@ -153,24 +155,30 @@ def references(steps: Sequence[int], *, count: int = 4096, path: Path = LINEAR, 
 
 
 def exact_flow(x1: Tensor, path: Path = LINEAR) -> Tensor:
-    """Return where the ring's exact flow on a path takes the noise x1 (N, 2), in float64, for independent data."""
+    """Return where the exact flow of independent pairs on a path takes the noise x1 (N, 2), in float64."""
     ones = torch.ones(len(x1), dtype=torch.float64)
     return _ring(path).flow_map(path.prior(x1.double()), ones, torch.zeros_like(ones))
 
 
 def _ring(path: Path) -> Ring:
-    """Return the ring on a path, or on its twin without a coupling, as the flow of coupled pairs is known to nobody."""
+    """Return the ring on a path; a path with a coupling is replaced by its twin without one.
+
+    The flow of coupled pairs has no known form.
+    """
     return Ring(path=ICFM(path.sigma) if isinstance(path, OTCFM) else path)
 
 
 def _noise(count: int, seed: int) -> Tensor:
-    """Return the noise (count, 2) that is evaluated, the same for every method."""
+    """Return the noise (count, 2) from which every method is evaluated."""
     return torch.randn(count, 2, generator=generator_at(seed, "evaluate"))
 
 
 @lru_cache(maxsize=8)
 def _exact_jump(count: int, seed: int, path: Path, start: float, end: float) -> Tensor:
-    """Return where the exact flow takes the noise from one time to another: seconds of work, alike for all methods."""
+    """Return where the exact flow takes the noise between two times.
+
+    This takes seconds and is the same for all methods, so it is cached.
+    """
     ones = torch.ones(count, dtype=torch.float64)
     return _ring(path).flow_map(path.prior(_noise(count, seed).double()), start * ones, end * ones)
 
@@ -186,7 +194,7 @@ def _exact_by(
 ) -> Tensor:
     """Return where the exact map ends by a sampler that renoises.
 
-    Its state is float32, as a run's is, so that the noise drawn on the way is the same.
+    The state is float32, as in a run, so that the sampler draws the same noise on the way.
     """
     ring = _ring(path)
 
@@ -199,7 +207,7 @@ def _exact_by(
 
 
 def score_points(x: Tensor, exact: Tensor, seconds: float) -> Row:
-    """Return one row: points x (N, 2) that took `seconds` to make, against where the exact map ends."""
+    """Return the row of points x (N, 2) that took `seconds` to make, compared with the exact ends (N, 2)."""
     x = x.double()
     return {
         "map_error": float((x - exact).square().mean().sqrt() / exact.square().mean().sqrt()),
@@ -209,7 +217,7 @@ def score_points(x: Tensor, exact: Tensor, seconds: float) -> Row:
 
 
 def plot_flow_map(run: FilePath) -> FilePath:
-    """Draw where the exact flow takes some noise, and where the run's network does, in a few steps."""
+    """Draw where the exact flow and the run's network take the same noise, and return the path of the picture."""
     x1 = torch.randn(2000, 2, generator=generator_at(0, "samples"))
     net, config = load_run(run)
     panels = {"exact flow map": exact_flow(x1, config.path.build())}

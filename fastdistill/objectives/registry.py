@@ -9,8 +9,8 @@ from fastdistill.objectives.objective import Objective, order
 
 # Every other module here is a method.
 HELPERS = frozenset({
-    "adapters", "batch_checks", "continuous", "critic", "identities", "metric", "objective", "registry", "rows", "scores",
-    "settings", "solvers", "velocity",
+    "adapters", "batch_checks", "continuous", "critic", "identities", "metric", "objective", "registry", "rows",
+    "scores", "settings", "solvers", "velocity",
 })  # fmt: skip
 
 

@@ -1,15 +1,16 @@
-"""Samplers: from noise at t = 1 to data at t = 0, one family of free functions, one file each.
+"""Sample by free functions, a file each, which take noise at t = 1 to data at t = 0.
 
-Three take a velocity and integrate it (`euler`, `heun`, and `adaptive` with the help of scipy); three take a network
-and jump along its flow map (`average_velocity`, `consistency`, and `gamma`, whose extremes the other two are). `sample`
-calls any of them by name.
+Three samplers integrate a velocity: `euler`, `heun`, and `adaptive`, which needs scipy. Three jump along the flow map
+of a network: `average_velocity`, `consistency`, and `gamma`, which lies between the other two. `sample` calls any of
+them by name.
 
-A file here is a sampler by being here: it holds the function, which has the file's name, and beside it `SPEC`, from
+Every file here that isn't a helper is a sampler. It holds the function, which has the file's name, and `SPEC`, from
 which settings, options of the command line and checks follow (`fastdistill.samplers.spec`).
 
-The state x starts as unit noise on most paths, and as `path.prior(noise)` on any. `steps` is a number of equal steps
-from t = 1 to 0, or the times themselves, falling. Samplers run in the caller's gradient mode (wrap them in
-`torch.no_grad()` to generate). Times reach the network as (B,) tensors in float32, or float64 for a float64 state.
+On most paths the state x starts as unit noise; `path.prior(noise)` is right on every path. `steps` is a number of equal
+steps from t = 1 to 0, or a falling sequence of times. Samplers run in the caller's gradient mode: wrap them in
+`torch.no_grad()` to generate. Times reach the network as (B,) tensors in float32, or in float64 if the state is
+float64.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fastdistill.samplers.registry import PARAMETERS, SAMPLERS, SPECS, sample, t
 from fastdistill.samplers.spec import LEARNT, Learnt, Parameter, Sampler
 from fastdistill.samplers.steps import Net, Steps, Velocity, intervals
 
-globals().update(SAMPLERS)  # a sampler that isn't named above is an attribute all the same, and hides its module
+globals().update(SAMPLERS)  # Each function hides its module of the same name, even one that no line above imports.
 
 __all__ = [
     "LEARNT",

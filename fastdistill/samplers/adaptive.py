@@ -1,4 +1,4 @@
-"""Steps of a solver's own choice along a velocity, with the help of scipy."""
+"""Integrate a velocity by a solver of scipy, which chooses its own steps."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ def adaptive(
 ) -> Tensor:
     """Integrate dx/dt = velocity(x, t) from t = 1 to 0 in steps of the solver's choice, by scipy's `solve_ivp`.
 
-    The whole batch is one system, whose state travels to the CPU at every evaluation: it is for references, not for
-    speed.
+    The solver treats the whole batch as one system, and its state travels to the CPU at every evaluation. So this
+    sampler is meant for references, not for speed.
 
     Args:
-        x: (B, ...), float32 or float64. Nothing here has a gradient.
-        steps: only its first and last time matter.
-        rtol, atol: tolerances of the local error; float32 states can't use much less than 1e-6.
-        method: a name that `solve_ivp` knows.
+        x: the state (B, ...), float32 or float64; it must not require a gradient.
+        steps: times, of which only the first and the last matter.
+        rtol, atol: tolerances of the local error; below about 1e-6 they exceed the precision of a float32 state.
+        method: the name of one of the methods of `solve_ivp`.
 
     Raises:
-        ImportError: scipy isn't installed. RuntimeError: the solver gave up. ValueError: an argument is off.
+        ImportError: scipy isn't installed.
+        RuntimeError: The solver gave up.
+        ValueError: x has another dtype or requires a gradient, or the times don't fall.
     """
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"x: expected float32 or float64, got {x.dtype}")

@@ -1,4 +1,4 @@
-"""Jumps to the data, with fresh noise between them."""
+"""Sample by jumps to the data, with fresh noise between the jumps."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def consistency(
 ) -> Tensor:
     """Jump to the data, x0 = f(x_t, t, 0), and between jumps return to the noise level of s with fresh noise.
 
-    x_s = alpha(s) x0 + beta(s) noise; on a path that ends at beta(0) > 0 the jump's state holds some noise already,
-    and only the rest is added. One evaluation a step; the last time must be the path's own end, 0.
+    The new state is x_s = alpha(s) x0 + beta(s) noise. On a path with beta(0) > 0 the end of a jump already holds some
+    noise, so only the missing amount is added. Each step takes one evaluation. The last time must be 0, the path's end.
 
     Args:
-        g: guidance scale for a network that takes it as an input, a number or (B,); None passes none.
-        generator: of the noise; None is the global one of the state's device.
+        g: the guidance scale, a number or (B,), for a network that takes it as an input; None passes none.
+        generator: the generator of the noise; None takes the global one of the state's device.
 
     Source: Song et al. 2023 (consistency models), arXiv:2303.01469, algorithm 1.
     """

@@ -1,4 +1,4 @@
-"""Jumps beyond the next time, and back to it with fresh noise: between the flow map and consistency."""
+"""Sample by jumps beyond the next time, and return to it with fresh noise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastdistill.paths import LINEAR, Path
 from fastdistill.samplers.spec import Parameter, Sampler
 from fastdistill.samplers.steps import Net, Steps, fresh_noise, intervals, jump, level, renoise
 
-GAMMA = Parameter(0.5, low=0.0, high=1.0, help="how much of the noise is new at each step")
+GAMMA = Parameter(0.5, low=0.0, high=1.0, help="share of the noise that is new at each step")
 
 
 def gamma(
@@ -25,17 +25,18 @@ def gamma(
     path: Path = LINEAR,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Jump beyond s to less noise, and return to s with fresh noise: gamma of its amount is new.
+    """Jump beyond s to less noise, and return to s with fresh noise, gamma times the amount at s.
 
-    With r the end of the jump, beta(r)/alpha(r) = (1 - gamma^2)^(1/2) beta(s)/alpha(s), and
+    The end r of the jump satisfies beta(r)/alpha(r) = (1 - gamma^2)^(1/2) beta(s)/alpha(s), and
         x_s = (alpha(s)/alpha(r)) f(x_t, t, r) + gamma beta(s) noise.
-    gamma = 0 is `average_velocity`, gamma = 1 is `consistency`. Where the path ends before so little noise, r = 0 and
-    the noise added is what is missing. One evaluation a step.
+    gamma = 0 is `average_velocity`, and gamma = 1 is `consistency`. If the path never has so little noise, then r = 0
+    and only the missing noise is added. Each step takes one evaluation.
 
     Args:
-        gamma: in [0, 1]. g, generator: as of `consistency`.
+        gamma: the share of fresh noise, in [0, 1].
+        g, generator: see `consistency`.
 
-    Source: Sabour et al. 2025 (AYF), arXiv:2506.14603, its γ-sampling, on any path; Kim et al. 2024 (CTM),
+    Source: Sabour et al. 2025 (AYF), arXiv:2506.14603, γ-sampling, here for any path; Kim et al. 2024 (CTM),
     arXiv:2310.02279.
     """
     GAMMA.check("gamma", gamma)
@@ -49,7 +50,7 @@ def gamma(
 
 
 def _less_noise(path: Path, s: float, factor: float) -> float:
-    """Return when beta / alpha is `factor` times what it is at s, or the path's end where that isn't reached."""
+    """Return the time at which beta / alpha is `factor` times its value at s, or 0 if the path doesn't reach that."""
     (alpha, beta), start = level(path, s), level(path, 0.0)
     angle = math.atan2(factor * beta, alpha)
     if angle <= math.atan2(start[1], start[0]):

@@ -1,4 +1,4 @@
-"""Classifier-free guidance of samples, by two evaluations: of velocities, and of the jumps of a map."""
+"""Guide samples without a classifier: evaluate a velocity or a map twice, with a label and without one."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def guided(
 ) -> Velocity:
     """Return the network's instantaneous velocity, with classifier-free guidance: v_null + scale (v_y - v_null).
 
-    Scale 1 is the plain conditional velocity (unconditional for y = None) and costs one evaluation a call; any other
-    scale needs y and costs two, as one call on a doubled batch.
+    Scale 1 is the plain conditional velocity, or the unconditional one if y is None, and takes one evaluation a call.
+    Any other scale needs y and takes two evaluations, as one call on a doubled batch.
 
     Args:
-        y: (B,) int64 labels, or None.
-        null: the label that stands for "no label", i.e. the number of classes.
-        g: guidance scale for a network that takes it as an input, a number or (B,); None passes none. It excludes
-            any other `scale` than 1.
+        y: labels (B,) int64, or None.
+        null: the label that stands for "no label"; it equals the number of classes.
+        g: the guidance scale, a number or (B,), for a network that takes it as an input; None passes none. With g,
+            `scale` must be 1.
 
-    Source: Ho and Salimans 2022, arXiv:2207.12598, where our scale is their 1 + w.
+    Source: Ho and Salimans 2022, arXiv:2207.12598; our scale is 1 + w there.
     """
     if scale == 1:
         return lambda x, t: net(x, t=t, s=t, y=y, **guidance_input(x, g))
@@ -38,12 +38,13 @@ def guided(
 def guided_map(net: Net, scale: float, null: int) -> Net:
     """Return the network whose average velocity is u_null + scale (u_y - u_null), from one call on a doubled batch.
 
-    Its jump is f_null + scale (f_y - f_null) as well, of the ends, which is IMM's guidance. It isn't where the guided
-    flow leads: the two agree for s -> t alone, so that methods which learn a guided flow have guidance in their target.
+    So the ends of its jumps are f_null + scale (f_y - f_null), which is the guidance of IMM. They are not the ends of
+    the guided flow: the two agree only as s -> t. Methods that learn a guided flow have guidance in their target
+    instead.
 
     Args:
-        net: trained with and without labels; called as net(x, t=t, s=s, y=y).
-        null: the label that stands for "no label", i.e. the number of classes.
+        net: a network trained with and without labels, called as net(x, t=t, s=s, y=y).
+        null: the label that stands for "no label"; it equals the number of classes.
 
     Source: Zhou et al. 2025 (IMM), arXiv:2503.07565, the paragraph on classifier-free guidance.
     """
@@ -63,7 +64,7 @@ def conditional_pair(net: Net, x: Tensor, t: Tensor, s: Tensor, y: Tensor, null:
 
 
 def check_guidable(y: Tensor | None, scale: float, null: int | None, g: float | Tensor | None) -> int:
-    """Return the null label; raise a ValueError where guidance at this scale isn't possible."""
+    """Return the null label, or raise a ValueError if guidance at this scale isn't possible."""
     if g is not None:
         raise ValueError(f"scale: expected 1 for a network that takes guidance as an input, got {scale} and g")
     if y is None or null is None:

@@ -1,4 +1,4 @@
-"""Find all samplers by name, each by being there, and call any of them by one function."""
+"""Find the samplers by the files in this folder, and call any of them by its name."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fastdistill.samplers.guidance import check_guidable, guided, guided_map
 from fastdistill.samplers.spec import Parameter, Sampler, order
 from fastdistill.samplers.steps import Net, Steps
 
-HELPERS = frozenset({"guidance", "registry", "spec", "steps"})  # every other module here is a sampler
-# Keywords of all samplers, options of the commands that sample, and settings that begin with sample_.
+HELPERS = frozenset({"guidance", "registry", "spec", "steps"})  # Every other module here is a sampler.
+# No parameter may have these names: they are keywords of `sample`, options of the command line, or settings.
 RESERVED = frozenset({
     "g", "generator", "guidance", "label", "n", "net", "null", "out", "path", "run", "sampler", "scale", "seed",
     "steps", "velocity", "x", "y",
@@ -26,7 +26,8 @@ def collect(specs: Mapping[str, Sampler]) -> tuple[dict[str, Sampler], dict[str,
     """Return samplers and parameters by name, from the specification in each file.
 
     Raises:
-        ImportError: a sampler hasn't its file's name, or a parameter has a name that means something else already.
+        ImportError: A sampler has another name than its file, or a parameter has a name that already means something
+            else.
     """
     parameters: dict[str, Parameter] = {}
     for name, spec in specs.items():
@@ -71,13 +72,14 @@ def sample(
     """Take unit noise x1 (B, ...) to data by the sampler called `name`, on any path.
 
     Args:
-        net: called as net(x, t=t, s=s, y=y), with g=g (B,) where g isn't None.
-        scale, null: classifier-free guidance by two evaluations: of velocities, see `guided`, or of jumps, see
-            `guided_map`. Only of networks that learnt it neither in their target nor as an input.
-        options: of the one sampler, such as `gamma` or `rtol`.
+        net: the network, called as net(x, t=t, s=s, y=y), and with g=g (B,) if g isn't None.
+        scale, null: the scale of classifier-free guidance by two evaluations, and the label for "no label". `guided`
+            explains it for samplers of velocities, `guided_map` for those that jump. The network must not have guidance
+            in its target, nor take it as an input.
+        options: parameters of this sampler, such as `gamma` or `rtol`.
 
     Raises:
-        ValueError: an unknown name, or a `scale` with g, or without labels.
+        ValueError: The name is unknown, or a `scale` other than 1 comes with g or without labels.
     """
     if name not in SPECS:
         raise ValueError(f"sampler: expected one of {', '.join(SPECS)}, got {name!r}")

@@ -1,4 +1,4 @@
-"""Say of a sampler, beside its code, what it needs of a network, what it costs and which numbers it takes."""
+"""Specify a sampler beside its code: what it needs of a network, what it costs, and which parameters it takes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 Learnt = Literal["velocity", "map", "end"]
-"""What u(x, t, s) may have become: the velocity at s = t, the map to any s, or the map to s = 0 alone."""
+"""Names for what a network's u(x, t, s) has learnt: the velocity at s = t, the map to any s, or to 0 alone."""
 LEARNT: tuple[Learnt, ...] = ("velocity", "map", "end")
 
 
@@ -19,15 +19,15 @@ class Parameter:
     """Number that a sampler takes by keyword; settings, options of the command line and checks follow from it."""
 
     default: float
-    """Taken where nobody gives another; a whole number here means that only whole numbers are allowed."""
+    """The value if none is given. If the default is an int, only whole numbers are allowed."""
     low: float
     high: float
-    """The range, both ends included."""
+    """The largest value; `low` and `high` are both allowed."""
     help: str
-    """What it does, as a phrase for help texts."""
+    """A phrase for help texts that says what the parameter does."""
 
     def check(self, name: str, value: float) -> None:
-        """Raise a ValueError that begins with `name` where a value is out of range or of another kind."""
+        """Raise a ValueError that begins with `name` if a value is out of range or isn't a number of the right kind."""
         whole = isinstance(self.default, int)
         if isinstance(value, bool) or not self.low <= value <= self.high or (whole and value != int(value)):
             kind = "a whole number " if whole else ""
@@ -38,42 +38,46 @@ class Parameter:
 class Sampler:
     """Specification of one sampler, which its file holds as `SPEC`.
 
-    A sampler of velocities is called as function(velocity, x, steps), any other as function(net, x, steps, y, g=g); one
-    that renoises gets path and generator too, and all get their parameters, each by keyword.
+    A sampler of velocities is called as function(velocity, x, steps), any other as function(net, x, steps, y, g=g). A
+    sampler that renoises gets `path` and `generator` too. Every sampler gets its parameters by keyword.
     """
 
     function: Callable[..., Tensor]
-    """The function itself, whose name is that of its file."""
+    """The function, which has the same name as its file."""
     needs: tuple[Learnt, ...]
-    """What a network must have learnt; one of these is enough."""
+    """The kinds of networks that the sampler can use; a network must have learnt at least one of them."""
     evaluations: int | None
-    """Of the network in a step; None: as many as its tolerance asks for, and the number of steps says nothing."""
+    """The number of network evaluations in a step; None if a tolerance decides, and `steps` has no effect on it."""
     renoises: bool | Callable[..., bool] = False
-    """Whether it adds fresh noise between steps, or a function of its parameters, by keyword, that tells."""
+    """True if the sampler adds fresh noise between steps; or a function that tells from the parameters, as keywords."""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
-    """Its parameters by name."""
+    """The sampler's parameters by name."""
 
     @property
     def name(self) -> str:
-        """Return the name, which is that of the function."""
+        """Return the name of the sampler, which is that of its function."""
         return self.function.__name__
 
     @property
     def follows_velocity(self) -> bool:
-        """Return whether it integrates a velocity rather than jump along a map."""
+        """Return whether the sampler integrates a velocity; otherwise it jumps along a map."""
         return self.needs == ("velocity",)
 
     def serves(self, learnt: tuple[Learnt, ...]) -> bool:
-        """Return whether a network that learnt this is enough."""
+        """Return whether the sampler can use a network that learnt this."""
         return bool(set(self.needs) & set(learnt))
 
     def adds_noise(self, parameters: Mapping[str, float]) -> bool:
-        """Return whether it adds fresh noise between steps at these values of its parameters."""
+        """Return whether the sampler adds fresh noise between steps at these values of its parameters."""
         return self.renoises if isinstance(self.renoises, bool) else self.renoises(**parameters)
 
 
 def order(spec: Sampler) -> tuple[int, float, bool, str]:
-    """Return the key by which samplers are listed: those of velocities first, then cheap ones, then plain ones."""
+    """Return the key that sorts a list of samplers.
+
+    Samplers of velocities come first. Within a kind, those with fewer evaluations come first, and then those without
+    fresh noise.
+    """
     evaluations = math.inf if spec.evaluations is None else spec.evaluations
     return (
         len(LEARNT) * len(spec.needs) + LEARNT.index(spec.needs[0]),

@@ -1,4 +1,4 @@
-"""Share between samplers the times that they walk, a jump along a flow map, and fresh noise on the way back."""
+"""Give samplers their common parts: the times of the steps, a jump along a flow map, and fresh noise."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from fastdistill.paths import Path
 
-Net = Callable[..., Tensor]  # net(x, t=t, s=s, y=y) -> the average velocity from t to s; s = t: the instantaneous one
+Net = Callable[..., Tensor]  # net(x, t=t, s=s, y=y) -> average velocity from t to s; instantaneous if s = t
 Velocity = Callable[[Tensor, Tensor], Tensor]  # velocity(x, t)
 Steps = int | Sequence[float]
 
 
 def intervals(steps: Steps) -> list[tuple[float, float]]:
-    """Return the pairs (t, s) that a sampler walks: `steps` equal ones from 1 to 0, or those between given times."""
+    """Return the start and end (t, s) of each step: `steps` equal steps from 1 to 0, or those between given times."""
     if isinstance(steps, int):
         if steps < 1:
             raise ValueError(f"steps: expected at least 1, got {steps}")
@@ -30,7 +30,7 @@ def intervals(steps: Steps) -> list[tuple[float, float]]:
 
 
 def times_of(x: Tensor, t: float) -> Tensor:
-    """Return one time for every row, (B,), in the state's dtype but float32 at the least."""
+    """Return the time t for every row, (B,), in the state's dtype, or in float32 if the state's is narrower."""
     return torch.full((len(x),), t, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
@@ -40,7 +40,7 @@ def jump(net: Net, x: Tensor, t: float, s: float, y: Tensor | None, g: float | T
 
 
 def guidance_input(x: Tensor, g: float | Tensor | None) -> dict[str, Tensor]:
-    """Return the guidance scale as the keyword of a network that takes one: g (B,), or nothing for None."""
+    """Return the keywords of a network that takes a guidance scale: g (B,), or none if g is None."""
     if g is None:
         return {}
     if isinstance(g, Tensor) and g.shape not in ((), x.shape[:1]):
@@ -55,7 +55,7 @@ def level(path: Path, t: float) -> tuple[float, float]:
 
 
 def renoise(path: Path, r: float, s: float) -> tuple[float, float]:
-    """Return shrink and added: for r < s, x_s given x_r and no more is N(shrink x_r, added^2 I)."""
+    """Return (shrink, added) for r < s, so that x_s given x_r alone is distributed as N(shrink x_r, added^2 I)."""
     if path.coupling != "independent":
         raise ValueError(
             f"path: fresh noise expects one whose x0 and x1 are independent, got {type(path).__name__}, coupled by "
@@ -67,7 +67,7 @@ def renoise(path: Path, r: float, s: float) -> tuple[float, float]:
 
 
 def fresh_noise(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Return unit noise like x, drawn on the generator's device, or on the state's where there is no generator."""
+    """Return unit noise like x, drawn on the generator's device, or on that of x if there is no generator."""
     device = x.device if generator is None else generator.device
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.randn(x.shape, generator=generator, device=device, dtype=dtype).to(x)

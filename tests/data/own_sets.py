@@ -1,4 +1,4 @@
-"""Data sets as a user writes them: good ones of several shapes, and some that don't keep the protocol."""
+"""Define data sets as a user writes them: good ones of several shapes, and some that don't keep the protocol."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Points:
 
 
 class Spread:
-    """Measures how far points are from the line."""
+    """Judge that measures how far points are from the line."""
 
     headline = ("off_line", "spread")
 
@@ -79,7 +79,7 @@ POINTS = Points()
 
 
 class Greedy(Blobs):
-    """Set whose settings take a name of the trainer's."""
+    """Data set with a setting whose name the trainer already uses."""
 
     @dataclass
     class Settings:
@@ -89,17 +89,17 @@ class Greedy(Blobs):
 
 
 class Empty:
-    """Set without anything."""
+    """Data set without any attribute."""
 
 
 class Crooked:
-    """Set whose attributes are all there, and all wrong."""
+    """Data set whose attributes all exist, and are all wrong."""
 
     shape, num_classes, batch, judge, picture = [2], True, 3, 4, 5
 
 
 class JudgedByNothing(Points):
-    """Set whose judge is no judge."""
+    """Data set whose judge is no judge."""
 
     judge = f"{__name__}:Empty"
 
@@ -137,5 +137,5 @@ def failing(self: Any, seed: int, step: int, size: int) -> Any:
 
 
 def with_batch(batch: Any, classes: int = 0) -> Any:
-    """Return a set with another way of drawing batches."""
+    """Return a data set that draws its batches by the given function."""
     return type("Planted", (Points,), {"batch": batch, "num_classes": classes})()

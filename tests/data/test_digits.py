@@ -1,4 +1,4 @@
-"""Digits: scaled, split, and batches that follow from seed and step."""
+"""Check that digits are scaled and split, and that batches follow from seed and step."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def test_digits_are_scaled_and_split_by_class(digits: Digits) -> None:
 
 
 def test_no_held_out_image_is_trained_on(digits: Digits) -> None:
-    """Check that the two sets share no image."""
+    """Check that the training images and the held-out images have none in common."""
     train = {image.numpy().tobytes() for image in digits.x}
     assert not any(image.numpy().tobytes() in train for image in digits.held_out_x)
 
 
 def test_a_batch_is_a_pure_function_of_seed_and_step(digits: Digits) -> None:
-    """Check batches asked in any order, from any object; another seed or step gives another one."""
+    """Check that order and object don't matter, and that another seed or step gives another batch."""
     for dataset, twin in ((digits, Digits()), (Ring(), Ring())):
         later, first = dataset.batch(1, 5, 16)[0], dataset.batch(1, 0, 16)[0]
         assert torch.equal(twin.batch(1, 0, 16)[0], first)

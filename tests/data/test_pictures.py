@@ -1,4 +1,4 @@
-"""Samples as pictures: by their shape, as the set draws them, or refused."""
+"""Check how samples are drawn: by their shape, by the set itself, or not at all."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Images:
 
 
 class Colours(Images):
-    """Larger ones in three colours."""
+    """Larger images in three colours."""
 
     shape = (3, 64, 64)
 
@@ -37,7 +37,7 @@ class Series(Images):
 
 
 class DrawnSeries(Series):
-    """Series with a way of drawing them."""
+    """Rows of the same shape, in a set that draws its own pictures."""
 
     def picture(self, samples: Tensor, columns: int) -> bytes:
         return bytes([len(samples), columns])
@@ -49,7 +49,7 @@ def opened(png: bytes) -> Image.Image:
 
 
 def test_a_grid_shows_each_image_in_its_place() -> None:
-    """Check a grid row by row: -1 is black, 1 white, values beyond are clipped, the rest of the last row is blank."""
+    """Check that -1 is black and 1 white, that values beyond are clipped, and that free places are blank."""
     images = torch.stack([torch.full((1, 8, 8), value) for value in (-1.0, 0.0, 1.0, -7.0, 7.0)])
     pixels = np.asarray(opened(draw(Images(), images, columns=3)))
     assert pixels.shape == (2 * 50, 3 * 50)
@@ -64,7 +64,7 @@ def test_colour_images_keep_their_channels() -> None:
 
 
 def test_points_become_a_scatter_plot() -> None:
-    """Check that there is more ink where there are points."""
+    """Check that points in the picture add ink, and points outside of it don't."""
     drawn = (draw(Ring(), points, columns=1) for points in (torch.full((10, 2), 99.0), torch.randn(500, 2)))
     none, some = (np.asarray(opened(png).convert("L")) for png in drawn)
     assert (255.0 - some).sum() > (255.0 - none).sum() + 50_000
@@ -77,7 +77,7 @@ def test_panels_stand_side_by_side() -> None:
 
 @pytest.mark.parametrize("shape", [(3, 2), (3, 1, 8, 8)])
 def test_a_picture_is_a_pure_function_of_the_samples(shape: tuple[int, ...]) -> None:
-    """Check pictures byte for byte, so that fixed-seed grids can be compared."""
+    """Check the bytes, because grids from a fixed seed are compared by them."""
     samples = torch.randn(shape)
     data = Ring() if len(shape) == 2 else Images()
     assert draw(data, samples, columns=2) == draw(data, samples, columns=2)
@@ -90,7 +90,7 @@ def test_what_has_no_picture_is_refused_or_drawn_by_the_set_itself() -> None:
 
 
 def test_points_without_a_limit_are_all_in_the_picture() -> None:
-    """Check that all points are there, while the ring is always drawn at its own scale."""
+    """Check that far points are still visible; the ring, in contrast, is always drawn at its own scale."""
     points = torch.tensor([[-50.0, 0.0], [50.0, 0.0]])
     dark = [(np.asarray(opened(draw_points({"": points}, limit)).convert("L")) < 200).sum() for limit in (None, 60.0)]
     assert min(dark) > 0

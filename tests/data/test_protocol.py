@@ -1,4 +1,4 @@
-"""Check the protocol of data sets: found by being there or by reference, and what is missing is named."""
+"""Check that data sets are found by file or reference, and that everything that breaks the protocol is named."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HERE = "tests.data.own_sets:"
 
 
 def test_every_file_is_a_data_set_or_a_helper() -> None:
-    """Check that the name of a set is that of its file."""
+    """Check that a set has the name of its file, and that a file without a set must be a helper."""
     assert discover("fastdistill.data", "DATA_SET", HELPERS) == DATASETS
     assert (DATASETS["digits"], DATASETS["ring"]) == (Digits, Ring)
     with pytest.raises(ImportError, match=r"^fastdistill\.data\.pictures: expected DATA_SET in every module here but"):
@@ -39,7 +39,10 @@ def asked_by_name(code: str) -> list[int]:
 
 
 def test_nobody_asks_for_a_data_set_by_its_name() -> None:
-    """Check that all that depends on the set is an attribute of it or of its judge, in templates of reports, too."""
+    """Check that no code and no template of a report compares the name of a data set.
+
+    Properties of a set are attributes of the set or of its judge, so that users' own sets are treated alike.
+    """
     for path in (ROOT / "fastdistill").rglob("*.py"):
         assert not asked_by_name(path.read_text(encoding="utf-8")), path
     for path in (ROOT / "fastdistill").rglob("*.jinja"):
@@ -49,12 +52,12 @@ def test_nobody_asks_for_a_data_set_by_its_name() -> None:
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_the_sets_that_come_along_keep_the_protocol(name: str) -> None:
-    """Check them in all that is tried of a set of a user's own."""
+    """Check fastdistill's own sets by the same trial as a user's set."""
     try_data_set(name, make_data_set(name))
 
 
 def test_making_a_set_reads_nothing() -> None:
-    """Check that what takes time waits for the first batch: a configuration is checked often."""
+    """Check that images are read for the first batch only, because every check of a configuration makes the set."""
     assert not vars(Digits())
     assert Digits().held_out_x.shape == (296, 1, 8, 8)
 

@@ -1,4 +1,4 @@
-"""Follow the recipe of a data set in CONTRIBUTING.md in a copy of the package, and as a module of the user's own."""
+"""Follow the recipe for a data set in CONTRIBUTING.md, in a copy of the package and as a module of the user."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ method: {name: flow_matching}
 
 
 def test_a_file_is_a_data_set(tmp_path: Path) -> None:
-    """Check that it is trained on, sampled by class and drawn, by the name of its file, and keeps the protocol."""
+    """Check that the set keeps the protocol, and that training, samples of a class and pictures know its name."""
     (copy_of_package(tmp_path) / "data" / "moons.py").write_text(shown_in("Add a data set"), encoding="utf-8")
     (tmp_path / "moons.yaml").write_text(CONFIGURATION, encoding="utf-8")
     told = run_python(tmp_path, "-c", USED, str(tmp_path), "moons")
@@ -47,7 +47,7 @@ def test_a_file_is_a_data_set(tmp_path: Path) -> None:
 def test_a_file_of_ones_own_is_a_data_set_without_touching_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Check a set by `package.module:attribute`, with the folder in PYTHONPATH."""
+    """Check that `package.module:attribute` names the set if its folder is in PYTHONPATH."""
     (tmp_path / "mine.py").write_text(shown_in("Add a data set"), encoding="utf-8")
     (tmp_path / "moons.yaml").write_text(CONFIGURATION, encoding="utf-8")
     monkeypatch.chdir(tmp_path)

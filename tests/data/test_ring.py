@@ -9,7 +9,7 @@ from fastdistill.eval import exact
 
 
 def test_the_ring_is_the_one_whose_flow_is_known() -> None:
-    """Check that it has the modes, radius and width of the exact law, and that its points lie there."""
+    """Check that the data set has the modes, radius and width of the exact law, and that its points follow that law."""
     points, law = Ring().batch(0, 0, 20_000)[0], exact.Ring()
     assert law.means.shape == (Ring.modes, 2)
     torch.testing.assert_close(law.means.norm(dim=1), torch.full((Ring.modes,), Ring.radius, dtype=torch.float64))

@@ -66,7 +66,7 @@ def test_pairs_and_critics_and_the_teacher_are_in_the_sum(teacher: TrainConfig) 
 
 
 def test_the_exponent_and_the_share_are_those_of_the_settings() -> None:
-    """Check that FACM's own p isn't taken for it, because that is the exponent of a schedule."""
+    """Check that FACM's own p, the exponent of a schedule, isn't taken for the exponent of the loss."""
 
     def settings(**method: object) -> dict[str, object]:
         return {"method": method}

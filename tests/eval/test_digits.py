@@ -38,7 +38,7 @@ def test_references_are_the_same_for_the_same_seed(judge: DigitJudge) -> None:
 
 
 def test_every_reference_is_as_many_images_as_any_other_row(judge: DigitJudge, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check for 296 images, as many as there are unseen digits, or fewer; more images are measured in equal sets."""
+    """Check sets of 296 images, the number of held-out digits, and smaller ones; 400 images are two sets of 200."""
     seen: list[tuple[int, int]] = []
     right = digits.frechet_distance
 
@@ -55,7 +55,7 @@ def test_every_reference_is_as_many_images_as_any_other_row(judge: DigitJudge, m
 
 
 def test_the_training_digits_are_as_far_from_themselves_as_a_set_of_them_is(judge: DigitJudge) -> None:
-    """Check the mean over sets, each at its size's distance; all training digits at once would be at distance zero."""
+    """Check that the training digits are measured in sets; all of them at once would be at distance zero."""
     order = judge.y.argsort(stable=True)
     x, y = judge.x[order], judge.y[order]
     row = judge.measure(x, y, seconds=2 * len(x))

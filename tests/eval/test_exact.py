@@ -64,7 +64,7 @@ def largest(error: Tensor) -> float:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_velocity_is_the_conditional_mean_of_the_path_derivative(path: Path, x: Tensor) -> None:
-    """Check it by joint-Gaussian conditioning: E[xdot | x_t] = E xdot + Cov(xdot, x_t) Cov(x_t)^-1 (x - E x_t)."""
+    """Compare with joint-Gaussian conditioning: E[xdot | x_t] = E xdot + Cov(xdot, x_t) Cov(x_t)^-1 (x - E x_t)."""
     covariance, t = random_covariance(), torch.tensor(0.37, dtype=torch.float64)
     law = Gaussian(torch.randn(WIDTH, dtype=torch.float64), covariance, path)
     a, b, da, db = path.alpha(t), path.beta(t), path.d_alpha(t), path.d_beta(t)

@@ -1,4 +1,4 @@
-"""Judges, found by the data set: a user's own measures, a missing one is asked for, a wrong one refused."""
+"""Check that a user's own judge measures, that a missing judge is asked for, and that a wrong one is refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_sets_that_come_along_name_their_judges(tmp_path: Path) -> None:
 
 
 def test_a_judge_of_ones_own_measures_a_run(tmp_path: Path) -> None:
-    """Check that its metrics are in the table by their names; it isn't asked at once, for it doesn't say so."""
+    """Check that the table has the judge's metrics; a judge without `at_once` isn't called right after training."""
     config = on(tmp_path / "run", "Points()")
     result = evaluate(train(config), [1, 2])
     assert set(result["steps"]["2"]) == {"off_line", "spread", "seconds_per_sample"}
@@ -56,7 +56,7 @@ def test_what_is_no_judge_is_refused(tmp_path: Path) -> None:
 
 
 def test_methods_are_compared_on_a_set_of_ones_own(tmp_path: Path) -> None:
-    """Check a configuration in a file: as long as it says, ranked by the judge's first metric, with a picture."""
+    """Check that a configuration file sets the steps, and that the judge's first metric ranks the methods."""
     file = tmp_path / "mine.yaml"
     ring = "steps: 2\nmodel: {preset: mlp-ring, width: 8, depth: 1}\nmethod: {name: meanflow}\ndevice: cpu\n"
     file.write_text(f"{ring}data: {{name: '{HERE}Points()', batch: 8}}\n", encoding="utf-8")

@@ -28,7 +28,7 @@ def sample_with_moments(mean: Tensor, covariance: Tensor, count: int = 50) -> Te
 
 
 def test_frechet_distance_of_gaussians_with_common_axes_is_exact() -> None:
-    """Check it against |m - n|^2 plus the squared differences of the standard deviations."""
+    """Compare with |m - n|^2 plus the squared differences of the standard deviations."""
     mean, other = torch.tensor([1.0, -2.0, 0.5]).double(), torch.tensor([0.0, 1.0, 0.5]).double()
     std, other_std = torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([2.0, 0.5, 3.0]).double()
     a = sample_with_moments(mean, torch.diag(std**2))
@@ -38,7 +38,7 @@ def test_frechet_distance_of_gaussians_with_common_axes_is_exact() -> None:
 
 
 def test_frechet_distance_of_gaussians_with_different_axes_is_exact() -> None:
-    """Check it against the two-dimensional formula tr((A B)^1/2) = (tr A B + 2 (det A det B)^1/2)^1/2."""
+    """Compare with the two-dimensional formula tr((A B)^1/2) = (tr A B + 2 (det A det B)^1/2)^1/2."""
     first, second = torch.tensor([[2.0, 0.9], [0.9, 1.0]]).double(), torch.tensor([[1.0, -0.6], [-0.6, 3.0]]).double()
     zero = torch.zeros(2, dtype=torch.float64)
     root = ((first @ second).trace() + 2 * (first.det() * second.det()).sqrt()).sqrt()
@@ -95,7 +95,7 @@ def test_copies_of_the_training_set_have_ratio_zero_and_unseen_data_one() -> Non
 
 
 def test_precision_and_recall_tell_a_lost_mode_from_a_spurious_one() -> None:
-    """Check that samples of one mode of two are plausible but cover half, and that of three modes a third is junk."""
+    """Check precision and recall of samples from one of two real modes, and from the two and a third one."""
     modes = [torch.randn(40, 2) * 0.1 + 10 * shift for shift in range(3)]
     precision, recall = precision_recall(modes[0] + 1e-3, torch.cat(modes[:2]))
     assert precision > 0.9

@@ -80,7 +80,7 @@ def test_the_headline_grid_lies_beside_the_report(report: Path) -> None:
 
 
 def test_goals_follow_from_the_numbers() -> None:
-    """Check that each of the three can fail, alone."""
+    """Check that each of the three goals can fail alone."""
 
     def reached(summary: dict[str, Any]) -> list[bool]:
         return [goal["reached"] for goal in summary["goals"]]

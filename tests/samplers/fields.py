@@ -1,4 +1,4 @@
-"""Share between the tests of samplers paths, exact ends and networks, and a velocity that counts its calls."""
+"""Provide the tests of samplers with paths, exact ends, exact networks, and a velocity that counts its calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Guidance of samples, as an input of the network and by two evaluations, by every sampler."""
+"""Check guidance by every sampler, as an input of the network and by two evaluations."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_sampling_by_name_starts_from_the_paths_prior_and_guides_where_it_can() 
 
 @pytest.mark.parametrize("name", MAPS)
 def test_guidance_of_a_map_extrapolates_its_jumps(name: str) -> None:
-    """Check f_null + scale (f_y - f_null) at the ends that the sampler asks for, by one call of both a step."""
+    """Check that jumps end at f_null + scale (f_y - f_null), and that each step makes one call on a doubled batch."""
     y, x1, rows = torch.tensor([0, 1, 2]), torch.randn(3, 2), []
 
     def net(x: Tensor, t: Tensor, s: Tensor, y: Tensor) -> Tensor:

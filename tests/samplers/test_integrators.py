@@ -1,4 +1,4 @@
-"""Samplers of velocities and jumps of the map against exact flows: order of convergence, grids, solver."""
+"""Check integrators and jumps of the map against exact flows: order of convergence, grids of times, and solver."""
 
 from __future__ import annotations
 

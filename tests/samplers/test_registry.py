@@ -1,4 +1,4 @@
-"""Check the specifications of samplers: found by being there, held against the functions, refused where off."""
+"""Check that specifications of samplers are found by file, agree with their functions, and are refused if wrong."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ MAPS = ["average_velocity", "gamma", "consistency"]
 
 
 def test_every_file_is_a_sampler_or_a_helper() -> None:
-    """Check that a file without a specification is an error, and no sampler that nobody sees."""
+    """Check that a file without a specification is an error, because its sampler would otherwise go unnoticed."""
     assert set(discover("fastdistill.samplers", "SPEC", HELPERS)) == set(SPECS)
     with pytest.raises(ImportError, match=r"^fastdistill\.samplers\.spec: expected SPEC in every module here but"):
         discover("fastdistill.samplers", "SPEC", HELPERS - {"spec"})
 
 
 def test_public_names_are_the_functions() -> None:
-    """Check that they aren't the modules, which have the same names."""
+    """Check that a sampler's name in the package is its function, and not the module of the same name."""
     assert {name: getattr(samplers, name) for name in SPECS} == SAMPLERS
     assert set(samplers.__all__) & set(SAMPLERS) == {"euler", "heun", "adaptive", *MAPS}
 
 
 def test_samplers_are_listed_by_what_they_need_then_by_their_cost() -> None:
-    """Check that those without fresh noise come first, too."""
+    """Check that samplers without fresh noise come before those with it."""
     shipped = [name for name in SPECS if name in samplers.__all__]
     assert shipped == ["euler", "heun", "adaptive", *MAPS]
 
 
 class Counter:
-    """Network that stays at zero and counts its calls, and the noise that is drawn meanwhile."""
+    """Network that returns zero and counts its calls."""
 
     calls = 0
 
@@ -56,7 +56,7 @@ def both_ends(spec: Sampler) -> Iterator[dict[str, float]]:
 
 @pytest.mark.parametrize("name", SPECS)
 def test_a_specification_tells_evaluations_and_noise(name: str) -> None:
-    """Count the evaluations of 3 steps, and look whether the noise's generator was used."""
+    """Count the evaluations of three steps, and check whether the generator of the noise was used."""
     spec = SPECS[name]
     for parameters in [defaults(name), *both_ends(spec)]:
         options: dict[str, Any] = parameters
@@ -68,7 +68,7 @@ def test_a_specification_tells_evaluations_and_noise(name: str) -> None:
 
 
 def test_a_parameter_says_what_is_out_of_its_range() -> None:
-    """Check that whole numbers are asked for where the default is one."""
+    """Check that a parameter whose default is an int takes whole numbers alone."""
     half, count = Parameter(0.5, 0.0, 1.0, "a share"), Parameter(2, 1, 4, "how often")
     half.check("share", 1)
     count.check("count", 4)
@@ -81,7 +81,10 @@ def test_a_parameter_says_what_is_out_of_its_range() -> None:
 
 
 def test_samplers_that_share_a_parameter_mean_the_same() -> None:
-    """Check that one name is one setting and one option, and that no parameter has a name that all samplers know."""
+    """Check that samplers can't give one name different meanings, nor reuse a name that all samplers know.
+
+    A name stands for one setting and one option, whichever sampler is chosen.
+    """
     assert taking({"gamma"}) == ["gamma"] and taking(set()) == list(SPECS)
 
     def other(**_: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Samplers that add fresh noise: their extremes, the law that they keep, the formulas of their papers."""
+"""Check samplers that add fresh noise: their extremes, the law that they keep, and the formulas of their papers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.samplers.fields import EVERY_PATH, exact_net, on
 @EVERY_PATH
 @pytest.mark.parametrize("steps", [1, 3, [1.0, 0.6, 0.1, 0.0]])
 def test_gamma_extremes_are_the_flow_map_and_consistency(path: Path, steps: samplers.Steps) -> None:
-    """Check the extremes, and that what lies between is neither."""
+    """Check gamma = 0 and gamma = 1, and that gamma = 0.5 differs from both."""
     law, x1 = on(path), torch.randn(32, 2, dtype=torch.float64)
     x, net = path.prior(x1), exact_net(law)
 
@@ -36,7 +36,7 @@ def test_gamma_extremes_are_the_flow_map_and_consistency(path: Path, steps: samp
 @EVERY_PATH
 @pytest.mark.parametrize("amount", [0.4, 0.9, 1.0])
 def test_renoising_leaves_the_law_as_it_is(path: Path, amount: float) -> None:
-    """Check that a jump of any gamma from exact samples ends in samples of p_s, by mean and covariance.
+    """Check mean and covariance: a jump from exact samples ends in samples of p_s for every gamma.
 
     A planted error in the amount of noise is seen.
     """
@@ -60,7 +60,7 @@ def test_renoising_leaves_the_law_as_it_is(path: Path, amount: float) -> None:
 
 
 def test_consistency_on_the_linear_path_is_the_papers_loop() -> None:
-    """Check x0 = f(x, t, 0); x = (1 - s) x0 + s noise, fresh each time."""
+    """Compare with x0 = f(x, t, 0); x = (1 - s) x0 + s noise, with fresh noise in each step."""
     law, x = on(LINEAR), torch.randn(8, 2, dtype=torch.float64)
     seen: list[float] = []
 
@@ -78,7 +78,7 @@ def test_consistency_on_the_linear_path_is_the_papers_loop() -> None:
 
 
 def test_gamma_on_the_linear_path_is_the_papers_formula() -> None:
-    """Check r/(1-r) = (1 - gamma^2)^(1/2) s/(1-s); x_s = ((1-s)/(1-r)) f(x_t, t, r) + gamma s noise."""
+    """Compare with r/(1-r) = (1 - gamma^2)^(1/2) s/(1-s); x_s = ((1-s)/(1-r)) f(x_t, t, r) + gamma s noise."""
     law, x = on(LINEAR), torch.randn(8, 2, dtype=torch.float64)
     odds = math.sqrt(1 - 0.36) * 0.3 / 0.7
     r = odds / (1 + odds)
@@ -89,7 +89,10 @@ def test_gamma_on_the_linear_path_is_the_papers_formula() -> None:
 
 
 def test_fresh_noise_is_refused_on_a_path_with_coupled_pairs() -> None:
-    """Check it where x_s given x0 isn't alpha x0 plus independent noise. One jump needs none."""
+    """Check a path on which x_s given x0 isn't alpha x0 plus independent noise.
+
+    A single jump adds no noise, and is allowed.
+    """
     path, x1 = OTCFM(), torch.randn(3, 2)
     options: dict[str, Any]
     for name, options in (("consistency", {}), ("gamma", {"gamma": 0.5})):
