@@ -246,16 +246,15 @@ def _check_dims(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool, names: Names)
 
 def band(window_size: Any, is_causal: bool, align: str, square: bool) -> tuple[int, int, bool]:
     """Return (left, right, lower_right) of a band; where there are as many keys as queries the alignments are one."""
-    if window_size == UNLIMITED and align in ALIGNMENTS:
-        return -1, 0 if is_causal else -1, align == "lower_right" and is_causal and not square
     if align not in ALIGNMENTS:
         raise ValueError(f"align: expected one of {', '.join(map(repr, ALIGNMENTS))}, got {align!r}")
-    sides = tuple(window_size) if isinstance(window_size, tuple | list) else ()
-    if len(sides) != 2 or any(not isinstance(side, int) or side < -1 for side in sides):
+    pair = isinstance(window_size, tuple | list) and len(window_size) == 2
+    left, right = window_size if pair else (None, None)
+    if not isinstance(left, int) or not isinstance(right, int) or left < -1 or right < -1:
         raise ValueError(
             f"window_size: expected (left, right), each at least 0, or -1 for no limit; got {window_size!r}"
         )
-    left, right = (side if side < LARGEST else -1 for side in sides)  # beyond the last position of any sequence
+    left, right = (left if left < LARGEST else -1), (right if right < LARGEST else -1)  # beyond any sequence's end
     if is_causal:
         right = 0
     return left, right, align == "lower_right" and (left, right) != (-1, -1) and not square

@@ -141,6 +141,7 @@ def _with_dropout(
         seen = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
         mask = mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, float("-inf"))
         is_causal = False
+    query, key, value, mask = arguments.lowered(query, key, value, mask)
     with context.without_autocast(query.device):
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal, **more)
 

@@ -5,22 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdistill.ops.protocol.pair import Needs, Pair, Pairs, affine
+from fastdistill.ops.protocol.pair import Needs, Pair, Pairs, accumulated, affine, cast
 
 
 def norm_dual(inputs: Pairs, eps: float, rms: bool) -> Pair:
     """Return y = (xh∘w + b)∘(1 + scale) + shift and its tangent; the inputs are x, weight, bias, scale, shift."""
+    dtype, inputs = inputs[0].primal.dtype, [Pair(*accumulated(pair)) for pair in inputs]
     h, _, _ = _normalised(inputs, eps, rms)
     y, t_y = affine(h, _one_plus(inputs[3]), inputs[4])
-    return Pair(y, None if t_y is None else t_y.expand_as(y))
+    return Pair(y.to(dtype), None if t_y is None else t_y.expand_as(y).to(dtype))
 
 
 def norm_dual_backward(cotangent: Pair, inputs: Pairs, eps: float, rms: bool, needs: Needs) -> list[Pair]:
     """Return the gradients of x, weight, bias, scale, shift and of their tangents, from the cotangents of y and t_y."""
-    (_, t_x), (weight, t_weight), _, (scale, t_scale), _ = inputs
-    (h, t_h), (xh, t_xh), rstd = _normalised(inputs, eps, rms)
+    wide = [Pair(*accumulated(pair)) for pair in inputs]
+    (_, t_x), (weight, t_weight), _, (scale, t_scale), _ = wide
+    (h, t_h), (xh, t_xh), rstd = _normalised(wide, eps, rms)
     zero = torch.zeros_like(h)
-    dy, dt_y, t_h, t_xh = (zero if x is None else x for x in (*cotangent, t_h, t_xh))
+    dy, dt_y, t_h, t_xh = (zero if x is None else x for x in (*accumulated(cotangent), t_h, t_xh))
 
     one_plus = 1.0 if scale is None else 1 + scale
     dh = dy * one_plus if t_scale is None else dy * one_plus + dt_y * t_scale
@@ -35,7 +37,12 @@ def norm_dual_backward(cotangent: Pair, inputs: Pairs, eps: float, rms: bool, ne
     dx = rstd * (_project(dxh, xh, rms) - c1 * t_xh - b * xh) - rstd * a * dt_x
     grads = [(dx, dt_x), (dh * xh + dt_h * t_xh, dt_h * xh), (dh, dt_h), (dy * h + dt_y * t_h, dt_y * h), (dy, dt_y)]
     return [
-        Pair(*(None if not need or like is None else grad.sum_to_size(like.shape) for grad, need in zip(pair, wanted)))
+        Pair(
+            *(
+                None if not need or like is None else cast(grad.sum_to_size(like.shape), like.dtype)
+                for grad, need in zip(pair, wanted)
+            )
+        )
         for pair, (like, _), wanted in zip(grads, inputs, needs, strict=True)
     ]
 

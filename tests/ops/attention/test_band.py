@@ -119,6 +119,9 @@ def test_return_lse_works_with_any_leading_dimensions_and_compiles() -> None:
     [
         ({"window_size": 3}, r"window_size: expected \(left, right\)"),
         ({"window_size": (-2, 0)}, "window_size: expected .* got \\(-2, 0\\)"),
+        ({"window_size": (-1.0, -1.0)}, "window_size: expected .* got \\(-1.0, -1.0\\)"),
+        ({"window_size": torch.tensor([-1, -1])}, "window_size: expected .* got tensor"),
+        ({"window_size": (torch.zeros(2), None)}, "window_size: expected .* got \\(tensor"),
         ({"align": "bottom"}, "align: expected one of 'upper_left', 'lower_right', got 'bottom'"),
         ({"dropout_p": 0.5, "window_size": (1, 1)}, "dropout_p: expected 0.0"),
         ({"dropout_p": 0.5, "centre": True}, "dropout_p: expected 0.0"),

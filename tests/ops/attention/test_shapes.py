@@ -127,6 +127,20 @@ def test_dropout_takes_a_mask_and_is_causal_too() -> None:
         torch.testing.assert_close(ours, F.scaled_dot_product_attention(q, k, v, merged, 0.5))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_dropout_follows_autocast(masked: bool) -> None:
+    """Check that mixed dtypes become autocast's, as they do in PyTorch, and that float64 stays."""
+    q, k, v = make_qkv(n=6, d=8)
+    mask, found = torch.randn(6, 6) if masked else None, []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for op in (fd.scaled_dot_product_attention, F.scaled_dot_product_attention):
+            torch.manual_seed(3)
+            found.append(op(q, k.bfloat16(), v, mask, 0.5))
+        assert fd.scaled_dot_product_attention(q.double(), k.double(), v.double(), None, 0.5).dtype == torch.float64
+    assert found[0].dtype == torch.bfloat16
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_a_float32_mask_serves_queries_of_every_dtype(dtype: torch.dtype) -> None:
     """Check that its tangent and gradients are float32, and nothing is less accurate than with plain PyTorch."""

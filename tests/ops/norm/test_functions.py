@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import jvp
 
 import fastdistill as fd
 from fastdistill import reference
@@ -129,6 +131,28 @@ def test_float32_weights_with_bfloat16_activations() -> None:
     assert out.dtype == t_out.dtype == torch.bfloat16
     torch.testing.assert_close(out, fd.layer_norm(x, (8,), w, b))
     assert torch.autograd.grad(out.float().sum(), leaf)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rms", [False, True])
+def test_second_derivatives_in_16_bits_are_those_of_float32_rounded(rms: bool, dtype: torch.dtype) -> None:
+    """Check tangents of tangents and gradients of gradients beside float32 parameters: dtypes, and one rounding."""
+    generator = torch.Generator().manual_seed(4)
+    x, u, v = (torch.randn(3, 2, 8, generator=generator).to(dtype) for _ in range(3))
+    parameters = [torch.randn(8, generator=generator), *torch.randn(2, 3, 1, 8, generator=generator)]
+    op = partial(fd.ada_rms_norm if rms else fd.ada_layer_norm, impl="torch")
+
+    def run(x: Tensor, u: Tensor, v: Tensor) -> list[Tensor]:
+        fn = lambda x: op(x, *parameters[1:], parameters[0])  # noqa: E731
+        _, (_, twice) = jvp(lambda x: jvp(fn, (x,), (u,)), (x,), (v,))
+        gradient = torch.func.grad(lambda x: (torch.func.grad(lambda x: (fn(x) * u).sum())(x) * v).sum())(x)
+        return [twice, gradient]
+
+    ours, truth = run(x, u, v), run(x.float(), u.float(), v.float())
+    assert [y.dtype for y in ours] == [dtype, dtype]
+    torch.testing.assert_close(ours[0], truth[0].to(dtype), rtol=0, atol=0)
+    most = 4 * torch.finfo(dtype).eps * float(truth[1].abs().max())
+    torch.testing.assert_close(ours[1], truth[1].to(dtype), rtol=0, atol=most)
 
 
 @pytest.mark.parametrize("op", OPS)
