@@ -1,4 +1,4 @@
-"""Define the configuration of a run: its fields and what they mean. See load.py for reading one, checks.py for more."""
+"""Define a run's configuration: its fields and what they mean. load.py reads one, combinations.py checks it whole."""
 
 from __future__ import annotations
 
