@@ -150,7 +150,9 @@ def test_all_code_keeps_the_rule(rule: Callable[[str, str], list[str]]) -> None:
 def test_every_docstring_is_a_sentence_that_begins_with_a_verb() -> None:
     """Check the docstrings of all code, of the tests and of the recipes in CONTRIBUTING.md too."""
     texts = sources() | {"tests/test_style.py": Path(__file__).read_text(encoding="utf-8")}
-    texts |= {f"CONTRIBUTING.md, {title}": shown_in(f"Add a {title}") for title in ("method", "sampler", "data set")}
+    texts |= {
+        f"CONTRIBUTING.md, {title}": shown_in(f"Add a {title}") for title in ("method", "sampler", "data set", "model")
+    }
     found = [line for path, code in texts.items() for line in unclear(path, code)]
     assert not found, "\n".join(found)
 
