@@ -11,6 +11,7 @@ from tests.objectives.cases import WIDTH, SmallNet, assert_same_gradient, random
 from tests.objectives.descent import Case, diagonal, share
 
 TAUGHT = {"esd": {}}
+FROM_DATA = {"esd": {}}
 DESCENT = {
     # The residual is 3 theta d^2 e. What moves with a gradient is d^2 e of u, and 2 d^2 e of d du/dt.
     "esd": Case("esd", lambda g, d: 2 * 3 * d**2 * 3 * d**2),

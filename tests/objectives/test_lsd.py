@@ -9,6 +9,7 @@ from tests.objectives.cases import WIDTH, SmallNet, assert_same_gradient, random
 from tests.objectives.descent import Case, diagonal, lagrangian, share
 
 TAUGHT = {"lsd": {}}
+FROM_DATA = {"lsd": {}}
 DESCENT = {
     # The gradient flows through the derivative, too: the prediction u - d du/ds is off by 3 theta d^2 e.
     "lsd": Case("lsd", lambda g, d: 2 * 3 * d**2 * lagrangian(g, d) / WIDTH),

@@ -9,6 +9,7 @@ from tests.objectives.cases import ROWS, SmallNet, random_batch
 from tests.objectives.descent import Case, diagonal, halves, share
 
 TAUGHT = {"psd": {}}
+FROM_DATA = {"psd": {}}
 DESCENT = {
     "psd": Case("psd", halves),
     "psd, diagonal": Case("psd", lambda g, d: 2 * share(g), diagonal),

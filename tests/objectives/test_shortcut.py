@@ -12,6 +12,7 @@ from tests.objectives.cases import ROWS, SmallNet, assert_same_gradient, random_
 from tests.objectives.descent import Case, diagonal, halves, share
 
 TAUGHT = {"shortcut": {"finest": None}}  # the finest halves are steps along the velocity, and exact as they get short
+FROM_DATA = {"shortcut": {"finest": None}}
 DESCENT = {
     "shortcut": Case("shortcut", halves),
     "shortcut, diagonal": Case("shortcut", lambda g, d: 2 * share(g), diagonal),
