@@ -24,10 +24,10 @@ NAMES = ("x", "weight", "bias")
 
 @checks.accepts_x
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
-    """Apply a linear layer: `torch.nn.functional.linear`, whose tangent skips what does not move.
+    """Apply a linear layer as `torch.nn.functional.linear` does; its tangent skips what does not move.
 
     Args:
-        input: (..., K), floating-point: unlike PyTorch's, no integers, which have no tangents.
+        input: (..., K), floating-point. PyTorch takes integers as well; they have no tangents and are refused here.
         weight: (N, K), or (K,) for a result without the last dimension; of input's dtype.
         bias: (N,), or anything that broadcasts to the result; or None.
         impl: "auto" | "torch"; there is no Triton kernel.

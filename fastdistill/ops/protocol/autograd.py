@@ -78,7 +78,7 @@ def reverse_mode(op: Any) -> type[compat.SingleLevelFunction]:
 
 
 def reverse_mode_of_backward(op: Any) -> type[compat.SingleLevelFunction]:
-    """Make the autograd function of `name_backward`: fused itself, differentiated by way of `math_backward`."""
+    """Make the autograd function of `name_backward`, which is fused and is differentiated by `math_backward`."""
     n, k = len(op.primals), len(op.outputs)
 
     class Again(compat.SingleLevelFunction):
